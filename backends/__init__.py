@@ -1,0 +1,1 @@
+"""Who executes a graph: reference, null and cpu."""

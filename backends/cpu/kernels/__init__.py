@@ -1,0 +1,1 @@
+"""Numba source of the CPU kernels; imported only where they are compiled."""

@@ -1,0 +1,1 @@
+"""What a graph is made of: tensors, dtypes, ops and the walker. Imports numpy only."""

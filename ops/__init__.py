@@ -1,1 +1,24 @@
-"""What a graph is made of: tensors, dtypes, ops and the walker. Imports numpy only."""
+"""What a graph is made of: tensors, dtypes, ops and the walker. Imports numpy only.
+
+Each op is an object: called with Tensors it adds a node, its `reference` computes with numpy.
+"""
+
+from runtime.ops.attention import PAGE, attention, kv_write
+from runtime.ops.elementwise import add, mul, scale, sigmoid, silu
+from runtime.ops.graph import Graph, rewrite, walk
+from runtime.ops.matmul import matmul, matmul_id
+from runtime.ops.moe import expert_sum, normalize, softmax, take, top_k
+from runtime.ops.norm import rms_norm
+from runtime.ops.registry import OPS, Arg, Case, Cost, Op, op
+from runtime.ops.rope import rope, rope_angles
+from runtime.ops.rows import get_rows, select_rows
+from runtime.ops.tensor import Dim, Layout, Tensor, constant, state, step_input, weight
+from runtime.ops.views import broadcast, merge_heads, permute, reshape, slice_, split_heads
+
+__all__ = [
+    "OPS", "PAGE", "Arg", "Case", "Cost", "Dim", "Graph", "Layout", "Op", "Tensor", "add",
+    "attention", "broadcast", "constant", "expert_sum", "get_rows", "kv_write", "matmul",
+    "matmul_id", "merge_heads", "mul", "normalize", "op", "permute", "reshape", "rewrite",
+    "rms_norm", "rope", "rope_angles", "scale", "select_rows", "sigmoid", "silu", "slice_",
+    "softmax", "split_heads", "state", "step_input", "take", "top_k", "walk", "weight",
+]  # fmt: skip

@@ -1,0 +1,45 @@
+"""Elementwise ops: add, mul, scale, silu, gelu, sigmoid."""
+
+from __future__ import annotations
+
+import numpy as np
+from runtime.ops.registry import Case, need, op, same_shape
+from runtime.ops.tensor import Shape, Tensor
+
+
+def _with_bias(x: Tensor, y: Tensor) -> Shape:
+    """Equal shapes, or a vector along the last axis of x."""
+    if y.ndim == 1 and x.ndim > 1:
+        need(y.shape[0] == x.shape[-1], f"vector of {y.shape[0]} on a last axis of {x.shape[-1]}")
+        return x.shape
+    return same_shape(x, y)
+
+
+@op("add", shape=_with_bias, cases=[Case(((3, 40), (3, 40))), Case(((3, 37), (37,)))])
+def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x + y; y is of x's shape or a vector along the last axis (a bias)."""
+    return x + y
+
+
+@op("mul", shape=_with_bias, cases=[Case(((3, 40), (3, 40))), Case(((2, 33), (33,)))])
+def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x * y; y is of x's shape or a vector along the last axis."""
+    return x * y
+
+
+@op("scale", shape=lambda x, *, factor: x.shape, cases=[Case(((2, 35),), {"factor": 0.125})])
+def scale(x: np.ndarray, *, factor: float) -> np.ndarray:
+    """x times a number known when the graph is built."""
+    return x * factor
+
+
+@op("silu", shape=same_shape, flops=lambda n: 5 * n.size, cases=[Case(((3, 50),))])
+def silu(x: np.ndarray) -> np.ndarray:
+    """x * sigmoid(x) (Elfwing et al. 2017)."""
+    return x / (1 + np.exp(-x))
+
+
+@op("sigmoid", shape=same_shape, flops=lambda n: 4 * n.size, cases=[Case(((3, 50),))])
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-x))."""
+    return 1 / (1 + np.exp(-x))

@@ -1,0 +1,115 @@
+"""Graph: the nodes behind some outputs in a fixed order, and the one walker over them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from runtime.ops.errors import OpError
+from runtime.ops.registry import Cost, find
+from runtime.ops.tensor import LEAVES, Tensor
+
+T = TypeVar("T")
+Rule = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What a step computes: `outputs` are kept, state writes among them have effects."""
+
+    outputs: tuple[Tensor, ...]
+    name: str = "graph"
+
+    @cached_property
+    def nodes(self) -> tuple[Tensor, ...]:
+        """All nodes, every one after its inputs; stable for equal construction."""
+        return tuple(_depth_first(self.outputs))
+
+    @cached_property
+    def users(self) -> dict[Tensor, list[Tensor]]:
+        """Node -> the nodes that read it, in order."""
+        users: dict[Tensor, list[Tensor]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for x in dict.fromkeys(node.inputs):
+                users[x].append(node)
+        return users
+
+    def leaves(self, kind: str) -> list[Tensor]:
+        """The leaves of one kind: "input", "weight", "constant" or "state"."""
+        return [node for node in self.nodes if node.op == kind]
+
+    def key(self) -> str:
+        """A digest of everything that decides the compiled program; never object addresses."""
+        lines = [f"{n} {line}" for n, line in enumerate(walk(self, default=_key_line))]
+        numbers = {node: n for n, node in enumerate(self.nodes)}
+        tail = " ".join(str(numbers[o]) for o in self.outputs)
+        return hashlib.sha256("\n".join([*lines, tail]).encode()).hexdigest()
+
+    def cost(self) -> Cost:
+        """Bytes and FLOPs of one step at full capacity; leaves cost nothing by themselves."""
+        costs = [find(node.op).cost(node) for node in self.nodes if node.op not in LEAVES]
+        return Cost(sum(c.bytes for c in costs), sum(c.flops for c in costs))
+
+    def __str__(self) -> str:
+        from runtime.ops.printing import render
+
+        return render(self)
+
+
+def _depth_first(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    seen: set[Tensor] = set()
+    stack = [(node, False) for node in reversed(outputs)]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((x, False) for x in reversed(node.inputs) if x not in seen)
+
+
+def walk(
+    graph: Graph, rules: Mapping[str, Rule] | None = None, default: Rule | None = None
+) -> list[Any]:
+    """Call `rules[node.op](node, *values of its inputs)` in order; one value per node.
+
+    Shapes, reference execution, rewriting, cost and printing are all rule tables for this walk.
+    An op that is in no table and has no default is an OpError that names it.
+    """
+    values: dict[Tensor, Any] = {}
+    for node in graph.nodes:
+        rule = (rules or {}).get(node.op, default)
+        if rule is None:
+            raise OpError(f"no rule for op {node.op!r} ({node.name or 'unnamed'})")
+        values[node] = rule(node, *(values[x] for x in node.inputs))
+    return list(values.values())
+
+
+def rewrite(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
+    """The graph with nodes replaced by what `rules` return; other nodes follow their inputs."""
+
+    def rebuild(node: Tensor, *inputs: Tensor) -> Tensor:
+        if all(a is b for a, b in zip(inputs, node.inputs, strict=True)):
+            return node
+        return Tensor(node.op, tuple(inputs), node.shape, node.dtype, node.attrs, node.name)
+
+    new = dict(zip(graph.nodes, walk(graph, rules, rebuild), strict=True))
+    return Graph(tuple(new[o] for o in graph.outputs), graph.name)
+
+
+def _key_line(node: Tensor, *inputs: str) -> str:
+    attrs = {k: _digest(v) for k, v in sorted(node.attrs.items())}
+    shape = [repr(n) for n in node.shape]
+    name = node.name if node.op in LEAVES else ""
+    parents = hashlib.sha256("|".join(inputs).encode()).hexdigest() if inputs else ""
+    return f"{node.op} {name} {shape} {node.dtype.name} {attrs} {parents}"
+
+
+def _digest(value: Any) -> str:
+    if hasattr(value, "tobytes"):
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    return repr(value)

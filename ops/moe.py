@@ -1,0 +1,71 @@
+"""Mixture of experts around `matmul_id`: scores, choice, weights, and the weighted sum."""
+
+from __future__ import annotations
+
+import numpy as np
+from runtime.ops.dtypes import I32, DType
+from runtime.ops.registry import Arg, Case, need, op, same_shape
+from runtime.ops.tensor import Shape, Tensor
+
+
+@op(
+    "softmax",
+    shape=same_shape,
+    flops=lambda node: 6 * node.size,
+    cases=[Case(((3, 8),)), Case(((5, 37),))],
+)
+def softmax(x: np.ndarray) -> np.ndarray:
+    """exp(x - max) / sum over the last axis."""
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def _top_k_shape(x: Tensor, *, k: int) -> tuple[Shape, DType]:
+    need(0 < k <= x.shape[-1], f"top {k} of {x.shape[-1]}")
+    return (*x.shape[:-1], k), I32
+
+
+@op("top_k", shape=_top_k_shape, cases=[Case(((3, 8),), {"k": 2}), Case(((6, 60),), {"k": 8})])
+def top_k(x: np.ndarray, *, k: int) -> np.ndarray:
+    """Indices of the k largest of the last axis, largest first, ties to the lowest index."""
+    return np.argsort(-x, axis=-1, kind="stable")[..., :k].astype(np.int32)
+
+
+def _choice(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    return rng.integers(0, 8, shape).astype(np.int32)
+
+
+@op(
+    "take",
+    shape=lambda x, ids: ids.shape,
+    cases=[Case(((3, 8), Arg((3, 2), I32, _choice)))],
+)
+def take(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """x[t, ids[t, j]]: the scores of the chosen experts."""
+    return np.take_along_axis(x, ids, -1)
+
+
+def _positive(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    return rng.random(shape) + 0.1
+
+
+@op("normalize", shape=same_shape, cases=[Case((Arg((3, 4), make=_positive),))])
+def normalize(x: np.ndarray) -> np.ndarray:
+    """x / sum(x) over the last axis: the weights of the chosen experts made to sum to 1."""
+    return x / x.sum(-1, keepdims=True)
+
+
+def _sum_shape(y: Tensor, weights: Tensor) -> Shape:
+    need(tuple(y.shape[:2]) == tuple(weights.shape), "needs y [T, used, n] and weights [T, used]")
+    return (y.shape[0], y.shape[2])
+
+
+@op(
+    "expert_sum",
+    shape=_sum_shape,
+    flops=lambda node: 2 * node.inputs[0].size,
+    cases=[Case(((5, 3, 40), (5, 3)))],
+)
+def expert_sum(y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """sum over j of weights[t, j] * y[t, j], in the order of j."""
+    return (y * weights[..., None]).sum(1)

@@ -1,0 +1,39 @@
+"""Rows picked by number: embeddings of tokens, and the rows of a step that are wanted."""
+
+from __future__ import annotations
+
+import numpy as np
+from runtime.ops.dtypes import I32
+from runtime.ops.registry import Arg, Case, need, op
+from runtime.ops.tensor import Shape, Tensor
+
+
+def _shape(table: Tensor, ids: Tensor) -> Shape:
+    need(table.ndim == 2 and ids.ndim == 1, "needs a table [rows, n] and ids [count]")
+    return (ids.shape[0], table.shape[1])
+
+
+def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    return rng.integers(0, 7, shape).astype(np.int32)
+
+
+@op(
+    "get_rows",
+    shape=_shape,
+    flops=lambda node: 0,
+    cases=[Case((Arg((7, 64), leaf="weight"), Arg((5,), I32, _ids)))],
+)
+def get_rows(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Rows of a weight, dequantised: the embedding of each token id."""
+    return table[ids]
+
+
+@op(
+    "select_rows",
+    shape=_shape,
+    flops=lambda node: 0,
+    cases=[Case(((7, 33), Arg((4,), I32, _ids)))],
+)
+def select_rows(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Rows of an activation: the tokens whose logits are wanted."""
+    return x[ids]

@@ -1,0 +1,135 @@
+"""Tensor: one immutable node of a graph, and its place in memory as a layout of another tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from runtime.ops.dtypes import F32, I32, DType
+from runtime.ops.errors import OpError
+
+LEAVES = ("input", "weight", "constant", "state")
+
+
+class Dim(int):
+    """A capacity that counts something of a step: behaves as its int, remembers its name.
+
+    `Dim("tokens", 8)` is an axis with room for 8 tokens; how many are live is a step input.
+    """
+
+    name: str
+
+    def __new__(cls, name: str, size: int) -> Dim:
+        self = super().__new__(cls, size)
+        self.name = name
+        return self
+
+    def __repr__(self) -> str:
+        return f"{self.name}:{int(self)}"
+
+    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override]
+        return self.name, int(self)
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a tensor's elements lie inside `base`: strides and offset in elements."""
+
+    base: Tensor
+    strides: Shape
+    offset: int = 0
+
+    def is_contiguous(self, shape: Shape) -> bool:
+        """Rows of the last axis follow each other without gaps, and so on outwards."""
+        return all(
+            stride == want or size == 1
+            for stride, want, size in zip(self.strides, dense_strides(shape), shape, strict=True)
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tensor:
+    """The result of `op` on `inputs`: shape in numpy order (outermost first), dtype, attributes.
+
+    Compared by identity. Views (reshape, slice, permute, broadcast) carry a layout of another
+    tensor and never copy.
+    """
+
+    op: str
+    inputs: tuple[Tensor, ...]
+    shape: Shape
+    dtype: DType = F32
+    attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    name: str = ""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements at full capacity."""
+        return int(np.prod([int(n) for n in self.shape], dtype=np.int64)) if self.shape else 1
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes at full capacity, block formats included."""
+        return self.size // self.dtype.block * self.dtype.nbytes
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of this tensor inside the tensor that owns its memory."""
+        from runtime.ops.views import VIEW_LAYOUTS
+
+        if self.op in VIEW_LAYOUTS:
+            return VIEW_LAYOUTS[self.op](self)
+        return Layout(self, dense_strides(self.shape))
+
+    @property
+    def base(self) -> Tensor:
+        """The tensor that owns the memory of this one (itself unless it is a view)."""
+        return self.layout.base
+
+    def __repr__(self) -> str:
+        return f"{self.name or self.op}: {self.dtype.name}{list(self.shape)}"
+
+
+def dense_strides(shape: Shape) -> Shape:
+    """Strides in elements of a contiguous tensor of `shape`."""
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= int(n)
+    return tuple(reversed(strides))
+
+
+def weight(name: str, shape: Shape, dtype: DType) -> Tensor:
+    """A tensor of the model file; `shape` outermost first, as in `w[rows, inner]`."""
+    return Tensor("weight", (), tuple(shape), dtype, name=name)
+
+
+def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:
+    """A value that changes from step to step: tokens, positions, slots, block tables."""
+    return Tensor("input", (), tuple(shape), dtype, name=name)
+
+
+def state(name: str, shape: Shape, dtype: DType) -> Tensor:
+    """Memory that outlives a step and is read and written by explicit ops: KV pages."""
+    return Tensor("state", (), tuple(shape), dtype, name=name)
+
+
+def constant(name: str, value: np.ndarray) -> Tensor:
+    """Numbers known when the graph is built, such as inverse frequencies; float32 or int32."""
+    value = np.ascontiguousarray(value)
+    if value.dtype not in (np.float32, np.int32):
+        raise OpError(f"constant {name!r} has dtype {value.dtype}; use float32 or int32")
+    dtype = F32 if value.dtype == np.float32 else I32
+    value.setflags(write=False)
+    return Tensor("constant", (), value.shape, dtype, MappingProxyType({"value": value}), name=name)

@@ -1,0 +1,111 @@
+"""What a model builder is given: the inputs of a step, the file's weights, the cache's pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+
+from runtime import ops
+from runtime.errors import ModelError
+from runtime.ops.dtypes import DTYPES
+from runtime.ops.tensor import Shape, Tensor
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """KV heads and head sizes of one attention layer."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Inputs of one step at capacity: T tokens, S sequences of up to P pages, R output rows.
+
+    `places` are indices in a sequence (causality); `positions` are what RoPE sees; `slots` say
+    where a token's K and V go; `table` lists each sequence's pages.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    sequences: Tensor
+    places: Tensor
+    slots: Tensor
+    table: Tensor
+    output_rows: Tensor
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+
+    @staticmethod
+    def capacity(
+        tokens: int, outputs: int, sequences: int, table_pages: int, pages: int,
+        layers: tuple[CacheLayer, ...], kv_types: tuple[str, str],
+    ) -> Step:  # fmt: skip
+        """Inputs with room for that many tokens, output rows, sequences and pages."""
+        t = ops.Dim("tokens", tokens)
+
+        def pool(which: str, kind: str) -> tuple[Tensor, ...]:
+            return tuple(
+                ops.state(
+                    f"cache.{i}.{which}",
+                    (pages, ops.PAGE, layer.kv_heads, getattr(layer, f"{which}_dim")),
+                    DTYPES[kind],
+                )
+                for i, layer in enumerate(layers)
+            )
+
+        return Step(
+            *(ops.step_input(n, (t,)) for n in _PER_TOKEN),
+            table=ops.step_input("table", (sequences, table_pages)),
+            output_rows=ops.step_input("output_rows", (ops.Dim("outputs", outputs),)),
+            k=pool("k", kv_types[0]),
+            v=pool("v", kv_types[1]),
+        )
+
+
+_PER_TOKEN = ("tokens", "positions", "sequences", "places", "slots")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file by name, checked against the shape a model expects."""
+
+    tensors: Mapping[str, Any]  # name -> object with .shape and .dtype (runtime.gguf's tensors)
+    source: str
+    _made: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """The weight `name` of `shape` (outermost first); ModelError if missing or different."""
+        if name not in self.tensors:
+            hint = get_close_matches(name, self.tensors, 1)
+            raise ModelError(
+                f"{self.source}: tensor {name!r} is missing"
+                + (f" (the file has {hint[0]!r})" if hint else "")
+                + "; the file is incomplete or of another architecture"
+            )
+        have: Shape = tuple(self.tensors[name].shape)
+        if have != shape:
+            raise ModelError(
+                f"{self.source}: tensor {name!r} has shape {list(have)}, "
+                f"but the hyperparameters ask for {list(shape)}"
+            )
+        if name not in self._made:
+            self._made[name] = ops.weight(name, shape, self.tensors[name].dtype)
+        return self._made[name]
+
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        """The weight, or None where the file has none."""
+        return self(name, *shape) if name in self.tensors else None
+
+    def values(self, name: str, *shape: int) -> np.ndarray | None:
+        """The float32 numbers of a small tensor needed while building, or None."""
+        if name not in self.tensors:
+            return None
+        self(name, *shape)
+        return np.asarray(self.tensors[name].array(), np.float32)

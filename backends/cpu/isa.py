@@ -1,0 +1,157 @@
+"""The instruction sets that kernels are compiled for, and which of them this processor has.
+
+Kernels are compiled for a named instruction set, never for the host's own processor name: an
+object made on one machine then runs on every machine whose `selected()` is the same, and the
+width LLVM prefers does not change with the processor's name.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import sys
+from dataclasses import dataclass
+
+from runtime.ops.errors import BackendError
+
+# A kernel for a larger set may read these of its features to choose instructions.
+_VNNI = "+avx512vnni,-prefer-256-bit"
+_AMX = _VNNI + ",+avx512bf16,+amx-tile,+amx-int8,+amx-bf16"
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set: its LLVM target and what a kernel emitter has to know of it."""
+
+    name: str
+    arch: str  # "x86_64", "aarch64", or "" for whatever the host is
+    cpu: str
+    features: str
+    needs: frozenset[str]  # LLVM feature names the processor must have
+    lanes: int  # float32 values of one vector register
+    has_fma: bool = True
+    has_f16: bool = True  # conversions between float16 and float32 are instructions
+
+
+@dataclass(frozen=True)
+class Target:
+    """What LLVM is told: `triple` such as `x86_64-unknown-linux-gnu`, processor and features."""
+
+    triple: str
+    cpu: str
+    features: str
+
+
+_ARCHES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+
+
+def host_arch() -> str:
+    """This machine's architecture as LLVM spells it: `x86_64`, `aarch64` or another name."""
+    machine = platform.machine().lower()
+    return _ARCHES.get(machine, machine)
+
+
+# x86-64-v3 and v4 are the published levels (AVX2 with FMA and F16C; AVX-512 F BW CD DQ VL).
+_V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni"}
+_AMX_NEEDS = _V4 | {"avx512bf16", "amx-tile", "amx-int8", "amx-bf16"}
+
+# Armv8 has fused multiply-add and float16 conversions from the start; x86-64 has neither.
+_BASE_IS_ARM = host_arch() == "aarch64"
+
+_TABLE = {
+    isa.name: isa
+    for isa in (  # best first
+        Isa("avx512vnni", "x86_64", "x86-64-v4", _VNNI, _V4, lanes=16),
+        Isa("avx2", "x86_64", "x86-64-v3", "", _V3, lanes=8),
+        Isa("arm_dotprod", "aarch64", "generic", "+neon,+dotprod", frozenset({"dotprod"}), lanes=4),
+        Isa("generic", "", "", "", frozenset(), 4, has_fma=_BASE_IS_ARM, has_f16=_BASE_IS_ARM),
+    )
+}
+NAMES = tuple(_TABLE)
+
+
+def isa(name: str) -> Isa:
+    """The instruction set called `name`. Raises BackendError listing the names there are."""
+    try:
+        return _TABLE[name]
+    except KeyError:
+        raise BackendError(
+            f"unknown instruction set {name!r}: there are {', '.join(NAMES)}"
+        ) from None
+
+
+def target(name: str) -> Target:
+    """The LLVM target of the instruction set `name`; the operating system is the host's.
+
+    Raises BackendError for an unknown name.
+    """
+    chosen = isa(name)
+    arch = chosen.arch or host_arch()
+    cpu = chosen.cpu or ("x86-64" if arch == "x86_64" else "generic")
+    return Target(_triple(arch), cpu, chosen.features)
+
+
+@functools.cache
+def available() -> tuple[str, ...]:
+    """Names of the instruction sets this machine can run, best first; `generic` is the last."""
+    return tuple(name for name, isa in _TABLE.items() if _runs_here(isa))
+
+
+def detect() -> str:
+    """Name of the best instruction set of this machine."""
+    return available()[0]
+
+
+def selected() -> str:
+    """Name of the instruction set to use: `RUNTIME_CPU_ISA` if set, else `detect()`.
+
+    Raises BackendError when the one that was asked for cannot run here.
+    """
+    from runtime.environment import cpu_isa
+
+    forced = cpu_isa()
+    if forced is not None and forced not in available():
+        raise BackendError(
+            f"RUNTIME_CPU_ISA={forced} cannot run on this processor: "
+            f"it has {', '.join(available())}"
+        )
+    return forced or detect()
+
+
+def _runs_here(isa: Isa) -> bool:
+    if isa.arch and isa.arch != host_arch():
+        return False
+    if isa.needs and not isa.needs <= _host_features():
+        return False
+    if isa.name == "amx":
+        from runtime.backends.cpu.amx import request_amx
+
+        return request_amx()
+    return True
+
+
+@functools.cache
+def _host_features() -> frozenset[str]:
+    import llvmlite.binding as llvm
+
+    try:
+        features = llvm.get_host_cpu_features()
+    except RuntimeError:  # LLVM cannot read this system's processor description
+        return frozenset({"dotprod"} if _is_apple_arm() else ())
+    return frozenset(name for name, present in features.items() if present)
+
+
+def _is_apple_arm() -> bool:
+    # Every Arm processor Apple has sold in a computer has the dot product.
+    return sys.platform == "darwin" and host_arch() == "aarch64"
+
+
+def _triple(arch: str) -> str:
+    import llvmlite.binding as llvm
+
+    own = llvm.get_process_triple()
+    first, *rest = own.split("-")
+    if host_arch() == arch:
+        return own
+    return "-".join([arch, *rest])

@@ -1,0 +1,148 @@
+"""The matmul emitter: out[t][r] = sum over k of w[r][k] * x[t][k], plus bias[r], plus add[t][r].
+
+Parallel over groups of 16 weight rows: every thread takes a contiguous range of them (with
+experts: of all tiles' groups). Inside its range a thread keeps a block of activation tiles that
+fits its second-level cache and goes over its weights once for that block, so with few tokens
+weights stream from memory exactly once. The innermost body computes `lanes` rows of a few groups
+by C columns and runs over the whole of K: no sum is ever cut, so the order of additions for an
+output depends on the format alone, not on threads, columns or batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.tile.formats import ROWS
+from runtime.backends.cpu.tile.problem import Problem, load_problem
+from runtime.backends.cpu.tile.spec import TileSpec
+from runtime.backends.cpu.tile.store import store_tile
+from runtime.backends.cpu.tile.sums_f32 import sums_f32
+from runtime.backends.cpu.tile.sums_int8 import sums_int8
+from runtime.backends.cpu.tile.vector import Code, const
+
+_CACHED_BYTES = 512 * 1024  # of activations that stay in a second-level cache
+
+
+def emit_matmul(spec: TileSpec, isa_name: str) -> str:
+    """LLVM IR text of a module whose function `entry` is the matmul kernel `spec`.
+
+    Arguments of the kernel: `spec.arguments`. Raises BackendError for an unknown `isa_name`.
+    """
+    code = Code(isa(isa_name))
+    problem = load_problem(code, spec)
+    if spec.indirect:
+        _over_records(problem)
+    else:
+        _over_tokens(problem)
+    return code.finish()
+
+
+def _over_tokens(p: Problem) -> None:
+    """Blocks of token tiles, and for each the groups of this thread."""
+    code = p.code
+    first, end = code.my_share(p.n_groups)
+    tiles = code.ceil_div(p.live, p.spec.columns)
+    per_block = _tiles_per_block(p)
+
+    def block(i: Any) -> None:
+        start = code.times(i, per_block)
+        stop = code.smaller(code.at(start, per_block), tiles)
+        _segment(p, p.w, (start, stop), (first, end))
+
+    n_blocks = code.b.udiv(code.at(tiles, per_block, -1), per_block)
+    code.each(0, n_blocks, block)
+
+
+def _over_records(p: Problem) -> None:
+    """Tiles with an expert each. Position tile * groups + group; a thread has a range of them.
+
+    Whole tiles of one expert that follow each other share one pass over its weights.
+    """
+    code, b = p.code, p.code.b
+    first, end = code.my_share(code.times(p.n_tiles, p.n_groups))
+    per_block = _tiles_per_block(p)
+    at = code.variable(first)
+
+    def more() -> Any:
+        return b.icmp_signed("<", at.get(), end)
+
+    def piece() -> None:
+        position = at.get()
+        tile = b.udiv(position, p.n_groups)
+        group = b.urem(position, p.n_groups)
+        left = b.sub(end, position)
+        stop_group = code.smaller(p.n_groups, code.at(group, left))
+        whole = b.icmp_signed("==", b.sub(stop_group, group), p.n_groups)
+        limit = b.select(whole, b.udiv(left, p.n_groups), const(1))
+        expert = p.expert(tile)
+        stop = _end_of_run(p, tile, code.smaller(limit, per_block), expert)
+        w = code.at(p.w, code.times(expert, p.expert_stride))
+        _segment(p, w, (tile, stop), (group, stop_group))
+        done = b.mul(b.sub(stop, tile), b.sub(stop_group, group))
+        at.set(code.at(position, done))
+
+    code.repeat(more, piece)
+
+
+def _end_of_run(p: Problem, tile: Any, limit: Any, expert: Any) -> Any:
+    """The first tile after `tile` that has another expert, at most tile + limit."""
+    code, b = p.code, p.code.b
+    end = code.at(tile, limit)
+    stop = code.variable(code.at(tile, 1))
+
+    def same() -> Any:
+        inside = b.icmp_signed("<", stop.get(), end)
+        # The record is read only when it exists: the last one stands in otherwise.
+        seen = p.expert(b.select(inside, stop.get(), tile))
+        return b.and_(inside, b.icmp_signed("==", seen, expert))
+
+    code.repeat(same, lambda: stop.set(code.at(stop.get(), 1)))
+    return stop.get()
+
+
+def _tiles_per_block(p: Problem) -> Any:
+    return p.code.larger(p.code.b.udiv(const(_CACHED_BYTES), p.tile_bytes), const(1))
+
+
+def _segment(p: Problem, w: Any, tiles: tuple[Any, Any], groups: tuple[Any, Any]) -> None:
+    """All of `groups` by all of `tiles`: groups outside, a few of them at a time."""
+    code = p.code
+    sums = _sums(p)
+
+    def some_groups(g: Any, _: list[Any]) -> list[Any]:
+        # A group past the end stands in as a copy of the first; its sums are not stored.
+        others = [code.at(g, i) for i in range(1, p.groups_at_once)]
+        members = [g] + [_below(code, other, groups[1], g) for other in others]
+        bases = [code.at(w, code.times(m, p.group_bytes)) for m in members]
+
+        def one_tile(t: Any) -> None:
+            x = code.at(p.x, code.times(t, p.tile_bytes))
+
+            def part(first: Any) -> None:
+                store_tile(p, sums(p, bases, x, first), members, first, t)
+
+            _each_part(code, part)
+
+        code.each(tiles[0], tiles[1], one_tile)
+        return []
+
+    code.loop(groups[0], groups[1], [], some_groups, step=p.groups_at_once)
+
+
+def _below(code: Code, value: Any, bound: Any, otherwise: Any) -> Any:
+    """value if value < bound else otherwise."""
+    return code.b.select(code.b.icmp_signed("<", value, bound), value, otherwise)
+
+
+def _sums(p: Problem) -> Callable[..., Any]:
+    return sums_int8 if p.spec.activations == "int8" else sums_f32
+
+
+def _each_part(code: Code, body: Callable[[Any], None]) -> None:
+    """body(first row) for every `lanes` rows of a group."""
+    if code.lanes == ROWS:
+        body(0)
+        return
+    code.each(0, ROWS // code.lanes, lambda part: body(code.times(part, code.lanes)))

@@ -1,0 +1,95 @@
+"""The packed weight layouts, one row of the table per format.
+
+A GROUP is 16 weight rows. A packed group is a sequence of blocks (as long as the file's blocks),
+each: a header, then chunks of 32 to 128 elements. Planes of a block, for 16 rows:
+
+    words   64 bytes each: for every row one 32-bit lane with four consecutive elements
+            (a nibble word holds four elements in the low nibbles, four others in the high ones)
+    u8, f16 one value per row
+
+Formats of 4 to 8 bits are stored as unsigned codes; a weight is (code - offset) * scale, plus a
+minimum where the format has one. Float formats have no blocks: [K][16] values, for BF16
+[ceil(K/2)][16] pairs of neighbours.
+
+Source layouts: the GGUF specification (ggml-common.h names the fields d, m, qh, ql, scales).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.ops.errors import OpError
+
+ROWS = 16  # weight rows of one group
+LINE = 64  # bytes of one word plane of a group
+
+
+@dataclass(frozen=True)
+class Format:
+    """Layout of one block format: sizes in bytes, lengths in elements."""
+
+    name: str
+    block: int  # elements of one row in a block
+    source_bytes: int  # of one row's block in the file
+    header: int  # bytes before the first chunk of a packed block
+    chunk: int  # elements of one row that are unpacked together
+    chunk_bytes: int  # packed bytes of a chunk of 16 rows
+    levels: int = 0  # codes are 0 .. levels - 1; 0 for float formats
+    offset: int = 0  # what is subtracted from a code
+    minimum: bool = False  # a float minimum is added for each block of 32
+    scales: int = 1  # scales for each block of 32
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the elements are floating-point numbers rather than codes."""
+        return self.levels == 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of one block."""
+        return self.block // self.chunk
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of one packed block of 16 rows."""
+        return self.header + self.chunks * self.chunk_bytes
+
+
+_TABLE = {
+    f.name: f
+    for f in (
+        Format("F32", 1, 4, 0, 1, 64),
+        Format("F16", 1, 2, 0, 1, 32),
+        Format("BF16", 1, 2, 0, 1, 32),
+        # name, block, source, header, chunk, chunk bytes, levels, offset
+        Format("Q8_0", 32, 34, 0, 32, 32 + 8 * LINE, 256, 128),
+        Format("Q4_0", 32, 18, 0, 32, 32 + 4 * LINE, 16, 8),
+    )
+}
+NAMES = tuple(_TABLE)
+
+
+def format_of(name: str) -> Format:
+    """The layout of the GGUF type `name`. Raises OpError listing the types that have a tile."""
+    try:
+        return _TABLE[name]
+    except KeyError:
+        raise OpError(f"no matmul tile for weights of type {name}: {', '.join(NAMES)}") from None
+
+
+def packed_nbytes(name: str, n_rows: int, n_inner: int) -> int:
+    """Bytes of a packed [n_rows, n_inner] matrix of type `name`; rows count in groups of 16.
+
+    Raises OpError when n_inner is not a whole number of the format's blocks.
+    """
+    layout = format_of(name)
+    if n_inner % layout.block:
+        raise OpError(f"{name} weights: {n_inner} columns are not a multiple of {layout.block}")
+    return -(-n_rows // ROWS) * group_nbytes(name, n_inner)
+
+
+def group_nbytes(name: str, n_inner: int) -> int:
+    """Bytes of one packed group of 16 rows."""
+    layout = format_of(name)
+    blocks = n_inner + n_inner % 2 if name == "BF16" else n_inner // layout.block
+    return blocks * layout.packed_bytes

@@ -1,0 +1,123 @@
+"""Pack kernels: rows of GGUF blocks become groups of 16 interleaved rows.
+
+Parallel over the groups of all matrices: every thread packs a contiguous range of groups. Within
+a group rows are taken one by one, and each row's 4-byte words are scattered to its 32-bit lane of
+the word planes. Rows past the end of the matrix are zero, scales included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.tile.formats import LINE, ROWS, Format, format_of
+from runtime.backends.cpu.tile.vector import I8, I16, I32, Code, const, ir, vec
+
+PACK_ARGS = (
+    "src",  # rows of GGUF blocks
+    "dst",  # packed groups
+    "n_rows",  # of one matrix
+    "n_inner",  # elements of a row
+    "src_row_bytes",  # between rows
+    "n_matrices",  # 1, or the number of experts
+    "src_matrix_bytes",  # between matrices
+    "dst_matrix_bytes",  # between packed matrices
+)
+
+
+def emit_pack(format_name: str, isa_name: str) -> str:
+    """LLVM IR text of the pack kernel of a format; its arguments are `PACK_ARGS`."""
+    code, layout = Code(isa(isa_name)), format_of(format_name)
+    args = code.arguments(PACK_ARGS)
+    n_groups = code.ceil_div(args["n_rows"], ROWS)
+    blocks = code.b.udiv(args["n_inner"], const(layout.block))
+    first, end = code.my_share(code.times(n_groups, args["n_matrices"]))
+
+    def one(item: Any) -> None:
+        matrix, group = code.b.udiv(item, n_groups), code.b.urem(item, n_groups)
+        row = code.times(group, ROWS)
+        source = code.at(args["src"], code.times(matrix, args["src_matrix_bytes"]))
+        source = code.at(source, code.times(row, args["src_row_bytes"]))
+        size = code.times(blocks, layout.packed_bytes)
+        goal = code.at(args["dst"], code.times(matrix, args["dst_matrix_bytes"]))
+        goal = code.at(goal, code.times(group, size))
+        rows = code.smaller(const(ROWS), code.b.sub(args["n_rows"], row))
+        _clear_missing(code, goal, size, rows)
+        _group(code, layout, _Group(source, args["src_row_bytes"], goal, rows, blocks))
+
+    code.each(first, end, one)
+    return code.finish()
+
+
+@dataclass(frozen=True)
+class _Group:
+    source: Any
+    row_bytes: Any
+    goal: Any
+    rows: Any
+    blocks: Any
+
+
+def _clear_missing(code: Code, goal: Any, size: Any, rows: Any) -> None:
+    zero = ir.Constant(vec(I8, 32), [0] * 32)
+    missing = code.b.icmp_signed("<", rows, const(ROWS))
+    with code.b.if_then(missing):
+        code.loop(0, size, [], lambda i, _: code.store(zero, code.at(goal, i)) or [], step=32)
+
+
+def _group(code: Code, layout: Format, group: _Group) -> None:
+    """Blocks outside, rows inside: sixteen source rows are read side by side."""
+    pack = _STEPS[layout.name]
+
+    def block(i: Any) -> None:
+        goal = code.at(group.goal, code.times(i, layout.packed_bytes))
+        place = code.at(group.source, code.times(i, layout.source_bytes))
+
+        def row(r: Any) -> None:
+            pack(_Row(code, code.at(place, code.times(r, group.row_bytes)), goal, r))
+
+        code.each(0, group.rows, row)
+
+    code.each(0, group.blocks, block)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One block of one row: reads the source, writes the row's lane of the planes."""
+
+    code: Code
+    source: Any
+    goal: Any
+    row: Any
+
+    def f16(self, offset: int, to: int) -> None:
+        """Copy a float16 into a plane of them at byte `to` of the packed block."""
+        value = self.code.load(self.code.at(self.source, offset), I16)
+        self.code.store(value, self.code.at(self.goal, to, self.code.times(self.row, 2)), 1)
+
+    def words(
+        self, offset: int, to: int, count: int, change: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Copy `count` words of 4 bytes into word planes, each changed by `change`."""
+        lane = self.code.at(self.goal, to, self.code.times(self.row, 4))
+        for w in range(count):
+            address = self.code.pointer(self.code.at(self.source, offset + 4 * w), I32)
+            value = self.code.b.load(address)
+            value.align = 1
+            value = change(value) if change else value
+            self.code.store(value, self.code.at(lane, LINE * w), 1)
+
+
+def _q4_0(row: _Row) -> None:
+    row.f16(0, 0)
+    row.words(2, 2 * ROWS, 4)
+
+
+def _q8_0(row: _Row) -> None:
+    row.f16(0, 0)
+    row.words(2, 2 * ROWS, 8, lambda v: row.code.b.xor(v, ir.Constant(I32, 0x80808080)))
+
+
+_STEPS: dict[str, Callable[[_Row], None]] = {"Q4_0": _q4_0, "Q8_0": _q8_0}

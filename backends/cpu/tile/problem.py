@@ -1,0 +1,79 @@
+"""The arguments of a matmul kernel as LLVM values, with what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
+from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES, TILE_ALIGN, TileSpec
+from runtime.backends.cpu.tile.vector import I32, I64, Code
+
+# Groups whose sums advance together, by columns: enough independent sums to hide the latency of
+# a float addition, and few enough to stay in registers.
+_GROUPS_F32 = {1: 4, 4: 4, 8: 2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One kernel: its specification, its arguments (int64 values) and sizes derived from them."""
+
+    code: Code
+    spec: TileSpec
+    layout: Format
+    values: dict[str, Any]
+    live: Any  # tokens of this step (direct), None for experts
+    n_tiles: Any  # tiles of this step (experts), None for direct
+    n_groups: Any
+    group_bytes: Any
+    tile_bytes: Any
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.values[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def groups_at_once(self) -> int:
+        """Row groups that one pass over K computes together."""
+        return _GROUPS_F32[self.spec.columns] if self.spec.activations == "f32" else 1
+
+    def record(self, tile: Any, entry: Any) -> Any:
+        """Entry 0 (expert) or 1 + column (output row) of a tile's record, as int64."""
+        place = self.code.times(tile, 1 + self.spec.columns)
+        address = self.code.at(self.tiles, self.code.times(self.code.at(place, entry), 4))
+        return self.code.b.sext(self.code.load(address, I32), I64)
+
+    def expert(self, tile: Any) -> Any:
+        """The expert of a tile, as int64."""
+        return self.record(tile, 0)
+
+
+def load_problem(code: Code, spec: TileSpec) -> Problem:
+    """Read the argument table and the live counts."""
+    values = code.arguments(spec.arguments)
+    layout = format_of(spec.format)
+    live = None if spec.indirect else code.load(values["live"], I64)
+    count = values.pop("n_tiles", None)
+    n_tiles = code.load(count, I64) if spec.indirect else None
+    n_groups = code.ceil_div(values["n_rows"], ROWS)
+    group_bytes = _group_bytes(code, layout, values["n_inner"])
+    tile_bytes = _tile_bytes(code, spec, values["n_inner"])
+    return Problem(code, spec, layout, values, live, n_tiles, n_groups, group_bytes, tile_bytes)
+
+
+def _group_bytes(code: Code, layout: Format, n_inner: Any) -> Any:
+    if layout.name == "BF16":
+        return code.times(code.ceil_div(n_inner, 2), 2 * layout.packed_bytes)
+    blocks = code.ceil_div(n_inner, layout.block)
+    return code.times(blocks, layout.packed_bytes)
+
+
+def _tile_bytes(code: Code, spec: TileSpec, n_inner: Any) -> Any:
+    """As `activation_tile_nbytes`."""
+    if spec.activations == "int8":
+        each = code.times(code.ceil_div(n_inner, 32), Q_BYTES + SIDE_BYTES)
+    else:
+        each = code.times(n_inner, 4)
+    return code.times(code.ceil_div(code.times(each, spec.columns), TILE_ALIGN), TILE_ALIGN)

@@ -1,0 +1,261 @@
+"""A thin layer over llvmlite's IR builder: addresses are int64, values are vectors of rows.
+
+`Code` holds the function being written and knows the instruction set, so that the emitters read
+as arithmetic: `code.fma(x, y, acc)`, `code.splat(address, F32)`, `code.loop(0, n, sums, body)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from runtime.backends.cpu.isa import Isa
+
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+ENTRY_TYPE = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+ARG_BYTES = 8
+
+
+def vec(kind: ir.Type, n: int) -> ir.VectorType:
+    """The LLVM vector type of `n` values of `kind`."""
+    return ir.VectorType(kind, n)
+
+
+def const(value: int) -> ir.Constant:
+    """The int64 constant `value`."""
+    return ir.Constant(I64, value)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An int64 in memory."""
+
+    b: Any
+    place: Any
+
+    def get(self) -> Any:
+        """The value now."""
+        return self.b.load(self.place)
+
+    def set(self, value: Any) -> None:
+        """Change the value."""
+        self.b.store(value, self.place)
+
+
+class Code:
+    """One kernel function under construction, for one instruction set."""
+
+    def __init__(self, isa: Isa, name: str = "entry") -> None:
+        self.isa = isa
+        self.lanes = isa.lanes
+        self.module = ir.Module(name)
+        self.function = ir.Function(self.module, ENTRY_TYPE, name)
+        self.b = ir.IRBuilder(self.function.append_basic_block("start"))
+        self.args, self.thread, self.n_threads = self.function.args
+
+    def finish(self) -> str:
+        """Close the function and give the module as text."""
+        self.b.ret_void()
+        return str(self.module)
+
+    # ---- arguments, integers ------------------------------------------------------------
+
+    def arguments(self, names: Sequence[str]) -> dict[str, Any]:
+        """The kernel's int64 arguments, in table order, by name."""
+        return {n: self.load(self.at(self.args, ARG_BYTES * i), I64) for i, n in enumerate(names)}
+
+    def at(self, base: Any, *offsets: Any) -> Any:
+        """base plus offsets, each an int64 value or a Python int."""
+        for offset in offsets:
+            if isinstance(offset, int):
+                if offset == 0:
+                    continue
+                offset = const(offset)
+            base = self.b.add(base, offset)
+        return base
+
+    def times(self, x: Any, factor: Any) -> Any:
+        """x * factor for int64 values; factor may be a Python int."""
+        return self.b.mul(x, const(factor) if isinstance(factor, int) else factor)
+
+    def ceil_div(self, x: Any, by: int) -> Any:
+        """ceil(x / by) for x >= 0."""
+        return self.b.udiv(self.at(x, by - 1), const(by))
+
+    def smaller(self, x: Any, y: Any) -> Any:
+        """min(x, y), signed."""
+        return self.b.select(self.b.icmp_signed("<", x, y), x, y)
+
+    def larger(self, x: Any, y: Any) -> Any:
+        """max(x, y), signed."""
+        return self.b.select(self.b.icmp_signed(">", x, y), x, y)
+
+    def my_share(self, n: Any) -> tuple[Any, Any]:
+        """The contiguous part [first, end) of n items that belongs to this thread."""
+        first = self.b.udiv(self.times(n, self.thread), self.n_threads)
+        end = self.b.udiv(self.times(n, self.at(self.thread, 1)), self.n_threads)
+        return first, end
+
+    # ---- memory -------------------------------------------------------------------------
+
+    def pointer(self, address: Any, kind: ir.Type) -> Any:
+        """The int64 address as a pointer to `kind`."""
+        return self.b.inttoptr(address, kind.as_pointer())
+
+    def load(self, address: Any, kind: ir.Type, align: int = 1) -> Any:
+        """The value of type `kind` at an int64 address."""
+        if isinstance(kind, ir.IntType):
+            align = align if align > 1 else max(1, kind.width // 8)
+        value = self.b.load(self.pointer(address, kind))
+        value.align = align
+        return value
+
+    def store(self, value: Any, address: Any, align: int = 1) -> None:
+        """Store `value` at an int64 address."""
+        self.b.store(value, self.pointer(address, value.type)).align = align
+
+    def stack(self, n_bytes: int) -> Any:
+        """Address of n_bytes on the stack, 64-byte aligned, one place for the whole call."""
+        with self.b.goto_entry_block():
+            place = self.b.alloca(ir.ArrayType(I8, n_bytes))
+            place.align = 64
+            return self.b.ptrtoint(place, I64)
+
+    def variable(self, value: Any) -> Variable:
+        """An int64 that outer loops may change; `value` is its first value."""
+        with self.b.goto_entry_block():
+            place = self.b.alloca(I64)
+        self.b.store(value, place)
+        return Variable(self.b, place)
+
+    def prefetch(self, address: Any) -> None:
+        """Ask for the cache line at `address`; never faults."""
+        pointer = self.pointer(address, I8)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        call = self._declare("llvm.prefetch.p0" + self._pointee(pointer), kind)
+        self.b.call(call, [pointer, *(ir.Constant(I32, v) for v in (0, 3, 1))])
+
+    @staticmethod
+    def _pointee(pointer: Any) -> str:
+        # Intrinsics over typed pointers (LLVM before 17) carry the pointed-to type in the name.
+        return "i8" if str(pointer.type) == "i8*" else ""
+
+    # ---- vectors ------------------------------------------------------------------------
+
+    def splat(self, value: Any, n: int | None = None) -> Any:
+        """A vector with `value` in every lane."""
+        n = n or self.lanes
+        kind = vec(value.type, n)
+        undef = ir.Constant(kind, ir.Undefined)
+        first = self.b.insert_element(undef, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(first, undef, ir.Constant(vec(I32, n), [0] * n))
+
+    def load_splat(self, address: Any, kind: ir.Type) -> Any:
+        """The 4-byte value of `kind` at `address` in every lane."""
+        return self.splat(self.load(address, kind, 4))
+
+    def fill(self, kind: ir.Type, value: float, n: int | None = None) -> ir.Constant:
+        """A constant vector of `value`."""
+        n = n or self.lanes
+        return ir.Constant(vec(kind, n), [value] * n)
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z, rounded once where the instruction set can, else after the product too."""
+        if not self.isa.has_fma:
+            return self.b.fadd(self.b.fmul(x, y), z)
+        kind = x.type
+        name = f"llvm.fma.v{kind.count}f32"
+        return self.b.call(self._declare(name, ir.FunctionType(kind, [kind] * 3)), [x, y, z])
+
+    def intrinsic(self, name: str, result: ir.Type, args: Sequence[Any]) -> Any:
+        """Call the LLVM intrinsic `name`."""
+        kind = ir.FunctionType(result, [a.type for a in args])
+        return self.b.call(self._declare(name, kind), list(args))
+
+    def half_to_float(self, bits: Any) -> Any:
+        """float32 of float16 bit patterns (a vector of int16); exact, infinities and NaN too."""
+        n = bits.type.count
+        if self.isa.has_f16:
+            return self.b.fpext(self.b.bitcast(bits, vec(F16, n)), vec(F32, n))
+        b, wide = self.b, vec(I32, n)
+        whole = b.zext(bits, wide)
+        sign = b.shl(b.and_(whole, self.fill(I32, 0x8000, n)), self.fill(I32, 16, n))
+        magnitude = b.shl(b.and_(whole, self.fill(I32, 0x7FFF, n)), self.fill(I32, 13, n))
+        # Read as float32 the exponent is 112 too small, denormals included: one exact product.
+        scaled = b.fmul(b.bitcast(magnitude, vec(F32, n)), self.fill(F32, 2.0**112, n))
+        special = b.icmp_unsigned(">=", magnitude, self.fill(I32, 0x0F800000, n))
+        top = b.or_(magnitude, self.fill(I32, 0x7F800000, n))
+        bits32 = b.select(special, top, b.bitcast(scaled, wide))
+        return b.bitcast(b.or_(bits32, sign), vec(F32, n))
+
+    # ---- control ------------------------------------------------------------------------
+
+    def loop(
+        self,
+        start: Any,
+        stop: Any,
+        carried: Sequence[Any],
+        body: Callable[[Any, list[Any]], Sequence[Any]],
+        step: int = 1,
+    ) -> list[Any]:
+        """for i in range(start, stop, step): carried = body(i, carried); gives the last values."""
+        start = const(start) if isinstance(start, int) else start
+        stop = const(stop) if isinstance(stop, int) else stop
+        before = self.b.block
+        head, inside, after = (self.b.append_basic_block(n) for n in ("head", "body", "after"))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        i, values = self._phi(start, before), [self._phi(v, before) for v in carried]
+        self.b.cbranch(self.b.icmp_signed("<", i, stop), inside, after)
+        self.b.position_at_end(inside)
+        results = list(body(i, values))
+        i.add_incoming(self.at(i, step), self.b.block)
+        for phi, result in zip(values, results, strict=True):
+            phi.add_incoming(result, self.b.block)
+        self.b.branch(head)
+        self.b.position_at_end(after)
+        return values
+
+    def each(self, start: Any, stop: Any, body: Callable[[Any], None]) -> None:
+        """for i in range(start, stop): body(i)."""
+
+        def step(i: Any, _: list[Any]) -> list[Any]:
+            body(i)
+            return []
+
+        self.loop(start, stop, [], step)
+
+    def repeat(self, more: Callable[[], Any], body: Callable[[], None]) -> None:
+        """while more(): body()."""
+        head, inside, after = (self.b.append_basic_block(n) for n in ("while", "do", "done"))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        self.b.cbranch(more(), inside, after)
+        self.b.position_at_end(inside)
+        body()
+        self.b.branch(head)
+        self.b.position_at_end(after)
+
+    def choose(self, condition: Any, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
+        """yes() if condition else no(), only the taken side is run; both give one value."""
+        with self.b.if_else(condition) as (then, otherwise):
+            with then:
+                first, first_block = yes(), self.b.block
+            with otherwise:
+                second, second_block = no(), self.b.block
+        phi = self.b.phi(first.type)
+        phi.add_incoming(first, first_block)
+        phi.add_incoming(second, second_block)
+        return phi
+
+    def _phi(self, value: Any, block: Any) -> Any:
+        phi = self.b.phi(value.type)
+        phi.add_incoming(value, block)
+        return phi
+
+    def _declare(self, name: str, kind: ir.FunctionType) -> Any:
+        found = self.module.globals.get(name)
+        return found or ir.Function(self.module, kind, name)

@@ -1,0 +1,170 @@
+"""Threads that run plans: started once, woken natively, ended before their code is freed.
+
+The work is in kernels/executor.py. Here are the control block it reads, the functions of the
+operating system that it calls by address, and the lives of the threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .objects import function
+from .signatures import CONTROL
+
+_SPIN_NS = 200_000  # a worker waits this long for the next plan before it parks
+_SPINS = 2000  # turns in a barrier before a thread gives its processor away
+_LINE = 64
+
+_teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()
+
+
+class ThreadTeam:
+    """`n_threads` threads, the caller's among them, that run one plan at a time together.
+
+    loader: gives the address of a compiled kernel for its name and constants.
+    Threads start with the first plan. Use as a context manager, or `close()` it.
+    """
+
+    def __init__(self, n_threads: int, loader: Callable[[str, dict[str, Any]], int]) -> None:
+        if n_threads < 1:
+            raise ValueError(f"a team needs at least one thread, not {n_threads}")
+        self.n_threads = n_threads
+        self._entry = function(loader("executor", {}))
+        self._lock = threading.Lock()
+        self._forget()
+        _teams.add(self)
+
+    def run(self, table: int, n_rows: int, profile: int = 0) -> None:
+        """Run the plan of `n_rows` rows at address `table`; returns when all threads are done.
+
+        profile: address of n_rows + 1 int64 that receive nanoseconds at the start and after each
+        row, or 0. A plan must not be run from inside a plan of the same team.
+        """
+        if n_rows == 0:
+            return
+        with self._lock:
+            if self._control is None:
+                self._start()
+            self._publish(table=table, n_rows=n_rows, profile=profile)
+
+    def close(self) -> None:
+        """End the threads. The next `run` starts new ones."""
+        with self._lock:
+            if self._control is not None:
+                self._publish(table=0, n_rows=0, profile=0, stop=1)
+                for thread in self._threads:
+                    thread.join()
+            self._forget()
+
+    def __enter__(self) -> ThreadTeam:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _publish(self, **words: int) -> None:
+        assert self._control is not None, "started before"
+        for name, value in words.items():
+            self._control[CONTROL[name]] = value
+        self._entry(self._control.ctypes.data, 0, self.n_threads)
+
+    def _start(self) -> None:
+        self._control = control = _control_block(self.n_threads)
+        for number in range(1, self.n_threads):
+            arguments = (control.ctypes.data, number, self.n_threads)
+            name = f"runtime-cpu-{number}"
+            thread = threading.Thread(target=self._entry, args=arguments, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _forget(self) -> None:
+        self._control: np.ndarray | None = None
+        self._threads: list[threading.Thread] = []
+
+
+def _control_block(n_threads: int) -> np.ndarray:
+    """A zeroed control block on a cache line's boundary, with the system's functions filled in."""
+    n_words = CONTROL["threads"] + 8 * n_threads
+    room = np.zeros(n_words + 8, np.int64)
+    control = room[-room.ctypes.data % _LINE // 8 :][:n_words]
+    words = _windows() if sys.platform == "win32" else _posix(control)
+    # With more threads than processors, whoever waits is in the way of whoever works.
+    spins = _SPINS if n_threads <= _processors() else 16
+    words |= {"self": control.ctypes.data, "spin_ns": _SPIN_NS, "spins": spins}
+    for name, value in words.items():
+        control[CONTROL[name]] = value
+    return control
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _address(symbol: Any) -> int:
+    return ctypes.cast(symbol, ctypes.c_void_p).value or 0
+
+
+def _posix(control: np.ndarray) -> dict[str, int]:
+    import time
+
+    libc = ctypes.CDLL(None)
+    at = {name: control.ctypes.data + 8 * CONTROL[name] for name in ("mutex", "condition")}
+    libc.pthread_mutex_init(ctypes.c_void_p(at["mutex"]), None)
+    libc.pthread_cond_init(ctypes.c_void_p(at["condition"]), None)
+    return {
+        "yield": _address(libc.sched_yield),
+        "lock": _address(libc.pthread_mutex_lock),
+        "unlock": _address(libc.pthread_mutex_unlock),
+        "wait": _address(libc.pthread_cond_wait),
+        "broadcast": _address(libc.pthread_cond_broadcast),
+        "clock": _address(libc.clock_gettime),
+        "clock_id": time.CLOCK_MONOTONIC,
+        "clock_high": 1_000_000_000,
+        "clock_low": 1,
+    }
+
+
+def _windows() -> dict[str, int]:
+    # An SRWLOCK and a CONDITION_VARIABLE of zeros are initialised.
+    kernel = ctypes.CDLL("kernel32")
+    frequency = ctypes.c_int64()
+    kernel.QueryPerformanceFrequency(ctypes.byref(frequency))
+    return {
+        "yield": _address(kernel.SwitchToThread),
+        "lock": _address(kernel.AcquireSRWLockExclusive),
+        "unlock": _address(kernel.ReleaseSRWLockExclusive),
+        "wait": _address(kernel.SleepConditionVariableSRW),
+        "broadcast": _address(kernel.WakeAllConditionVariable),
+        "clock": _address(kernel.QueryPerformanceCounter),
+        "clock_id": -1,
+        "clock_high": 1_000_000_000 // frequency.value,
+        "clock_low": 0,
+    }
+
+
+@atexit.register
+def _close_all() -> None:
+    for team in list(_teams):
+        team.close()
+
+
+def _after_fork() -> None:
+    # A fork copies no threads, and may copy locks that are held: begin anew.
+    for team in list(_teams):
+        team._lock = threading.Lock()
+        team._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

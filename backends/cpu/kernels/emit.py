@@ -1,0 +1,259 @@
+"""LLVM IR building blocks of the kernels: 16-lane vectors, legalised for any instruction set.
+
+Everything is written on `<16 x float>` and `<16 x i32>`, so the order of every addition, and with
+it every bit, is the same on AVX-512, AVX2, NEON and SSE2. Only FMA differs: a target without it
+multiplies and adds. Nothing here may become a call into libm or the compiler's runtime: rounding
+uses the 1.5 * 2^23 trick, and f16 conversions take an integer path where the target lacks them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from llvmlite import ir
+
+LANES = 16
+i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+f16, f32, f64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+Value = ir.Value
+
+_ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+
+
+def wide(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def constant(value: float, element: ir.Type = f32) -> ir.Constant:
+    """All 16 lanes equal to `value`; floats are rounded to float32 by the caller or are exact."""
+    return ir.Constant(wide(element), [value] * LANES)
+
+
+def single(value: float) -> float:
+    """`value` rounded to float32, which llvmlite demands of a float constant's digits."""
+    import struct
+
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def floats(value: float) -> ir.Constant:
+    return constant(single(value), f32)
+
+
+def ints(value: int, element: ir.Type = i32) -> ir.Constant:
+    """Lanes of an integer constant, given signed or as an unsigned bit pattern."""
+    bits = element.width
+    return constant(value - (1 << bits) if value >= 1 << (bits - 1) else value, element)
+
+
+def pointer(b: ir.IRBuilder, address: Value, element: ir.Type) -> Value:
+    return b.inttoptr(address, element.as_pointer())
+
+
+def load(b: ir.IRBuilder, address: Value, ty: ir.Type, align: int) -> Value:
+    value = b.load(pointer(b, address, ty))
+    value.align = align
+    return value
+
+
+def store(b: ir.IRBuilder, value: Value, address: Value, align: int) -> None:
+    b.store(value, pointer(b, address, value.type)).align = align
+
+
+def offset(b: ir.IRBuilder, address: Value, n_bytes: int) -> Value:
+    return b.add(address, ir.Constant(i64, n_bytes)) if n_bytes else address
+
+
+def splat(b: ir.IRBuilder, value: Value) -> Value:
+    undef = ir.Constant(wide(value.type), ir.Undefined)
+    first = b.insert_element(undef, value, ir.Constant(i32, 0))
+    return b.shuffle_vector(first, undef, ir.Constant(wide(i32), [0] * LANES))
+
+
+def lanes_of(b: ir.IRBuilder, value: Value, picked: Sequence[int]) -> Value:
+    return b.shuffle_vector(value, value, ir.Constant(ir.VectorType(i32, len(picked)), picked))
+
+
+def intrinsic_call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value]) -> Value:
+    ty = ir.FunctionType(result, [a.type for a in args])
+    function = b.module.globals.get(name) or ir.Function(b.module, ty, name)
+    return b.call(function, args)
+
+
+def fma(b: ir.IRBuilder, x: Value, y: Value, z: Value, fused: bool) -> Value:
+    """x * y + z, rounded once where the target can (`fused`)."""
+    if not fused:
+        return b.fadd(b.fmul(x, y), z)
+    suffix = "v16f32" if isinstance(x.type, ir.VectorType) else "f32"
+    return intrinsic_call(b, f"llvm.fma.{suffix}", x.type, [x, y, z])
+
+
+def larger(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    """Lane-wise max; y where either is NaN."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def smaller(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    """Lane-wise min; y where either is NaN."""
+    return b.select(b.fcmp_ordered("<", x, y), x, y)
+
+
+def absolute(b: ir.IRBuilder, x: Value) -> Value:
+    return b.bitcast(b.and_(b.bitcast(x, wide(i32)), ints(0x7FFFFFFF)), wide(f32))
+
+
+def nearest(b: ir.IRBuilder, x: Value) -> Value:
+    """Round half to even as float; |x| < 2^22."""
+    return b.fsub(b.fadd(x, constant(_ROUND)), constant(_ROUND))
+
+
+def nearest_int(b: ir.IRBuilder, x: Value) -> Value:
+    """Round half to even as int32; |x| < 2^22 (other values give some integer, never a fault)."""
+    return b.sub(b.bitcast(b.fadd(x, constant(_ROUND)), wide(i32)), ints(0x4B400000))
+
+
+def halves(b: ir.IRBuilder, x: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """Fold 16 lanes to one in ONE fixed tree: lane i with lane i+8, then i+4, i+2, i+1."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        low, high = range(width), range(width, 2 * width)
+        x = combine(lanes_of(b, x, list(low)), lanes_of(b, x, list(high)))
+    return b.extract_element(x, ir.Constant(i32, 0))
+
+
+def total(b: ir.IRBuilder, x: Value) -> Value:
+    """Sum of 16 lanes (float or int) in the fixed tree order."""
+    is_float = x.type.element == f32
+    return halves(b, x, b.fadd if is_float else b.add)
+
+
+def largest(b: ir.IRBuilder, x: Value) -> Value:
+    return halves(b, x, lambda low, high: larger(b, low, high))
+
+
+def half_to_float(b: ir.IRBuilder, bits: Value, native: bool) -> Value:
+    """16 lanes of f16 bit patterns (i16) to f32, exactly."""
+    if native:
+        return b.fpext(b.bitcast(bits, wide(f16)), wide(f32))
+    h = b.zext(bits, wide(i32))
+    magnitude = b.shl(b.and_(h, ints(0x7FFF)), ints(13))
+    scaled = b.fmul(b.bitcast(magnitude, wide(f32)), floats(2.0**112))
+    special = b.icmp_unsigned(">=", magnitude, ints(0x0F800000))
+    value = b.bitcast(scaled, wide(i32))
+    value = b.select(special, b.or_(magnitude, ints(0x7F800000)), value)
+    sign = b.shl(b.and_(h, ints(0x8000)), ints(16))
+    return b.bitcast(b.or_(value, sign), wide(f32))
+
+
+def float_to_half(b: ir.IRBuilder, x: Value, native: bool) -> Value:
+    """16 lanes of f32 to f16 bit patterns (i16), to nearest even; overflow gives infinity."""
+    if native:
+        return b.bitcast(b.fptrunc(x, wide(f16)), wide(i16))
+    bits = b.bitcast(x, wide(i32))
+    sign = b.and_(bits, ints(0x80000000))
+    u = b.xor(bits, sign)
+    # Normal results: rebias the exponent and round on the 13 bits that fall off.
+    odd = b.and_(b.lshr(u, ints(13)), ints(1))
+    normal = b.lshr(b.add(b.add(u, ints((15 - 127 << 23) + 0xFFF & 0xFFFFFFFF)), odd), ints(13))
+    # Subnormal results: adding 0.5 makes the float adder shift and round the mantissa.
+    shifted = b.fadd(b.bitcast(u, wide(f32)), floats(0.5))
+    tiny = b.sub(b.bitcast(shifted, wide(i32)), ints(0x3F000000))
+    infinite = b.select(b.icmp_unsigned(">", u, ints(0x7F800000)), ints(0x7E00), ints(0x7C00))
+    half = b.select(b.icmp_unsigned("<", u, ints(113 << 23)), tiny, normal)
+    half = b.select(b.icmp_unsigned(">=", u, ints(143 << 23)), infinite, half)
+    return b.trunc(b.or_(half, b.lshr(sign, ints(16))), wide(i16))
+
+
+def brain_to_float(b: ir.IRBuilder, bits: Value) -> Value:
+    """16 lanes of bf16 bit patterns (i16) to f32, exactly."""
+    return b.bitcast(b.shl(b.zext(bits, wide(i32)), ints(16)), wide(f32))
+
+
+def float_to_brain(b: ir.IRBuilder, x: Value) -> Value:
+    """16 lanes of f32 to bf16 bit patterns (i16), to nearest even; NaN stays NaN."""
+    u = b.bitcast(x, wide(i32))
+    odd = b.and_(b.lshr(u, ints(16)), ints(1))
+    rounded = b.lshr(b.add(b.add(u, ints(0x7FFF)), odd), ints(16))
+    quiet = b.or_(b.lshr(u, ints(16)), ints(0x40))
+    return b.trunc(b.select(b.fcmp_unordered("uno", x, x), quiet, rounded), wide(i16))
+
+
+def horner(b: ir.IRBuilder, x: Value, coefficients: Sequence[float], fused: bool) -> Value:
+    """A polynomial, highest power first."""
+    value: Value = floats(coefficients[0])
+    for c in coefficients[1:]:
+        value = fma(b, value, x, floats(c), fused)
+    return value
+
+
+_LN2_HIGH = 0.693359375  # 9 bits: a product with |n| <= 2^14 is exact
+_LN2_LOW = math.log(2) - _LN2_HIGH
+_EXP = [1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0]
+
+
+def power_of_two(b: ir.IRBuilder, n: Value) -> Value:
+    """2^n for integer lanes in -126..127."""
+    return b.bitcast(b.shl(b.add(n, ints(127)), ints(23)), wide(f32))
+
+
+def exp(b: ir.IRBuilder, x: Value, fused: bool) -> Value:
+    """e^x within 2 ulp; 0 for -inf, inf above 88.73, NaN stays NaN.
+
+    x = n ln 2 + r with |r| <= ln(2)/2, Taylor polynomial of degree 7 (remainder 5e-9) for e^r, and
+    2^n in two factors so that subnormal results round once.
+    """
+    x = smaller(b, floats(90.0), x)
+    x = larger(b, floats(-120.0), x)
+    n = nearest(b, b.fmul(x, floats(1 / math.log(2))))
+    r = fma(b, n, floats(-_LN2_HIGH), x, fused)
+    r = fma(b, n, floats(-_LN2_LOW), r, fused)
+    value = horner(b, r, _EXP, fused)
+    whole = nearest_int(b, n)
+    first = b.ashr(whole, ints(1))
+    value = b.fmul(value, power_of_two(b, first))
+    return b.fmul(value, power_of_two(b, b.sub(whole, first)))
+
+
+def sigmoid(b: ir.IRBuilder, x: Value, fused: bool) -> Value:
+    """1 / (1 + e^-x)."""
+    negative = b.fneg(x)
+    return b.fdiv(floats(1.0), b.fadd(floats(1.0), exp(b, negative, fused)))
+
+
+def silu(b: ir.IRBuilder, x: Value, fused: bool) -> Value:
+    """x / (1 + e^-x)."""
+    return b.fdiv(x, b.fadd(floats(1.0), exp(b, b.fneg(x), fused)))
+
+
+# log(1 + t) = t - t^2/2 + t^3 p(t) on sqrt(1/2) - 1 <= t <= sqrt(2) - 1 (Cephes logf, S. Moshier).
+_LOG = [
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+]
+
+
+def log(b: ir.IRBuilder, x: Value, fused: bool) -> Value:
+    """Natural logarithm within 2 ulp; -inf for 0 and subnormals, NaN below 0, inf for inf."""
+    bits = b.bitcast(x, wide(i32))
+    shifted = b.sub(bits, ints(0x3F3504F3))  # the mantissa lands in [sqrt(1/2), sqrt(2))
+    n = b.sitofp(b.ashr(shifted, ints(23)), wide(f32))
+    mantissa = b.add(b.and_(shifted, ints(0x007FFFFF)), ints(0x3F3504F3))
+    t = b.fsub(b.bitcast(mantissa, wide(f32)), floats(1.0))
+    square = b.fmul(t, t)
+    value = b.fmul(b.fmul(horner(b, t, _LOG, fused), t), square)
+    value = fma(b, n, floats(_LN2_LOW), value, fused)
+    value = fma(b, square, floats(-0.5), value, fused)
+    value = fma(b, n, floats(_LN2_HIGH), b.fadd(t, value), fused)
+    value = b.select(b.fcmp_ordered("<", x, floats(2.0**-126)), floats(-math.inf), value)
+    bad = b.fcmp_unordered("<", x, floats(0.0))
+    value = b.select(bad, floats(math.nan), value)
+    return b.select(b.fcmp_ordered("==", x, floats(math.inf)), x, value)

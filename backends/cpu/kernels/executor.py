@@ -1,0 +1,168 @@
+"""The plan runner: every thread walks one table of kernels and meets the others at a barrier.
+
+One entry serves all threads of a team: thread 0 publishes a plan, runs its part and returns when
+all have finished; the others wait for plans until they are told to stop. A waiting thread spins
+for a bounded time, then parks on a condition variable whose functions are called by address, so
+no Python and no allocation lies between two plans. The barrier counts arrivals and never resets:
+the goal of a barrier is where the count stood when the plan began, plus n_threads per barrier.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from runtime.backends.cpu.isa import host_arch
+from runtime.backends.cpu.signatures import CONTROL as _WORDS
+from runtime.backends.cpu.signatures import PLAN_BARRIER, PLAN_ROW_WORDS
+
+from . import emit as e
+from . import simd as s
+from .rows import helper
+from .target import chosen
+
+_ARCH = chosen().arch or host_arch()
+_PAUSE = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [1])}
+_ROW_BYTES = 8 * PLAN_ROW_WORDS
+
+_SELF = 8 * _WORDS["self"]
+_GENERATION, _ARRIVALS, _SLEEPERS = (8 * _WORDS[k] for k in ("generation", "arrivals", "sleepers"))
+_TABLE, _N_ROWS, _BASE = (8 * _WORDS[k] for k in ("table", "n_rows", "base"))
+_PROFILE, _STOP = (8 * _WORDS[k] for k in ("profile", "stop"))
+_YIELD, _LOCK, _UNLOCK = (8 * _WORDS[k] for k in ("yield", "lock", "unlock"))
+_WAIT, _BROADCAST, _CLOCK = (8 * _WORDS[k] for k in ("wait", "broadcast", "clock"))
+_CLOCK_ID, _CLOCK_HIGH, _CLOCK_LOW = (
+    8 * _WORDS[k] for k in ("clock_id", "clock_high", "clock_low")
+)
+_SPIN_NS, _SPINS = (8 * _WORDS[k] for k in ("spin_ns", "spins"))
+_MUTEX, _CONDITION, _THREADS = (8 * _WORDS[k] for k in ("mutex", "condition", "threads"))
+
+
+@s.operation(s.void, s.i64, s.i64, s.i64, s.i64)
+def call_kernel(b, address, arguments, thread, n_threads):
+    ty = ir.FunctionType(ir.VoidType(), [e.i64] * 3)
+    b.call(e.pointer(b, address, ty), [arguments, thread, n_threads])
+
+
+@s.operation(s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
+def call(b, address, first, second, third, fourth):
+    """A function of the operating system; C calling conventions ignore arguments in excess."""
+    ty = ir.FunctionType(e.i64, [e.i64] * 4)
+    return b.call(e.pointer(b, address, ty), [first, second, third, fourth])
+
+
+@s.operation(s.i64, s.i64, s.i64)
+def fetch_add(b, address, value):
+    return b.atomic_rmw("add", e.pointer(b, address, e.i64), value, "seq_cst")
+
+
+@s.operation(s.i64, s.i64)
+def observe(b, address):
+    return b.load_atomic(e.pointer(b, address, e.i64), "seq_cst", 8)
+
+
+@s.operation(s.void)
+def pause(b):
+    """Tell the processor that this is a spin loop."""
+    if _ARCH in _PAUSE:
+        name, values = _PAUSE[_ARCH]
+        e.intrinsic_call(b, name, ir.VoidType(), [ir.Constant(e.i32, v) for v in values])
+
+
+@helper
+def clock(control, thread):
+    """Nanoseconds of a clock that never goes back."""
+    reading, kind = control + _THREADS + thread * 64, s.load_i64(control + _CLOCK_ID)
+    if kind >= 0:
+        call(s.load_i64(control + _CLOCK), kind, reading, 0, 0)
+    else:
+        call(s.load_i64(control + _CLOCK), reading, 0, 0, 0)
+    high = s.load_i64(reading) * s.load_i64(control + _CLOCK_HIGH)
+    return high + s.load_i64(reading + 8) * s.load_i64(control + _CLOCK_LOW)
+
+
+@helper
+def await_arrivals(control, goal):
+    """Spin until `goal` arrivals were counted; give the processor away when that takes long."""
+    left = s.load_i64(control + _SPINS)
+    while observe(control + _ARRIVALS) < goal:
+        pause()
+        left -= 1
+        if left < 0:
+            call(s.load_i64(control + _YIELD), 0, 0, 0, 0)
+
+
+@helper
+def run_plan(control, thread, n_threads):
+    table, n = s.load_i64(control + _TABLE), s.load_i64(control + _N_ROWS)
+    goal, profile = s.load_i64(control + _BASE), s.load_i64(control + _PROFILE)
+    for i in range(n):
+        row = table + i * _ROW_BYTES
+        call_kernel(s.load_i64(row), s.load_i64(row + 8), thread, n_threads)
+        meets = s.load_i64(row + 16) & PLAN_BARRIER != 0
+        if n_threads > 1 and (meets or i == n - 1):
+            goal += n_threads
+            fetch_add(control + _ARRIVALS, 1)
+            if thread == 0 or i < n - 1:
+                await_arrivals(control, goal)
+        if profile != 0 and thread == 0:
+            s.store_i64(profile + (i + 1) * 8, clock(control, thread))
+
+
+@helper
+def park(control, seen):
+    """Sleep until the generation is another; counted, so that the leader knows whom to wake."""
+    mutex = control + _MUTEX
+    call(s.load_i64(control + _LOCK), mutex, 0, 0, 0)
+    fetch_add(control + _SLEEPERS, 1)
+    while observe(control + _GENERATION) == seen:
+        call(s.load_i64(control + _WAIT), control + _CONDITION, mutex, -1, 0)
+    fetch_add(control + _SLEEPERS, -1)
+    call(s.load_i64(control + _UNLOCK), mutex, 0, 0, 0)
+
+
+@helper
+def await_plan(control, thread, seen):
+    """The generation after `seen`."""
+    deadline = clock(control, thread) + s.load_i64(control + _SPIN_NS)
+    spins = 0
+    while observe(control + _GENERATION) == seen:
+        pause()
+        spins += 1
+        if spins & 63 == 0 and clock(control, thread) > deadline:
+            park(control, seen)
+    return observe(control + _GENERATION)
+
+
+@helper
+def lead(control, n_threads):
+    if s.load_i64(control + _PROFILE) != 0:
+        s.store_i64(s.load_i64(control + _PROFILE), clock(control, 0))
+    s.store_i64(control + _BASE, observe(control + _ARRIVALS))
+    fetch_add(control + _GENERATION, 1)
+    if observe(control + _SLEEPERS) > 0:
+        call(s.load_i64(control + _LOCK), control + _MUTEX, 0, 0, 0)
+        call(s.load_i64(control + _BROADCAST), control + _CONDITION, 0, 0, 0)
+        call(s.load_i64(control + _UNLOCK), control + _MUTEX, 0, 0, 0)
+
+
+@helper
+def follow(control, thread, n_threads):
+    seen = 0
+    while True:
+        seen = await_plan(control, thread, seen)
+        if s.load_i64(control + _STOP) != 0:
+            break
+        run_plan(control, thread, n_threads)
+
+
+def build_executor():
+    def executor(control, thread, n_threads):
+        if thread == 0:
+            lead(control, n_threads)
+            run_plan(control, thread, n_threads)
+        else:
+            follow(control, thread, n_threads)
+
+    return executor
+
+
+KERNELS = {"executor": build_executor}

@@ -1,0 +1,265 @@
+"""Text to token ids and back, from the metadata of a GGUF file alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from runtime.ops.errors import TextError
+from runtime.text import bytepair, sentencepiece
+from runtime.text.detokenizer import TextStream
+from runtime.text.pretokenize import PreTokenizer, pre_tokenizer
+from runtime.text.special import SpecialTokens
+from runtime.text.vocabulary import (
+    BYTE,
+    CONTROL,
+    ESCAPED_SPACE,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Defaults,
+    Vocabulary,
+    array,
+    byte_of,
+)
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# What each `tokenizer.ggml.model` assumes where the file says nothing.
+_DEFAULTS = {
+    "gpt2": Defaults(),
+    "gemma4": Defaults(),
+    "llama": Defaults(bos=1, eos=2, unknown=0, add_bos=True),
+    "t5": Defaults(eos=1, unknown=2, add_eos=True),
+}
+_NO_TEXT = ("none", "no_vocab")
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    `Tokenizer.from_gguf(path)` or `Tokenizer(metadata)`. Attributes: `kind` (the value of
+    `tokenizer.ggml.model`), `vocab_size`, `bos_id`, `eos_id` (None where there is none), `eot`
+    (all ids that end an answer), `add_bos`, `add_eos`.
+
+    A model without text ("none") has a tokenizer that only knows `vocab_size`; encoding and
+    decoding raise TextError.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]):
+        """`metadata` holds the `tokenizer.*` keys. Raises TextError naming what is wrong."""
+        self._metadata = metadata
+        kind = metadata.get("tokenizer.ggml.model", "none")
+        self.kind: str = "none" if kind in _NO_TEXT else str(kind)
+        self._vocabulary: Vocabulary | None = None
+        if self.kind != "none":
+            self._vocabulary = Vocabulary.read(metadata, self._defaults())
+            self._check_rules()
+        self.vocab_size = _bare_size(metadata) if self._vocabulary is None else len(self._known)
+        found = self._vocabulary
+        self.bos_id = found.bos_id if found else None
+        self.eos_id = found.eos_id if found else None
+        self.eot: frozenset[int] = found.end_ids if found else frozenset()
+        self.add_bos = found.add_bos if found else False
+        self.add_eos = found.add_eos if found else False
+
+    @classmethod
+    def from_gguf(cls, source: str | os.PathLike[str] | Any) -> Tokenizer:
+        """The tokenizer of a GGUF file, given its path or the open file.
+
+        Raises FileError for a damaged file and TextError for an unusable vocabulary.
+        """
+        if not isinstance(source, str | os.PathLike):
+            return cls(source.metadata)
+        from runtime.gguf.reader import open_gguf
+
+        return cls(open_gguf(Path(source)).metadata)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """The ids of `text`.
+
+        `add_special` puts BOS first and EOS last where the model wants them. `parse_special`
+        reads control tokens written in the text ("<|im_end|>") as such; without it they are
+        plain text, which is right for text from strangers. Tokens that the vocabulary's author
+        defined for ordinary use are always matched. Lone surrogates become U+FFFD.
+        """
+        known = self._known
+        special = self._all_special if parse_special else self._user_defined
+        ids: list[int] = []
+        if add_special and known.add_bos and known.bos_id is not None:
+            ids.append(known.bos_id)
+        for piece in special.find(_valid(text)):
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += self._encode(self._strip_after_special(piece, ids, known))
+        if add_special and known.add_eos and known.eos_id is not None:
+            ids.append(known.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        `skip_special` leaves control tokens out. The space that SentencePiece puts before the
+        first word is taken away again. Raises TextError for an id outside the vocabulary.
+        """
+        text = b"".join(map(self._shown(skip_special), ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._space_prefix else text
+
+    def stream(self, skip_special: bool = True, strip_space: bool = False) -> TextStream:
+        """An incremental detokenizer for text that continues a prompt.
+
+        `strip_space` takes one leading space away, as `decode` does for SentencePiece.
+        """
+        return TextStream(self._shown(skip_special), strip_space)
+
+    def _shown(self, skip_special: bool) -> Callable[[int], bytes]:
+        if not skip_special:
+            return self.token_bytes
+        hidden = set(self._known.of_kind(CONTROL, UNKNOWN))
+        return lambda token: b"" if token in hidden else self.token_bytes(token)
+
+    def token_text(self, token: int) -> str:
+        """The token as the file writes it ("Ġthe", "▁the"). Raises TextError for a wrong id."""
+        texts = self._known.texts
+        if not 0 <= token < len(texts):
+            raise TextError(f"token id {token} is outside the vocabulary of {len(texts)}")
+        return texts[token]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of text that a token stands for. Raises TextError for a wrong id."""
+        text = self.token_text(token)
+        kind = self._known.kinds[token]
+        if kind == BYTE:
+            return byte_of(text) or text.encode()
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
+            return text.encode("utf-8", "replace")
+        if kind != NORMAL:
+            return b""
+        if self._in_byte_letters:
+            return bytepair.letters_to_bytes(text)
+        return text.replace(ESCAPED_SPACE, " ").encode("utf-8", "replace")
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token steers the model instead of standing for text."""
+        return bool(self._known.kinds[token] == CONTROL)
+
+    @property
+    def _known(self) -> Vocabulary:
+        if self._vocabulary is None:
+            raise TextError(
+                "this file has no vocabulary (tokenizer.ggml.model is 'none'): give token ids"
+            )
+        return self._vocabulary
+
+    @property
+    def _in_byte_letters(self) -> bool:
+        return self._pre is not None and not self._pre.raw
+
+    @cached_property
+    def _pre(self) -> PreTokenizer | None:
+        if self.kind not in ("gpt2", "gemma4"):
+            return None
+        name = "gemma4" if self.kind == "gemma4" else self._metadata.get("tokenizer.ggml.pre")
+        if not name:
+            warnings.warn(
+                "the file has no tokenizer.ggml.pre: words are cut by the 'default' rules, which "
+                "may differ from the model's own; convert the model again",
+                stacklevel=4,
+            )
+            name = "default"
+        return pre_tokenizer(str(name))
+
+    def _defaults(self) -> Defaults:
+        if self.kind not in _DEFAULTS:
+            known = ", ".join([*_DEFAULTS, "none"])
+            raise TextError(
+                f"tokenizer.ggml.model {self.kind!r} is not supported: supported are {known}"
+            )
+        if self._pre is None:
+            return _DEFAULTS[self.kind]
+        return Defaults(add_bos=self._pre.add_bos)
+
+    def _check_rules(self) -> None:
+        if self._pre is not None:
+            self._merges()
+        else:
+            self._scores()
+
+    def _merges(self) -> Any:
+        return array(
+            self._metadata, "tokenizer.ggml.merges", "a byte-pair vocabulary cannot do without"
+        )
+
+    def _scores(self) -> Any:
+        return sentencepiece.scores(self._metadata, len(self._known))
+
+    @cached_property
+    def _space_prefix(self) -> bool:
+        default = self.kind == "llama"
+        return self._pre is None and bool(
+            self._metadata.get("tokenizer.ggml.add_space_prefix", default)
+        )
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        known, metadata = self._known, self._metadata
+        if self._pre is not None:
+            return bytepair.encoder(known, self._merges(), self._pre)
+        if self.kind == "llama":
+            return sentencepiece.MergeEncoder(known, self._scores(), self._space_prefix)
+        charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
+        return sentencepiece.unigram_encoder(
+            known,
+            self._scores(),
+            sentencepiece.UnigramOptions(
+                add_space_prefix=self._space_prefix,
+                remove_extra_whitespaces=bool(
+                    metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
+                ),
+                precompiled_charsmap=b"" if charsmap is None else bytes(v & 255 for v in charsmap),
+            ),
+        )
+
+    @cached_property
+    def _all_special(self) -> SpecialTokens:
+        return self._special(CONTROL, UNKNOWN, USER_DEFINED)
+
+    @cached_property
+    def _user_defined(self) -> SpecialTokens:
+        return self._special(USER_DEFINED)
+
+    def _special(self, *kinds: int) -> SpecialTokens:
+        known = self._known
+        return SpecialTokens({known.texts[i]: i for i in known.of_kind(*kinds)})
+
+    @cached_property
+    def _strips_after_special(self) -> bool:
+        # Phi-3's own tokenizer swallows the space after its chat marks; GGUF has no key for it.
+        name = str(self._metadata.get("general.name", "")).lower()
+        return "phi-3" in name or "phi3" in name
+
+    def _strip_after_special(self, piece: str, ids: list[int], known: Vocabulary) -> str:
+        if not (self._strips_after_special and ids and known.kinds[ids[-1]] == CONTROL):
+            return piece
+        return piece if known.texts[ids[-1]] in ("<s>", "<|endoftext|>") else piece.lstrip()
+
+
+def _bare_size(metadata: Mapping[str, Any]) -> int:
+    """The vocabulary size of a file without texts, from `<architecture>.vocab_size`."""
+    size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _valid(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates replaced."""
+    if not isinstance(text, str):
+        raise TextError(f"encode takes text, not {type(text).__name__}")
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

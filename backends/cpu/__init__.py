@@ -1,0 +1,165 @@
+"""The CPU backend: Numba and LLVM kernels, one native call per step on all threads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import Progress
+from runtime.backends.cpu import isa as isas
+from runtime.backends.cpu.attention import page_nbytes
+from runtime.backends.cpu.executor import ThreadTeam
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.library import Library, library
+from runtime.backends.cpu.lower import lower
+from runtime.backends.cpu.plan import Buffer, Plan
+from runtime.backends.cpu.program import Program
+from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.weights import WeightStore, aligned_empty
+from runtime.ops.errors import BackendError, OptionError
+from runtime.ops.graph import Graph
+from runtime.ops.tensor import Tensor
+
+MAX_THREADS = 1024
+
+
+class CpuBackend:
+    """See backends/base.py. `threads` None means one per physical core."""
+
+    def __init__(
+        self, file: Any = None, threads: int | None = None, activations: str = "int8",
+        kernels: Library | None = None, fuse: bool = True,
+    ) -> None:  # fmt: skip
+        if activations not in ("int8", "f32"):
+            raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
+        self._library = kernels or library()
+        self.threads = threads or physical_cores()
+        self.name = f"cpu ({self._library.isa}, {self.threads} threads)"
+        self.options = Options(activations, isas.widest_tile(self._library.isa), fuse)
+        self._team = ThreadTeam(
+            self.threads,
+            lambda name, constants: self._library.address(Kernel.of(name, **constants)),
+        )
+        self.weights = WeightStore(file, self._library, self._team)
+        self._file = file
+        self._states: dict[str, np.ndarray] = {}
+        self._programs: dict[str, Program] = {}
+        self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
+
+    def state(self, leaf: Tensor) -> np.ndarray:
+        """uint8 [pages, bytes of a page] of a cache leaf, zero-filled, on first use."""
+        if leaf.name not in self._states:
+            shape = (int(leaf.shape[0]), self.state_page_nbytes(leaf))
+            try:
+                self._states[leaf.name] = np.zeros(shape, np.uint8)
+            except MemoryError:
+                raise BackendError(
+                    f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes"
+                ) from None
+        return self._states[leaf.name]
+
+    def state_page_nbytes(self, leaf: Tensor) -> int:
+        """Bytes of one page of all KV heads of a layer."""
+        return page_nbytes(leaf)
+
+    def plan(self, graph: Graph, guarded: bool = False) -> Plan:
+        """The plan of a graph, not yet bound to memory."""
+        return lower(graph, self.options, guarded)
+
+    def program(self, graph: Graph) -> Program:
+        """The program of a graph, from the cache where an equal graph was seen before."""
+        key = graph.key()
+        if key not in self._programs:
+            self._programs[key] = self.bind(self.plan(graph))
+        return self._programs[key]
+
+    def bind(self, plan: Plan) -> Program:
+        """A program for a plan; kernels and weights it needs are made ready."""
+        self._library.prepare(plan.kernels())
+        if plan.arena_nbytes > self._arena.nbytes:
+            self._arena = aligned_empty(plan.arena_nbytes)  # older programs keep theirs
+            self._arena[:] = 0
+        scratch = plan.scratch_nbytes * self.threads
+        if scratch > self._scratch.nbytes:
+            self._scratch = aligned_empty(scratch)
+        return Program(
+            plan, self._team, self._library.address, self._fixed, self._arena, self._scratch
+        )
+
+    def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
+        """Compile or load all kernels of these graphs, then pack the weights."""
+        plans = [self.plan(graph) for graph in graphs]
+        buffers = _weight_buffers(plans)
+        self._library.prepare(self.kernels(plans), progress)
+        total, done = sum(self._file.tensors[b.key].nbytes for b in buffers), 0
+        for nbytes in self.weights.load(buffers):
+            done += nbytes
+            if progress:
+                progress(done, total, "loading weights")
+
+    def kernels(self, plans: Sequence[Plan]) -> list[Kernel]:
+        """Everything these plans need compiled, packing and the executor included."""
+        packing = [
+            Kernel.of("pack_weights", format=dict(k.constants)["format"])
+            for plan in plans
+            for k in plan.kernels()
+            if k.name in ("matmul", "matmul_id")
+        ]
+        found = [k for plan in plans for k in plan.kernels()]
+        return list(dict.fromkeys([Kernel.of("executor"), *packing, *found]))
+
+    def missing(self, graphs: Sequence[Graph]) -> int:
+        """How many kernels of these graphs have yet to be compiled."""
+        return len(self._library.missing(self.kernels([self.plan(g) for g in graphs])))
+
+    def close(self) -> None:
+        """End the threads."""
+        self._team.close()
+        self._programs.clear()
+
+    def _fixed(self, buffer: Buffer) -> int:
+        if buffer.kind == "state":
+            assert buffer.tensor is not None, "a state buffer has its tensor"
+            return self.state(buffer.tensor).ctypes.data
+        return self.weights.address(buffer)
+
+
+def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
+    """The weights these plans read, each form once, in order of use."""
+    found: dict[tuple[str, str], Buffer] = {}
+    for plan in plans:
+        for buffer in plan.buffers():
+            if buffer.kind in ("raw", "vector", "packed"):
+                found.setdefault((buffer.kind, buffer.key), buffer)
+    return list(found.values())
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyperthreads counted once where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+        if sys.platform == "linux":
+            return len(_linux_cores(allowed)) or len(allowed)
+        return len(allowed)
+    logical = os.cpu_count() or 1
+    return max(1, logical // 2) if sys.platform == "win32" and logical > 1 else logical
+
+
+def _linux_cores(allowed: set[int]) -> set[str]:
+    """One name per physical core: the list of logical processors that share it."""
+    from pathlib import Path
+
+    found = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            found.add(path.read_text().strip())
+        except OSError:
+            return set()
+    return found

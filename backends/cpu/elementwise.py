@@ -1,0 +1,48 @@
+"""Lowering of ops/elementwise.py and softmax-like row ops that were not fused."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.lower import Lowering, Out, lowers
+from runtime.backends.cpu.plan import Ref
+from runtime.backends.cpu.signatures import float_bits
+from runtime.ops.tensor import Tensor
+
+
+def _second(lower: Lowering, y: Tensor) -> tuple[Ref, int]:
+    """The second operand and its row stride; a vector has stride 0."""
+    if y.ndim == 1:
+        return (lower.weight(y, "vector") if y.op == "weight" else lower.read(y)), 0
+    address, _, _, stride = lower.rows(y)
+    return address, stride
+
+
+@lowers("add", "mul")
+def binary(lower: Lowering, node: Tensor) -> None:
+    """Rows of x with rows of y, or with one vector."""
+    x, y = node.inputs
+    address, n, live, stride = lower.rows(x)
+    second, second_stride = _second(lower, y)
+    lower.emit(
+        node.op, node, x=address, y=second, out=lower.write(node), live=live, n=n,
+        x_stride=stride, y_stride=second_stride, out_stride=n,
+    )  # fmt: skip
+
+
+@lowers("silu", "sigmoid", "softmax", "normalize")
+def unary(lower: Lowering, node: Tensor) -> None:
+    """Rows of x."""
+    address, n, live, stride = lower.rows(node.inputs[0])
+    out: Out = lower.write(node)
+    lower.emit(
+        node.op, node, x=address, out=out, live=live, n=n, x_stride=stride, out_stride=n
+    )  # fmt: skip
+
+
+@lowers("scale")
+def scale(lower: Lowering, node: Tensor) -> None:
+    """Rows of x times a constant."""
+    address, n, live, stride = lower.rows(node.inputs[0])
+    lower.emit(
+        "scale", node, x=address, out=lower.write(node), live=live, n=n, x_stride=stride,
+        out_stride=n, factor=float_bits(node.attrs["factor"]),
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""The name of one compiled kernel: what it is called and the constants it is specialised for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`name` is a key of SIGNATURES; `constants` sorted pairs, all JSON values."""
+
+    name: str
+    constants: tuple[tuple[str, Any], ...] = ()
+
+    @staticmethod
+    def of(name: str, **constants: Any) -> Kernel:
+        """The kernel `name` with these constants, in one canonical order."""
+        return Kernel(name, tuple(sorted(constants.items())))
+
+    @staticmethod
+    def parse(text: str) -> Kernel:
+        """The inverse of `dump`."""
+        name, constants = json.loads(text)
+        return Kernel.of(name, **constants)
+
+    def dump(self) -> str:
+        """One line of JSON, for the compile processes."""
+        return json.dumps([self.name, dict(self.constants)])
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.constants)])
+
+
+# Arguments of the kernels that the tile emitter writes; all others are in signatures.py.
+TILE_SIGNATURES: dict[str, tuple[str, ...]] = {
+    "matmul": tuple("w x out out_stride bias add add_stride live n_rows n_inner".split()),
+}
+TILE_SIGNATURES["matmul_id"] = (*TILE_SIGNATURES["matmul"], "tiles", "n_tiles", "expert_stride")
+
+
+def arguments_of(name: str) -> tuple[str, ...]:
+    """Names of a kernel's arguments in the order of its table."""
+    from runtime.backends.cpu.signatures import SIGNATURES
+
+    return TILE_SIGNATURES.get(name) or SIGNATURES[name]

@@ -1,0 +1,139 @@
+"""Lowering of ops/moe.py and of expert matmuls: tokens grouped by expert into tiles."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.lower import Lowering, Out, lowers
+from runtime.backends.cpu.plan import Buffer, Ref
+from runtime.backends.cpu.rewrite import tile_format
+from runtime.backends.cpu.signatures import float_bits, packed_tile_nbytes
+from runtime.ops.tensor import Tensor
+
+HEADER = 64  # bytes before the tile records: the live tile count
+
+
+def tile_capacity(choices: int, experts: int, width: int) -> int:
+    """The most tiles that `choices` (token, rank) pairs over `experts` can fill."""
+    return choices // width + min(experts, choices)
+
+
+def _tiles(lower: Lowering, tiles: Tensor) -> tuple[Ref, Ref, int]:
+    """Records, live count and capacity of an expert_tiles node."""
+    buffer, attrs = lower.result(tiles), tiles.attrs
+    capacity = tile_capacity(tiles.inputs[0].size, attrs["experts"], attrs["C"])
+    return Ref(buffer, HEADER), Ref(buffer), capacity
+
+
+@lowers("top_k")
+def top_k(lower: Lowering, node: Tensor) -> None:
+    """Indices of the largest."""
+    address, n, live, stride = lower.rows(node.inputs[0])
+    k = node.attrs["k"]
+    lower.emit(
+        "top_k", node, x=address, out=lower.write(node), live=live, n=n, k=k, x_stride=stride
+    )
+
+
+@lowers("take")
+def take(lower: Lowering, node: Tensor) -> None:
+    """Scores of the chosen."""
+    x, ids = node.inputs
+    address, _, live, stride = lower.rows(x)
+    lower.emit(
+        "take", node, x=address, ids=lower.read(ids), out=lower.write(node), live=live,
+        k=int(ids.shape[1]), x_stride=stride,
+    )  # fmt: skip
+
+
+@lowers("router")
+def router(lower: Lowering, node: Tensor) -> None:
+    """Scores to the chosen experts and their weights; the ids are a second result."""
+    (scores,) = node.inputs
+    address, n, live, stride = lower.rows(scores)
+    ids = Buffer("arena", f"{node.name}.ids", node.nbytes)
+    constants = {"scoring": node.attrs["scoring"], "normalize": node.attrs["normalize"]}
+    lower.emit(
+        "router", node, constants, logits=address, ids=Out(Ref(ids)), weights=lower.write(node),
+        live=live, n_experts=n, k=node.attrs["k"], logits_stride=stride, scale=float_bits(1.0),
+    )  # fmt: skip
+    lower.router_ids[node] = ids
+
+
+@lowers("router_ids")
+def router_ids(lower: Lowering, node: Tensor) -> None:
+    """No instruction: the router wrote them."""
+    lower.alias(node, lower.router_ids[node.inputs[0]])
+
+
+@lowers("expert_tiles")
+def expert_tiles(lower: Lowering, node: Tensor) -> None:
+    """Records [expert, C output rows] of the tiles of this step."""
+    (ids,) = node.inputs
+    width, experts = node.attrs["C"], node.attrs["experts"]
+    nbytes = HEADER + 4 * (1 + width) * tile_capacity(ids.size, experts, width)
+    out = lower.write(node, nbytes)
+    scratch = 8 * (experts + 1)
+    lower.emit(
+        "expert_group", node, {"C": width}, ids=lower.read(ids),
+        tiles=Out(Ref(out.ref.buffer, HEADER)), n_tiles=out, live=lower.live(ids), n_experts=experts, k=int(ids.shape[1]),
+        scratch=Out(lower.scratch(scratch)),
+    )  # fmt: skip
+
+
+@lowers("pack_rows")
+def pack_rows(lower: Lowering, node: Tensor) -> None:
+    """Rows of x gathered into the tiles of their experts."""
+    x, tiles = node.inputs
+    address, n, _, stride = lower.rows(x)
+    records, count, capacity = _tiles(lower, tiles)
+    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    lower.emit(
+        "pack_rows", node, tile, x=address, tiles=records,
+        out=lower.write(node, capacity * packed_tile_nbytes(n, **tile)), n_tiles=count, n=n,
+        x_stride=stride, divisor=node.attrs["divisor"],
+    )  # fmt: skip
+
+
+@lowers("swiglu_pack_rows")
+def swiglu_pack_rows(lower: Lowering, node: Tensor) -> None:
+    """silu(gate) * up of each (token, rank) gathered into the tiles of its expert."""
+    gate, up, tiles = node.inputs
+    address, n, _, gate_stride = lower.rows(gate)
+    up_address, _, _, up_stride = lower.rows(up)
+    records, count, capacity = _tiles(lower, tiles)
+    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    lower.emit(
+        "swiglu_pack_rows", node, tile, gate=address, up=up_address, tiles=records,
+        out=lower.write(node, capacity * packed_tile_nbytes(n, **tile)), n_tiles=count, n=n,
+        gate_stride=gate_stride, up_stride=up_stride,
+    )  # fmt: skip
+
+
+@lowers("linear_id")
+def linear_id(lower: Lowering, node: Tensor) -> None:
+    """Each tile times the weights of its expert."""
+    packed, w, tiles = node.inputs
+    records, count, _ = _tiles(lower, tiles)
+    rows, inner = int(w.shape[1]), int(w.shape[2])
+    constants = {
+        "format": tile_format(w.dtype), "columns": packed.attrs["C"],
+        "activations": packed.attrs["kind"]
+    }  # fmt: skip
+    lower.emit(
+        "matmul_id", node, constants, w=lower.weight(w, "packed"), x=lower.read(packed),
+        out=lower.write(node), out_stride=rows, bias=0, add=0, add_stride=0,
+        live=lower.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,
+        expert_stride=lower.expert_stride(w),
+    )  # fmt: skip
+
+
+@lowers("expert_sum")
+def expert_sum(lower: Lowering, node: Tensor) -> None:
+    """Weighted sum over ranks, plus a residual where there is one."""
+    y, weights, *add = node.inputs
+    n = int(y.shape[2])
+    add_address, add_stride = (lower.rows(add[0])[0], lower.rows(add[0])[3]) if add else (0, 0)
+    lower.emit(
+        "expert_sum", node, y=lower.read(y), weights=lower.read(weights), out=lower.write(node),
+        add=add_address, live=lower.live(node), n=n, k=int(y.shape[1]), out_stride=n,
+        add_stride=add_stride,
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""Program: a plan bound to memory, run by a team of threads in one native call per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.cpu.plan import GUARD, Buffer, Plan, Ref
+from runtime.backends.cpu.table import Table
+from runtime.ops.errors import BackendError
+from runtime.ops.tensor import Tensor
+
+TILE_TOKENS = 8  # tokens of one attention tile: they share the conversion of a page
+_PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unused
+_CANARY = 0xA5
+
+
+class Program:
+    """See backends/base.py. Everything is allocated here; `run` only writes numbers and calls."""
+
+    def __init__(
+        self, plan: Plan, team: Any, kernel_address: Callable[..., int],
+        fixed_address: Callable[[Buffer], int], arena: np.ndarray, scratch: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.plan, self._team, self._arena = plan, team, arena
+        self._fixed, self._scratch = fixed_address, scratch
+        self._inputs: dict[str, np.ndarray] = {}
+        self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
+        self._constants: list[np.ndarray] = []
+        rows = [
+            (kernel_address(i.kernel), [self._value(a) for a in i.arguments.values()])
+            for i in plan.instructions
+        ]
+        meet = [i.barrier for i in plan.instructions[1:]] + [True]
+        self._table = Table(rows, meet)
+        self._outputs = [
+            _view(arena, ref, tensor)
+            for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
+        ]
+        self._dims = [str(getattr(t.shape[0], "name", "")) for t in plan.output_tensors]
+
+    def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
+        """One step; see backends/base.py. Results are views of the arena."""
+        self._prepare(inputs, live)
+        self._team.run(self._table.address(), len(self._table))
+        return self._results(live)
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `run`, with the nanoseconds of each instruction as thread 0 sees them."""
+        self._prepare(inputs, live)
+        times = np.zeros(len(self._table) + 1, np.int64)
+        self._team.run(self._table.address(), len(self._table), times.ctypes.data)
+        return self._results(live), np.diff(times)
+
+    def run_each(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        after: Callable[[int, list[tuple[Tensor, np.ndarray]]], None],
+    ) -> list[np.ndarray]:  # fmt: skip
+        """As `run`, one instruction at a time; `after(n, results)` sees each one's float results."""
+        self._prepare(inputs, live)
+        for n, instruction in enumerate(self.plan.instructions):
+            self._team.run(self._table.address(n), 1)
+            found = [
+                (b.tensor, _view(self._arena, Ref(b), b.tensor))
+                for b in instruction.writes
+                if b.kind == "arena" and b.tensor is not None and b.tensor.dtype.name == "f32"
+            ]
+            after(n, found)
+        return self._results(live)
+
+    def poison(self) -> None:
+        """Fill the arena so that unwritten results show as NaN and stray writes as lost canaries."""
+        self._arena[:] = _CANARY
+        for buffer in self.plan.buffers():
+            if buffer.kind == "arena":
+                self._arena[buffer.offset : buffer.offset + buffer.nbytes] = 0xFF
+
+    def damaged(self) -> list[str]:
+        """Names of the buffers of a guarded plan that something wrote past the end of."""
+        return [
+            buffer.key
+            for buffer in self.plan.buffers()
+            if buffer.kind == "arena"
+            and (self._arena[buffer.offset + buffer.nbytes :][:GUARD] != _CANARY).any()
+        ]
+
+    def _prepare(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> None:
+        for name, room in self._inputs.items():
+            if name == "attention_tiles":
+                continue
+            value = inputs[name]
+            if len(value) > len(room):
+                raise BackendError(f"step input {name}: {len(value)} rows, room for {len(room)}")
+            room[: len(value)] = value
+        tiles = 0
+        if "attention_tiles" in self._inputs:
+            tiles = attention_tiles(
+                inputs["sequences"], live["tokens"], self._inputs["attention_tiles"]
+            )
+        for (dim, factor), slot in self.plan.counts.items():
+            if dim == "attention_tiles":
+                self._counts[slot] = tiles
+            else:
+                self._counts[slot] = (int(dim[1:]) if dim[0] == "=" else live[dim]) * factor
+
+    def _results(self, live: Mapping[str, int]) -> list[np.ndarray]:
+        pairs = zip(self._outputs, self._dims, strict=True)
+        return [out[: live[dim]] if dim else out for out, dim in pairs]
+
+    def _value(self, argument: int | Ref) -> int:
+        if isinstance(argument, int):
+            return argument
+        return self._place(argument.buffer) + argument.offset
+
+    def _place(self, buffer: Buffer) -> int:
+        if buffer.kind == "arena":
+            return self._arena.ctypes.data + buffer.offset
+        if buffer.kind == "scratch":
+            return self._scratch.ctypes.data
+        if buffer.kind == "count":
+            return self._counts.ctypes.data
+        if buffer.kind == "input":
+            return self._input(buffer).ctypes.data
+        if buffer.kind == "constant":
+            assert buffer.tensor is not None, "a constant has its tensor"
+            self._constants.append(np.ascontiguousarray(buffer.tensor.attrs["value"]))
+            return self._constants[-1].ctypes.data
+        return self._fixed(buffer)
+
+    def _input(self, buffer: Buffer) -> np.ndarray:
+        if buffer.key not in self._inputs:
+            if buffer.tensor is None:
+                capacity = max(1, self._token_capacity())
+                self._inputs[buffer.key] = np.zeros((capacity, _PER_TILE), np.int32)
+            else:
+                shape = tuple(int(n) for n in buffer.tensor.shape)
+                self._inputs[buffer.key] = np.zeros(shape, buffer.tensor.dtype.numpy)
+        return self._inputs[buffer.key]
+
+    def _token_capacity(self) -> int:
+        nodes = [i.node for i in self.plan.instructions if i.node.op == "attention"]
+        return max((int(n.shape[0]) for n in nodes), default=0)
+
+
+def attention_tiles(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:
+    """Cut live tokens into runs of one sequence, TILE_TOKENS at most; the number of tiles.
+
+    Long prompts come first in memory but tiles are dealt out to threads one by one, so their
+    different lengths even out.
+    """
+    if tokens == 1:
+        out[0] = 0, 1, sequences[0], 0
+        return 1
+    row = sequences[:tokens]
+    cuts = np.flatnonzero(np.diff(row)) + 1
+    starts = np.concatenate([[0], cuts])
+    ends = np.concatenate([cuts, [tokens]])
+    firsts = np.concatenate(
+        [np.arange(a, b, TILE_TOKENS) for a, b in zip(starts, ends, strict=True)]
+    )
+    lasts = np.minimum(firsts + TILE_TOKENS, ends[np.searchsorted(ends, firsts, side="right")])
+    n = len(firsts)
+    out[:n, 0], out[:n, 1], out[:n, 2] = firsts, lasts - firsts, row[firsts]
+    return n
+
+
+def _view(arena: np.ndarray, ref: Ref, tensor: Tensor) -> np.ndarray:
+    """A tensor's memory in the arena as an array of its shape and layout."""
+    assert tensor.dtype.numpy is not None, f"{tensor!r} has no numpy type"
+    item = tensor.dtype.numpy.itemsize
+    strides = tuple(s * item for s in tensor.layout.strides)
+    shape = tuple(int(n) for n in tensor.shape)
+    start = ref.buffer.offset + ref.offset
+    flat = np.frombuffer(arena, np.uint8)[start:]
+    return np.ndarray(shape, tensor.dtype.numpy, flat, strides=strides)

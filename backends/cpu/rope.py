@@ -1,0 +1,30 @@
+"""Lowering of ops/rope.py."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.lower import Lowering, lowers
+from runtime.backends.cpu.signatures import float_bits
+from runtime.ops.tensor import Tensor
+
+
+@lowers("rope_angles")
+def rope_angles(lower: Lowering, node: Tensor) -> None:
+    """cos and sin of this step's positions, once for all layers."""
+    positions, inv_freq = node.inputs
+    lower.emit(
+        "rope_angles", node, positions=lower.read(positions), inv_freq=lower.read(inv_freq),
+        out=lower.write(node), live=lower.live(node), half=int(inv_freq.shape[0]),
+        mscale=float_bits(node.attrs["magnitude"]),
+    )  # fmt: skip
+
+
+@lowers("rope")
+def rope(lower: Lowering, node: Tensor) -> None:
+    """Rotation of [T, heads, dim]."""
+    x, angles = node.inputs
+    address, n, live, stride = lower.tokens(x)
+    lower.emit(
+        "rope", node, {"style": node.attrs["style"]}, x=address, angles=lower.read(angles),
+        out=lower.write(node), live=live, n_heads=int(x.shape[1]), head_dim=int(x.shape[2]),
+        half=int(angles.shape[1]), x_stride=stride, out_stride=n,
+    )  # fmt: skip

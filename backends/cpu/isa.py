@@ -151,7 +151,7 @@ def _triple(arch: str) -> str:
     import llvmlite.binding as llvm
 
     own = llvm.get_process_triple()
-    first, *rest = own.split("-")
+    _, *rest = own.split("-")
     if host_arch() == arch:
         return own
     return "-".join([arch, *rest])

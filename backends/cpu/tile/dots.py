@@ -41,11 +41,31 @@ def dot_words(
     return [[step.end(s) for s in row] for row in sums]
 
 
-class _VnniDot:
-    """AVX-512 VNNI: vpdpbusd, unsigned codes by signed activations."""
+class _Dot:
+    """One way to add up products; the default sums int32 lanes without a correction."""
 
     def __init__(self, code: Code, layout: Format) -> None:
         self.code, self.layout = code, layout
+
+    def begin(self, start: Any) -> Any:
+        """The empty sum; `start` is the address of the activations' correction."""
+        return self.code.fill(I32, 0)
+
+    def weights(self, codes: Any) -> Any:
+        """The codes of a word as `add` wants them, once for all columns."""
+        return signed_codes(self.code, self.layout, codes)
+
+    def add(self, total: Any, weights: Any, four: Any, w: int) -> Any:
+        """Add word number w; `four` are its activations in every lane."""
+        raise NotImplementedError
+
+    def end(self, total: Any) -> Any:
+        """The sum as one int32 per row."""
+        return total
+
+
+class _VnniDot(_Dot):
+    """AVX-512 VNNI: vpdpbusd, unsigned codes by signed activations."""
 
     def begin(self, start: Any) -> Any:
         return _correction(self.code, self.layout, start)
@@ -57,31 +77,16 @@ class _VnniDot:
         name = "llvm.x86.avx512.vpdpbusd.512"
         return self.code.intrinsic(name, total.type, [total, weights, four])
 
-    def end(self, total: Any) -> Any:
-        return total
 
-
-class _NeonDot:
+class _NeonDot(_Dot):
     """Arm dot product: sdot, signed bytes by signed bytes."""
-
-    def __init__(self, code: Code, layout: Format) -> None:
-        self.code, self.layout = code, layout
-
-    def begin(self, start: Any) -> Any:
-        return self.code.fill(I32, 0)
-
-    def weights(self, codes: Any) -> Any:
-        return signed_codes(self.code, self.layout, codes)
 
     def add(self, total: Any, weights: Any, four: Any, w: int) -> Any:
         name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
         return self.code.intrinsic(name, total.type, [total, weights, _bytes(self.code, four)])
 
-    def end(self, total: Any) -> Any:
-        return total
 
-
-class _Avx2Dot:
+class _Avx2Dot(_Dot):
     """AVX2: vpmaddubsw adds pairs in int16, which saturates, so sums are emptied in time.
 
     Codes below 64 fit as they are (2 * 63 * 127 * 2 < 32768). Codes of 8 bits go as |w| and the
@@ -89,7 +94,7 @@ class _Avx2Dot:
     """
 
     def __init__(self, code: Code, layout: Format) -> None:
-        self.code, self.layout = code, layout
+        super().__init__(code, layout)
         self.signed = layout.levels > 64
         largest = 128 if self.signed else layout.levels - 1
         self.room = (2**15 - 1) // (2 * _MAX_ACTIVATION * largest)
@@ -129,11 +134,11 @@ class _Avx2Dot:
         return self.code.b.add(whole, wide)
 
 
-class _WidenedDot:
+class _WidenedDot(_Dot):
     """Any processor: products in int32 element by element, added up at the end of the group."""
 
     def __init__(self, code: Code, layout: Format) -> None:
-        self.code, self.layout = code, layout
+        super().__init__(code, layout)
         self.wide = vec(I32, 4 * code.lanes)
 
     def begin(self, start: Any) -> Any:
@@ -178,7 +183,7 @@ def _bytes(code: Code, four: Any) -> Any:
     return code.b.bitcast(four, vec(I8, 4 * code.lanes))
 
 
-_STEPS = {
+_STEPS: dict[str, type[_Dot]] = {
     "avx512vnni": _VnniDot,
     "amx": _VnniDot,
     "avx2": _Avx2Dot,

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.backends.cpu.isa import isa
 from runtime.backends.cpu.tile.formats import LINE, ROWS, Format, format_of
-from runtime.backends.cpu.tile.vector import I8, I16, I32, Code, const, ir, vec
+from runtime.backends.cpu.tile.vector import I1, I8, I16, I32, Code, const, ir, vec
 
 PACK_ARGS = (
     "src",  # rows of GGUF blocks
@@ -40,11 +40,13 @@ def emit_pack(format_name: str, isa_name: str) -> str:
         row = code.times(group, ROWS)
         source = code.at(args["src"], code.times(matrix, args["src_matrix_bytes"]))
         source = code.at(source, code.times(row, args["src_row_bytes"]))
-        size = code.times(blocks, layout.packed_bytes)
+        size = code.times(
+            _even(code, blocks) if layout.name == "BF16" else blocks, layout.packed_bytes
+        )
         goal = code.at(args["dst"], code.times(matrix, args["dst_matrix_bytes"]))
         goal = code.at(goal, code.times(group, size))
         rows = code.smaller(const(ROWS), code.b.sub(args["n_rows"], row))
-        _clear_missing(code, goal, size, rows)
+        _clear(code, layout, goal, size, rows)
         _group(code, layout, _Group(source, args["src_row_bytes"], goal, rows, blocks))
 
     code.each(first, end, one)
@@ -60,10 +62,17 @@ class _Group:
     blocks: Any
 
 
-def _clear_missing(code: Code, goal: Any, size: Any, rows: Any) -> None:
+def _even(code: Code, n: Any) -> Any:
+    return code.times(code.ceil_div(n, 2), 2)
+
+
+def _clear(code: Code, layout: Format, goal: Any, size: Any, rows: Any) -> None:
+    """Zero a group that rows will not fill; for BF16 an odd K leaves halves of pairs too."""
     zero = ir.Constant(vec(I8, 32), [0] * 32)
-    missing = code.b.icmp_signed("<", rows, const(ROWS))
-    with code.b.if_then(missing):
+    unfilled = code.b.icmp_signed("<", rows, const(ROWS))
+    if layout.name == "BF16":
+        unfilled = ir.Constant(I1, 1)
+    with code.b.if_then(unfilled):
         code.loop(0, size, [], lambda i, _: code.store(zero, code.at(goal, i)) or [], step=32)
 
 
@@ -76,7 +85,7 @@ def _group(code: Code, layout: Format, group: _Group) -> None:
         place = code.at(group.source, code.times(i, layout.source_bytes))
 
         def row(r: Any) -> None:
-            pack(_Row(code, code.at(place, code.times(r, group.row_bytes)), goal, r))
+            pack(_Row(code, code.at(place, code.times(r, group.row_bytes)), goal, r, i))
 
         code.each(0, group.rows, row)
 
@@ -91,6 +100,7 @@ class _Row:
     source: Any
     goal: Any
     row: Any
+    number: Any  # of the block in its row
 
     def f16(self, offset: int, to: int) -> None:
         """Copy a float16 into a plane of them at byte `to` of the packed block."""
@@ -110,6 +120,23 @@ class _Row:
             self.code.store(value, self.code.at(lane, LINE * w), 1)
 
 
+def _f32(row: _Row) -> None:
+    row.words(0, 0, 1)
+
+
+def _f16(row: _Row) -> None:
+    row.f16(0, 0)
+
+
+def _bf16(row: _Row) -> None:
+    """Element k is half k % 2 of its row's lane in pair k // 2; `goal` is k * 32."""
+    code = row.code
+    odd = code.b.and_(row.number, const(1))
+    pair = code.b.sub(row.goal, code.times(odd, 2 * ROWS))
+    value = code.load(row.source, I16)
+    code.store(value, code.at(pair, code.times(row.row, 4), code.times(odd, 2)), 1)
+
+
 def _q4_0(row: _Row) -> None:
     row.f16(0, 0)
     row.words(2, 2 * ROWS, 4)
@@ -120,4 +147,10 @@ def _q8_0(row: _Row) -> None:
     row.words(2, 2 * ROWS, 8, lambda v: row.code.b.xor(v, ir.Constant(I32, 0x80808080)))
 
 
-_STEPS: dict[str, Callable[[_Row], None]] = {"Q4_0": _q4_0, "Q8_0": _q8_0}
+_STEPS: dict[str, Callable[[_Row], None]] = {
+    "F32": _f32,
+    "F16": _f16,
+    "BF16": _bf16,
+    "Q4_0": _q4_0,
+    "Q8_0": _q8_0,
+}

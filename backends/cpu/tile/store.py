@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
+
 from runtime.backends.cpu.tile.formats import ROWS
 from runtime.backends.cpu.tile.problem import Problem
 from runtime.backends.cpu.tile.vector import F32, const, vec

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
+
 from runtime.backends.cpu.isa import Isa
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))

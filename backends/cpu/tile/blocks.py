@@ -1,0 +1,73 @@
+"""The walk over the blocks of one pass: blocks, their chunks, their blocks of 32 elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from runtime.backends.cpu.tile.formats import LINE
+from runtime.backends.cpu.tile.problem import Problem
+from runtime.backends.cpu.tile.unpack import Block, Rows, header, unpack
+from runtime.backends.cpu.tile.vector import F32, const
+
+# body(the block of 32 of each row group, its number in K, sums) -> sums
+Body = Callable[[list[Block], Any, list[Any]], list[Any]]
+Sums = list[list[Any]]  # [row group][column], each a vector of rows
+
+_AHEAD = 4096  # bytes between what is multiplied and what is asked from memory
+
+
+def over_blocks(p: Problem, bases: list[Any], first: Any, body: Body) -> Sums:
+    """Run `body` over all blocks of 32 in order, sums starting at zero.
+
+    bases: addresses of the packed groups; first: the first of the `lanes` rows of a group.
+    """
+    code, layout = p.code, p.layout
+
+    def block(i: Any, sums: list[Any]) -> list[Any]:
+        offset = code.times(i, layout.packed_bytes)
+        rows = [Rows(code, code.at(base, offset), first) for base in bases]
+        return _chunks(p, rows, code.times(i, layout.block // 32), body, sums)
+
+    n_blocks = code.b.udiv(p.n_inner, const(layout.block))
+    return by_group(p, code.loop(0, n_blocks, zeros(p, bases), block))
+
+
+def zeros(p: Problem, bases: list[Any]) -> list[Any]:
+    """The first sums, flat: group by group, columns inside."""
+    return [p.code.fill(F32, 0.0) for _ in range(len(bases) * p.spec.columns)]
+
+
+def by_group(p: Problem, flat: list[Any]) -> Sums:
+    """Flat sums as [row group][column]."""
+    columns = p.spec.columns
+    return [flat[i : i + columns] for i in range(0, len(flat), columns)]
+
+
+def prefetch(p: Problem, base: Any, n_bytes: int) -> None:
+    """Ask for what follows `n_bytes` at `base` by the prefetch distance."""
+    for line in range(0, n_bytes, LINE):
+        p.code.prefetch(p.code.at(base, _AHEAD + line))
+
+
+def _chunks(p: Problem, rows: list[Rows], before: Any, body: Body, sums: list[Any]) -> list[Any]:
+    """All chunks of one block, in a loop of its own when there are several."""
+    code, layout = p.code, p.layout
+    heads = [header(layout.name, r) for r in rows]
+    per_chunk = layout.chunk // 32
+
+    def chunk(j: Any, sums: list[Any]) -> list[Any]:
+        offset = code.at(code.times(j, layout.chunk_bytes), layout.header)
+        places = [code.at(r.base, offset) for r in rows]
+        for place in places:
+            prefetch(p, place, layout.chunk_bytes)
+        parts = zip(rows, heads, places, strict=True)
+        blocks = [unpack(layout.name, r, head, place, j) for r, head, place in parts]
+        for k in range(per_chunk):
+            number = code.at(before, code.times(j, per_chunk), k)
+            sums = body([b[k] for b in blocks], number, sums)
+        return sums
+
+    if layout.chunks == 1:
+        return chunk(const(0), sums)
+    return code.loop(0, layout.chunks, sums, chunk)

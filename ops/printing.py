@@ -10,7 +10,7 @@ from runtime.ops.tensor import LEAVES, Tensor
 
 
 def render(graph: Graph) -> str:
-    """The readable form of a graph: `%12 = matmul(%11, blk.0.attn_q.weight) f32[tokens:8, 1024]`."""
+    """The readable form of a graph: `%12 = matmul(%11, blk.0.attn_q.weight) f32[tokens:8, 64]`."""
     numbers: dict[Tensor, str] = {}
     lines = [f"{graph.name}: {sum(n.op not in LEAVES for n in graph.nodes)} ops"]
 

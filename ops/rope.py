@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021) in two ops: angles once per step, rotation per layer."""
+"""Rotary position embedding (Su et al. 2021): angles once per step, rotation per layer."""
 
 from __future__ import annotations
 

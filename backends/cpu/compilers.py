@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.backends.cpu.kernel import Kernel
@@ -98,7 +99,7 @@ def _feed(todo: Any, done: Any, isa: str) -> None:
 
 
 def _start(isa: str) -> Any:
-    paths = "\0".join(p or os.getcwd() for p in sys.path)
+    paths = "\0".join(p or str(Path.cwd()) for p in sys.path)
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     environment.pop("RUNTIME_CPU_ISA", None)
     return subprocess.Popen(

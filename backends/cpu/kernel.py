@@ -35,7 +35,18 @@ class Kernel:
 
 # Arguments of the kernels that the tile emitter writes; all others are in signatures.py.
 TILE_SIGNATURES: dict[str, tuple[str, ...]] = {
-    "matmul": tuple("w x out out_stride bias add add_stride live n_rows n_inner".split()),
+    "matmul": (
+        "w",
+        "x",
+        "out",
+        "out_stride",
+        "bias",
+        "add",
+        "add_stride",
+        "live",
+        "n_rows",
+        "n_inner",
+    ),
 }
 TILE_SIGNATURES["matmul_id"] = (*TILE_SIGNATURES["matmul"], "tiles", "n_tiles", "expert_stride")
 

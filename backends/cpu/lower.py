@@ -26,7 +26,7 @@ DEVICE_OPS = frozenset({
 })  # fmt: skip
 
 
-class Declined(Exception):
+class Declined(Exception):  # noqa: N818  not a failure by itself
     """A rule cannot lower this node; the text says why."""
 
 

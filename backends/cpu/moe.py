@@ -72,9 +72,10 @@ def expert_tiles(lower: Lowering, node: Tensor) -> None:
     nbytes = HEADER + 4 * (1 + width) * tile_capacity(ids.size, experts, width)
     out = lower.write(node, nbytes)
     scratch = 8 * (experts + 1)
+    records = Out(Ref(out.ref.buffer, HEADER))
     lower.emit(
-        "expert_group", node, {"C": width}, ids=lower.read(ids),
-        tiles=Out(Ref(out.ref.buffer, HEADER)), n_tiles=out, live=lower.live(ids), n_experts=experts, k=int(ids.shape[1]),
+        "expert_group", node, {"C": width}, ids=lower.read(ids), tiles=records, n_tiles=out,
+        live=lower.live(ids), n_experts=experts, k=int(ids.shape[1]),
         scratch=Out(lower.scratch(scratch)),
     )  # fmt: skip
 

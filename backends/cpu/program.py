@@ -60,7 +60,7 @@ class Program:
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
         after: Callable[[int, list[tuple[Tensor, np.ndarray]]], None],
     ) -> list[np.ndarray]:  # fmt: skip
-        """As `run`, one instruction at a time; `after(n, results)` sees each one's float results."""
+        """As `run`, one instruction at a time; `after(n, results)` sees its float results."""
         self._prepare(inputs, live)
         for n, instruction in enumerate(self.plan.instructions):
             self._team.run(self._table.address(n), 1)
@@ -73,7 +73,7 @@ class Program:
         return self._results(live)
 
     def poison(self) -> None:
-        """Fill the arena so that unwritten results show as NaN and stray writes as lost canaries."""
+        """Fill the arena so that unwritten results are NaN and stray writes break canaries."""
         self._arena[:] = _CANARY
         for buffer in self.plan.buffers():
             if buffer.kind == "arena":

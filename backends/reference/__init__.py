@@ -1,0 +1,94 @@
+"""The reference backend: every op's numpy reference in float64, one node after the other.
+
+Slow and exact. It runs whole models, and VALIDATE compares other backends with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import Progress
+from runtime.ops.graph import Graph, walk
+from runtime.ops.registry import find
+from runtime.ops.tensor import Dim, Tensor
+
+
+class ReferenceBackend:
+    """See backends/base.py."""
+
+    name = "reference (numpy, float64)"
+
+    def __init__(self, file: Any = None) -> None:
+        self._file = file
+        self._states: dict[str, np.ndarray] = {}
+        self._weights: dict[str, np.ndarray] = {}
+
+    def state(self, leaf: Tensor) -> np.ndarray:
+        """float32 pages in the leaf's own shape [pages, PAGE, heads, dim]."""
+        if leaf.name not in self._states:
+            self._states[leaf.name] = np.zeros([int(n) for n in leaf.shape], np.float32)
+        return self._states[leaf.name]
+
+    def state_page_nbytes(self, leaf: Tensor) -> int:
+        """Bytes of one page in float32."""
+        return 4 * leaf.size // int(leaf.shape[0])
+
+    def program(self, graph: Graph) -> ReferenceProgram:
+        """A program that walks the graph."""
+        return ReferenceProgram(graph, self.weight, self.state)
+
+    def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
+        """Nothing to prepare: weights are widened on first use."""
+
+    def weight(self, leaf: Tensor) -> np.ndarray:
+        """A weight as float64, in its shape."""
+        if leaf.name not in self._weights:
+            self._weights[leaf.name] = self._file.tensors[leaf.name].to_float32().astype(np.float64)
+        return self._weights[leaf.name]
+
+    def close(self) -> None:
+        """Drop weights and state."""
+        self._weights.clear()
+        self._states.clear()
+
+
+class ReferenceProgram:
+    """Runs a graph on live rows only; `values` of the last run can be looked up by name."""
+
+    def __init__(
+        self, graph: Graph, weight: Callable[[Tensor], np.ndarray],
+        state: Callable[[Tensor], np.ndarray],
+    ) -> None:  # fmt: skip
+        self.graph, self._weight, self._state = graph, weight, state
+        self.values: dict[str, np.ndarray] = {}
+
+    def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
+        """See backends/base.py; results are float64."""
+        rules = {
+            "input": lambda node: _live_part(node, inputs[node.name], live),
+            "weight": self._weight,
+            "constant": lambda node: node.attrs["value"],
+            "state": self._state,
+            "reshape": lambda node, x: x.reshape(_live_shape(node, live)),
+            "broadcast": lambda node, x: np.broadcast_to(x, _live_shape(node, live)),
+        }
+        found = walk(self.graph, rules, _compute)
+        by_node = dict(zip(self.graph.nodes, found, strict=True))
+        self.values = {node.name: value for node, value in by_node.items() if node.name}
+        return [by_node[o] for o in self.graph.outputs if o.base.op != "state"]
+
+
+def _compute(node: Tensor, *inputs: np.ndarray) -> np.ndarray:
+    wide = [x.astype(np.float64) if x.dtype == np.float32 and x.ndim < 4 else x for x in inputs]
+    return find(node.op).reference(*wide, **node.attrs)
+
+
+def _live_shape(node: Tensor, live: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(live[n.name] if isinstance(n, Dim) else int(n) for n in node.shape)
+
+
+def _live_part(node: Tensor, value: np.ndarray, live: Mapping[str, int]) -> np.ndarray:
+    return value[: _live_shape(node, live)[0]]

@@ -1,0 +1,101 @@
+"""How much memory there is, what a context takes, and what fits."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime.errors import MemoryLimitError
+from runtime.ops import PAGE
+
+_SHARE = 0.9  # of what is free: the rest is for activations, text and the system
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still take without swapping; None where the system does not say."""
+    if sys.platform == "linux":
+        return min(_meminfo(), _control_group())
+    if sys.platform == "win32":
+        return _windows_memory()
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError):
+        return None
+
+
+def _meminfo() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize
+
+
+def _control_group() -> int:
+    """What a container's limit leaves (control groups, version 2)."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+def _windows_memory() -> int | None:
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong), ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "free", "c", "d", "e", "f", "g")),
+        )  # fmt: skip
+
+    status = Status(length=ctypes.sizeof(Status))
+    kernel = ctypes.CDLL("kernel32")
+    return status.free if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The context a sequence may have, and the pages of all sequences together."""
+
+    context: int
+    pages: int
+
+
+def choose(
+    context: int | None, trained: int, sequences: int, page_nbytes: int, weights: int
+) -> CacheSize:
+    """Context and pages: `context` if given, else the trained one, or what fits in memory.
+
+    `page_nbytes` is a page of all layers, `weights` what the model itself will take. Sequences
+    share one pool: room for as many full contexts as asked for and fit, at least one.
+    MemoryLimitError says what would fit.
+    """
+    free = available_memory()
+    budget = sys.maxsize if free is None else max(0, int((free - weights) * _SHARE))
+    most = budget // page_nbytes * PAGE
+    if context is not None and context > most:
+        raise MemoryLimitError(
+            f"context={context} needs {gib(-(-context // PAGE) * page_nbytes)} of KV cache, and "
+            f"{gib(budget)} is free beside the model: at most context={most} fits "
+            "(a smaller kv_type such as 'q8_0' fits more)"
+        )
+    wanted = context or min(trained, most)
+    if wanted < 1:
+        raise MemoryLimitError(
+            f"the model takes {gib(weights)} and {gib(free or 0)} of memory is free: "
+            "no room is left for a KV cache; use a smaller or more quantised model"
+        )
+    each = -(-wanted // PAGE)
+    return CacheSize(wanted, max(each, min(each * sequences, budget // page_nbytes)))
+
+
+def gib(nbytes: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"

@@ -1,0 +1,248 @@
+"""Model: a loaded file, its backend and its cache; `load` makes one."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import Backend, Program, Progress, open_backend
+from runtime.batch import UBATCH, Ubatch, check, cut
+from runtime.errors import OptionError
+from runtime.gguf.reader import GGUFFile, open_gguf
+from runtime.memory.budget import CacheSize, choose
+from runtime.memory.pages import BlockTable, PagePool
+from runtime.models import registry
+from runtime.models.step import Step
+from runtime.ops import PAGE, Graph
+from runtime.ops.rounding import KV_TYPES
+from runtime.session import Session
+
+_LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    devices: str = "cpu",
+    kv_type: str = "f16",
+    context: int | None = None,
+    threads: int | None = None,
+    activations: str = "int8",
+    sequences: int = 8,
+    progress: bool | Progress = False,
+) -> Model:
+    """Load a GGUF model; with no path the bundled demo model.
+
+    devices: "cpu", "reference" or "null". kv_type: f32, f16, bf16 or q8_0, or two for K and V
+    apart ("q8_0,f16"). context: tokens of one sequence (default: what the file was trained for,
+    or what fits). threads: default one per core. activations: "int8", or "f32" to keep them in
+    float for every weight type. sequences: full contexts the cache has room for, memory allowing.
+    progress: True draws bars on stderr; or a function of (done, total, what).
+    Raises a `runtime.Error` that names the file, tensor or option.
+    """
+    file = open_gguf(path if path is not None else demo_path())
+    return Model(file, devices, kv_type, context, threads, activations, sequences, progress)
+
+
+def demo_path() -> Path:
+    """The bundled model's file."""
+    return Path(__file__).parent / "data" / "demo.gguf"
+
+
+class Model:
+    """Weights, cache pages and programs of one file. Made by `load`."""
+
+    def __init__(
+        self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
+        threads: int | None, activations: str, sequences: int, progress: bool | Progress,
+    ) -> None:  # fmt: skip
+        self.file = file
+        self.kv_types = parse_kv_type(kv_type)
+        if sequences < 1 or (context is not None and context < 1):
+            raise OptionError(f"context={context} and sequences={sequences} must be at least 1")
+        self._architecture = registry.build(file)
+        self.backend: Backend = open_backend(devices, file, threads, activations)
+        self._size = self._choose_size(context, sequences)
+        pages = [self.backend.state(leaf) for leaf in self._states()]
+        self._pool = PagePool(self._size.pages, pages)
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._load_weights(progress)
+
+    @property
+    def context(self) -> int:
+        """The most tokens a session can hold."""
+        return self._size.context
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits."""
+        return self._architecture.p.vocabulary
+
+    @property
+    def architecture(self) -> str:
+        """The architecture's name in the file."""
+        return self.file.architecture
+
+    @property
+    def threads(self) -> int:
+        """Threads of the backend."""
+        return getattr(self.backend, "threads", 1)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The file's Tokenizer, built on first use."""
+        if not hasattr(self, "_tokenizer"):
+            from runtime.text.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.from_gguf(self.file)
+        return self._tokenizer
+
+    def graph(self, tokens: int = 1, outputs: int | None = None) -> Graph:
+        """The plain graph of a step of that capacity; `print` it to read it."""
+        table_pages = -(-self.context // PAGE)
+        step = Step.capacity(
+            tokens, outputs or tokens, tokens, table_pages, self._size.pages,
+            self._architecture.cache_layers, self.kv_types,
+        )  # fmt: skip
+        return self._architecture.graph(step)
+
+    def session(self) -> Session:
+        """An empty sequence."""
+        session = Session(self, BlockTable(self._pool, self.context))
+        self._sessions.add(session)
+        return session
+
+    def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
+        """Logits of a fresh sequence, float32 [len(ids), vocabulary]; no BOS is added."""
+        with self.session() as session:
+            return session.eval(ids, logits)
+
+    def step(
+        self, batch: Sequence[tuple[Session, Sequence[int]]], logits: str = "all"
+    ) -> list[np.ndarray]:
+        """Evaluate new tokens of several sessions together, as one ragged batch.
+
+        One float32 [n, vocabulary] per session, in order: all its new tokens ("all"), the last
+        one ("last") or none ("none"). The bits do not depend on what else is in the batch.
+        """
+        check(batch, logits, self.vocab_size, self.context)
+        counts = {"all": len, "last": lambda ids: 1, "none": lambda ids: 0}[logits]
+        results = [np.empty((counts(ids), self.vocab_size), np.float32) for _, ids in batch]
+        filled = [0] * len(batch)
+        most_rows = max(1, _LOGITS_BYTES // (4 * self.vocab_size))
+        for ubatch in cut(batch, logits, UBATCH, bucket_below(most_rows)):
+            rows = self._run(ubatch)
+            for piece in ubatch.pieces:
+                n = len(piece.wanted)
+                at = filled[piece.index]
+                results[piece.index][at : at + n], rows = rows[:n], rows[n:]
+                filled[piece.index] += n
+        return results
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
+        """Text that continues a raw prompt, piece by piece; see runtime.generate.generate."""
+        from runtime.generate import generate
+
+        return generate(self, prompt, **options)
+
+    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Iterator[str]:
+        """The assistant's answer to messages [{"role", "content"}], through the chat template."""
+        from runtime.generate import chat
+
+        return chat(self, messages, **options)
+
+    def close(self) -> None:
+        """End threads and give memory back; sessions of this model cannot be used afterwards."""
+        for session in list(self._sessions):
+            session.close()
+        self.backend.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, ubatch: Ubatch) -> np.ndarray:
+        for piece in ubatch.pieces:
+            piece.session.table.reserve(piece.start, piece.start + len(piece.ids))
+        live = {"tokens": ubatch.tokens, "outputs": ubatch.outputs}
+        program = self.program(ubatch.tokens, ubatch.outputs)
+        rows = self._execute(program, ubatch.inputs(), live)
+        for piece in ubatch.pieces:
+            piece.session.tokens.extend(piece.ids)
+        return rows
+
+    def _execute(
+        self, program: Program, inputs: dict[str, np.ndarray], live: dict[str, int]
+    ) -> np.ndarray:
+        from runtime.environment import debug, validate
+
+        if validate() or debug() >= 2:
+            from runtime.inspection import run_inspected
+
+            return run_inspected(self, program, inputs, live, validate(), debug())
+        return program.run(inputs, live)[0]
+
+    def program(self, tokens: int, outputs: int) -> Program:
+        """The program of the smallest bucket that holds a step of that size."""
+        t = bucket(tokens)
+        r = next(r for r in (1, min(8, t), t) if r >= outputs)
+        if (t, r) not in self._programs:
+            self._programs[t, r] = self.backend.program(self.graph(t, r))
+        return self._programs[t, r]
+
+    def _states(self) -> list[Any]:
+        step = Step.capacity(
+            1, 1, 1, 1, self._size.pages, self._architecture.cache_layers, self.kv_types
+        )
+        return [*step.k, *step.v]
+
+    def _choose_size(self, context: int | None, sequences: int) -> CacheSize:
+        layers = self._architecture.cache_layers
+        step = Step.capacity(1, 1, 1, 1, 1, layers, self.kv_types)
+        page = sum(self.backend.state_page_nbytes(leaf) for leaf in (*step.k, *step.v))
+        weights = sum(t.nbytes for t in self.file.tensors.values())
+        return choose(context, self._architecture.p.context, sequences, page, weights)
+
+    def _load_weights(self, progress: bool | Progress) -> None:
+        from runtime.progress import reporter
+
+        self._programs: dict[tuple[int, int], Program] = {}
+        with reporter(progress) as report:
+            graphs = [self.graph(1, 1)]
+            if getattr(self.backend, "missing", lambda graphs: 0)(graphs):
+                graphs = self.warm_graphs()
+            self.backend.load(graphs, report)
+
+    def warm_graphs(self) -> list[Graph]:
+        """Graphs that between them use every kernel this model can need."""
+        sizes = [(1, 1), (4, 1), (4, 4), (8, 1), (8, 8), (16, 1), (16, 8), (16, 16)]
+        return [self.graph(t, r) for t, r in sizes]
+
+
+def parse_kv_type(text: str) -> tuple[str, str]:
+    """K and V types of "f16" or "q8_0,f16"; OptionError lists what there is."""
+    parts = [p.strip().lower() for p in text.split(",")]
+    kinds = parts * 2 if len(parts) == 1 else parts
+    wrong = next((k for k in kinds if k not in KV_TYPES), None)
+    if len(kinds) != 2 or wrong is not None:
+        raise OptionError(
+            f"kv_type={text!r} must be one of {', '.join(KV_TYPES)}, or two of them for K and V "
+            "apart, such as 'q8_0,f16'"
+        )
+    return kinds[0], kinds[1]
+
+
+def bucket(n: int) -> int:
+    """The smallest power of two that holds n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def bucket_below(n: int) -> int:
+    """The largest power of two up to n, at most UBATCH."""
+    return min(UBATCH, 1 << (n.bit_length() - 1))

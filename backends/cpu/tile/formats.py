@@ -8,8 +8,8 @@ each: a header, then chunks of 32 to 128 elements. Planes of a block, for 16 row
     u8, f16 one value per row
 
 Formats of 4 to 8 bits are stored as unsigned codes; a weight is (code - offset) * scale, plus a
-minimum where the format has one. Float formats have no blocks: [K][16] values, for BF16
-[ceil(K/2)][16] pairs of neighbours.
+minimum where the format has one. A code of IQ4_NL is its table value + 128. Float formats have no
+blocks: [K][16] values, for BF16 [ceil(K/2)][16] pairs of neighbours.
 
 Source layouts: the GGUF specification (ggml-common.h names the fields d, m, qh, ql, scales).
 """
@@ -64,6 +64,13 @@ _TABLE = {
         # name, block, source, header, chunk, chunk bytes, levels, offset
         Format("Q8_0", 32, 34, 0, 32, 32 + 8 * LINE, 256, 128),
         Format("Q4_0", 32, 18, 0, 32, 32 + 4 * LINE, 16, 8),
+        Format("Q4_1", 32, 20, 0, 32, 64 + 4 * LINE, 16, minimum=True),
+        Format("Q5_0", 32, 22, 0, 32, 32 + 5 * LINE, 32, 16),
+        Format("Q5_1", 32, 24, 0, 32, 64 + 5 * LINE, 32, minimum=True),
+        Format("IQ4_NL", 32, 18, 0, 32, 32 + 4 * LINE, 256, 128),
+        Format("Q4_K", 256, 144, 64, 64, 64 + 8 * LINE, 16, minimum=True),
+        Format("Q5_K", 256, 176, 64 + 8 * LINE, 64, 64 + 8 * LINE, 32, minimum=True),
+        Format("Q6_K", 256, 210, 32, 128, 128 + 24 * LINE, 64, 32, scales=2),
     )
 }
 NAMES = tuple(_TABLE)

@@ -11,7 +11,8 @@ from runtime.backends.cpu.tile.vector import I32, I64, Code
 
 # Groups whose sums advance together, by columns: enough independent sums to hide the latency of
 # a float addition, and few enough to stay in registers.
-_GROUPS_F32 = {1: 4, 4: 4, 8: 2}
+_GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
+_GROUPS_CODES = {1: 4, 4: 2, 8: 1}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Problem:
     @property
     def groups_at_once(self) -> int:
         """Row groups that one pass over K computes together."""
-        return _GROUPS_F32[self.spec.columns] if self.spec.activations == "f32" else 1
+        if self.spec.activations == "int8":
+            return 1  # the dots of a block restart at every block: they are independent already
+        return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]
 
     def record(self, tile: Any, entry: Any) -> Any:
         """Entry 0 (expert) or 1 + column (output row) of a tile's record, as int64."""

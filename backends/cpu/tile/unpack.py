@@ -203,7 +203,7 @@ def _with_k_scales(rows: Rows, head: list[Any], base: Any, words: list[list[Word
 
 
 def _q6_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
-    """128 elements: block i has nibbles i // 2 of words 8 (i % 2).. and bits 2i of the high plane."""
+    """128 elements: block i has nibbles i // 2 of words 8 (i % 2).., bits 2i of the high plane."""
     code, (d,) = rows.code, head
     low, high = 8 * ROWS, 8 * ROWS + 16 * LINE
 

@@ -145,6 +145,11 @@ class Tokenizer:
             return bytepair.letters_to_bytes(text)
         return text.replace(ESCAPED_SPACE, " ").encode("utf-8", "replace")
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the file has a vocabulary, so that text can be encoded and decoded."""
+        return self._vocabulary is not None
+
     def is_control(self, token: int) -> bool:
         """Whether a token steers the model instead of standing for text."""
         return bool(self._known.kinds[token] == CONTROL)

@@ -141,7 +141,7 @@ def train(run: Run, minutes: float, steps: int, checkpoint: Path) -> None:
 
 @torch.no_grad()
 def round_to_f16(model: DemoModel) -> None:
-    """Makes the matrices what the file will hold, so that loss and samples are those of the file."""
+    """Makes the matrices what the file will hold, so that loss and samples are the file's."""
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.copy_(weight.half())

@@ -120,7 +120,7 @@ class GGUFFile:
         _advise(tensor, "MADV_WILLNEED", inward=False)
 
 
-def open_gguf(path: str | Path) -> GGUFFile:
+def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Open the model at `path`; of a split model (`-00001-of-00003.gguf`) any part opens all.
 
     FileError, in one line, for anything that is missing, damaged or not supported.

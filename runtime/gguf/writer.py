@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class NewTensor:
 
 
 def write_gguf(
-    path: str | Path,
+    path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
     tensors: Sequence[NewTensor],
     progress: Callable[[int], object] = lambda nbytes: None,

@@ -1,0 +1,337 @@
+"""Write a full-size GGUF model with random weights, so that speed is measured without a download.
+
+Sizes, types and tensor names are those of the real models; values are random blocks whose scales
+give each matrix a spread of 1/sqrt(row length), so activations stay finite in any depth.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
+
+from runtime.gguf import open_gguf
+from runtime.gguf.writer import NewTensor, write_gguf
+from runtime.ops import dtypes as dt
+from runtime.ops.dtypes import DTYPES, DType
+from runtime.ops.errors import Error
+from runtime.ops.quant_blocks import DECODERS
+from runtime.ops.quants import dequantize
+
+POOL_BYTES = 8 << 20  # random data per type and row length; tensors take pieces of it
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Hyperparameters of one model, and which function lists its tensors."""
+
+    architecture: str
+    tensors: Callable[[Preset], list[Slot]]
+    layers: int
+    hidden: int
+    ff: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    rope_base: float
+    epsilon: float
+    tied: bool = True
+    llama3_rope: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the model; `role` decides its type and values, `layer` its place in a mix."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str  # norm, matrix, more_bits, output, rope
+    layer: int = 0
+
+
+def transformer_tensors(preset: Preset) -> list[Slot]:
+    """Llama and Qwen 3 tensors, in the converter's order."""
+    p = preset
+    slots = [Slot("token_embd.weight", (p.vocab, p.hidden), "output" if p.tied else "matrix")]
+    if not p.tied:
+        slots.append(Slot("output.weight", (p.vocab, p.hidden), "output"))
+    slots.append(Slot("output_norm.weight", (p.hidden,), "norm"))
+    if p.llama3_rope:
+        slots.append(Slot("rope_freqs.weight", (p.head_dim // 2,), "rope"))
+    q, kv = p.heads * p.head_dim, p.kv_heads * p.head_dim
+    rows = [
+        ("attn_norm", (p.hidden,), "norm"),
+        ("attn_q", (q, p.hidden), "matrix"),
+        ("attn_k", (kv, p.hidden), "matrix"),
+        ("attn_v", (kv, p.hidden), "more_bits"),
+        ("attn_output", (p.hidden, q), "matrix"),
+        ("ffn_norm", (p.hidden,), "norm"),
+        ("ffn_gate", (p.ff, p.hidden), "matrix"),
+        ("ffn_up", (p.ff, p.hidden), "matrix"),
+        ("ffn_down", (p.hidden, p.ff), "more_bits"),
+    ]
+    if p.architecture == "qwen3":
+        rows += [(f"attn_{x}_norm", (p.head_dim,), "norm") for x in "qk"]
+    for layer in range(p.layers):
+        slots += [Slot(f"blk.{layer}.{n}.weight", shape, role, layer) for n, shape, role in rows]
+    return slots
+
+
+PRESETS = {
+    "qwen3-0.6b": Preset(
+        "qwen3", transformer_tensors, layers=28, hidden=1024, ff=3072, heads=16, kv_heads=8,
+        head_dim=128, vocab=151_936, context=40_960, rope_base=1e6, epsilon=1e-6,
+    ),
+    "llama-1b": Preset(
+        "llama", transformer_tensors, layers=16, hidden=2048, ff=8192, heads=32, kv_heads=8,
+        head_dim=64, vocab=128_256, context=131_072, rope_base=5e5, epsilon=1e-5, llama3_rope=True,
+    ),
+    "qwen3-4b": Preset(
+        "qwen3", transformer_tensors, layers=36, hidden=2560, ff=9728, heads=32, kv_heads=8,
+        head_dim=128, vocab=151_936, context=40_960, rope_base=1e6, epsilon=1e-6,
+    ),
+}  # fmt: skip
+
+# file type -> (type of most matrices, type of attn_v and ffn_down where a mix spends more bits)
+MIXES = {"Q4_K_M": (dt.Q4_K, dt.Q6_K), "Q5_K_M": (dt.Q5_K, dt.Q6_K)}
+PLAIN = ("f32", "f16", "bf16")
+# llama_ftype numbers, for `general.file_type`; others are left out
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
+    "Q4_K": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
+    "BF16": 32,
+}  # fmt: skip
+WEIGHT_TYPES = [
+    name.upper()
+    for name, dtype in DTYPES.items()
+    if name in PLAIN or (dtype.numpy is None and name not in ("q8_1", "q8_k"))
+]
+
+# formats with a minimum: its field, as a multiple of the scale that centres the values
+_MINIMUM = {
+    "q4_1": ("m", -7.5), "q5_1": ("m", -15.5), "q2_k": ("dmin", 1.5), "q4_k": ("dmin", 7.5),
+    "q5_k": ("dmin", 15.5),
+}  # fmt: skip
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """The layers where llama-quantize's _M mixes spend more bits on attn_v and ffn_down."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def slot_type(slot: Slot, file_type: str, layers: int, output: DType | None) -> DType:
+    """The type llama-quantize gives this tensor in a file of this type."""
+    if slot.role in ("norm", "rope"):
+        return dt.F32
+    base, better = MIXES.get(file_type) or (DTYPES[file_type.lower()],) * 2
+    if slot.role == "output":
+        return output or (base if base.name in (*PLAIN, "q8_0") else dt.Q6_K)
+    return better if slot.role == "more_bits" and more_bits(slot.layer, layers) else base
+
+
+def set_scale(blocks: np.ndarray, dtype: DType, scale: np.ndarray) -> None:
+    """Write each block's scale (float32 [blocks]) the way its format stores scales."""
+    if dtype is dt.MXFP4:
+        blocks["e"] = np.rint(np.log2(scale))[:, None] + 128
+    elif dtype is dt.NVFP4:
+        exponent = np.floor(np.log2(scale)) + 8
+        mantissa = np.rint(scale / np.exp2(np.maximum(exponent, 1) - 11)) - 8 * (exponent > 0)
+        blocks["d"] = (np.maximum(exponent, 0) * 8 + mantissa).clip(1, 126)[:, None]
+    elif dtype is dt.IQ1_M:
+        bits = scale.astype(np.float16).view(np.uint16)[:, None]
+        pieces = bits >> np.arange(0, 16, 4, dtype=np.uint16) << 12
+        blocks["scales"] = blocks["scales"] & 0x0FFF | pieces
+    else:
+        blocks["d"] = scale[:, None]
+    if dtype.name in _MINIMUM:
+        field, ratio = _MINIMUM[dtype.name]
+        blocks[field] = ratio * scale[:, None]
+
+
+def random_blocks(dtype: DType, count: int, spread: float, seed: int) -> np.ndarray:
+    """`count` blocks of random codes as uint8, their values with this standard deviation."""
+    rng = np.random.default_rng(seed)
+    blocks = np.frombuffer(bytearray(rng.bytes(count * dtype.nbytes)), DECODERS[dtype.name][0])
+    if dtype is dt.TQ2_0:  # 2-bit codes of which the fourth is not used
+        blocks["qs"] &= ~((blocks["qs"] & blocks["qs"] >> 1 & 0x55) << 1)
+    set_scale(blocks, dtype, np.ones(count, np.float32))
+    sample = blocks[:4096]
+    unit = float(dequantize(sample.view(np.uint8), dtype, (len(sample) * dtype.block,)).std())
+    set_scale(blocks, dtype, spread / unit * rng.uniform(0.7, 1.3, count).astype(np.float32))
+    return blocks.view(np.uint8)
+
+
+@lru_cache(maxsize=4)
+def pool(dtype: DType, row: int, seed: int) -> np.ndarray:
+    """Random stored bytes for matrices with rows of `row` elements."""
+    spread = 1 / math.sqrt(row)
+    if dtype.numpy is None:
+        return random_blocks(dtype, POOL_BYTES // dtype.nbytes, spread, seed)
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(POOL_BYTES // 4, np.float32) * np.float32(spread)
+    if dtype is dt.BF16:
+        return (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+    return values.astype(dtype.numpy).view(np.uint8)
+
+
+def matrix_chunks(slot: Slot, dtype: DType, seed: int) -> Iterator[np.ndarray]:
+    """The bytes of a matrix: pieces from random places of the pool, so that rows differ."""
+    source = pool(dtype, slot.shape[-1], seed)
+    piece = PIECE_BYTES // dtype.nbytes * dtype.nbytes
+    places = (len(source) - piece) // dtype.nbytes
+    rng = np.random.default_rng([seed, *slot.name.encode()])
+    left = dt.nbytes_for(dtype, slot.shape)
+    while left:
+        start = int(rng.integers(places)) * dtype.nbytes
+        yield source[start : start + min(piece, left)]
+        left -= min(piece, left)
+
+
+def llama3_factors(preset: Preset) -> np.ndarray:
+    """Llama 3.2's frequency divisors: factor 32, between 1 and 4 turns in 8192 positions."""
+    half = preset.head_dim // 2
+    turns = 8192 * preset.rope_base ** -(np.arange(half) / half) / (2 * math.pi)
+    smooth = np.clip((turns - 1) / 3, 0, 1)
+    return (1 / ((1 - smooth) / 32 + smooth)).astype("<f4")
+
+
+def new_tensor(slot: Slot, dtype: DType, preset: Preset, seed: int) -> NewTensor:
+    """What to write for this slot."""
+    if slot.role == "rope":
+        return NewTensor.of(slot.name, slot.shape, dtype, llama3_factors(preset))
+    if slot.role == "norm":
+        noise = np.random.default_rng([seed, *slot.name.encode()]).standard_normal(slot.shape)
+        return NewTensor.of(slot.name, slot.shape, dtype, (1 + 0.1 * noise).astype("<f4"))
+    return NewTensor(slot.name, slot.shape, dtype, lambda: matrix_chunks(slot, dtype, seed))
+
+
+def metadata_of(preset: Preset, name: str, file_type: str) -> dict[str, Any]:
+    """The metadata keys of the model, the tokenizer's apart."""
+    values = {
+        "block_count": preset.layers,
+        "context_length": preset.context,
+        "embedding_length": preset.hidden,
+        "feed_forward_length": preset.ff,
+        "attention.head_count": preset.heads,
+        "attention.head_count_kv": preset.kv_heads,
+        "attention.key_length": preset.head_dim,
+        "attention.value_length": preset.head_dim,
+        "attention.layer_norm_rms_epsilon": preset.epsilon,
+        "rope.freq_base": preset.rope_base,
+        "rope.dimension_count": preset.head_dim,
+        "vocab_size": preset.vocab,
+    }
+    general = {
+        "general.architecture": preset.architecture,
+        "general.type": "model",
+        "general.name": f"random {name}",
+        "general.quantization_version": 2,
+    }
+    if file_type in FILE_TYPES:
+        general["general.file_type"] = FILE_TYPES[file_type]
+    return general | {f"{preset.architecture}.{key}": value for key, value in values.items()}
+
+
+def vocabulary_of(path: Path | None, preset: Preset) -> tuple[dict[str, Any], int]:
+    """(tokenizer keys, vocabulary size): copied from a file, or none at all."""
+    if path is None:
+        return {"tokenizer.ggml.model": "none"}, preset.vocab
+    keys = {k: v for k, v in open_gguf(path).metadata.items() if k.startswith("tokenizer.")}
+    if "tokenizer.ggml.tokens" not in keys:
+        raise click.BadParameter(f"{path} has no vocabulary", param_hint="--vocab-from")
+    return keys, len(keys["tokenizer.ggml.tokens"])
+
+
+def write_with_progress(path: Path, metadata: dict[str, Any], tensors: list[NewTensor]) -> None:
+    """Write the file, with a bar on stderr where it is a terminal."""
+    console = Console(stderr=True)
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(path.name, total=sum(tensor.nbytes for tensor in tensors))
+        write_gguf(path, metadata, tensors, lambda nbytes: bar.advance(task, nbytes))
+
+
+EPILOG = """
+\b
+Examples:
+  python scripts/make_random_model.py qwen3-0.6b Q4_0 q4_0.gguf
+  python scripts/make_random_model.py qwen3-0.6b Q4_K_M tiny.gguf --layers 2
+  python scripts/make_random_model.py llama-1b F16 l.gguf --vocab-from real.gguf
+
+Presets and their sizes in Q4_0: qwen3-0.6b 358 MiB, llama-1b 730 MiB, qwen3-4b 2.1 GiB.
+Real models compute the same way, so speeds carry over; the text does not: it is noise.
+"""
+
+
+@click.command(
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.argument("preset", type=click.Choice(list(PRESETS)))
+@click.argument("type", type=click.Choice([*MIXES, *WEIGHT_TYPES], case_sensitive=False))
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--layers", type=click.IntRange(1), help="Number of layers (default: the preset's).")
+@click.option("--vocab-size", type=click.IntRange(1), help="Tokens (default: the preset's).")
+@click.option(
+    "--vocab-from",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Copy tokenizer and vocabulary size from this GGUF (default: no tokenizer).",
+)
+@click.option(
+    "--output-type",
+    type=click.Choice(WEIGHT_TYPES, case_sensitive=False),
+    help="Type of the output matrix, which the presets share with the embedding "
+    "(default: as llama-quantize: Q6_K, or TYPE where that is F32, F16, BF16 or Q8_0).",
+)
+@click.option("--seed", default=0, show_default=True, help="Another seed, other weights.")
+def main(
+    preset: str,
+    type: str,
+    out: Path,
+    layers: int | None,
+    vocab_size: int | None,
+    vocab_from: Path | None,
+    output_type: str | None,
+    seed: int,
+) -> None:
+    """Write OUT, a GGUF model with random weights: the shapes of PRESET, stored as TYPE.
+
+    TYPE is a GGUF tensor type, or a mix that spends more bits on some tensors, as llama-quantize
+    does. Without --vocab-from there is no tokenizer: enough to measure speed.
+    """
+    row = PRESETS[preset]
+    row = replace(row, layers=layers or row.layers, vocab=vocab_size or row.vocab)
+    output = DTYPES[output_type.lower()] if output_type else None
+    try:
+        tokenizer, vocab = vocabulary_of(vocab_from, row)
+        row = replace(row, vocab=vocab)
+        tensors = [
+            new_tensor(slot, slot_type(slot, type, row.layers, output), row, seed)
+            for slot in row.tensors(row)
+        ]
+        write_with_progress(out, metadata_of(row, preset, type) | tokenizer, tensors)
+    except Error as error:
+        raise click.ClickException(str(error)) from error
+    size = out.stat().st_size / (1 << 20)
+    print(f"{out}: {preset} {type}, {len(tensors)} tensors, {size:.0f} MiB", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

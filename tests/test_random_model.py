@@ -1,0 +1,102 @@
+"""`scripts/make_random_model.py`: shapes, types, spread of the weights and the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from gguf_files import small_file
+
+from runtime.gguf import GGUFFile, open_gguf
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_random_model.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_random_model", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def make(script: ModuleType, path: Path, *arguments: str) -> GGUFFile:
+    result = CliRunner().invoke(script.main, [*arguments[:2], str(path), *arguments[2:]])
+    assert result.exit_code == 0, result.output
+    return open_gguf(path)
+
+
+def test_qwen3_has_the_real_shapes(script: ModuleType, tmp_path: Path) -> None:
+    small = ("--layers", "2", "--vocab-size", "300")
+    file = make(script, tmp_path / "m.gguf", "qwen3-0.6b", "Q4_0", *small)
+    assert file.architecture == "qwen3" and file.get("qwen3.block_count") == 2
+    assert file.get("tokenizer.ggml.model") == "none" and file.get("qwen3.vocab_size") == 300
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    assert shapes["token_embd.weight"] == (300, 1024) and "output.weight" not in shapes
+    assert shapes["blk.1.attn_q.weight"] == (2048, 1024)
+    assert shapes["blk.1.attn_k.weight"] == (1024, 1024)
+    assert shapes["blk.1.ffn_down.weight"] == (1024, 3072)
+    assert shapes["blk.1.attn_q_norm.weight"] == (128,)
+    assert len(shapes) == 2 + 2 * 11
+    types = {tensor.dtype.name for tensor in file.tensors.values()}
+    assert types == {"f32", "q4_0", "q6_k"}  # the tied output matrix gets 6 bits
+
+
+def test_llama_has_rope_factors_and_no_head_norms(script: ModuleType, tmp_path: Path) -> None:
+    small = ("--layers", "1", "--vocab-size", "256")
+    file = make(script, tmp_path / "m.gguf", "llama-1b", "Q8_0", *small)
+    factors = file.tensors["rope_freqs.weight"].array()
+    assert factors.shape == (32,) and factors[0] == 1 and factors[-1] == 32
+    assert (np.diff(factors) >= 0).all()
+    assert not any("q_norm" in name for name in file.tensors)
+    assert file.tensors["token_embd.weight"].dtype.name == "q8_0"
+
+
+def test_the_mix_spends_bits_where_llama_quantize_does(script: ModuleType) -> None:
+    chosen = [layer for layer in range(28) if script.more_bits(layer, 28)]
+    assert chosen == [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27]
+    preset = script.PRESETS["qwen3-0.6b"]
+    kinds = {s.name: script.slot_type(s, "Q4_K_M", 28, None).name for s in preset.tensors(preset)}
+    assert kinds["token_embd.weight"] == kinds["blk.0.ffn_down.weight"] == "q6_k"
+    assert kinds["blk.3.ffn_down.weight"] == kinds["blk.0.attn_q.weight"] == "q4_k"
+    assert kinds["blk.5.attn_v.weight"] == "q6_k" and kinds["blk.5.attn_norm.weight"] == "f32"
+
+
+def test_every_type_has_values_of_the_right_spread(script: ModuleType) -> None:
+    for name in script.WEIGHT_TYPES:
+        dtype = script.DTYPES[name.lower()]
+        slot = script.Slot("w", (64, 1024), "matrix")
+        tensor = script.new_tensor(slot, dtype, script.PRESETS["qwen3-0.6b"], 1)
+        raw = np.concatenate(list(tensor.chunks()))
+        values = script.dequantize(raw, dtype, slot.shape) * 32
+        assert raw.size == tensor.nbytes and np.isfinite(values).all(), name
+        assert 0.8 < values.std() < 1.25 and abs(values.mean()) < 0.2, name
+        assert len({row.tobytes() for row in values}) == 64, name
+
+
+def test_seeds_and_copied_vocabularies(script: ModuleType, tmp_path: Path) -> None:
+    source = small_file(tmp_path / "vocab.gguf")
+    common = ("llama-1b", "BF16", "--layers", "1", "--vocab-from", str(source))
+    first = make(script, tmp_path / "a.gguf", *common)
+    second = make(script, tmp_path / "b.gguf", *common, "--seed", "1")
+    assert first.get("tokenizer.ggml.tokens")[3] == "b\nc" and first.get("llama.vocab_size") == 5
+    name = "blk.0.attn_q.weight"
+    assert not np.array_equal(first.tensors[name].data, second.tensors[name].data)
+    again = make(script, tmp_path / "c.gguf", *common)
+    assert np.array_equal(first.tensors[name].data, again.tensors[name].data)
+
+
+def test_mistakes_are_one_line(script: ModuleType, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    assert run(script.main, ["qwen3-0.6b", "Q9", "x"]).exit_code == 2
+    result = run(script.main, ["llama-1b", "F32", str(tmp_path / "none" / "x"), "--layers", "1"])
+    assert result.exit_code == 1 and "cannot be written" in result.output
+    result = run(script.main, ["-h"])
+    assert "Examples:" in result.output and result.exit_code == 0

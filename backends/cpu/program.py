@@ -33,8 +33,7 @@ class Program:
             (kernel_address(i.kernel), [self._value(a) for a in i.arguments.values()])
             for i in plan.instructions
         ]
-        meet = [i.barrier for i in plan.instructions[1:]] + [True]
-        self._table = Table(rows, meet)
+        self._table = Table(rows, [i.barrier for i in plan.instructions])
         self._outputs = [
             _view(arena, ref, tensor)
             for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)

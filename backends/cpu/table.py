@@ -13,7 +13,7 @@ class Table:
     """int64 [rows, PLAN_ROW_WORDS] with the arguments of all rows behind one another; fixed."""
 
     def __init__(self, rows: Sequence[tuple[int, Sequence[int]]], meet: Sequence[bool]) -> None:
-        """`rows`: kernel address and arguments; `meet[i]`: all threads meet after row i."""
+        """`rows`: kernel address and arguments; `meet[i]`: all threads meet before row i."""
         self._arguments = np.zeros(max(1, sum(len(a) for _, a in rows)), np.int64)
         self._rows = np.zeros((len(rows), PLAN_ROW_WORDS), np.int64)
         at = 0
@@ -25,7 +25,7 @@ class Table:
     @staticmethod
     def single(kernel: int, arguments: Sequence[int]) -> Table:
         """One row."""
-        return Table([(kernel, arguments)], [True])
+        return Table([(kernel, arguments)], [False])
 
     def address(self, row: int = 0) -> int:
         """Address of a row; from there the table can be run in part."""

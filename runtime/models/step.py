@@ -108,4 +108,4 @@ class Weights:
         if name not in self.tensors:
             return None
         self(name, *shape)
-        return np.asarray(self.tensors[name].array(), np.float32)
+        return self.tensors[name].to_float32()

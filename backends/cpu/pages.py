@@ -1,0 +1,74 @@
+"""Cache pages of this backend to and from plain arrays [pages, PAGE, heads, dim].
+
+A page holds, per KV head, K transposed as [dim][PAGE] and V as [PAGE][dim]; q8_0 keeps the int8
+values and behind them one float16 scale per 32 dims. The conversion is exact both ways.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.ops.attention import PAGE
+from runtime.ops.tensor import Tensor
+
+_BLOCK = 32  # values under one q8_0 scale
+
+
+def to_plain(memory: np.ndarray, leaf: Tensor, which: str) -> np.ndarray:
+    """float32 [pages, PAGE, heads, dim] of uint8 `memory` [pages, bytes]; which: "k" or "v"."""
+    heads, dim = int(leaf.shape[2]), int(leaf.shape[3])
+    blocks = np.ascontiguousarray(memory).reshape(len(memory), heads, -1)
+    if leaf.dtype.name == "q8_0":
+        quants, scales = _split_q8(blocks, dim, which)
+        rows = quants.astype(np.float32) * np.repeat(scales.astype(np.float32), _BLOCK, -1)
+    else:
+        rows = _rows(_widen(blocks, leaf.dtype.name), dim, which)
+    return np.ascontiguousarray(rows.transpose(0, 2, 1, 3))
+
+
+def from_plain(plain: np.ndarray, leaf: Tensor, which: str) -> np.ndarray:
+    """uint8 [pages, bytes] of float32 [pages, PAGE, heads, dim]; the inverse of `to_plain`."""
+    rows = np.ascontiguousarray(plain.transpose(0, 2, 1, 3), np.float32)
+    if leaf.dtype.name != "q8_0":
+        return _bytes(_narrow(_turn(rows, which), leaf.dtype.name), len(plain))
+    blocks = rows.reshape(*rows.shape[:-1], -1, _BLOCK)
+    scales = np.abs(blocks).max(-1) / np.float32(127)
+    safe = np.where(scales > 0, scales, 1)[..., None]
+    quants = np.rint(blocks / safe).astype(np.int8).reshape(rows.shape)
+    parts = [_turn(quants, which), _turn(scales.astype(np.float16), which)]
+    return np.concatenate([_bytes(p, rows.shape[0] * rows.shape[1]) for p in parts], 1).reshape(
+        len(plain), -1
+    )
+
+
+def _split_q8(blocks: np.ndarray, dim: int, which: str) -> tuple[np.ndarray, np.ndarray]:
+    quants = np.ascontiguousarray(blocks[..., : PAGE * dim]).view(np.int8)
+    scales = np.ascontiguousarray(blocks[..., PAGE * dim :]).view(np.float16)
+    return _rows(quants, dim, which), _rows(scales, dim // _BLOCK, which)
+
+
+def _rows(values: np.ndarray, width: int, which: str) -> np.ndarray:
+    """[pages, heads, PAGE, width], K turned back."""
+    shape = (width, PAGE) if which == "k" else (PAGE, width)
+    found = values.reshape(*values.shape[:2], *shape)
+    return found.swapaxes(-1, -2) if which == "k" else found
+
+
+def _turn(rows: np.ndarray, which: str) -> np.ndarray:
+    return np.ascontiguousarray(rows.swapaxes(-1, -2) if which == "k" else rows)
+
+
+def _bytes(values: np.ndarray, first: int) -> np.ndarray:
+    return np.ascontiguousarray(values).view(np.uint8).reshape(first, -1)
+
+
+def _widen(blocks: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "bf16":
+        return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return blocks.view(np.float32 if kind == "f32" else np.float16).astype(np.float32)
+
+
+def _narrow(values: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "bf16":
+        return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float32 if kind == "f32" else np.float16)

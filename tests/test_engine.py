@@ -1,0 +1,174 @@
+"""Laws of the engine on a small model: the same bits whatever the threads, cuts, batch or forks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import Sizes, write_model
+
+import runtime
+from runtime.errors import MemoryLimitError, OptionError
+from runtime.model import Model
+
+MOE = Sizes("qwen3moe", experts=6, inner=32)
+KINDS = ["F32", "Q8_0", "Q4_0"]
+
+
+@pytest.fixture(scope="module", params=[("dense", "F32"), ("dense", "Q4_0"), ("moe", "Q8_0")],
+                ids=lambda p: "-".join(p))  # fmt: skip
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, kind = request.param
+    folder = tmp_path_factory.mktemp("engine")
+    return write_model(folder / "m.gguf", MOE if family == "moe" else Sizes(), kind)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Iterator[Model]:
+    with runtime.load(path, threads=2, kv_type="f16") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return np.random.default_rng(3).integers(0, 80, 150).tolist()
+
+
+@pytest.fixture(scope="module")
+def whole(model: Model, prompt: list[int]) -> np.ndarray:
+    return model.eval(prompt)
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "q8_0", "q8_0,f16"])
+@pytest.mark.parametrize("activations", ["int8", "f32"])
+def test_agrees_with_the_reference_backend(
+    path: Path, prompt: list[int], kv: str, activations: str
+):
+    with runtime.load(path, devices="reference", kv_type=kv) as exact:
+        want = exact.eval(prompt[:70])
+    with runtime.load(path, threads=2, kv_type=kv, activations=activations) as model:
+        got = model.eval(prompt[:70])
+    rows = ((got - want) ** 2).sum(1) / (want**2).sum(1)
+    # A value near a rounding border of the cache type may fall on either side of it.
+    exact_cache = {"f32": 1e-11, "f16": 1e-6, "bf16": 1e-4, "q8_0": 1e-4, "q8_0,f16": 1e-4}[kv]
+    limit = exact_cache if activations == "f32" or model.file.tensors[
+        "blk.0.attn_q.weight"].dtype.name == "f32" else 3e-3  # fmt: skip
+    assert np.median(rows) <= limit
+
+
+def test_threads_do_not_change_bits(path: Path, prompt: list[int], whole: np.ndarray):
+    for threads in (1, 3):
+        with runtime.load(path, threads=threads) as other:
+            np.testing.assert_array_equal(other.eval(prompt), whole)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_cuts_do_not_change_bits(model: Model, prompt: list[int], whole: np.ndarray, piece: int):
+    with model.session() as session:
+        rows = [session.eval(prompt[i : i + piece]) for i in range(0, len(prompt), piece)]
+    np.testing.assert_array_equal(np.concatenate(rows), whole)
+
+
+def test_batch_does_not_change_bits(model: Model, prompt: list[int], whole: np.ndarray):
+    rng = np.random.default_rng(5)
+    others = [rng.integers(0, 80, n).tolist() for n in (1, 3, 9, 33, 64, 100, 130)]
+    sessions = [model.session() for _ in range(8)]
+    first = model.step([(s, ids[:1]) for s, ids in zip(sessions, [prompt, *others], strict=True)])
+    np.testing.assert_array_equal(first[0], whole[:1])
+    tails = [(s, ids[1:]) for s, ids in zip(sessions, [prompt, *others], strict=True) if ids[1:]]
+    rest = model.step(tails)
+    np.testing.assert_array_equal(rest[0], whole[1:])
+    for row, ids in zip(rest[1:], others[1:], strict=True):
+        np.testing.assert_array_equal(row, model.eval(ids)[1:])
+
+
+def test_fork_does_not_change_bits(model: Model, prompt: list[int], whole: np.ndarray):
+    with model.session() as session:
+        session.eval(prompt[:77])
+        child = session.fork()
+        other = session.eval([1, 2, 3])
+        np.testing.assert_array_equal(child.eval(prompt[77:]), whole[77:])
+        session.rewind(3)
+        np.testing.assert_array_equal(session.eval([1, 2, 3]), other)
+        child.close()
+
+
+def test_rewind_does_not_change_bits(model: Model, prompt: list[int], whole: np.ndarray):
+    with model.session() as session:
+        session.eval(prompt[:100])
+        session.rewind(60)
+        assert len(session) == 40
+        np.testing.assert_array_equal(session.eval(prompt[40:]), whole[40:])
+
+
+def test_logits_of_fewer_rows_are_the_same(model: Model, prompt: list[int], whole: np.ndarray):
+    np.testing.assert_array_equal(model.eval(prompt, logits="last"), whole[-1:])
+    assert model.eval(prompt, logits="none").shape == (0, 80)
+
+
+def test_nothing_is_allocated_after_the_first_token(model: Model):
+    """Decode steps reuse the program and every buffer of it."""
+    with model.session() as session:
+        session.eval([1, 2, 3])
+        session.eval([4], "last")
+        programs = dict(model._programs)
+        program = model.program(1, 1)
+        tables = program._table._rows.copy(), program._table._arguments.copy()
+        for token in range(20):
+            session.eval([token], "last")
+        assert model._programs == programs
+        np.testing.assert_array_equal(program._table._rows, tables[0])
+        np.testing.assert_array_equal(program._table._arguments, tables[1])
+
+
+def test_what_a_step_refuses(model: Model):
+    with model.session() as session:
+        with pytest.raises(OptionError, match="no tokens"):
+            session.eval([])
+        with pytest.raises(OptionError, match="token id 80 is outside the vocabulary of 80"):
+            session.eval([3, 80])
+        with pytest.raises(OptionError, match="stands twice"):
+            model.step([(session, [1]), (session, [2])])
+        with pytest.raises(MemoryLimitError, match=r"do not fit in context=256"):
+            session.eval([1] * 257)
+        with pytest.raises(OptionError, match="cannot rewind 1"):
+            session.rewind(1)
+        assert len(session) == 0
+    with pytest.raises(OptionError, match="closed"):
+        session.eval([1])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kv_type": "q3"}, "kv_type='q3' must be one of f32, f16"),
+        ({"devices": "tpu"}, "devices='tpu' is not available"),
+        ({"threads": 0}, "threads=0 must be from 1"),
+        ({"activations": "int4"}, "activations='int4' must be"),
+        ({"context": 0}, "context=0"),
+        ({"context": 10**12}, "at most context="),
+    ],
+)
+def test_bad_options_are_one_line(path: Path, options: dict, message: str):
+    with pytest.raises(runtime.Error, match=message) as caught:
+        runtime.load(path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_validate_accepts_a_right_model_and_names_nan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    bad = np.ones(64, np.float32)
+    bad[3] = np.nan
+    path = write_model(tmp_path / "nan.gguf", replace={"blk.1.ffn_norm.weight": bad})
+    monkeypatch.setenv("VALIDATE", "1")
+    with runtime.load(write_model(tmp_path / "ok.gguf"), kv_type="f32") as model:
+        model.eval([1, 2, 3])
+        model.eval([1])
+    assert capsys.readouterr().err == ""
+    with runtime.load(path, kv_type="f32") as model:
+        model.eval([1])
+        model.eval([1])
+    assert capsys.readouterr().err.count("'blk.1.ffn_norm.weight' holds NaN") == 1

@@ -1,0 +1,108 @@
+"""Cache pages: sharing, copy on write, exhaustion; and the choice of a context."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import MemoryLimitError
+from runtime.memory import budget
+from runtime.memory.pages import BlockTable, PagePool
+from runtime.ops import PAGE
+
+
+def _pool(count: int = 8) -> tuple[PagePool, np.ndarray]:
+    memory = np.zeros((count, 4), np.uint8)
+    return PagePool(count, [memory]), memory
+
+
+def test_fork_shares_until_one_writes():
+    pool, memory = _pool()
+    first = BlockTable(pool, 4 * PAGE)
+    first.reserve(0, PAGE + 5)
+    memory[first.row[1]] = 7
+    second = first.fork()
+    assert list(second.row) == list(first.row) and pool.free == 6
+    second.reserve(PAGE + 5, PAGE + 6)
+    assert second.row[0] == first.row[0] and second.row[1] != first.row[1]
+    assert (memory[second.row[1]] == 7).all() and pool.free == 5
+
+
+def test_closing_gives_every_page_back():
+    pool, _ = _pool()
+    first = BlockTable(pool, 4 * PAGE)
+    first.reserve(0, 3 * PAGE)
+    second = first.fork()
+    second.reserve(2 * PAGE, 3 * PAGE)
+    first.truncate(0)
+    second.truncate(0)
+    assert pool.free == 8
+
+
+def test_exhaustion_says_what_to_do():
+    pool, _ = _pool(2)
+    table = BlockTable(pool, 4 * PAGE)
+    with pytest.raises(MemoryLimitError, match=r"all 2 pages .* close sessions"):
+        table.reserve(0, 3 * PAGE)
+
+
+def test_slots_follow_the_table():
+    pool, _ = _pool()
+    table = BlockTable(pool, 4 * PAGE)
+    table.reserve(0, 2 * PAGE)
+    slots = table.slots(PAGE - 1, PAGE + 1)
+    assert list(slots) == [table.row[0] * PAGE + PAGE - 1, table.row[1] * PAGE]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["grow", "fork", "cut", "close"]),
+                          st.integers(1, 70)), max_size=30))  # fmt: skip
+def test_any_order_of_operations_keeps_sequences_apart(steps: list[tuple[int, str, int]]):
+    """Each sequence's pages always hold what was written through it, whatever forks did."""
+    pool, memory = _pool(40)
+    tables: list[BlockTable] = [BlockTable(pool, 8 * PAGE)]
+    written: list[list[int]] = [[]]
+    clock = 0
+    for which, what, n in steps:
+        i = which % len(tables)
+        table, log = tables[i], written[i]
+        if what == "grow":
+            stop = min(8 * PAGE, len(log) + n)
+            try:
+                table.reserve(len(log), stop)
+            except MemoryLimitError:
+                continue
+            for place in range(len(log), stop):
+                clock = (clock + 1) % 251
+                memory[table.row[place // PAGE]] = clock
+                log.append(clock)
+        elif what == "fork" and len(tables) < 4:
+            tables.append(table.fork())
+            written.append(list(log))
+        elif what == "cut":
+            del log[len(log) - min(n, len(log)) // PAGE * PAGE :]
+            table.truncate(len(log))
+        for t, w in zip(tables, written, strict=True):
+            for page in range(len(w) // PAGE):
+                assert memory[t.row[page]][0] == w[page * PAGE + PAGE - 1]
+    for table in tables:
+        table.truncate(0)
+    assert pool.free == 40
+
+
+def test_choose_takes_what_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(budget, "available_memory", lambda: 1000 + 100 * 1000)
+    size = budget.choose(None, 100_000, 4, page_nbytes=1000, weights=1000)
+    assert size.context == 90 * PAGE and size.pages == 90
+    small = budget.choose(None, 5 * PAGE, 4, page_nbytes=1000, weights=1000)
+    assert small.context == 5 * PAGE and small.pages == 20
+
+
+def test_too_large_a_context_says_what_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(budget, "available_memory", lambda: 101_000)
+    with pytest.raises(MemoryLimitError, match=rf"at most context={90 * PAGE} fits"):
+        budget.choose(10_000_000, 100, 1, page_nbytes=1000, weights=1000)
+    with pytest.raises(MemoryLimitError, match="no room is left"):
+        budget.choose(None, 100, 1, page_nbytes=1000, weights=200_000)

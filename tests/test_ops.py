@@ -1,0 +1,154 @@
+"""Every op on every backend: outputs poisoned and fenced, float64 numpy as the reference."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtime import ops
+from runtime.backends.cpu import CpuBackend
+from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.reference import ReferenceBackend
+from runtime.ops.dtypes import F32, I32
+from runtime.ops.errors import OpError
+from runtime.ops.registry import OPS, Case, op
+from runtime.ops.rounding import round_to
+
+NAMES = [
+    "add", "attention", "broadcast", "expert_sum", "get_rows", "kv_write", "matmul", "matmul_id",
+    "mul", "normalize", "permute", "reshape", "rms_norm", "rope", "rope_angles", "scale",
+    "select_rows", "sigmoid", "silu", "slice", "softmax", "take", "top_k",
+]  # fmt: skip
+
+GRID = [
+    pytest.param(name, case, id=f"{name}-{n}")
+    for name in sorted(OPS)
+    for n, case in enumerate(OPS[name].cases)
+]
+
+
+class Built:
+    """One case as a graph over leaves, with their numbers."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        rng = np.random.default_rng(1)
+        self.inputs: dict[str, np.ndarray] = {}
+        self.tensors: dict[str, SimpleNamespace] = {}
+        self.states: dict[str, tuple[ops.Tensor, np.ndarray]] = {}
+        self.values: list[np.ndarray] = []
+        leaves = [self._leaf(i, arg, rng) for i, arg in enumerate(case.arguments())]
+        self.node = OPS[name](*leaves, name="result", **case.attrs)
+        self.graph = ops.Graph((self.node,))
+
+    def _leaf(self, i: int, arg: ops.Arg, rng: np.random.Generator) -> ops.Tensor:
+        make = arg.make or (lambda r, s: r.standard_normal(s))
+        value = np.asarray(make(rng, arg.shape))
+        value = value.astype(np.int32 if arg.dtype is I32 else np.float32)
+        name = f"x{i}"
+        self.values.append(value.astype(np.float64) if value.dtype == np.float32 else value)
+        if arg.leaf == "weight" or (arg.leaf == "input" and len(arg.shape) == 1 and i == 1
+                                    and arg.dtype is F32):  # fmt: skip
+            self.tensors[name] = SimpleNamespace(
+                shape=arg.shape, dtype=F32, nbytes=value.nbytes, to_float32=lambda: value,
+                data=np.ascontiguousarray(value).view(np.uint8).reshape(-1),
+            )  # fmt: skip
+            return ops.weight(name, arg.shape, F32)
+        if arg.leaf == "state":
+            leaf = ops.state(name, arg.shape, arg.dtype)
+            self.states[name] = leaf, value
+            return leaf
+        self.inputs[name] = value
+        return ops.step_input(name, arg.shape, arg.dtype)
+
+    def file(self) -> SimpleNamespace:
+        return SimpleNamespace(tensors=self.tensors, drop_pages=lambda t: None)
+
+    def live(self) -> dict[str, int]:
+        tokens = self.values[0].shape[0] if self.node.op == "attention" else 0
+        return {"tokens": tokens}
+
+
+def _which(built: Built, name: str) -> str:
+    if built.node.op == "kv_write":
+        return built.node.attrs["which"]
+    return "k" if name == "x1" else "v"
+
+
+def _reference(name: str, case: Case, built: Built) -> np.ndarray:
+    return OPS[name].reference(*[v.copy() for v in built.values], **case.attrs)
+
+
+def _error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(((got - want) ** 2).sum() / max(1e-300, float((want**2).sum())))
+
+
+def test_op_names_are_pinned():
+    assert sorted(OPS) == NAMES
+
+
+def test_unknown_and_duplicate_ops_are_refused():
+    with pytest.raises(OpError, match="did you mean 'rms_norm'"):
+        ops.registry.find("rms_nrom")
+    with pytest.raises(OpError, match="already declared"):
+        op("add", shape=lambda x: x.shape, cases=[])(lambda x: x)
+
+
+@pytest.mark.parametrize("name, case", GRID)
+def test_shape_rule_agrees_with_reference(name: str, case: Case):
+    built = Built(name, case)
+    want = _reference(name, case, built)
+    assert tuple(built.node.shape) == want.shape
+    assert (built.node.dtype.name == "i32") == (want.dtype.kind == "i")
+
+
+@pytest.mark.parametrize("name, case", GRID)
+def test_reference_backend(name: str, case: Case):
+    built = Built(name, case)
+    if built.node.base.op in ("input", "weight", "state") and name != "kv_write":
+        pytest.skip("a view of a leaf has no code of its own")
+    backend = ReferenceBackend(built.file())
+    for leaf, value in built.states.values():
+        backend.state(leaf)[:] = value
+    want = _reference(name, case, built)
+    got = backend.program(built.graph).run(built.inputs, built.live())
+    if name == "kv_write":
+        got = [backend.state(built.states["x1"][0])]
+    assert _error(got[0], want) <= case.tolerance
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name, case", GRID)
+def test_cpu_backend(name: str, case: Case, threads: int):
+    built = Built(name, case)
+    if OPS[name].view:
+        pytest.skip("a view has no kernel")
+    backend = CpuBackend(built.file(), threads=threads, activations="f32")
+    for key, (leaf, value) in built.states.items():
+        backend.state(leaf)[:] = from_plain(value, leaf, _which(built, key))
+    program = backend.bind(backend.plan(built.graph, guarded=True))
+    program.poison()
+    got = program.run(built.inputs, built.live())
+    damaged = program.damaged()
+    want = _reference(name, case, built)
+    if name == "kv_write":
+        leaf = built.states["x1"][0]
+        got = [to_plain(backend.state(leaf), leaf, "k")]
+    backend.close()
+    assert not damaged, f"{name} wrote past the end of {damaged}"
+    assert np.isfinite(got[0]).all(), f"{name} left results unwritten"
+    if want.dtype.kind == "i":
+        np.testing.assert_array_equal(got[0], want)
+    else:
+        assert _error(got[0], want) <= case.tolerance
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_pages_convert_exactly_both_ways(kv: str, which: str, rng: np.random.Generator):
+    leaf = ops.state("cache", (3, ops.PAGE, 2, 64), ops.DTYPES[kv])
+    plain = round_to(rng.standard_normal((3, ops.PAGE, 2, 64)).astype(np.float32), kv)
+    memory = from_plain(plain, leaf, which)
+    np.testing.assert_array_equal(to_plain(memory, leaf, which), plain)
+    np.testing.assert_array_equal(from_plain(to_plain(memory, leaf, which), leaf, which), memory)

@@ -62,6 +62,7 @@ _BASE_IS_ARM = host_arch() == "aarch64"
 _TABLE = {
     isa.name: isa
     for isa in (  # best first
+        Isa("amx", "x86_64", "x86-64-v4", _AMX, _AMX_NEEDS, lanes=16),
         Isa("avx512vnni", "x86_64", "x86-64-v4", _VNNI, _V4, lanes=16),
         Isa("avx2", "x86_64", "x86-64-v3", "", _V3, lanes=8),
         Isa("arm_dotprod", "aarch64", "generic", "+neon,+dotprod", frozenset({"dotprod"}), lanes=4),

@@ -14,15 +14,21 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.tile.amx import MAX_TILES, AmxScratch, configure, one_group, release
 from runtime.backends.cpu.tile.formats import ROWS
 from runtime.backends.cpu.tile.problem import Problem, load_problem
-from runtime.backends.cpu.tile.spec import TileSpec
+from runtime.backends.cpu.tile.spec import AMX_COLUMNS, TileSpec
 from runtime.backends.cpu.tile.store import store_tile
 from runtime.backends.cpu.tile.sums_f32 import sums_f32
 from runtime.backends.cpu.tile.sums_int8 import sums_int8
 from runtime.backends.cpu.tile.vector import Code, const
+from runtime.ops.errors import OpError
 
 _CACHED_BYTES = 512 * 1024  # of activations that stay in a second-level cache
+_CACHED_BYTES_AMX = 1024 * 1024  # processors with AMX have caches of 2 MiB
+
+Span = tuple[Any, Any]  # [first, end)
+Segment = Callable[[Problem, Any, Span, Span], None]  # (problem, weights, tiles, groups)
 
 
 def emit_matmul(spec: TileSpec, isa_name: str) -> str:
@@ -31,15 +37,32 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
     Arguments of the kernel: `spec.arguments`. Raises BackendError for an unknown `isa_name`.
     """
     code = Code(isa(isa_name))
+    if spec.columns == AMX_COLUMNS and isa_name != "amx":
+        raise OpError(f"matmul tiles of {AMX_COLUMNS} columns need amx, not {isa_name}")
     problem = load_problem(code, spec)
-    if spec.indirect:
-        _over_records(problem)
+    over = _over_records if spec.indirect else _over_tokens
+    if spec.columns == AMX_COLUMNS:
+        _by_amx(problem, over)
     else:
-        _over_tokens(problem)
+        over(problem, _segment)
     return code.finish()
 
 
-def _over_tokens(p: Problem) -> None:
+def _by_amx(p: Problem, over: Callable[[Problem, Segment], None]) -> None:
+    scratch = AmxScratch(p)
+    configure(p)
+
+    def segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
+        def group(g: Any) -> None:
+            one_group(p, scratch, p.code.at(w, p.code.times(g, p.group_bytes)), g, tiles)
+
+        p.code.each(*groups, group)
+
+    over(p, segment)
+    release(p)
+
+
+def _over_tokens(p: Problem, segment: Segment) -> None:
     """Blocks of token tiles, and for each the groups of this thread."""
     code = p.code
     first, end = code.my_share(p.n_groups)
@@ -49,13 +72,13 @@ def _over_tokens(p: Problem) -> None:
     def block(i: Any) -> None:
         start = code.times(i, per_block)
         stop = code.smaller(code.at(start, per_block), tiles)
-        _segment(p, p.w, (start, stop), (first, end))
+        segment(p, p.w, (start, stop), (first, end))
 
     n_blocks = code.b.udiv(code.at(tiles, per_block, -1), per_block)
     code.each(0, n_blocks, block)
 
 
-def _over_records(p: Problem) -> None:
+def _over_records(p: Problem, segment: Segment) -> None:
     """Tiles with an expert each. Position tile * groups + group; a thread has a range of them.
 
     Whole tiles of one expert that follow each other share one pass over its weights.
@@ -79,7 +102,7 @@ def _over_records(p: Problem) -> None:
         expert = p.expert(tile)
         stop = _end_of_run(p, tile, code.smaller(limit, per_block), expert)
         w = code.at(p.w, code.times(expert, p.expert_stride))
-        _segment(p, w, (tile, stop), (group, stop_group))
+        segment(p, w, (tile, stop), (group, stop_group))
         done = b.mul(b.sub(stop, tile), b.sub(stop_group, group))
         at.set(code.at(position, done))
 
@@ -103,10 +126,13 @@ def _end_of_run(p: Problem, tile: Any, limit: Any, expert: Any) -> Any:
 
 
 def _tiles_per_block(p: Problem) -> Any:
-    return p.code.larger(p.code.b.udiv(const(_CACHED_BYTES), p.tile_bytes), const(1))
+    amx = p.spec.columns == AMX_COLUMNS
+    fitting = p.code.b.udiv(const(_CACHED_BYTES_AMX if amx else _CACHED_BYTES), p.tile_bytes)
+    fitting = p.code.larger(fitting, const(1))
+    return p.code.smaller(fitting, const(MAX_TILES)) if amx else fitting
 
 
-def _segment(p: Problem, w: Any, tiles: tuple[Any, Any], groups: tuple[Any, Any]) -> None:
+def _segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
     """All of `groups` by all of `tiles`: groups outside, a few of them at a time."""
     code = p.code
     sums = _sums(p)

@@ -24,7 +24,8 @@ INDIRECT_ARGS = (
     "n_tiles",  # address of the int64 number of live tiles
     "expert_stride",  # bytes between the packed weights of two experts
 )
-COLUMNS = (1, 4, 8)
+AMX_COLUMNS = 16
+COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values
 TILE_ALIGN = 64
 
@@ -51,6 +52,8 @@ class TileSpec:
             raise OpError(f"matmul activations {self.activations!r}: legal are 'int8' and 'f32'")
         if layout.is_float and self.activations != "f32":
             raise OpError(f"{self.format} weights take 'f32' activations only")
+        if self.columns == AMX_COLUMNS and self.activations != "int8":
+            raise OpError(f"matmul tiles of {AMX_COLUMNS} columns take 'int8' activations only")
 
     @property
     def arguments(self) -> tuple[str, ...]:

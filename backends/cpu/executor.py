@@ -40,14 +40,15 @@ class ThreadTeam:
         self.n_threads = n_threads
         self._entry = function(loader("executor", {}))
         self._lock = threading.Lock()
-        self._forget()
+        self._control: np.ndarray | None = None
+        self._threads: list[threading.Thread] = []
         _teams.add(self)
 
     def run(self, table: int, n_rows: int, profile: int = 0) -> None:
         """Run the plan of `n_rows` rows at address `table`; returns when all threads are done.
 
-        profile: address of n_rows + 1 int64 that receive nanoseconds at the start and after each
-        row, or 0. A plan must not be run from inside a plan of the same team.
+        profile: address of n_rows + 1 int64 that receive nanoseconds at the start of each row
+        (after its barrier) and at the end, or 0.
         """
         if n_rows == 0:
             return
@@ -87,8 +88,7 @@ class ThreadTeam:
             self._threads.append(thread)
 
     def _forget(self) -> None:
-        self._control: np.ndarray | None = None
-        self._threads: list[threading.Thread] = []
+        self._control, self._threads = None, []
 
 
 def _control_block(n_threads: int) -> np.ndarray:

@@ -2,27 +2,58 @@
 
 Free of Numba, because a warm process lowers graphs to these names without ever importing it.
 Every argument is an int64: an address, a size, or the bit pattern of a float32 (`float_bits`).
-Strides count elements; `live` is the address of an int64 with the number of live rows.
+Strides count elements, `*_bytes` and `*_nbytes` bytes; `live` is the address of an int64 with the
+number of live rows, `n_tiles` that of the number of live tiles.
 """
 
 from __future__ import annotations
 
 import struct
 
+from runtime.ops.errors import BackendError
+
 # file of backends/cpu/kernels -> kernel -> its arguments, in the order of the table
 _FILES: dict[str, dict[str, str]] = {
-    "executor": {
-        "executor": "control",
-    },
-    "norm": {
-        "rms_norm": "x w out live n x_stride out_stride eps",
-    },
+    "executor": {"executor": "control"},
+    "norm": {"rms_norm": "x w out live n x_stride out_stride eps"},
     "pack": {
         "pack": "x out live n x_stride",
         "rms_norm_pack": "x w out live n x_stride eps",
         "swiglu_pack": "gate up out live n gate_stride up_stride",
         "pack_rows": "x tiles out n_tiles n x_stride divisor",
         "swiglu_pack_rows": "gate up tiles out n_tiles n gate_stride up_stride",
+    },
+    "gather": {
+        "get_rows": "table ids out live n row_bytes out_stride",
+        "gather_rows": "x ids out live n x_stride out_stride",
+    },
+    "rope": {
+        "rope_angles": "positions inv_freq out live half mscale",
+        "rope": "x angles out live n_heads head_dim half x_stride out_stride",
+    },
+    "kv_cache": {
+        "kv_write": "x pages page_bytes slots live n_kv_heads head_dim x_stride",
+        "qkv_post": "q k v q_stride k_stride v_stride q_norm k_norm eps angles half q_out "
+        "q_out_stride k_pages v_pages k_page_bytes v_page_bytes slots live n_heads n_kv_heads "
+        "head_dim",
+    },
+    "attention": {
+        "attention": "q q_stride k_pages v_pages k_page_bytes v_page_bytes table table_stride "
+        "tiles n_tiles places out out_stride n_heads n_kv_heads k_dim v_dim scale window softcap "
+        "sinks scratch scratch_bytes",
+    },
+    "elementwise": {
+        **dict.fromkeys(("add", "mul", "swiglu"), "x y out live n x_stride y_stride out_stride"),
+        **dict.fromkeys(("silu", "sigmoid", "exp", "log"), "x out live n x_stride out_stride"),
+        "scale": "x out live n x_stride out_stride factor",
+    },
+    "softmax": dict.fromkeys(("softmax", "normalize"), "x out live n x_stride out_stride"),
+    "moe": {
+        "router": "logits ids weights live n_experts k logits_stride scale",
+        "expert_group": "ids tiles n_tiles live n_experts k scratch",
+        "expert_sum": "y weights out add live n k out_stride add_stride",
+        "top_k": "x out live n k x_stride",
+        "take": "x ids out live k x_stride",
     },
 }
 
@@ -31,16 +62,29 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 }
 FILE_OF: dict[str, str] = {kernel: name for name, file in _FILES.items() for kernel in file}
 
+_KV_TYPES = ("f32", "f16", "bf16", "q8_0")
 _PACKING = {"C": (1, 4, 8, 16), "kind": ("int8", "f32")}
 
 # kernel -> constant -> the values it may have; a kernel that is not here has none
 CONSTANTS: dict[str, dict[str, tuple]] = {
     **dict.fromkeys(_FILES["pack"], _PACKING),
+    "get_rows": {
+        "format": tuple(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl"])
+    },
+    "rope": {"style": ("neox", "normal")},
+    "kv_write": {"which": ("k", "v"), "type": _KV_TYPES},
+    "qkv_post": {"style": ("neox", "normal", "none"), "k_type": _KV_TYPES, "v_type": _KV_TYPES},
+    "attention": {"k_type": _KV_TYPES, "v_type": _KV_TYPES},
+    "router": {"scoring": ("softmax", "sigmoid", "softmax_topk"), "normalize": (False, True)},
+    "expert_group": {"C": _PACKING["C"]},
 }
 
-# A plan is a table of rows of int64: kernel address, address of its arguments, flags, 0.
-PLAN_ROW_WORDS = 4
-PLAN_BARRIER = 1  # flag: all threads finish this row before any starts the next
+PAGE = 32  # tokens in a page of the KV cache
+ATTENTION_ROWS = 8  # query rows that attention carries through the pages together
+
+# A plan is a table of rows of int64: kernel address, address of its arguments, flags.
+PLAN_ROW_WORDS = 3
+PLAN_BARRIER = 1  # flag: all threads finish the rows before this one before any starts it
 
 # Words of the executor's control block: what different threads write lies in different lines.
 CONTROL = {
@@ -67,3 +111,23 @@ def packed_tile_nbytes(n: int, C: int, kind: str) -> int:
     """Bytes of one tile of packed activations: see kernels/pack.py for its layout."""
     used = n // 32 * C * 52 if kind == "int8" else n * C * 4
     return -(-used // 64) * 64
+
+
+def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
+    """Bytes of one KV head's K or V in one page of 32 tokens.
+
+    BackendError: q8_0 with a head size that is no multiple of 32.
+    """
+    if kv_type == "q8_0":
+        if head_dim % 32:
+            raise BackendError(
+                f"KV type q8_0 needs a head size that is a multiple of 32, not {head_dim}: use f16"
+            )
+        return PAGE * head_dim // 32 * 34
+    return PAGE * head_dim * (4 if kv_type == "f32" else 2)
+
+
+def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: int) -> int:
+    """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
+    del n_heads, n_kv_heads  # rows are taken a few at a time, whatever their number
+    return ATTENTION_ROWS * 4 * (k_dim + v_dim + PAGE + 16) + 64

@@ -48,8 +48,13 @@ def _compile(kernel: Callable, n_args: int) -> tuple[bytes, str]:
     # sees that no error path of it ever runs.
     entry = _entry(helper(kernel), n_args)
     signature = types.void(types.int64, types.int64, types.int64)
-    options = {"error_model": "numpy", "boundscheck": False, "nogil": True, "forceinline": True}
-    compiled = cfunc(signature, **options)(entry)
+    options: Any = {
+        "error_model": "numpy",
+        "boundscheck": False,
+        "nogil": True,
+        "forceinline": True,
+    }
+    compiled: Any = cfunc(signature, **options)(entry)
     return compiled._library._get_compiled_object(), compiled.native_name
 
 

@@ -10,6 +10,7 @@ the goal of a barrier is where the count stood when the plan began, plus n_threa
 from __future__ import annotations
 
 from llvmlite import ir
+
 from runtime.backends.cpu.isa import host_arch
 from runtime.backends.cpu.signatures import CONTROL as _WORDS
 from runtime.backends.cpu.signatures import PLAN_BARRIER, PLAN_ROW_WORDS
@@ -96,15 +97,18 @@ def run_plan(control, thread, n_threads):
     goal, profile = s.load_i64(control + _BASE), s.load_i64(control + _PROFILE)
     for i in range(n):
         row = table + i * _ROW_BYTES
-        call_kernel(s.load_i64(row), s.load_i64(row + 8), thread, n_threads)
-        meets = s.load_i64(row + 16) & PLAN_BARRIER != 0
-        if n_threads > 1 and (meets or i == n - 1):
+        if n_threads > 1 and i > 0 and s.load_i64(row + 16) & PLAN_BARRIER != 0:
             goal += n_threads
             fetch_add(control + _ARRIVALS, 1)
-            if thread == 0 or i < n - 1:
-                await_arrivals(control, goal)
+            await_arrivals(control, goal)
         if profile != 0 and thread == 0:
-            s.store_i64(profile + (i + 1) * 8, clock(control, thread))
+            s.store_i64(profile + i * 8, clock(control, thread))
+        call_kernel(s.load_i64(row), s.load_i64(row + 8), thread, n_threads)
+    fetch_add(control + _ARRIVALS, 1)
+    if thread == 0:
+        await_arrivals(control, goal + n_threads)
+        if profile != 0:
+            s.store_i64(profile + n * 8, clock(control, thread))
 
 
 @helper
@@ -133,9 +137,7 @@ def await_plan(control, thread, seen):
 
 
 @helper
-def lead(control, n_threads):
-    if s.load_i64(control + _PROFILE) != 0:
-        s.store_i64(s.load_i64(control + _PROFILE), clock(control, 0))
+def lead(control):
     s.store_i64(control + _BASE, observe(control + _ARRIVALS))
     fetch_add(control + _GENERATION, 1)
     if observe(control + _SLEEPERS) > 0:
@@ -157,8 +159,9 @@ def follow(control, thread, n_threads):
 def build_executor():
     def executor(control, thread, n_threads):
         if thread == 0:
-            lead(control, n_threads)
-            run_plan(control, thread, n_threads)
+            lead(control)
+            if s.load_i64(control + _STOP) == 0:
+                run_plan(control, thread, n_threads)
         else:
             follow(control, thread, n_threads)
 

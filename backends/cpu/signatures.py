@@ -69,7 +69,10 @@ _PACKING = {"C": (1, 4, 8, 16), "kind": ("int8", "f32")}
 CONSTANTS: dict[str, dict[str, tuple]] = {
     **dict.fromkeys(_FILES["pack"], _PACKING),
     "get_rows": {
-        "format": tuple(["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl"])
+        "format": (
+            *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
+            *("q4_k", "q5_k", "q6_k", "iq4_nl"),
+        ),
     },
     "rope": {"style": ("neox", "normal")},
     "kv_write": {"which": ("k", "v"), "type": _KV_TYPES},

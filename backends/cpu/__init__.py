@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Progress
-from runtime.backends.cpu import isa as isas
 from runtime.backends.cpu.attention import page_nbytes
 from runtime.backends.cpu.executor import ThreadTeam
 from runtime.backends.cpu.kernel import Kernel
@@ -19,6 +18,7 @@ from runtime.backends.cpu.lower import lower
 from runtime.backends.cpu.plan import Buffer, Plan
 from runtime.backends.cpu.program import Program
 from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.tile.spec import AMX_COLUMNS
 from runtime.backends.cpu.weights import WeightStore, aligned_empty
 from runtime.ops.errors import BackendError, OptionError
 from runtime.ops.graph import Graph
@@ -41,7 +41,8 @@ class CpuBackend:
         self._library = kernels or library()
         self.threads = threads or physical_cores()
         self.name = f"cpu ({self._library.isa}, {self.threads} threads)"
-        self.options = Options(activations, isas.widest_tile(self._library.isa), fuse)
+        wide = AMX_COLUMNS if self._library.isa == "amx" else 8
+        self.options = Options(activations, wide, fuse)
         self._team = ThreadTeam(
             self.threads,
             lambda name, constants: self._library.address(Kernel.of(name, **constants)),

@@ -40,15 +40,14 @@ def compile_one(kernel: Kernel, isa: str) -> tuple[str, bytes]:
 
 def _compile_tile(kernel: Kernel, isa: str) -> tuple[str, bytes]:
     from runtime.backends.cpu import objects
-    from runtime.backends.cpu.tile.emit import emit_matmul, emit_pack
-    from runtime.backends.cpu.tile.spec import TileSpec
+    from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 
     constants = dict(kernel.constants)
     if kernel.name == "pack_weights":
         module = emit_pack(constants["format"], isa)
     else:
         module = emit_matmul(TileSpec(**constants, indirect=kernel.name == "matmul_id"), isa)
-    return objects.ENTRY, objects.compile_ir(str(module), isa)
+    return objects.ENTRY, objects.compile_ir(module, isa)
 
 
 def compile_all(

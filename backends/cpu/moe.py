@@ -6,6 +6,7 @@ from runtime.backends.cpu.lower import Lowering, Out, lowers
 from runtime.backends.cpu.plan import Buffer, Ref
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.signatures import float_bits, packed_tile_nbytes
+from runtime.backends.cpu.tile.formats import packed_nbytes
 from runtime.ops.tensor import Tensor
 
 HEADER = 64  # bytes before the tile records: the live tile count
@@ -123,7 +124,7 @@ def linear_id(lower: Lowering, node: Tensor) -> None:
         "matmul_id", node, constants, w=lower.weight(w, "packed"), x=lower.read(packed),
         out=lower.write(node), out_stride=rows, bias=0, add=0, add_stride=0,
         live=lower.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,
-        expert_stride=lower.expert_stride(w),
+        expert_stride=packed_nbytes(tile_format(w.dtype), rows, inner),
     )  # fmt: skip
 
 

@@ -11,21 +11,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from runtime.backends.cpu.tile.formats import NAMES as FORMATS
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.tensor import Tensor
 
-# Weight formats the tile emitter reads directly; any other is widened to f32 when it is loaded.
-TILE_FORMATS = (
-    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl",
-)  # fmt: skip
-FLOAT_FORMATS = ("f32", "f16", "bf16")
+FLOAT_FORMATS = ("F32", "F16", "BF16")
 PACKED = DType("packed", 1, 1, None)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to lower: `activations` "int8" or "f32"; `wide` = columns of the widest tile."""
+    """How to lower: `activations` "int8" or "f32"; `wide` = columns of the widest int8 tile."""
 
     activations: str = "int8"
     wide: int = 8
@@ -40,8 +37,8 @@ def prepare(graph: Graph, options: Options) -> Graph:
 
 
 def tile_format(dtype: DType) -> str:
-    """The packed format of a weight type."""
-    return dtype.name if dtype.name in TILE_FORMATS else "f32"
+    """The packed format of a weight type; one without a tile is widened when it is loaded."""
+    return dtype.name.upper() if dtype.name.upper() in FORMATS else "F32"
 
 
 def activation_kind(w: Tensor, options: Options) -> str:
@@ -50,9 +47,16 @@ def activation_kind(w: Tensor, options: Options) -> str:
     return "f32" if exact else "int8"
 
 
-def columns(rows: int, options: Options) -> int:
-    """Columns of the tiles for a capacity of `rows`."""
-    return 1 if rows == 1 else 4 if rows <= 4 else options.wide if rows >= 16 else 8
+def columns(rows: int, kind: str, options: Options) -> int:
+    """Columns of the tiles for a capacity of `rows`; a result's bits never depend on it."""
+    if rows <= 4:
+        return 1 if rows == 1 else 4
+    return options.wide if rows >= 16 and kind == "int8" else 8
+
+
+def expert_columns(choices: int, experts: int, kind: str, options: Options) -> int:
+    """Columns of expert tiles: as many as an expert gets on average, so that few are empty."""
+    return 1 if choices < 2 * experts else columns(choices // experts, kind, options)
 
 
 def _node(op: str, inputs: tuple[Tensor, ...], like: Tensor, **attrs: Any) -> Tensor:
@@ -75,12 +79,14 @@ def _pack_inputs(graph: Graph, options: Options) -> Graph:
         return made[key]
 
     def matmul(node: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        width = columns(x.size // x.shape[-1], options)
-        packed = pack("pack", (x,), x, C=width, kind=activation_kind(w, options))
+        kind = activation_kind(w, options)
+        width = columns(x.size // x.shape[-1], kind, options)
+        packed = pack("pack", (x,), x, C=width, kind=kind)
         return _node("linear", (packed, w), node)
 
     def matmul_id(node: Tensor, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
-        width, kind = columns(ids.shape[0], options), activation_kind(w, options)
+        kind = activation_kind(w, options)
+        width = expert_columns(ids.size, int(w.shape[0]), kind, options)
         key = ("tiles", ids, width)
         if key not in made:
             made[key] = _node(

@@ -17,7 +17,6 @@ from runtime.backends.cpu.plan import ALIGNMENT, Buffer
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.table import Table
 from runtime.backends.cpu.tile.pack import packed_nbytes
-from runtime.ops.dtypes import F32
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
 
@@ -63,37 +62,48 @@ class WeightStore:
         return np.ascontiguousarray(self._file.tensors[w.name].to_float32(), np.float32)
 
     def _packed(self, w: Tensor) -> np.ndarray:
-        source, name = self._file.tensors[w.name], tile_format(w.dtype)
-        rows, inner = (int(n) for n in w.shape[-2:])
-        experts = int(w.shape[0]) if w.ndim == 3 else 1
-        size = packed_nbytes(name, rows, inner)
-        out = aligned_empty(experts * size)
-        each = source.nbytes // experts
-        for expert in range(experts):
-            raw = source.data[expert * each : (expert + 1) * each]
-            self._pack(w, raw, out[expert * size : (expert + 1) * size], rows, inner)
+        """Tiles of a matrix [rows, inner], or of the matrices of all experts one after another."""
+        source = self._file.tensors[w.name]
+        out = aligned_empty(_experts(w) * packed_nbytes(tile_format(w.dtype), *_matrix(w)))
+        if tile_format(w.dtype) == w.dtype.name.upper():
+            self._pack(w, source.data, out, _matrix(w)[0], _experts(w))
+        else:
+            self._pack_widened(w, source.data, out)
         self._file.drop_pages(source)
         return out
 
-    def _pack(self, w: Tensor, raw: np.ndarray, out: np.ndarray, rows: int, inner: int) -> None:
-        name = tile_format(w.dtype)
-        if name == w.dtype.name:
-            self._run_pack(name, raw, out, rows, inner)
-            return
+    def _pack_widened(self, w: Tensor, raw: np.ndarray, out: np.ndarray) -> None:
+        """As float32, some rows at a time."""
+        (rows, inner), size = _matrix(w), out.nbytes // _experts(w)
         step = max(16, _CHUNK // (4 * inner) // 16 * 16)
-        row_nbytes = raw.nbytes // rows
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            chunk = raw[first * row_nbytes : (first + count) * row_nbytes]
-            wide = np.ascontiguousarray(dequantize(chunk, w.dtype, (count, inner)), F32.numpy)
-            at = packed_nbytes(name, first, inner) if first else 0
-            self._run_pack(name, wide.view(np.uint8).reshape(-1), out[at:], count, inner)
+        row_nbytes = raw.nbytes // (rows * _experts(w))
+        for expert in range(_experts(w)):
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                start = (expert * rows + first) * row_nbytes
+                chunk = raw[start : start + count * row_nbytes]
+                wide = np.ascontiguousarray(dequantize(chunk, w.dtype, (count, inner)), np.float32)
+                at = expert * size + packed_nbytes("F32", first, inner)
+                self._pack(w, wide.view(np.uint8).reshape(-1), out[at:], count, 1)
 
-    def _run_pack(self, name: str, raw: np.ndarray, out: np.ndarray, rows: int, inner: int) -> None:
+    def _pack(self, w: Tensor, raw: np.ndarray, out: np.ndarray, rows: int, matrices: int) -> None:
+        name, inner = tile_format(w.dtype), _matrix(w)[1]
         kernel = Kernel.of("pack_weights", format=name)
-        arguments = [raw.ctypes.data, out.ctypes.data, rows, inner]
+        each = raw.nbytes // matrices
+        arguments = [
+            raw.ctypes.data, out.ctypes.data, rows, inner, each // rows, matrices, each,
+            packed_nbytes(name, rows, inner),
+        ]  # fmt: skip
         table = Table.single(self._library.address(kernel), arguments)
         self._team.run(table.address(), len(table))
+
+
+def _matrix(w: Tensor) -> tuple[int, int]:
+    return int(w.shape[-2]), int(w.shape[-1])
+
+
+def _experts(w: Tensor) -> int:
+    return int(w.shape[0]) if w.ndim == 3 else 1
 
 
 _MAKERS = {

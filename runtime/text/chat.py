@@ -31,7 +31,7 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 class ChatTemplate:
     """A model's chat template.
 
-    `ChatTemplate.of(metadata, tokenizer)` reads it from a file; `render` gives text, `encode`
+    `ChatTemplate.of(tokenizer, metadata)` reads it from a file; `render` gives text, `encode`
     gives ids. `is_default` says that the file had none and ChatML stands in.
     """
 
@@ -46,7 +46,7 @@ class ChatTemplate:
         self._special = dict(special or {})
 
     @classmethod
-    def of(cls, metadata: Mapping[str, Any], tokenizer: Tokenizer) -> ChatTemplate:
+    def of(cls, tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> ChatTemplate:
         """The template under `tokenizer.chat_template`, or ChatML.
 
         Raises TextError when the key holds something else than text.

@@ -44,8 +44,8 @@ class Tokenizer:
     """The tokenizer of one model.
 
     `Tokenizer.from_gguf(path)` or `Tokenizer(metadata)`. Attributes: `kind` (the value of
-    `tokenizer.ggml.model`), `vocab_size`, `bos_id`, `eos_id` (None where there is none), `eot`
-    (all ids that end an answer), `add_bos`, `add_eos`.
+    `tokenizer.ggml.model`), `vocab_size`, `bos_id`, `eos_id` (None where there is none), `end_ids`
+    (all ids that end an answer; `eot` for short), `add_bos`, `add_eos`.
 
     A model without text ("none") has a tokenizer that only knows `vocab_size`; encoding and
     decoding raise TextError.
@@ -64,7 +64,7 @@ class Tokenizer:
         found = self._vocabulary
         self.bos_id = found.bos_id if found else None
         self.eos_id = found.eos_id if found else None
-        self.eot: frozenset[int] = found.end_ids if found else frozenset()
+        self.end_ids: frozenset[int] = found.end_ids if found else frozenset()
         self.add_bos = found.add_bos if found else False
         self.add_eos = found.add_eos if found else False
 
@@ -144,6 +144,11 @@ class Tokenizer:
         if self._in_byte_letters:
             return bytepair.letters_to_bytes(text)
         return text.replace(ESCAPED_SPACE, " ").encode("utf-8", "replace")
+
+    @property
+    def eot(self) -> frozenset[int]:
+        """All ids that end an answer."""
+        return self.end_ids
 
     @property
     def has_text(self) -> bool:

@@ -1,0 +1,57 @@
+"""Small vocabularies for tests, as the metadata of a GGUF file would hold them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.text.bytepair import BYTE_LETTERS
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+def byte_pairs(pre: str = "gpt-2", **extra: Any) -> dict[str, Any]:
+    """All byte letters, a few merges, three control tokens and one user-defined token."""
+    merges = [
+        "h e",
+        "l l",
+        "he ll",
+        "hell o",
+        "Ġ w",
+        "o r",
+        "Ġw or",
+        "l d",
+        "Ġwor ld",
+        "1 2",
+        "12 3",
+    ]
+    merges += ["Ġ Ġ", "ĠĠ ĠĠ", "Ġ hello"]
+    tokens = [*BYTE_LETTERS, *(m.replace(" ", "") for m in merges)]
+    kinds = [NORMAL] * len(tokens)
+    special = {"<|bos|>": CONTROL, "<|im_end|>": CONTROL, "<|im_start|>": CONTROL, "<tag>": 4}
+    tokens += special
+    kinds += special.values()
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": tokens.index("<|bos|>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
+        **extra,
+    }
+
+
+def scored(words: dict[str, float], model: str = "llama", **extra: Any) -> dict[str, Any]:
+    """A SentencePiece vocabulary: <unk> <s> </s>, 256 bytes, then `words` with their scores."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(words)]
+    return {
+        "tokenizer.ggml.model": model,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0] * 259 + list(words.values()),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2,
+        **extra,
+    }

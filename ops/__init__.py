@@ -9,6 +9,7 @@ from runtime.ops.graph import Graph, rewrite, walk
 from runtime.ops.matmul import matmul, matmul_id
 from runtime.ops.moe import expert_sum, normalize, softmax, take, top_k
 from runtime.ops.norm import rms_norm
+from runtime.ops.passes import select_early
 from runtime.ops.registry import OPS, Arg, Case, Cost, Op, op
 from runtime.ops.rope import rope, rope_angles
 from runtime.ops.rows import get_rows, select_rows
@@ -19,6 +20,6 @@ __all__ = [
     "OPS", "PAGE", "Arg", "Case", "Cost", "Dim", "Graph", "Layout", "Op", "Tensor", "add",
     "attention", "broadcast", "constant", "expert_sum", "get_rows", "kv_write", "matmul",
     "matmul_id", "merge_heads", "mul", "normalize", "op", "permute", "reshape", "rewrite",
-    "rms_norm", "rope", "rope_angles", "scale", "select_rows", "sigmoid", "silu", "slice_",
-    "softmax", "split_heads", "state", "step_input", "take", "top_k", "walk", "weight",
+    "rms_norm", "rope", "rope_angles", "scale", "select_early", "select_rows", "sigmoid", "silu",
+    "slice_", "softmax", "split_heads", "state", "step_input", "take", "top_k", "walk", "weight",
 ]  # fmt: skip

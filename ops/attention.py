@@ -8,6 +8,7 @@ never by position: the token at place p sees places 0..p of its own sequence.
 from __future__ import annotations
 
 import numpy as np
+
 from runtime.ops.dtypes import DTYPES, I32, DType
 from runtime.ops.registry import Arg, Case, need, op
 from runtime.ops.rounding import KV_TYPES, round_to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from runtime.ops.dtypes import I32, DType
 from runtime.ops.registry import Arg, Case, need, op, same_shape
 from runtime.ops.tensor import Shape, Tensor

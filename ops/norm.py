@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from runtime.ops.registry import Case, need, op
 from runtime.ops.tensor import Shape, Tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from runtime.ops.errors import OpError
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0")

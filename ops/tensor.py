@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import OpError
 

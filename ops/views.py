@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from runtime.ops.dtypes import DType
 from runtime.ops.errors import OpError
 from runtime.ops.registry import Case, need, op

@@ -21,7 +21,7 @@ from .objects import function
 from .signatures import CONTROL
 
 _SPIN_NS = 200_000  # a worker waits this long for the next plan before it parks
-_SPINS = 2000  # turns in a barrier before a thread gives its processor away
+_SPINS = 500  # turns in a barrier before a thread gives its processor away
 _LINE = 64
 
 _teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()

@@ -14,6 +14,7 @@ from typing import Any
 from runtime.backends.cpu.tile.formats import NAMES as FORMATS
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.passes import select_early
 from runtime.ops.tensor import Tensor
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
@@ -31,6 +32,8 @@ class Options:
 
 def prepare(graph: Graph, options: Options) -> Graph:
     """All passes in order."""
+    if options.fuse:
+        graph = select_early(graph)
     for each in _PASSES if options.fuse else (_pack_inputs,):
         graph = each(graph, options)
     return graph

@@ -16,7 +16,7 @@ from runtime.backends.cpu.library import Library
 from runtime.backends.cpu.plan import ALIGNMENT, Buffer
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.table import Table
-from runtime.backends.cpu.tile.pack import packed_nbytes
+from runtime.backends.cpu.tile.formats import packed_nbytes
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
 

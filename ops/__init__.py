@@ -4,6 +4,7 @@ Each op is an object: called with Tensors it adds a node, its `reference` comput
 """
 
 from runtime.ops.attention import PAGE, attention, kv_write
+from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.elementwise import add, mul, scale, sigmoid, silu
 from runtime.ops.graph import Graph, rewrite, walk
 from runtime.ops.matmul import matmul, matmul_id
@@ -17,7 +18,7 @@ from runtime.ops.tensor import Dim, Layout, Tensor, constant, state, step_input,
 from runtime.ops.views import broadcast, merge_heads, permute, reshape, slice_, split_heads
 
 __all__ = [
-    "OPS", "PAGE", "Arg", "Case", "Cost", "Dim", "Graph", "Layout", "Op", "Tensor", "add",
+    "DTYPES", "OPS", "PAGE", "Arg", "Case", "Cost", "DType", "Dim", "Graph", "Layout", "Op", "Tensor", "add",
     "attention", "broadcast", "constant", "expert_sum", "get_rows", "kv_write", "matmul",
     "matmul_id", "merge_heads", "mul", "normalize", "op", "permute", "reshape", "rewrite",
     "rms_norm", "rope", "rope_angles", "scale", "select_early", "select_rows", "sigmoid", "silu",

@@ -1,0 +1,143 @@
+"""Plans: snapshots per architecture, no copies, barriers where they must stand, memory reused.
+
+A changed kernel choice or buffer shows as a diff of tests/plans/*.txt; write them again with
+`UPDATE_PLANS=1 pytest tests/test_plans.py` and read the diff.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import Sizes, write_model
+
+import runtime
+from runtime import ops
+from runtime.backends.cpu.lower import RULES, lower
+from runtime.backends.cpu.plan import Plan
+from runtime.backends.cpu.program import TILE_TOKENS, attention_tiles
+from runtime.backends.cpu.rewrite import Options
+from runtime.model import Model
+from runtime.ops.registry import OPS
+
+PLANS = Path(__file__).parent / "plans"
+ARCHITECTURES = {
+    "llama": Sizes("llama"),
+    "qwen2": Sizes("qwen2"),
+    "qwen3": Sizes("qwen3"),
+    "qwen3moe": Sizes("qwen3moe", experts=6, inner=32),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("plans") / f"{request.param}.gguf"
+    return runtime.load(write_model(path, ARCHITECTURES[request.param], "Q4_0"), devices="null")
+
+
+def _plan(model: Model, tokens: int, outputs: int) -> Plan:
+    return model.backend.plan(model.graph(tokens, outputs))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_snapshot(model: Model, tokens: int):
+    text = f"{_plan(model, tokens, 1)}\n"
+    path = PLANS / f"{model.architecture}-{tokens}.txt"
+    if os.environ.get("UPDATE_PLANS"):
+        path.write_text(text, encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_no_copies_and_few_ops(model: Model):
+    plan = _plan(model, 1, 1)
+    layers = model._architecture.p.layers
+    assert plan.copies() == 0
+    assert len(plan.instructions) <= layers * (19 if "moe" in model.architecture else 13) + 6
+
+
+def test_every_dependency_has_a_barrier(model: Model):
+    """Replays the plan: between barriers no instruction touches what another one writes."""
+    for tokens in (1, 16):
+        written: set = set()
+        touched: set = set()
+        for instruction in _plan(model, tokens, 1).instructions:
+            if instruction.barrier:
+                written, touched = set(), set()
+            assert not written.intersection(instruction.reads)
+            assert not touched.intersection(instruction.writes)
+            written.update(instruction.writes)
+            touched.update(instruction.writes, instruction.reads)
+
+
+def test_buffers_that_live_together_do_not_overlap(model: Model):
+    for guarded in (False, True):
+        graph = model.graph(16, 16)
+        plan = lower(graph, Options(), guarded)
+        lives: dict = {}
+        for instruction in plan.instructions:
+            for buffer in (*instruction.reads, *instruction.writes):
+                if buffer.kind == "arena":
+                    lives.setdefault(buffer, []).append(instruction.level)
+        spans = [(b, min(at), max(at)) for b, at in lives.items()]
+        for i, (a, first, last) in enumerate(spans):
+            for b, start, stop in spans[i + 1 :]:
+                if first <= stop and start <= last:
+                    apart = a.offset + a.nbytes <= b.offset or b.offset + b.nbytes <= a.offset
+                    assert apart, f"{a.key} and {b.key} overlap"
+        if not guarded:
+            separate = sum(b.nbytes for b in lives)
+            assert plan.arena_nbytes < separate / 2, "memory is not reused"
+
+
+def test_plan_of_an_80b_graph_takes_no_memory():
+    """The null backend plans models far larger than this machine."""
+    step = ops.Dim("tokens", 512)
+    x = ops.step_input("x", (step, 8192), ops.DTYPES["f32"])
+    for i in range(80):
+        w = ops.weight(f"w{i}", (8192, 8192), ops.DTYPES["q4_0"])
+        x = ops.add(x, ops.matmul(ops.rms_norm(x, ops.weight(f"n{i}", (8192,), x.dtype), eps=0), w))
+    plan = lower(ops.Graph((x,)), Options())
+    assert len(plan.instructions) == 160
+
+
+def test_select_early_changes_nothing_but_the_cost(small_model: Path):
+    with runtime.load(small_model, devices="reference", context=64) as model:
+        graph = model.graph(16, 1)
+        early = ops.select_early(graph)
+        assert early.cost().flops < graph.cost().flops
+        inputs = _step(np.arange(9), [4])
+        live = {"tokens": 9, "outputs": 1}
+        want = model.backend.program(graph).run(inputs, live)[0]
+        got = model.backend.program(early).run(inputs, live)[0]
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def _step(tokens: np.ndarray, rows: list[int]) -> dict[str, np.ndarray]:
+    places = np.arange(len(tokens), dtype=np.int32)
+    table = np.zeros((1, 2), np.int32)
+    return {
+        "tokens": tokens, "positions": places, "places": places, "slots": places, "table": table,
+        "sequences": np.zeros(len(tokens), np.int32), "output_rows": np.array(rows),
+    }  # fmt: skip
+
+
+def test_every_op_has_a_rule():
+    lower(ops.Graph((ops.silu(ops.step_input("x", (2, 8), ops.DTYPES["f32"])),)), Options())
+    plain = {name for name, op in OPS.items() if not op.view}
+    missing = plain - set(RULES) - {"matmul", "matmul_id"}  # those two become packed forms
+    assert not missing
+
+
+@pytest.mark.parametrize("lengths", [[1], [20], [3, 1, 1, 30, 8], [8, 8], [1] * 12])
+def test_attention_tiles_cover_each_token_once(lengths: list[int]):
+    sequences = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
+    out = np.zeros((len(sequences), 4), np.int32)
+    n = attention_tiles(sequences, len(sequences), out)
+    covered = []
+    for first, count, row, _ in out[:n]:
+        assert 1 <= count <= TILE_TOKENS
+        assert (sequences[first : first + count] == row).all()
+        covered += range(first, first + count)
+    assert covered == list(range(len(sequences)))

@@ -18,7 +18,8 @@ from runtime.ops.tensor import Dim, Layout, Tensor, constant, state, step_input,
 from runtime.ops.views import broadcast, merge_heads, permute, reshape, slice_, split_heads
 
 __all__ = [
-    "DTYPES", "OPS", "PAGE", "Arg", "Case", "Cost", "DType", "Dim", "Graph", "Layout", "Op", "Tensor", "add",
+    "DTYPES", "OPS", "PAGE", "Arg", "Case", "Cost", "DType", "Dim", "Graph", "Layout", "Op",
+    "Tensor", "add",
     "attention", "broadcast", "constant", "expert_sum", "get_rows", "kv_write", "matmul",
     "matmul_id", "merge_heads", "mul", "normalize", "op", "permute", "reshape", "rewrite",
     "rms_norm", "rope", "rope_angles", "scale", "select_early", "select_rows", "sigmoid", "silu",

@@ -1,0 +1,64 @@
+"""A whole model under every instruction set this machine can run, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import Sizes, write_model
+
+import runtime
+from runtime.backends.cpu import isa
+
+_PROGRAM = """
+import sys, numpy as np, runtime
+path, out = sys.argv[1:]
+found = {}
+for activations in ("int8", "f32"):
+    with runtime.load(path, kv_type="f32", threads=2, activations=activations) as model:
+        with model.session() as session:
+            rows = [session.eval(list(range(1, 41))), session.eval([5]), session.eval([6, 7, 8])]
+        found[activations] = np.concatenate(rows)
+        with model.session() as session:
+            found["one " + activations] = session.eval(list(range(1, 41)) + [5, 6, 7, 8])
+np.savez(out, **found)
+"""
+
+
+@pytest.fixture(scope="module", params=["F32", "Q4_0", "Q5_1"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("isa")
+    return write_model(folder / "m.gguf", Sizes(layers=1), request.param)
+
+
+@pytest.mark.parametrize("name", isa.available())
+def test_model_agrees_with_the_reference(name: str, path: Path, tmp_path: Path):
+    with runtime.load(path, devices="reference", kv_type="f32") as exact:
+        want = exact.eval([*range(1, 41), 5, 6, 7, 8])
+    out = tmp_path / "logits.npz"
+    environment = {**os.environ, "RUNTIME_CPU_ISA": name}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(path), str(out)], env=environment,
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = np.load(out)
+    for activations, limit in (("f32", 1e-11), ("int8", 2e-3)):
+        got = found[activations]
+        error = float(((got - want) ** 2).sum() / (want**2).sum())
+        assert error <= limit
+        np.testing.assert_array_equal(found["one " + activations], got)
+
+
+def test_unavailable_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
+    missing = [name for name in isa.NAMES if name not in isa.available()]
+    if not missing:
+        pytest.skip("this machine has every instruction set")
+    monkeypatch.setenv("RUNTIME_CPU_ISA", missing[0])
+    with pytest.raises(runtime.Error, match="cannot run on this processor"):
+        isa.selected()

@@ -45,9 +45,9 @@ _FILES: dict[str, dict[str, str]] = {
     "elementwise": {
         **dict.fromkeys(("add", "mul", "swiglu"), "x y out live n x_stride y_stride out_stride"),
         **dict.fromkeys(("silu", "sigmoid", "exp", "log"), "x out live n x_stride out_stride"),
+        **dict.fromkeys(("softmax", "normalize"), "x out live n x_stride out_stride"),
         "scale": "x out live n x_stride out_stride factor",
     },
-    "softmax": dict.fromkeys(("softmax", "normalize"), "x out live n x_stride out_stride"),
     "moe": {
         "router": "logits ids weights live n_experts k logits_stride scale",
         "expert_group": "ids tiles n_tiles live n_experts k scratch",
@@ -83,6 +83,7 @@ CONSTANTS: dict[str, dict[str, tuple]] = {
 }
 
 PAGE = 32  # tokens in a page of the KV cache
+MAX_HEAD_DIM = 1024
 ATTENTION_ROWS = 8  # query rows that attention carries through the pages together
 
 # A plan is a table of rows of int64: kernel address, address of its arguments, flags.

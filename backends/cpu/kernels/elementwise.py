@@ -1,0 +1,188 @@
+"""Ops on rows of n float32: sums, products, activations, softmax.
+
+What looks at one element at a time is parallel over (row x units of 16 elements), so one row keeps
+every thread busy; softmax and normalize are parallel over rows. A sum over a row has 16 running
+sums, joined in a fixed tree, wherever the row lies and whoever computes it.
+"""
+
+from __future__ import annotations
+
+from . import simd as s
+from .rows import helper, share
+
+_LOWEST = float("-inf")
+
+
+@helper
+def get(x, i, n, fill):
+    """Elements i..i+15 of a row of n at an address, `fill` beyond its end."""
+    return s.load(x + i * 4) if n - i >= 16 else s.load_part(x + i * 4, n - i, s.f32(fill))
+
+
+@helper
+def put(out, i, n, value):
+    """Store what `get` loads."""
+    if n - i >= 16:
+        s.store(out + i * 4, value)
+    else:
+        s.store_part(out + i * 4, value, n - i)
+
+
+@helper
+def piece(at, last, units):
+    """How far units at..last-1 of many rows reach in their first row: row, first, last + 1."""
+    row = at // units
+    first = at - row * units
+    return row, first, min(units, first + last - at)
+
+
+@helper
+def row_max(x, n):
+    best = s.splat(s.f32(_LOWEST))
+    for i in range(0, n, 16):
+        best = s.larger(get(x, i, n, _LOWEST), best)
+    return s.largest(best)
+
+
+@helper
+def row_sum(x, n):
+    sums = s.splat(s.f32(0))
+    for i in range(0, n, 16):
+        sums = sums + get(x, i, n, 0)
+    return s.total(sums)
+
+
+@helper
+def exp_sum(x, n, peak):
+    """Sum of exp(x - peak) over a row."""
+    sums, shift = s.splat(s.f32(0)), s.splat(peak)
+    for i in range(0, n, 16):
+        sums = sums + s.exp(get(x, i, n, _LOWEST) - shift)
+    return s.total(sums)
+
+
+@helper
+def softmax_row(x, out, n):
+    """exp(x - max) / sum of one row; `out` may be x."""
+    peak = row_max(x, n)
+    sums, shift = s.splat(s.f32(0)), s.splat(peak)
+    for i in range(0, n, 16):
+        value = s.exp(get(x, i, n, _LOWEST) - shift)
+        sums = sums + value
+        put(out, i, n, value)
+    whole = s.splat(s.total(sums))
+    for i in range(0, n, 16):
+        put(out, i, n, get(out, i, n, 0) / whole)
+
+
+@helper
+def normalize_row(x, out, n):
+    """x / sum of one row; `out` may be x."""
+    whole = s.splat(row_sum(x, n))
+    for i in range(0, n, 16):
+        put(out, i, n, get(x, i, n, 0) / whole)
+
+
+def _binary(combine):
+    def binary(x, y, out, live, n, x_stride, y_stride, out_stride, thread, n_threads):
+        units = (n + 15) // 16
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            left, right = x + row * x_stride * 4, y + row * y_stride * 4
+            for unit in range(first, stop):
+                i = unit * 16
+                value = combine(get(left, i, n, 0), get(right, i, n, 0))
+                put(out + row * out_stride * 4, i, n, value)
+            at += stop - first
+
+    return binary
+
+
+def build_add():
+    return _binary(helper(lambda x, y: x + y))
+
+
+def build_mul():
+    return _binary(helper(lambda x, y: x * y))
+
+
+def build_swiglu():
+    return _binary(helper(lambda x, y: s.silu(x) * y))
+
+
+def _unary(value):
+    def unary(x, out, live, n, x_stride, out_stride, thread, n_threads):
+        units = (n + 15) // 16
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            for unit in range(first, stop):
+                i = unit * 16
+                result = value(get(x + row * x_stride * 4, i, n, 0))
+                put(out + row * out_stride * 4, i, n, result)
+            at += stop - first
+
+    return unary
+
+
+def build_silu():
+    return _unary(helper(lambda x: s.silu(x)))
+
+
+def build_sigmoid():
+    return _unary(helper(lambda x: s.sigmoid(x)))
+
+
+def build_exp():
+    return _unary(helper(lambda x: s.exp(x)))
+
+
+def build_log():
+    return _unary(helper(lambda x: s.log(x)))
+
+
+def build_scale():
+    def scale(x, out, live, n, x_stride, out_stride, factor, thread, n_threads):
+        units, by = (n + 15) // 16, s.splat(s.float_of(factor))
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            for unit in range(first, stop):
+                i = unit * 16
+                result = get(x + row * x_stride * 4, i, n, 0) * by
+                put(out + row * out_stride * 4, i, n, result)
+            at += stop - first
+
+    return scale
+
+
+def _by_row(work):
+    def by_row(x, out, live, n, x_stride, out_stride, thread, n_threads):
+        first, last = share(s.load_i64(live), thread, n_threads)
+        for row in range(first, last):
+            work(x + row * x_stride * 4, out + row * out_stride * 4, n)
+
+    return by_row
+
+
+def build_softmax():
+    return _by_row(softmax_row)
+
+
+def build_normalize():
+    return _by_row(normalize_row)
+
+
+KERNELS = {
+    "add": build_add,
+    "mul": build_mul,
+    "swiglu": build_swiglu,
+    "silu": build_silu,
+    "sigmoid": build_sigmoid,
+    "exp": build_exp,
+    "log": build_log,
+    "softmax": build_softmax,
+    "normalize": build_normalize,
+    "scale": build_scale,
+}

@@ -1,0 +1,225 @@
+"""Mixture of experts around the expert matmuls: choice, weights, tiles and the weighted sum.
+
+Choosing is parallel over tokens: rank after rank is the best score behind the one before it in
+one order (larger first, then lower index), found in a pass over the scores, so nothing is stored.
+`expert_group` is a counting sort by one thread; `expert_sum` is parallel over (token x units of 16
+elements).
+"""
+
+from __future__ import annotations
+
+from . import emit as e
+from . import simd as s
+from .elementwise import exp_sum, get, normalize_row, piece, put, row_max, softmax_row
+from .rows import helper, share
+
+_NOTHING, _NAN = -(2**31), float("nan")
+_FIRST = (2**31 - 1) << 32  # before every place: a key above all, and the lowest index
+
+
+@s.operation(s.i32x16, s.f32x16)
+def keys(b, x):
+    """int32 in the order of float32: NaN lowest, both zeros equal, above -2^31 + 1 otherwise."""
+    bits = b.bitcast(b.fadd(x, e.floats(0.0)), e.wide(e.i32))
+    ordered = b.xor(bits, b.and_(b.ashr(bits, e.ints(31)), e.ints(0x7FFFFFFF)))
+    return b.select(b.fcmp_ordered("==", x, x), ordered, e.ints(_NOTHING + 1))
+
+
+@s.operation(s.i64, s.i32x16, s.i32x16)
+def first_place(b, key, index):
+    """The place key * 2^32 + (2^31 - 1 - index) that is the largest of 16."""
+    wide = e.wide(e.i64)
+    high = b.shl(b.sext(key, wide), e.ints(32, e.i64))
+    low = b.sub(e.ints(2**31 - 1, e.i64), b.sext(index, wide))
+    places = b.add(high, low)
+    return e.halves(b, places, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
+
+
+@helper
+def index_of(place):
+    return (2**31 - 1) - (place & 0xFFFFFFFF)
+
+
+@helper
+def next_place(x, n, place):
+    """The best of n scores behind `place`; NaN is the worst, ties go to the lowest index."""
+    last_key, last_index = s.splat_int(place >> 32), s.splat_int(index_of(place))
+    nothing, best = s.splat_int(_NOTHING), s.splat_int(_NOTHING)
+    where = s.splat_int(0)
+    for i in range(0, n, 16):
+        # Lanes beyond the row are NaN with an index above all others: behind every score.
+        key, index = keys(get(x, i, n, _NAN)), s.lane_numbers() + s.splat_int(i)
+        behind = (key < last_key) | ((key == last_key) & (index > last_index))
+        key = s.select_ints(behind, key, nothing)
+        better = key > best
+        best = s.select_ints(better, key, best)
+        where = s.select_ints(better, index, where)
+    return first_place(best, where)
+
+
+@helper
+def choose(x, ids, n, k):
+    """The k best of n scores, best first, as int32."""
+    place = _FIRST
+    for rank in range(k):
+        place = next_place(x, n, place)
+        s.store_i32(ids + rank * 4, index_of(place))
+
+
+@helper
+def chosen(x, ids, rank):
+    """The score of the expert at a rank."""
+    return s.load_f32(x + s.load_i32(ids + rank * 4) * 4)
+
+
+def build_top_k():
+    def top_k(x, out, live, n, k, x_stride, thread, n_threads):
+        first, last = share(s.load_i64(live), thread, n_threads)
+        for row in range(first, last):
+            choose(x + row * x_stride * 4, out + row * k * 4, n, k)
+
+    return top_k
+
+
+def build_take():
+    def take(x, ids, out, live, k, x_stride, thread, n_threads):
+        first, last = share(s.load_i64(live), thread, n_threads)
+        for row in range(first, last):
+            for rank in range(k):
+                value = chosen(x + row * x_stride * 4, ids + row * k * 4, rank)
+                s.store_f32(out + (row * k + rank) * 4, value)
+
+    return take
+
+
+def _scores(scoring):
+    """(logits, ids, weights, n, k): the scores of the chosen experts from their logits."""
+
+    @helper
+    def softmax(x, ids, weights, n, k):
+        peak = row_max(x, n)
+        whole = exp_sum(x, n, peak)
+        for rank in range(k):
+            s.store_f32(weights + rank * 4, s.exp_f32(chosen(x, ids, rank) - peak) / whole)
+
+    @helper
+    def sigmoid(x, ids, weights, n, k):
+        for rank in range(k):
+            value = s.f32(1) / (s.f32(1) + s.exp_f32(-chosen(x, ids, rank)))
+            s.store_f32(weights + rank * 4, value)
+
+    @helper
+    def softmax_topk(x, ids, weights, n, k):
+        for rank in range(k):
+            s.store_f32(weights + rank * 4, chosen(x, ids, rank))
+        softmax_row(weights, weights, k)
+
+    return {"softmax": softmax, "sigmoid": sigmoid, "softmax_topk": softmax_topk}[scoring]
+
+
+def build_router(scoring, normalize):
+    """Experts are chosen by logit: scores rise with it, and float32 scores may tie where it won't.
+
+    The weights have the bits of the kernels softmax (or sigmoid), take, normalize and scale.
+    """
+    score = _scores(scoring)
+
+    def router(logits, ids, weights, live, n_experts, k, logits_stride, scale, thread, n_threads):
+        factor = s.splat(s.float_of(scale))
+        first, last = share(s.load_i64(live), thread, n_threads)
+        for row in range(first, last):
+            x, own_ids, own = logits + row * logits_stride * 4, ids + row * k * 4, row * k * 4
+            own += weights
+            choose(x, own_ids, n_experts, k)
+            score(x, own_ids, own, n_experts, k)
+            if normalize:
+                normalize_row(own, own, k)
+            for i in range(0, k, 16):
+                put(own, i, k, get(own, i, k, 0) * factor)
+
+    return router
+
+
+def build_expert_group(C):
+    record = 4 * (1 + C)
+
+    @helper
+    def count(ids, n, n_experts, counters):
+        for expert in range(n_experts):
+            s.store_i64(counters + expert * 8, 0)
+        for row in range(n):
+            counter = counters + s.load_i32(ids + row * 4) * 8
+            s.store_i64(counter, s.load_i64(counter) + 1)
+
+    @helper
+    def place(counters, n_experts):
+        """Counts become the first slot (C to a tile) of each expert; returns the tiles."""
+        n_tiles = 0
+        for expert in range(n_experts):
+            needed = (s.load_i64(counters + expert * 8) + (C - 1)) // C
+            s.store_i64(counters + expert * 8, n_tiles * C)
+            n_tiles += needed
+        return n_tiles
+
+    @helper
+    def fill(ids, tiles, n, counters):
+        for row in range(n):
+            expert = s.load_i32(ids + row * 4)
+            slot = s.load_i64(counters + expert * 8)
+            tile, column = tiles + slot // C * record, slot % C
+            if column == 0:
+                s.store_i32(tile, expert)
+            s.store_i32(tile + 4 + column * 4, row)
+            s.store_i64(counters + expert * 8, slot + 1)
+
+    @helper
+    def pad(tiles, counters, n_experts):
+        for expert in range(n_experts):
+            slot = s.load_i64(counters + expert * 8)
+            while slot % C != 0:
+                s.store_i32(tiles + slot // C * record + 4 + slot % C * 4, -1)
+                slot += 1
+
+    def expert_group(ids, tiles, n_tiles, live, n_experts, k, scratch, thread, n_threads):
+        if thread == 0:
+            n = s.load_i64(live) * k
+            count(ids, n, n_experts, scratch)
+            s.store_i64(n_tiles, place(scratch, n_experts))
+            fill(ids, tiles, n, scratch)
+            pad(tiles, scratch, n_experts)
+
+    return expert_group
+
+
+def build_expert_sum():
+    @helper
+    def weighted(y, weights, i, n, k):
+        value = get(y, i, n, 0) * s.splat(s.load_f32(weights))
+        for rank in range(1, k):
+            weight = s.splat(s.load_f32(weights + rank * 4))
+            value = s.fma(get(y + rank * n * 4, i, n, 0), weight, value)
+        return value
+
+    def expert_sum(y, weights, out, add, live, n, k, out_stride, add_stride, thread, n_threads):
+        units = (n + 15) // 16
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            for unit in range(first, stop):
+                i = unit * 16
+                value = weighted(y + row * k * n * 4, weights + row * k * 4, i, n, k)
+                if add != 0:
+                    value = value + get(add + row * add_stride * 4, i, n, 0)
+                put(out + row * out_stride * 4, i, n, value)
+            at += stop - first
+
+    return expert_sum
+
+
+KERNELS = {
+    "top_k": build_top_k,
+    "take": build_take,
+    "router": build_router,
+    "expert_group": build_expert_group,
+    "expert_sum": build_expert_sum,
+}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.ops.errors import OptionError
 
-CPU_ISAS = ("avx512vnni", "avx2", "arm_dotprod", "generic")
+CPU_ISAS = ("amx", "avx512vnni", "avx2", "arm_dotprod", "generic")
 DEBUG_LEVELS = range(5)
 _FOLDER = "graph-runtime"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

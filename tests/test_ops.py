@@ -9,6 +9,7 @@ import pytest
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
+from runtime.backends.cpu.library import library
 from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.dtypes import F32, I32
@@ -118,6 +119,15 @@ def test_reference_backend(name: str, case: Case):
     assert _error(got[0], want) <= case.tolerance
 
 
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All kernels of the grid, compiled in parallel once."""
+    backend = CpuBackend(activations="f32")
+    built = [Built(p.values[0], p.values[1]) for p in GRID if not OPS[p.values[0]].view]
+    library().prepare(backend.kernels([backend.plan(b.graph) for b in built]))
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name, case", GRID)
 def test_cpu_backend(name: str, case: Case, threads: int):

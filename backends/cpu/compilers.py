@@ -20,7 +20,7 @@ from runtime.backends.cpu.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 _PROGRAM = (
-    "import sys; sys.path[:0] = sys.argv.pop(1).split('\\0'); "
+    "import json, sys; sys.path[:0] = json.loads(sys.argv.pop(1)); "
     "from runtime.backends.cpu.compilers import serve; serve(sys.argv[1])"
 )
 _SECONDS = 300  # no kernel takes a tenth of it; a hung compiler must not hang the user
@@ -98,7 +98,7 @@ def _feed(todo: Any, done: Any, isa: str) -> None:
 
 
 def _start(isa: str) -> Any:
-    paths = "\0".join(p or str(Path.cwd()) for p in sys.path)
+    paths = json.dumps([p or str(Path.cwd()) for p in sys.path])
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     environment.pop("RUNTIME_CPU_ISA", None)
     return subprocess.Popen(

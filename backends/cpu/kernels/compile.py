@@ -6,7 +6,10 @@ imported. Object code then runs in processes that never import Numba.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +28,7 @@ def compile_kernel(name: str, constants: dict[str, Any], isa: str) -> tuple[byte
     choose(isa)
     module = importlib.import_module(f"{__package__}.{FILE_OF[name]}")
     kernel = module.KERNELS[name](**constants)
-    return _compile(kernel, len(SIGNATURES[name]))
+    return _compile(kernel)
 
 
 def _check(name: str, constants: dict[str, Any]) -> None:
@@ -39,34 +42,37 @@ def _check(name: str, constants: dict[str, Any]) -> None:
             raise BackendError(f"kernel {name}: {key} is one of {allowed[key]}, not {value!r}")
 
 
-def _compile(kernel: Callable, n_args: int) -> tuple[bytes, str]:
+def _compile(kernel: Callable) -> tuple[bytes, str]:
     from numba import cfunc, types
 
-    from .rows import helper
-
-    # Everything is inlined into the entry: one function goes through Numba and LLVM, and LLVM
-    # sees that no error path of it ever runs.
-    entry = _entry(helper(kernel), n_args)
+    # Helpers are inlined into the entry: one function goes through Numba and LLVM, and LLVM sees
+    # that no error path of it ever runs.
     signature = types.void(types.int64, types.int64, types.int64)
-    options: Any = {
-        "error_model": "numpy",
-        "boundscheck": False,
-        "nogil": True,
-        "forceinline": True,
-    }
-    compiled: Any = cfunc(signature, **options)(entry)
+    options: Any = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+    compiled: Any = cfunc(signature, **options)(_entry(kernel))
     return compiled._library._get_compiled_object(), compiled.native_name
 
 
-def _entry(body: Callable, n_args: int) -> Callable:
-    """`body` with its arguments taken from the table at an address.
+def _entry(kernel: Callable) -> Callable:
+    """`kernel(a, b, ..., thread, n_threads)` as a function of (table, thread, n_threads).
 
-    Written as source because Numba cannot inline a call with a starred argument.
+    Its arguments become assignments from the table. This is done on the source, since having Numba
+    inline the kernel into a second function doubles the time to compile it.
     """
+    module = ast.parse(textwrap.dedent(inspect.getsource(kernel)))
+    function = module.body[0]
+    assert isinstance(function, ast.FunctionDef), "a kernel is a plain function"
+    names = [argument.arg for argument in function.args.args]
+    loads = [f"{name} = _load(_table + {8 * i})" for i, name in enumerate(names[:-2])]
+    function.body[:0] = ast.parse("\n".join(loads)).body
+    function.args = ast.parse("lambda _table, thread, n_threads: 0", mode="eval").body.args
+    code = compile(ast.fix_missing_locations(module), inspect.getfile(kernel), "exec")
+    scope = {**kernel.__globals__, **inspect.getclosurevars(kernel).nonlocals, "_load": _loader()}
+    exec(code, scope)
+    return scope[kernel.__name__]
+
+
+def _loader() -> Any:
     from .simd import load_i64
 
-    words = "".join(f"load_i64(table + {8 * i}), " for i in range(n_args))
-    source = f"def entry(table, thread, n_threads):\n    body({words}thread, n_threads)\n"
-    names: dict[str, Any] = {"body": body, "load_i64": load_i64}
-    exec(source, names)
-    return names["entry"]
+    return load_i64

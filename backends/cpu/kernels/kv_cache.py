@@ -1,0 +1,190 @@
+"""Rows of k and v into the pages of the cache, alone or with the norm and rope before it.
+
+A page holds 32 tokens; in it each KV head has one block. A K block of head size d is transposed,
+[d][32 tokens], so that attention reads 16 keys at once; a V block is [32 tokens][d]. Type q8_0 is
+int8 in the same places, then f16 scales, of K [d/32][32 tokens] and of V [32 tokens][d/32], with
+q = x * (1 / (max|x| / 127)) to the nearest even.
+
+Parallel over (token x head). A head is normed and rotated on the stack, then stored rounded.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from runtime.backends.cpu.signatures import MAX_HEAD_DIM, PAGE
+
+from . import emit as e
+from . import simd as s
+from .rope import ROTATE
+from .rows import helper, inverse_rms, share
+
+_SMALLEST = 1e-30  # a block of smaller values is stored as zeros
+
+
+@s.operation(s.i64)
+def stage(b):
+    """Address of room for one head on the stack."""
+    room = cgutils.alloca_once(b, ir.ArrayType(e.f32, MAX_HEAD_DIM))
+    return b.ptrtoint(room, e.i64)
+
+
+def _lane_store(given, convert):
+    """(address, value, stride, n): the first n lanes converted, `stride` bytes apart."""
+
+    def emit(b, address, value, stride, n):
+        value = convert(b, value)
+        element = value.type.element
+        align = 4 if element == e.f32 else element.width // 8
+        room = cgutils.alloca_once(b, value.type)
+        lanes = ir.Constant(e.i64, e.LANES)
+        with b.if_else(b.icmp_signed(">=", n, lanes)) as (whole, part):
+            with whole:
+                for lane in range(e.LANES):
+                    one = b.extract_element(value, ir.Constant(e.i32, lane))
+                    at = b.add(address, b.mul(stride, ir.Constant(e.i64, lane)))
+                    e.store(b, one, at, align)
+            with part:
+                b.store(value, room)
+                lane_of = b.bitcast(room, element.as_pointer())
+                with cgutils.for_range(b, n) as loop:
+                    at = b.add(address, b.mul(stride, loop.index))
+                    e.store(b, b.load(b.gep(lane_of, [loop.index])), at, align)
+
+    return s.operation(s.void, s.i64, given, s.i64, s.i64)(emit)
+
+
+def _halves(b, value):
+    return e.float_to_half(b, value, s.HALVES)
+
+
+store_lanes = {
+    "f32": _lane_store(s.f32x16, lambda b, v: v),
+    "f16": _lane_store(s.f32x16, _halves),
+    "bf16": _lane_store(s.f32x16, e.float_to_brain),
+}
+store_quants = _lane_store(s.i32x16, lambda b, v: b.trunc(v, e.wide(e.i8)))
+_ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+@helper
+def some(address, n):
+    """Up to 16 floats, zeros after the n-th."""
+    return s.load(address) if n >= 16 else s.load_part(address, n, s.f32(0))
+
+
+def _plain_store(kind, which):
+    """(row, block, place, d): one head into its block at the token's place in the page."""
+    lanes, size = store_lanes[kind], _ELEMENT[kind]
+    is_k = which == "k"
+
+    @helper
+    def put(row, block, place, d):
+        step = PAGE * size if is_k else size
+        at = block + (place * size if is_k else place * d * size)
+        for i in range(0, d, 16):
+            lanes(at + i * step, some(row + i * 4, d - i), step, d - i)
+
+    return put
+
+
+def _quantised_store(which):
+    is_k = which == "k"
+
+    @helper
+    def put(row, block, place, d):
+        step = PAGE if is_k else 1
+        at = block + (place if is_k else place * d)
+        scales = block + PAGE * d + (place * 2 if is_k else place * (d // 32) * 2)
+        for g in range(d // 32):
+            low, high = s.load(row + g * 128), s.load(row + g * 128 + 64)
+            peak = s.largest(s.larger(s.absolute(low), s.absolute(high)))
+            empty = not peak >= s.f32(_SMALLEST)
+            scale = s.f32(0) if empty else peak / s.f32(127)
+            inverse = s.splat(s.f32(0) if empty else s.f32(1) / scale)
+            store_quants(at + g * 32 * step, s.nearest_int(low * inverse), step, 16)
+            store_quants(at + (g * 32 + 16) * step, s.nearest_int(high * inverse), step, 16)
+            s.store_i16(scales + g * (2 * PAGE if is_k else 2), s.half_bits(scale))
+
+    return put
+
+
+def _store(kind, which):
+    return _quantised_store(which) if kind == "q8_0" else _plain_store(kind, which)
+
+
+def build_kv_write(which, type):
+    put = _store(type, which)
+
+    def kv_write(
+        x, pages, page_bytes, slots, live, n_kv_heads, head_dim, x_stride, thread, n_threads
+    ):
+        block_bytes = page_bytes // n_kv_heads
+        first, last = share(s.load_i64(live) * n_kv_heads, thread, n_threads)
+        for item in range(first, last):
+            row, head = item // n_kv_heads, item % n_kv_heads
+            slot = s.load_i32(slots + row * 4)
+            block = pages + slot // PAGE * page_bytes + head * block_bytes
+            put(x + (row * x_stride + head * head_dim) * 4, block, slot % PAGE, head_dim)
+
+    return kv_write
+
+
+store_f32 = store_lanes["f32"]
+
+
+@helper
+def normed(x, w, eps, out, d):
+    """Per-head RMS norm, or a copy where there are no weights."""
+    factor = s.splat(s.f32(1))
+    if w != 0:
+        factor = s.splat(inverse_rms(x, d, eps))
+    for i in range(0, d, 16):
+        value = some(x + i * 4, d - i) * factor
+        if w != 0:
+            value = value * some(w + i * 4, d - i)
+        store_f32(out + i * 4, value, 4, d - i)
+
+
+@helper
+def unrotated(x, angles, out, half):
+    pass
+
+
+def build_qkv_post(style, k_type, v_type):
+    put_k, put_v = _store(k_type, "k"), _store(v_type, "v")
+    rotate = ROTATE.get(style, unrotated)
+
+    def qkv_post(
+        q, k, v, q_stride, k_stride, v_stride, q_norm, k_norm, eps, angles, half, q_out,
+        q_out_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, slots, live, n_heads,
+        n_kv_heads, head_dim, thread, n_threads,
+    ):  # fmt: skip
+        room, epsilon, heads = stage(), s.float_of(eps), n_heads + 2 * n_kv_heads
+        first, last = share(s.load_i64(live) * heads, thread, n_threads)
+        for item in range(first, last):
+            row, head = item // heads, item % heads
+            turn, slot = angles + row * half * 8, s.load_i32(slots + row * 4)
+            page, place = slot // PAGE, slot % PAGE
+            kv_head, is_k = (head - n_heads) % n_kv_heads, head >= n_heads
+            if head < n_heads + n_kv_heads:
+                source = q + (row * q_stride + head * head_dim) * 4
+                target = q_out + (row * q_out_stride + head * head_dim) * 4
+                weights = q_norm
+                if is_k:
+                    source = k + (row * k_stride + kv_head * head_dim) * 4
+                    target, weights = room, k_norm
+                normed(source, weights, epsilon, target, head_dim)
+                rotate(target, turn, target, half)
+                if is_k:
+                    block = k_pages + page * k_page_bytes + k_page_bytes // n_kv_heads * kv_head
+                    put_k(room, block, place, head_dim)
+            else:
+                block = v_pages + page * v_page_bytes + v_page_bytes // n_kv_heads * kv_head
+                put_v(v + (row * v_stride + kv_head * head_dim) * 4, block, place, head_dim)
+
+    return qkv_post
+
+
+KERNELS = {"kv_write": build_kv_write, "qkv_post": build_qkv_post}

@@ -8,6 +8,7 @@ written costs time, never correctness.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -88,8 +89,9 @@ class Library:
                 "kernels are compiled again in each process",
                 file=sys.stderr,
             )
-            temporary.unlink(missing_ok=True)
             self.folder = None
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def _path(self, kernel: Kernel) -> Path:
         assert self.folder is not None, "a library without a folder has no paths"

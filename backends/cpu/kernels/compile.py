@@ -48,7 +48,8 @@ def _compile(kernel: Callable) -> tuple[bytes, str]:
     # Helpers are inlined into the entry: one function goes through Numba and LLVM, and LLVM sees
     # that no error path of it ever runs.
     signature = types.void(types.int64, types.int64, types.int64)
-    options: Any = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+    options: Any = {"error_model": "numpy", "boundscheck": False}
+    options |= {"nogil": True, "forceinline": True}
     compiled: Any = cfunc(signature, **options)(_entry(kernel))
     return compiled._library._get_compiled_object(), compiled.native_name
 
@@ -65,7 +66,8 @@ def _entry(kernel: Callable) -> Callable:
     names = [argument.arg for argument in function.args.args]
     loads = [f"{name} = _load(_table + {8 * i})" for i, name in enumerate(names[:-2])]
     function.body[:0] = ast.parse("\n".join(loads)).body
-    function.args = ast.parse("lambda _table, thread, n_threads: 0", mode="eval").body.args
+    parameters: Any = ast.parse("lambda _table, thread, n_threads: 0", mode="eval").body
+    function.args = parameters.args
     code = compile(ast.fix_missing_locations(module), inspect.getfile(kernel), "exec")
     scope = {**kernel.__globals__, **inspect.getclosurevars(kernel).nonlocals, "_load": _loader()}
     exec(code, scope)

@@ -1,0 +1,108 @@
+"""`runtime devices`: what this machine can run models on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime.cli.output import note, size, table
+
+
+@click.command(
+    "devices",
+    epilog="""\b
+Examples:
+  runtime devices
+  runtime devices --bandwidth      also measure how fast memory is read
+""",
+)
+@click.option("-b", "--bandwidth", is_flag=True, help="Measure memory bandwidth (1 GiB, seconds).")
+@click.option(
+    "-t",
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Threads for the measurement (default: one per core).",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")  # fmt: skip
+def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
+    """Show the processor, the instruction sets kernels are compiled for, and memory."""
+    found = _cpu()
+    if bandwidth:
+        from runtime.backends.cpu.bandwidth import read_bandwidth
+
+        note("measuring memory bandwidth ...")
+        found["read_bandwidth"] = read_bandwidth(threads or found["physical_cores"])
+    if as_json:
+        click.echo(json.dumps({"cpu": found, "cuda": None}, indent=1))
+        return
+    click.echo(table(_rows(found), ("device", "what", "value")))
+
+
+def _cpu() -> dict[str, Any]:
+    from runtime.backends.cpu import isa
+    from runtime.backends.cpu.bandwidth import physical_cores
+    from runtime.environment import cache_dir
+    from runtime.memory.budget import available_memory
+
+    return {
+        "name": cpu_name(),
+        "physical_cores": physical_cores(),
+        "logical_cores": os.cpu_count() or 1,
+        "isa_available": list(isa.available()),
+        "isa_selected": isa.selected(),
+        "memory_total": _total_memory(),
+        "memory_available": available_memory(),
+        "cache_dir": str(cache_dir()),
+    }
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    memory = [
+        f"{size(n)} {word}"
+        for word, n in (("in all", found["memory_total"]), ("free", found["memory_available"]))
+        if n is not None
+    ]
+    others = [name for name in found["isa_available"] if name != found["isa_selected"]]
+    rows = [
+        ("cpu", "processor", found["name"]),
+        ("", "cores", f"{found['physical_cores']} physical, {found['logical_cores']} logical"),
+        ("", "instruction set", f"{found['isa_selected']} (also: {', '.join(others) or 'none'})"),
+        ("", "memory", ", ".join(memory) or "not known"),
+        ("", "kernel cache", found["cache_dir"]),
+    ]
+    if "read_bandwidth" in found:
+        rows.append(("", "bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s read"))
+    rows.append(("cuda", "", "not in this version: models run on the CPU"))
+    return rows
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            names = [
+                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+            ]
+            return names[0] if names else platform.machine()
+        if sys.platform == "darwin":
+            asked = ("sysctl", "-n", "machdep.cpu.brand_string")
+            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,40 @@
+"""How long an answer took: counted while it is generated."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+class Stopwatch:
+    """Counts tokens and seconds of one answer. Pass `on_token` to the model."""
+
+    def __init__(self, prompt_tokens: int = 0) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.tokens = 0
+        self._start = self._first = self._last = time.perf_counter()
+
+    def on_token(self, token: Any) -> None:
+        """Called when a token is chosen."""
+        self._last = time.perf_counter()
+        if not self.tokens:
+            self._first = self._last
+        self.tokens += 1
+
+    def summary(self) -> str:
+        """One line: tokens and speed of prompt and answer.
+
+        The first token comes out of the prompt's last step, so the answer's speed counts from
+        there.
+        """
+        prompt, answer = self._first - self._start, self._last - self._first
+        parts = (
+            [_part("prompt", self.prompt_tokens, self.prompt_tokens, prompt)] if self.tokens else []
+        )
+        parts.append(_part("answer", self.tokens, self.tokens - 1, answer))
+        return " · ".join(parts)
+
+
+def _part(name: str, shown: int, timed: int, seconds: float) -> str:
+    text = f"{name} {shown} token{'' if shown == 1 else 's'}"
+    return f"{text}, {timed / seconds:.1f} t/s" if timed > 0 and seconds > 0 else text

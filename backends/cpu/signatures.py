@@ -84,7 +84,8 @@ CONSTANTS: dict[str, dict[str, tuple]] = {
 
 PAGE = 32  # tokens in a page of the KV cache
 MAX_HEAD_DIM = 1024
-ATTENTION_ROWS = 8  # query rows that attention carries through the pages together
+ATTENTION_ROWS = 8  # query rows of a register block of attention; tokens of a tile
+ATTENTION_BLOCKS = 4  # register blocks that attention takes through the pages together
 
 # A plan is a table of rows of int64: kernel address, address of its arguments, flags.
 PLAN_ROW_WORDS = 3
@@ -133,5 +134,7 @@ def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
 
 def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: int) -> int:
     """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
-    del n_heads, n_kv_heads  # rows are taken a few at a time, whatever their number
-    return ATTENTION_ROWS * 4 * (k_dim + v_dim + PAGE + 16) + 64
+    rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
+    blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
+    state = 256 + ATTENTION_ROWS * 4 * (16 + PAGE + k_dim + -(-v_dim // 16) * 16)
+    return -(-blocks * state // 64) * 64

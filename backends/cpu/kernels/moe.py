@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from . import emit as e
 from . import simd as s
-from .elementwise import exp_sum, get, normalize_row, piece, put, row_max, softmax_row
+from .elementwise import exp_sum, get, piece, put, row_sum
 from .rows import helper, share
 
 _NOTHING, _NAN = -(2**31), float("nan")
@@ -92,15 +92,31 @@ def build_take():
     return take
 
 
+@helper
+def divide(weights, k, whole):
+    for rank in range(k):
+        s.store_f32(weights + rank * 4, s.load_f32(weights + rank * 4) / whole)
+
+
 def _scores(scoring):
     """(logits, ids, weights, n, k): the scores of the chosen experts from their logits."""
 
     @helper
-    def softmax(x, ids, weights, n, k):
-        peak = row_max(x, n)
-        whole = exp_sum(x, n, peak)
+    def exponentials(x, ids, weights, k):
+        peak = chosen(x, ids, 0)
         for rank in range(k):
-            s.store_f32(weights + rank * 4, s.exp_f32(chosen(x, ids, rank) - peak) / whole)
+            s.store_f32(weights + rank * 4, s.exp_f32(chosen(x, ids, rank) - peak))
+        return peak
+
+    @helper
+    def softmax(x, ids, weights, n, k):
+        peak = exponentials(x, ids, weights, k)
+        divide(weights, k, exp_sum(x, n, peak))
+
+    @helper
+    def softmax_topk(x, ids, weights, n, k):
+        exponentials(x, ids, weights, k)
+        divide(weights, k, row_sum(weights, k))
 
     @helper
     def sigmoid(x, ids, weights, n, k):
@@ -108,34 +124,28 @@ def _scores(scoring):
             value = s.f32(1) / (s.f32(1) + s.exp_f32(-chosen(x, ids, rank)))
             s.store_f32(weights + rank * 4, value)
 
-    @helper
-    def softmax_topk(x, ids, weights, n, k):
-        for rank in range(k):
-            s.store_f32(weights + rank * 4, chosen(x, ids, rank))
-        softmax_row(weights, weights, k)
-
     return {"softmax": softmax, "sigmoid": sigmoid, "softmax_topk": softmax_topk}[scoring]
 
 
 def build_router(scoring, normalize):
-    """Experts are chosen by logit: scores rise with it, and float32 scores may tie where it won't.
+    """Experts are chosen by logit: different logits can have equal scores in float32.
 
     The weights have the bits of the kernels softmax (or sigmoid), take, normalize and scale.
     """
     score = _scores(scoring)
 
     def router(logits, ids, weights, live, n_experts, k, logits_stride, scale, thread, n_threads):
-        factor = s.splat(s.float_of(scale))
+        factor = s.float_of(scale)
         first, last = share(s.load_i64(live), thread, n_threads)
         for row in range(first, last):
-            x, own_ids, own = logits + row * logits_stride * 4, ids + row * k * 4, row * k * 4
-            own += weights
+            x = logits + row * logits_stride * 4
+            own_ids, own = ids + row * k * 4, weights + row * k * 4
             choose(x, own_ids, n_experts, k)
             score(x, own_ids, own, n_experts, k)
             if normalize:
-                normalize_row(own, own, k)
-            for i in range(0, k, 16):
-                put(own, i, k, get(own, i, k, 0) * factor)
+                divide(own, k, row_sum(own, k))
+            for rank in range(k):
+                s.store_f32(own + rank * 4, s.load_f32(own + rank * 4) * factor)
 
     return router
 

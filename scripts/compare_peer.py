@@ -81,6 +81,14 @@ def vocabulary_size(file: GGUFFile) -> int:
     return file.tensors["token_embd.weight"].shape[0]
 
 
+def introduce(side: Side, where: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Let a side load the model; what it says about itself, shown too."""
+    about = side.ask(**where)
+    head = f"{side.name}: {about['name']}, loaded in {about['seconds']:.1f} s"
+    console.print(head, *about["details"], sep="\n  ", highlight=False)
+    return about
+
+
 def measure(
     sides: list[Side], tests: dict[str, list[int]], repetitions: int, console: Console
 ) -> dict[str, dict[str, list[float]]]:
@@ -189,15 +197,12 @@ def main(
     if not tests or repetitions < 1 or threads < 1:
         raise click.UsageError("nothing to measure: -p or -n, -r and -t must be at least 1")
     console = Console(stderr=True)
+    pythons = {"peer": peer_python, "ours": sys.executable}
     sides: list[Side] = []
     try:
-        about = {}
-        for name in [only] if only else SIDES:
-            sides.append(Side(name, peer_python if name == "peer" else sys.executable))
-            where = {"path": str(file), "threads": threads, "context": max(prompt, decode) + 1}
-            about[name] = sides[-1].ask(**where)
-            load = f"{about[name]['name']}, loaded in {about[name]['seconds']:.1f} s"
-            console.print(f"{name}: {load}", *about[name]["details"], sep="\n  ", highlight=False)
+        sides += [Side(name, pythons[name]) for name in ([only] if only else SIDES)]
+        where = {"path": str(file), "threads": threads, "context": max(prompt, decode) + 1}
+        about = {side.name: introduce(side, where, console) for side in sides}
         rows = evaluate(measure(sides, tests, repetitions, console), tests)
     finally:
         for side in sides:

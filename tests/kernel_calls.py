@@ -45,7 +45,8 @@ class Fenced:
     @classmethod
     def of(cls, values: np.ndarray, stride: int = 0) -> Fenced:
         """A copy of [rows, n] float32 or int32."""
-        made = cls(*values.shape, stride, values.dtype)
+        rows, n = values.shape
+        made = cls(rows, n, stride, values.dtype)
         made.values[:] = values
         return made
 

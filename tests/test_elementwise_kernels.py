@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from kernel_calls import ISAS, Fenced, library, run
@@ -30,7 +32,7 @@ def reference(name: str, *x: np.ndarray) -> np.ndarray:
     return OPS[name].reference(*wide, **({"factor": 0.3} if name == "scale" else {}))
 
 
-def factor(name: str) -> dict[str, float]:
+def factor(name: str) -> dict[str, Any]:
     return {"factor": 0.3} if name == "scale" else {}
 
 
@@ -66,7 +68,7 @@ def ulps_of(name: str, x: np.ndarray) -> float:
     return 6 + float(np.ptp(x, axis=1).max()) / 2 if name == "softmax" else 6
 
 
-def close(found: np.ndarray, wanted: np.ndarray, ulps: float = 6) -> None:
+def close(found: np.ndarray, wanted: Any, ulps: float = 6) -> None:
     np.testing.assert_allclose(found, wanted, rtol=ulps * ULP, atol=1e-38)
 
 
@@ -112,8 +114,9 @@ def test_a_row_does_not_depend_on_the_batch(rng, name):
 @pytest.mark.parametrize("name", [name for name in (*UNARY, *BINARY) if name not in BY_ROW])
 def test_a_single_row_is_divided_among_threads(rng, name):
     x, out = Fenced.of(values(rng, "log", 160, 1)), Fenced(1, 160)
-    operands = {"x": x, "y": x, "y_stride": 160} if name in BINARY else {"x": x, **factor(name)}
-    lengths = {"n": 160, "live": 1, "x_stride": 160, "out_stride": 160}
+    second = {"y": x, "y_stride": 160} if name in BINARY else factor(name)
+    operands: dict[str, Any] = {"x": x, **second}
+    lengths: dict[str, Any] = {"n": 160, "live": 1, "x_stride": 160, "out_stride": 160}
     run(Kernel.of(name), threads=1, out=out, **lengths, **operands)
     assert not np.isnan(out.values).any()
     for thread in range(2):
@@ -126,7 +129,7 @@ def test_a_single_row_is_divided_among_threads(rng, name):
 def test_no_live_rows(name):
     x = np.ones((ROWS, 20), np.float32)
     source, out = Fenced.of(x), Fenced(ROWS, 20)
-    more = {"y": source, "y_stride": 20} if name in BINARY else factor(name)
+    more: dict[str, Any] = {"y": source, "y_stride": 20} if name in BINARY else factor(name)
     run(
         Kernel.of(name), threads=2, x=source, out=out, live=0, n=20, x_stride=20, out_stride=20,
         **more,

@@ -5,21 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
 import runtime
-from runtime.cli import COMMANDS, main
+from runtime.cli import COMMANDS, facts, main
 from runtime.cli.output import bar, bars, count, size, table
 from runtime.errors import MemoryLimitError, OptionError
 from runtime.gguf.reader import open_gguf
+from runtime.ops.dtypes import DTYPES
 from runtime.text.sampling import Token
 
 DEMO = Path(runtime.__file__).parent / "data" / "demo.gguf"
@@ -88,12 +91,6 @@ class FakeModel:
 
     def session(self):
         return FakeSession(self.evals)
-
-    def active_bytes(self, context):
-        return 1_000_000 + context
-
-    def macs_per_token(self):
-        return 5_000_000
 
     def close(self):
         self.closed = True
@@ -308,6 +305,17 @@ class TestChat:
         assert result.stdout == "" and "/clear" in result.stderr
         assert "no command /jump" in result.stderr
 
+    def test_a_message_that_got_no_answer_is_taken_back(self, invoke, monkeypatch):
+        monkeypatch.setattr("runtime.cli.chat._interactive", lambda: True)
+        lines = iter(["Hi", "Bye"])
+        monkeypatch.setattr("runtime.cli.chat._lines", lambda: lines)
+        model = FakeModel(pieces=(), raises=KeyboardInterrupt())
+        assert invoke("chat", model=model).exit_code == 0
+        assert [[m["content"] for m in messages] for messages, _ in model.calls] == [
+            ["Hi"],
+            ["Bye"],
+        ]
+
     def test_errors_end_a_pipe_with_one_line(self, invoke):
         model = FakeModel(pieces=(), raises=MemoryLimitError("the prompt is too long"))
         result = invoke("chat", model=model, stdin="Hi\n")
@@ -344,9 +352,11 @@ class TestBench:
         assert (prompt["n_prompt"], prompt["n_gen"], prompt["bandwidth_share"]) == (8, 0, None)
         assert (decode["n_prompt"], decode["n_gen"], decode["n_depth"]) == (0, 4, 16)
         assert len(prompt["samples_ns"]) == len(prompt["samples_ts"]) == 3
-        assert prompt["gmac_per_s"] == pytest.approx(5e6 * prompt["avg_ts"] / 1e9)
-        share = (1_000_000 + 18) * decode["avg_ts"] / 2e9
-        assert decode["bandwidth_share"] == pytest.approx(share)
+        file = open_gguf(DEMO)
+        macs = facts.macs_per_token(file)
+        assert prompt["gmac_per_s"] == pytest.approx(macs * prompt["avg_ts"] / 1e9)
+        nbytes = facts.active_bytes(file, ("f16", "f16"), 18)
+        assert decode["bandwidth_share"] == pytest.approx(nbytes * decode["avg_ts"] / 2e9)
 
     def test_csv_has_one_quoted_line_per_test(self, invoke):
         text = invoke(*self.ARGS, "-o", "csv", model=FakeModel()).stdout
@@ -434,6 +444,84 @@ def test_warmup_names_the_cache_folder(invoke, monkeypatch, tmp_path):
     result = invoke("warmup", "m.gguf", model=model)
     assert result.exit_code == 0 and str(tmp_path) in result.stdout
     assert evals[0] == 1 and max(evals) > 8 and model.closed
+
+
+class FakeFile:
+    """Tensors and metadata, enough for `facts`."""
+
+    path = Path("fake.gguf")
+
+    def __init__(self, shapes, **metadata):
+        self.metadata = {"general.architecture": "unknown", **metadata}
+        self.tensors = {
+            name: SimpleNamespace(
+                name=name, shape=shape, nbytes=math.prod(shape), dtype=DTYPES["i8"]
+            )
+            for name, shape in shapes.items()
+        }
+
+    def get(self, key, default=None):
+        return self.metadata.get(key, default)
+
+    @property
+    def architecture(self):
+        return self.metadata["general.architecture"]
+
+
+class TestFacts:
+    SHAPES = MappingProxyType(
+        {
+            "token_embd.weight": (100, 8),
+            "blk.0.attn_q.weight": (8, 8),
+            "blk.0.attn_norm.weight": (8,),
+            "blk.0.ffn_up_exps.weight": (4, 16, 8),
+        }
+    )
+    EXPERTS = MappingProxyType({"unknown.expert_count": 4, "unknown.expert_used_count": 1})
+
+    def test_a_tied_embedding_is_read_as_the_output(self):
+        file = FakeFile(self.SHAPES, **self.EXPERTS)
+        assert facts.active_bytes(file, ("f16", "f16"), 10) == 800 + 64 + 8 + 128
+        assert facts.macs_per_token(file) == 64 + 128
+
+    def test_an_embedding_beside_an_output_is_only_looked_up(self):
+        file = FakeFile({**self.SHAPES, "output.weight": (100, 8)}, **self.EXPERTS)
+        assert facts.active_bytes(file, ("f16", "f16"), 10) == 800 + 64 + 8 + 128
+        assert facts.macs_per_token(file) == 64 + 128
+
+    @needs_demo
+    def test_the_cache_counts_by_its_types(self):
+        file = open_gguf(DEMO)
+        f16, q8 = (facts.kv_bytes_per_token(file, kind) for kind in ("f16", "q8_0"))
+        mixed = facts.active_bytes(file, ("q8_0", "f16"), 100)
+        assert mixed - facts.active_bytes(file, ("f16", "f16"), 0) == 100 * (f16 + q8) / 2
+
+    @pytest.mark.parametrize(
+        ("metadata", "name"),
+        [
+            ({"general.file_type": 15, "general.size_label": "4B"}, "unknown 4B Q4_K - Medium"),
+            ({"general.file_type": 999}, "unknown 0.0M I8"),
+        ],
+    )
+    def test_model_type(self, metadata, name):
+        assert facts.model_type(FakeFile(self.SHAPES, **metadata)) == name
+
+    @pytest.mark.parametrize(
+        ("name", "role"),
+        [
+            ("token_embd.weight", "embedding"),
+            ("output.weight", "output"),
+            ("output_norm.weight", "norms"),
+            ("blk.3.attn_q_norm.weight", "norms"),
+            ("blk.3.attn_output.weight", "attention"),
+            ("blk.3.ffn_gate_exps.weight", "experts"),
+            ("blk.3.ffn_gate_inp.weight", "feed-forward"),
+            ("blk.3.ssm_in.weight", "recurrent"),
+            ("rope_freqs.weight", "other"),
+        ],
+    )
+    def test_roles(self, name, role):
+        assert facts.role(name) == role
 
 
 class TestOutput:

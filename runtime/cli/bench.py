@@ -16,6 +16,7 @@ from typing import Any
 import click
 import numpy as np
 
+from runtime.cli import facts
 from runtime.cli.output import note
 
 
@@ -79,14 +80,15 @@ class Result:
         if not self.test.n_gen or not self.bandwidth:
             return None
         context = self.test.n_depth + self.test.n_gen // 2
-        return self.model.active_bytes(context) * mean(self.speeds) / self.bandwidth
+        nbytes = facts.active_bytes(self.model.file, self.kv_types, context)
+        return nbytes * mean(self.speeds) / self.bandwidth
 
     @property
     def gmac_per_s(self) -> float | None:
         """Of a prompt: 1e9 multiplications of weights per second."""
         if not self.test.n_prompt:
             return None
-        return self.model.macs_per_token() * mean(self.speeds) / 1e9
+        return facts.macs_per_token(self.model.file) * mean(self.speeds) / 1e9
 
 
 def mean(values: Sequence[float]) -> float:

@@ -118,7 +118,10 @@ class Conversation:
             stopped = True
         click.echo()
         watch.prompt_tokens = max(0, len(self._session) - before - watch.tokens + 1)
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        if pieces or not stopped:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        else:
+            self.messages.pop()
         note(watch.summary(), self._quiet or not _interactive())
         if stopped and not _interactive():
             raise click.exceptions.Exit(130)

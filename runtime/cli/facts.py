@@ -100,6 +100,41 @@ def bytes_by(file: Any, what: str) -> dict[str, float]:
     return dict(found)
 
 
+def active_bytes(file: Any, kv_types: tuple[str, str], context: int) -> float:
+    """Bytes that one decoded token has to read after `context` tokens.
+
+    All weights but an embedding that is only looked up; of experts the share that is used; and
+    the KV cache.
+    """
+    weights = sum(t.nbytes * _used(file, t.name) for t in file.tensors.values())
+    cache = sum((kv_bytes_per_token(file, kind) or 0) / 2 for kind in kv_types)
+    return weights + context * cache
+
+
+def macs_per_token(file: Any) -> float:
+    """Multiplications of weights that one token of a prompt takes.
+
+    The output matrix does not count: only a prompt's last token meets it.
+    """
+    return sum(
+        math.prod(t.shape) * _used(file, t.name)
+        for t in file.tensors.values()
+        if len(t.shape) > 1 and role(t.name) not in ("embedding", "output")
+    )
+
+
+def _used(file: Any, name: str) -> float:
+    """The share of a tensor that one token reads."""
+    if role(name) == "embedding":
+        # without an output matrix of its own the embedding serves as one
+        return float(name == "token_embd.weight" and "output.weight" not in file.tensors)
+    if role(name) != "experts":
+        return 1.0
+    keys = (f"{file.get('general.architecture')}.expert_{key}" for key in ("used_count", "count"))
+    used, experts = (file.get(key) for key in keys)
+    return used / experts if used and experts else 1.0
+
+
 def kv_bytes_per_token(file: Any, kv_type: str) -> int | None:
     """Bytes of KV cache one token takes; None for an architecture that cannot be run.
 

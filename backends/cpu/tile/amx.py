@@ -22,7 +22,10 @@ STRETCH = 2048  # elements of K that are unpacked at a time; a multiple of every
 MAX_TILES = 32  # column tiles whose sums wait between two stretches
 _WORDS = 8 * LINE  # bytes of the unpacked codes of 16 rows by 32 elements
 _SUMS = 4 * ROWS * AMX_COLUMNS  # bytes of the sums of one tile
-_DOT, _X, _W = 0, 1, 2  # tile registers
+# Tile registers: dots of a few scale groups at once, so that the matrix unit works on the next
+# while the vector units scale the last; two turns each for activations and weights.
+_AT_ONCE = 4
+_DOT, _X, _W = range(0, 4), range(4, 6), range(6, 8)
 
 
 class AmxScratch:
@@ -32,7 +35,7 @@ class AmxScratch:
         self.record = _WORDS + LINE * (p.layout.scales + int(p.layout.minimum))
         self.weights = p.code.stack(STRETCH // 32 * self.record)
         self.sums = p.code.stack(MAX_TILES * _SUMS)
-        self.dots = p.code.stack(_SUMS)
+        self.dots = p.code.stack(_AT_ONCE * _SUMS)
 
 
 def configure(p: Problem) -> None:
@@ -42,9 +45,10 @@ def configure(p: Problem) -> None:
     code.store(ir.Constant(vec(I8, 64), [0] * 64), place, 1)
     code.store(ir.Constant(I8, 1), place)  # palette
     shapes = {_DOT: (AMX_COLUMNS, 4 * ROWS), _X: (AMX_COLUMNS, k), _W: (k // 4, LINE)}
-    for tile, (rows, row_bytes) in shapes.items():
-        code.store(ir.Constant(ir.IntType(16), row_bytes), code.at(place, 16 + 2 * tile), 2)
-        code.store(ir.Constant(I8, rows), code.at(place, 48 + tile))
+    for tiles, (rows, row_bytes) in shapes.items():
+        for tile in tiles:
+            code.store(ir.Constant(ir.IntType(16), row_bytes), code.at(place, 16 + 2 * tile), 2)
+            code.store(ir.Constant(I8, rows), code.at(place, 48 + tile))
     _call(code, "ldtilecfg", code.pointer(place, I8))
 
 
@@ -123,35 +127,47 @@ def _advance(p: Problem, s: AmxScratch, x: Any, place: Any, span: tuple[Any, Any
     start, stop = (code.b.udiv(k, const(32)) for k in span)
     sums = [code.load(code.at(place, LINE * c), kind, LINE) for c in range(AMX_COLUMNS)]
 
-    def block(i: Any, sums: list[Any]) -> list[Any]:
-        quants = code.at(x, code.times(i, Q_BYTES * AMX_COLUMNS))
-        side = code.at(sides, code.times(i, SIDE_BYTES * AMX_COLUMNS))
-        record = code.at(s.weights, code.times(code.b.sub(i, start), s.record))
-        for part in range(p.layout.scales):
-            _dots(p, s, quants, record, part)
-            sums = _scaled(p, s, side, code.at(record, _WORDS + LINE * part), sums)
-        return _with_minimum(p, side, record, sums) if p.layout.minimum else sums
+    def blocks(i: Any, sums: list[Any], n: int) -> list[Any]:
+        places = []
+        for j in range(n):
+            quants = code.at(x, code.times(code.at(i, j), Q_BYTES * AMX_COLUMNS))
+            side = code.at(sides, code.times(code.at(i, j), SIDE_BYTES * AMX_COLUMNS))
+            record = code.at(s.weights, code.times(code.at(code.b.sub(i, start), j), s.record))
+            places.append((side, record))
+            for part in range(p.layout.scales):
+                _dots(p, s, quants, record, part, j * p.layout.scales + part)
+        for j, (side, record) in enumerate(places):
+            for part in range(p.layout.scales):
+                dots = code.at(s.dots, _SUMS * (j * p.layout.scales + part))
+                sums = _scaled(p, dots, side, code.at(record, _WORDS + LINE * part), sums)
+            if p.layout.minimum:
+                sums = _with_minimum(p, side, record, sums)
+        return sums
 
-    return code.loop(start, stop, sums, block)
+    several = _AT_ONCE // p.layout.scales
+    whole = code.at(start, code.b.and_(code.b.sub(stop, start), const(-several)))
+    sums = code.loop(start, whole, sums, lambda i, v: blocks(i, v, several), several)
+    return code.loop(whole, stop, sums, lambda i, v: blocks(i, v, 1))
 
 
-def _dots(p: Problem, s: AmxScratch, quants: Any, record: Any, part: int) -> None:
+def _dots(p: Problem, s: AmxScratch, quants: Any, record: Any, part: int, which: int) -> None:
     """Dots of one scale group of 16 rows by 16 columns, into memory [column][row]."""
     code, parts = p.code, p.layout.scales
-    _tile(code, "tilezero", _DOT)
-    _load(code, _X, code.at(quants, Q_BYTES // parts * part), Q_BYTES)
-    _load(code, _W, code.at(record, _WORDS // parts * part), LINE)
-    _tile(code, "tdpbssd", _DOT, _X, _W)
-    target = code.pointer(s.dots, I8)
-    _call(code, "tilestored64", ir.Constant(I8, _DOT), target, const(LINE))
+    dot, x, w = _DOT[which], _X[which % 2], _W[which % 2]
+    _tile(code, "tilezero", dot)
+    _load(code, x, code.at(quants, Q_BYTES // parts * part), Q_BYTES)
+    _load(code, w, code.at(record, _WORDS // parts * part), LINE)
+    _tile(code, "tdpbssd", dot, x, w)
+    target = code.pointer(code.at(s.dots, _SUMS * which), I8)
+    _call(code, "tilestored64", ir.Constant(I8, dot), target, const(LINE))
 
 
-def _scaled(p: Problem, s: AmxScratch, side: Any, scale: Any, sums: list[Any]) -> list[Any]:
+def _scaled(p: Problem, place: Any, side: Any, scale: Any, sums: list[Any]) -> list[Any]:
     code, kind = p.code, vec(F32, ROWS)
     scales = code.load(scale, kind, LINE)
     result = []
     for c, total in enumerate(sums):
-        dots = code.load(code.at(s.dots, LINE * c), vec(I32, ROWS), LINE)
+        dots = code.load(code.at(place, LINE * c), vec(I32, ROWS), LINE)
         d = code.load_splat(code.at(side, 4 * c), F32)
         result.append(code.fma(code.b.fmul(code.b.sitofp(dots, kind), d), scales, total))
     return result

@@ -17,8 +17,10 @@ Sums = list[list[Any]]  # [row group][column], each a vector of rows
 _AHEAD = 4096  # bytes between what is multiplied and what is asked from memory
 
 
-def over_blocks(p: Problem, bases: list[Any], first: Any, body: Body) -> Sums:
-    """Run `body` over all blocks of 32 in order, sums starting at zero.
+def over_blocks(
+    p: Problem, bases: list[Any], first: Any, body: Body, start: list[Any]
+) -> list[Any]:
+    """Run `body` over all blocks of 32 in order; sums start as `start`, the last are given.
 
     bases: addresses of the packed groups; first: the first of the `lanes` rows of a group.
     """
@@ -30,7 +32,7 @@ def over_blocks(p: Problem, bases: list[Any], first: Any, body: Body) -> Sums:
         return _chunks(p, rows, code.times(i, layout.block // 32), body, sums)
 
     n_blocks = code.b.udiv(p.n_inner, const(layout.block))
-    return by_group(p, code.loop(0, n_blocks, zeros(p, bases), block))
+    return code.loop(0, n_blocks, start, block)
 
 
 def zeros(p: Problem, bases: list[Any]) -> list[Any]:

@@ -100,3 +100,7 @@ def group_nbytes(name: str, n_inner: int) -> int:
     layout = format_of(name)
     blocks = n_inner + n_inner % 2 if name == "BF16" else n_inner // layout.block
     return blocks * layout.packed_bytes
+
+
+# The non-linear 4-bit values of IQ4_NL (kvalues_iq4nl of the GGUF reference).
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

@@ -8,10 +8,6 @@ from typing import Any
 from runtime.backends.cpu.isa import host_arch
 from runtime.backends.cpu.tile.vector import I8, Code, ir, vec
 
-# The non-linear 4-bit values of IQ4_NL (kvalues_iq4nl of the GGUF reference), each + 128.
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-IQ4_CODES = tuple(v + 128 for v in IQ4_VALUES)
-
 _SHUFFLES = {  # bytes of a vector -> instruction that looks up each 16 bytes in a table of 16
     64: "llvm.x86.avx512.pshuf.b.512",
     32: "llvm.x86.avx2.pshuf.b",

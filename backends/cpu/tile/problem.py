@@ -12,6 +12,7 @@ from runtime.backends.cpu.tile.vector import I32, I64, Code
 # Groups whose sums advance together, by columns: enough independent sums to hide the latency of
 # a float addition, and few enough to stay in registers.
 _GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
+_GROUPS_INT8 = {1: 1, 4: 2, 8: 2, 16: 1}
 _GROUPS_CODES = {1: 4, 4: 2, 8: 1}
 
 
@@ -39,7 +40,7 @@ class Problem:
     def groups_at_once(self) -> int:
         """Row groups that one pass over K computes together."""
         if self.spec.activations == "int8":
-            return 1  # the dots of a block restart at every block: they are independent already
+            return _GROUPS_INT8[self.spec.columns]
         return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]
 
     def record(self, tile: Any, entry: Any) -> Any:

@@ -30,7 +30,7 @@ def sums_f32(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
                 sums = _one_element(p, [word[k] for word in words], start, 4 * w + k, sums)
         return sums
 
-    return over_blocks(p, bases, first, body)
+    return by_group(p, over_blocks(p, bases, first, body, zeros(p, bases)))
 
 
 def _one_element(p: Problem, weights: list[Any], x: Any, k: int, sums: list[Any]) -> list[Any]:

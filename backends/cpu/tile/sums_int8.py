@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cpu.tile.blocks import Sums, over_blocks
+from runtime.backends.cpu.tile.blocks import Sums, by_group, over_blocks, zeros
 from runtime.backends.cpu.tile.dots import dot_words
 from runtime.backends.cpu.tile.problem import Problem
 from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES
@@ -18,16 +18,49 @@ from runtime.backends.cpu.tile.vector import F32, vec
 
 # Side data of a block, [5][columns]: scale, scale * sum(q), and -8 * sum(q) of all and each half.
 _D, _S, _C, _C_LOW = range(4)
+_SUMS_IN_REGISTERS = 8
 
 
 def sums_int8(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
     """Float sums [row group][column] of `lanes` rows from row `first` of each group at `bases`."""
     sides = p.code.at(x, p.code.times(p.n_inner, p.spec.columns))
+    start = zeros(p, bases)
+    # Dots and sums of 16 vectors each do not fit the registers: the sums, touched once in a
+    # block, wait in memory.
+    waiting = _Waiting(p, start) if len(start) > _SUMS_IN_REGISTERS else None
 
     def body(blocks: list[Block], number: Any, sums: list[Any]) -> list[Any]:
-        return _one_block(p, blocks, _X(p, x, sides, number), sums)
+        place = _X(p, x, sides, number)
+        if waiting is None:
+            return _one_block(p, blocks, place, sums)
+        waiting.put(_one_block(p, blocks, place, waiting.get()))
+        return []
 
-    return over_blocks(p, bases, first, body)
+    if waiting is None:
+        return by_group(p, over_blocks(p, bases, first, body, start))
+    over_blocks(p, bases, first, body, [])
+    return by_group(p, waiting.get())
+
+
+class _Waiting:
+    """Sums kept on the stack."""
+
+    def __init__(self, p: Problem, start: list[Any]) -> None:
+        self.code, self.kind = p.code, start[0].type
+        self.step = 4 * p.code.lanes
+        self.place = p.code.stack(self.step * len(start))
+        self.count = len(start)
+        self.put(start)
+
+    def get(self) -> list[Any]:
+        """The sums as they are now."""
+        places = (self.code.at(self.place, self.step * i) for i in range(self.count))
+        return [self.code.load(place, self.kind, self.step) for place in places]
+
+    def put(self, sums: list[Any]) -> None:
+        """Keep new sums."""
+        for i, total in enumerate(sums):
+            self.code.store(total, self.code.at(self.place, self.step * i), self.step)
 
 
 class _X:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.backends.cpu.tile.formats import LINE, ROWS
-from runtime.backends.cpu.tile.lookup import IQ4_CODES, lookup
+from runtime.backends.cpu.tile.formats import IQ4_VALUES, LINE, ROWS
+from runtime.backends.cpu.tile.lookup import lookup
 from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, const, vec
 
 Word = Callable[[], Any]  # emits the unpacking of one word: <4 * lanes x i8>
@@ -155,7 +155,7 @@ def _q5_1(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
 
 def _iq4_nl(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
     def looked_up(word: Word) -> Word:
-        return lambda: lookup(rows.code, word(), IQ4_CODES)
+        return lambda: lookup(rows.code, word(), [v + 128 for v in IQ4_VALUES])
 
     words = [looked_up(word) for word in _nibble_words(rows, base, 2 * ROWS)]
     return [Block(words, [rows.f16(base, 0)])]

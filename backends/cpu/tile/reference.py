@@ -1,0 +1,203 @@
+"""The arithmetic of the tiles in numpy, bit for bit: what the kernels are tested against.
+
+Slow and plain. `fma=False` follows instruction sets without a fused multiply-add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.cpu.tile.formats import IQ4_VALUES, format_of
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Weights of N rows: (code * scale + minimum), codes already without their offset."""
+
+    codes: Array  # int32 [N, K]
+    scales: Array  # float32 [N, K / 32, scales of a block of 32]
+    minimum: Array | None  # float32 [N, K / 32]
+
+
+def matmul_int8(name: str, raw: Array, q: Array, d: Array, fma: bool = True) -> Array:
+    """float32 [T, N] of weights `raw` (uint8 [N, row bytes]) by activations q * d.
+
+    q: int8 [T, K]; d: float32 [T, K / 32].
+    """
+    w = decode(name, raw)
+    (n_tokens, k), n_rows, parts = q.shape, raw.shape[0], w.scales.shape[2]
+    acc = np.zeros((n_tokens, n_rows), np.float32)
+    span = 32 // parts
+    total = (d * q.reshape(n_tokens, k // 32, 32).sum(2, dtype=np.int32)).astype(np.float32)
+    for b in range(k // 32):
+        for part in range(parts):
+            at = slice(32 * b + span * part, 32 * b + span * (part + 1))
+            dot = q[:, at].astype(np.int32) @ w.codes[:, at].T
+            value = dot.astype(np.float32) * d[:, b, None]
+            acc = fused(value, w.scales[None, :, b, part], acc, fma)
+        if w.minimum is not None:
+            acc = fused(w.minimum[None, :, b], total[:, b, None], acc, fma)
+    return acc
+
+
+def matmul_f32(name: str, raw: Array, x: Array, fma: bool = True) -> Array:
+    """float32 [T, N] of weights `raw` (uint8 [N, row bytes]) by x (float32 [T, K])."""
+    w = dequantised(name, raw, fma)
+    acc = np.zeros((x.shape[0], w.shape[0]), np.float32)
+    for k in range(x.shape[1]):
+        acc = fused(w[None, :, k], x[:, k, None], acc, fma)
+    return acc
+
+
+def dequantised(name: str, raw: Array, fma: bool = True) -> Array:
+    """The weights as the float32 tiles see them: float32 [N, K]."""
+    if name == "F32":
+        return raw.view(np.float32)
+    if name == "F16":
+        return raw.view(np.float16).astype(np.float32)
+    if name == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    w, offset = decode(name, raw), format_of(name).offset
+    each = 32 // w.scales.shape[2]
+    scales = np.repeat(w.scales.reshape(len(raw), -1), each, axis=1)
+    if w.minimum is None:
+        shift = scales * np.float32(-offset)
+    else:
+        shift = np.repeat(w.minimum, 32, axis=1)
+    return fused((w.codes + offset).astype(np.float32), scales, shift, fma)
+
+
+def quantise_activations(x: Array) -> tuple[Array, Array]:
+    """int8 [T, K] and scales float32 [T, K / 32]: d = max|x| / 127, q = round-to-even(x / d)."""
+    blocks = x.reshape(len(x), -1, 32)
+    d = (np.abs(blocks).max(2) / np.float32(127)).astype(np.float32)
+    safe = np.where(d == 0, np.float32(1), d)[..., None]
+    q = np.where(d[..., None] == 0, 0, np.rint(blocks / safe)).astype(np.int8)
+    return q.reshape(x.shape), d
+
+
+def fused(x: Array, y: Array, z: Array, fma: bool = True) -> Array:
+    """x * y + z in float32, rounded once (or, with fma=False, after the product too).
+
+    The product is exact in float64; the sum is rounded to odd there, so that the rounding to
+    float32 sees which side of a tie it is on.
+    """
+    if not fma:
+        return (x * y).astype(np.float32) + z
+    product, addend = np.float64(x) * np.float64(y), np.float64(z)
+    total = product + addend
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    even = (total.view(np.uint64) & 1) == 0
+    nudged = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & even, nudged, total).astype(np.float32)
+
+
+def decode(name: str, raw: Array) -> Codes:
+    """Codes, scales and minima of rows of GGUF blocks (uint8 [N, row bytes])."""
+    layout = format_of(name)
+    blocks = raw.reshape(len(raw), -1, layout.source_bytes)
+    codes, scales, minimum = _DECODE[name](blocks)
+    n = len(raw)
+    return Codes(
+        codes.reshape(n, -1).astype(np.int32) - (0 if name == "IQ4_NL" else layout.offset),
+        scales.reshape(n, -1, layout.scales).astype(np.float32),
+        None if minimum is None else minimum.reshape(n, -1).astype(np.float32),
+    )
+
+
+Parts = tuple[Array, Array, Array | None]
+
+
+def half(blocks: Array, at: int) -> Array:
+    """The float16 at byte `at` of each block, as float32."""
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: Array) -> Array:
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def _fifth_bits(blocks: Array, at: int) -> Array:
+    bits = np.unpackbits(blocks[..., at : at + 4], axis=-1, bitorder="little")
+    return bits << 4
+
+
+def _q8_0(b: Array) -> Parts:
+    return b[..., 2:].view(np.int8).astype(np.int32) + 128, half(b, 0), None
+
+
+def _q4_0(b: Array) -> Parts:
+    return _nibbles(b[..., 2:]), half(b, 0), None
+
+
+def _q4_1(b: Array) -> Parts:
+    return _nibbles(b[..., 4:]), half(b, 0), half(b, 2)
+
+
+def _q5_0(b: Array) -> Parts:
+    return _nibbles(b[..., 6:]) | _fifth_bits(b, 2), half(b, 0), None
+
+
+def _q5_1(b: Array) -> Parts:
+    return _nibbles(b[..., 8:]) | _fifth_bits(b, 4), half(b, 0), half(b, 2)
+
+
+def _iq4_nl(b: Array) -> Parts:
+    return np.array(IQ4_VALUES)[_nibbles(b[..., 2:])], half(b, 0), None
+
+
+def six_bits(packed: Array) -> tuple[Array, Array]:
+    """The 8 scales and 8 minima of 6 bits in 12 bytes of a K block."""
+    low, high, last = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([low & 63, (last & 15) | ((low >> 6) << 4)], axis=-1)
+    minima = np.concatenate([high & 63, (last >> 4) | ((high >> 6) << 4)], axis=-1)
+    return scales, minima
+
+
+def _k_parts(b: Array, codes: Array) -> Parts:
+    scales, minima = six_bits(b[..., 4:16])
+    return codes, half(b, 0) * scales, -(half(b, 2) * minima)
+
+
+def _k_nibbles(packed: Array) -> Array:
+    """Four times 32 bytes: 32 low nibbles, then the 32 high ones."""
+    return _nibbles(packed.reshape(*packed.shape[:-1], 4, 32)).reshape(*packed.shape[:-1], 256)
+
+
+def _q4_k(b: Array) -> Parts:
+    return _k_parts(b, _k_nibbles(b[..., 16:]))
+
+
+def _q5_k(b: Array) -> Parts:
+    high = (b[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    codes = _k_nibbles(b[..., 48:]) | (high << 4).reshape(*b.shape[:-1], 256)
+    return _k_parts(b, codes)
+
+
+def _q6_k(b: Array) -> Parts:
+    shape = b.shape[:-1]
+    low = b[..., :128].reshape(*shape, 2, 64)
+    low = np.concatenate([low & 15, low >> 4], axis=-1)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = (b[..., 128:192].reshape(*shape, 2, 1, 32) >> shifts) & 3
+    codes = low.reshape(*shape, 256) | (high << 4).reshape(*shape, 256)
+    return codes, half(b, 208) * b[..., 192:208].view(np.int8), None
+
+
+_DECODE = {
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "IQ4_NL": _iq4_nl,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}

@@ -1,0 +1,138 @@
+"""Calling the matmul and pack kernels from tests: guarded buffers, threads, random weights."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.cpu import isa, objects
+from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
+from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
+from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8
+
+Array = np.ndarray[Any, Any]
+CANARY = 0xA5
+FENCE = 256  # bytes before and after a guarded buffer
+
+ISAS = isa.available()  # asking also asks the system for the matrix registers
+QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K")
+FLOATS = ("F32", "F16", "BF16")
+_HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+class Guarded:
+    """`n_bytes` at a 64-byte boundary between two fences; `poison` fills them with NaN."""
+
+    def __init__(self, n_bytes: int, poison: int = 0xFF) -> None:
+        self.raw = np.full(n_bytes + 2 * FENCE + 64, CANARY, np.uint8)
+        self.start = FENCE + -(self.raw.ctypes.data + FENCE) % 64
+        self.n_bytes = n_bytes
+        self.bytes = self.raw[self.start : self.start + n_bytes]
+        self.bytes[:] = poison
+        self.address = self.bytes.ctypes.data
+
+    def check(self) -> None:
+        """Fail if anything outside was written."""
+        assert (self.raw[: self.start] == CANARY).all(), "written before the buffer"
+        assert (self.raw[self.start + self.n_bytes :] == CANARY).all(), "written after the buffer"
+
+
+@functools.cache
+def matmul_kernel(spec: TileSpec, isa_name: str) -> Any:
+    """The compiled kernel (args, thread, n_threads)."""
+    return _loaded(emit_matmul(spec, isa_name), isa_name)
+
+
+@functools.cache
+def pack_kernel(name: str, isa_name: str) -> Any:
+    """The compiled pack kernel of a format."""
+    return _loaded(emit_pack(name, isa_name), isa_name)
+
+
+def _loaded(ir: str, isa_name: str) -> Any:
+    return objects.function(objects.load_object(objects.compile_ir(ir, isa_name)))
+
+
+def call(kernel: Any, args: list[int], n_threads: int = 1) -> None:
+    """Run a kernel on n_threads threads at once."""
+    table = np.array(args, np.int64)
+    workers = [
+        threading.Thread(target=kernel, args=(table.ctypes.data, i, n_threads))
+        for i in range(n_threads)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def random_rows(name: str, n_rows: int, n_inner: int, seed: int = 0) -> Array:
+    """uint8 [n_rows, row bytes]: any codes, float scales of sane size and both signs."""
+    rng = np.random.default_rng(seed)
+    layout = format_of(name)
+    if layout.is_float:
+        values = rng.standard_normal((n_rows, n_inner)).astype(np.float32)
+        if name == "F16":
+            return values.astype(np.float16).view(np.uint8)
+        if name == "BF16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+        return values.view(np.uint8)
+    n_blocks = n_inner // layout.block
+    blocks = rng.integers(0, 256, (n_rows, n_blocks, layout.source_bytes), dtype=np.uint8)
+    for at in _HALVES.get(name, (0,)):
+        scale = rng.uniform(-0.02, 0.02, (n_rows, n_blocks, 1)).astype(np.float16)
+        scale[0] = 0
+        blocks[..., at : at + 2] = scale.view(np.uint8)
+    return blocks.reshape(n_rows, -1)
+
+
+def packed(name: str, raw: Array, n_inner: int, isa_name: str, n_threads: int = 1) -> Guarded:
+    """The rows packed by the kernel."""
+    goal = Guarded(packed_nbytes(name, len(raw), n_inner))
+    args = [raw.ctypes.data, goal.address, len(raw), n_inner, raw.shape[1], 1, 0, 0]
+    call(pack_kernel(name, isa_name), args, n_threads)
+    goal.check()
+    return goal
+
+
+def activations(spec: TileSpec, x: Array) -> tuple[Guarded, tuple[Array, ...]]:
+    """Packed tiles of x (float32 [T, K]), and what they hold: (q, d) or (x,)."""
+    from runtime.backends.cpu.tile.reference import quantise_activations
+
+    held = quantise_activations(x) if spec.activations == "int8" else (x,)
+    pack = pack_int8 if spec.activations == "int8" else pack_f32
+    tiles = pack(*held, spec.columns)
+    buffer = Guarded(tiles.size, poison=0)
+    buffer.bytes[:] = tiles.reshape(-1)
+    return buffer, held
+
+
+def matmul(
+    spec: TileSpec,
+    isa_name: str,
+    weights: Guarded,
+    tiles: Guarded,
+    shape: tuple[int, int, int],
+    bias: Array | None = None,
+    add: Array | None = None,
+    n_threads: int = 1,
+    spare: int = 3,
+) -> Array:
+    """float32 [T, N]; the buffer has `spare` further rows and columns that must stay NaN."""
+    n_tokens, n_rows, n_inner = shape
+    stride = n_rows + spare
+    out = Guarded(4 * stride * (n_tokens + spare))
+    live = np.array([n_tokens], np.int64)
+    args = [weights.address, tiles.address, out.address, stride]
+    args += [0 if bias is None else bias.ctypes.data]
+    args += [0, 0] if add is None else [add.ctypes.data, add.shape[1]]
+    args += [live.ctypes.data, n_rows, n_inner]
+    call(matmul_kernel(spec, isa_name), args, n_threads)
+    out.check()
+    values = out.bytes.view(np.float32).reshape(-1, stride)
+    assert np.isnan(values[n_tokens:]).all(), "a dead row was written"
+    assert np.isnan(values[:, n_rows:]).all(), "a column past the rows was written"
+    return values[:n_tokens, :n_rows].copy()

@@ -371,6 +371,20 @@ def test_a_file_without_pre_tokenizer_warns_and_uses_the_default():
     assert tokenizer.encode("hello", add_special=False)
 
 
+def test_text_is_normalised_only_where_the_file_asks():
+    plain = Tokenizer(byte_pairs())
+    assert plain.decode(plain.encode("e\u0301", add_special=False)) == "e\u0301"
+    for normaliser in ({"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "NFC"}]}):
+        source = json.dumps({"normalizer": normaliser})
+        asking = Tokenizer(byte_pairs(**{"tokenizer.huggingface.json": source}))
+        assert asking.decode(asking.encode("e\u0301", add_special=False)) == "\xe9"
+    nothing = json.dumps({"normalizer": None})
+    quiet = Tokenizer(byte_pairs(**{"tokenizer.huggingface.json": nothing}))
+    assert quiet.decode(quiet.encode("e\u0301", add_special=False)) == "e\u0301"
+    with pytest.raises(TextError, match=r"huggingface\.json"):
+        Tokenizer(byte_pairs(**{"tokenizer.huggingface.json": "{"}))
+
+
 def test_special_ids_outside_the_vocabulary_do_not_count():
     tokenizer = Tokenizer(byte_pairs(**{"tokenizer.ggml.bos_token_id": 10**9}))
     assert tokenizer.bos_id is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
@@ -26,6 +27,7 @@ from runtime.text.vocabulary import (
     Vocabulary,
     array,
     byte_of,
+    normal_forms,
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -54,6 +56,7 @@ class Tokenizer:
     def __init__(self, metadata: Mapping[str, Any]):
         """`metadata` holds the `tokenizer.*` keys. Raises TextError naming what is wrong."""
         self._metadata = metadata
+        self._normal_forms: list[Any] = normal_forms(metadata)
         kind = metadata.get("tokenizer.ggml.model", "none")
         self.kind: str = "none" if kind in _NO_TEXT else str(kind)
         self._vocabulary: Vocabulary | None = None
@@ -97,6 +100,8 @@ class Tokenizer:
             if isinstance(piece, int):
                 ids.append(piece)
             else:
+                for form in self._normal_forms:
+                    piece = unicodedata.normalize(form, piece)
                 ids += self._encode(self._strip_after_special(piece, ids, known))
         if add_special and known.add_eos and known.eos_id is not None:
             ids.append(known.eos_id)

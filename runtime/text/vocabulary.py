@@ -6,6 +6,7 @@ Keys are those of the GGUF specification (`tokenizer.ggml.*`). Kinds are the val
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,23 @@ def array(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
     if isinstance(value, str) or not hasattr(value, "__len__"):
         raise TextError(f"{key} is {type(value).__name__}, not an array: convert the model again")
     return value
+
+
+def normal_forms(metadata: Mapping[str, Any]) -> list[str]:
+    """Unicode normal forms ("NFC") the file asks for, in order; nearly always none.
+
+    Only the `tokenizer.huggingface.json` that some files carry can ask. Raises TextError when
+    that is no JSON.
+    """
+    source = metadata.get("tokenizer.huggingface.json")
+    if not isinstance(source, str):
+        return []
+    try:
+        steps = [json.loads(source).get("normalizer") or {}]
+    except (ValueError, AttributeError):
+        raise TextError("tokenizer.huggingface.json is no JSON object") from None
+    steps += steps[0].get("normalizers", [])
+    return [s["type"] for s in steps if s.get("type") in ("NFC", "NFD", "NFKC", "NFKD")]
 
 
 def _texts(metadata: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,100 @@
+"""A model that answers what it is told, for tests of the commands."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import runtime
+from runtime.cli import main
+from runtime.gguf.reader import open_gguf
+from runtime.text.sampling import Token
+
+DEMO = Path(runtime.__file__).parent / "data" / "demo.gguf"
+needs_demo = pytest.mark.skipif(not DEMO.exists(), reason=f"no bundled model at {DEMO}")
+
+
+class FakeTokenizer:
+    def encode(self, text, add_special=True, parse_special=True):
+        return [ord(c) % 50 for c in text]
+
+
+class FakeSession:
+    """Remembers what was evaluated; every evaluation takes a moment."""
+
+    def __init__(self, log):
+        self.tokens, self._log = [], log
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def eval(self, ids, logits="all"):
+        self.tokens += ids
+        self._log.append(len(ids))
+        time.sleep(0.001)
+
+    def close(self):
+        self._log.append("closed")
+
+
+class FakeModel:
+    """What the commands need of a model; answers are given."""
+
+    vocab_size, kv_types = 50, ("f16", "f16")
+    tokenizer = FakeTokenizer()
+
+    def __init__(self, pieces=("one", " two"), raises=None, threads=3):
+        self.pieces, self.raises, self.threads = pieces, raises, threads
+        self.calls, self.evals, self.closed = [], [], False
+        self.file = open_gguf(DEMO)
+
+    def generate(self, prompt, *, on_token=None, session=None, **options):
+        self.calls.append((prompt, options))
+        for i, piece in enumerate(self.pieces):
+            if on_token:
+                on_token(Token(i))
+            yield piece
+        if self.raises:
+            raise self.raises
+
+    def chat(self, messages, **options):
+        return self.generate([dict(m) for m in messages], **options)
+
+    def session(self):
+        return FakeSession(self.evals)
+
+    def close(self):
+        self.closed = True
+
+
+class CommandLine:
+    """Calls the command line with a fake model; the result also has `.loaded`."""
+
+    def __init__(self, monkeypatch):
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, *args, model=None, stdin="", loading=None):
+        loaded = []
+
+        def load(path=None, **options):
+            loaded.append((path, options))
+            if loading:
+                raise loading
+            return model or FakeModel()
+
+        self._monkeypatch.setattr(runtime, "load", load, raising=False)
+        self._monkeypatch.setattr(
+            "runtime.backends.cpu.bandwidth.read_bandwidth", lambda threads: 2e9
+        )
+        result = CliRunner().invoke(main, [str(a) for a in args], input=stdin)
+        result.loaded = loaded
+        return result

@@ -65,10 +65,8 @@ def dequantised(name: str, raw: Array, fma: bool = True) -> Array:
     w, offset = decode(name, raw), format_of(name).offset
     each = 32 // w.scales.shape[2]
     scales = np.repeat(w.scales.reshape(len(raw), -1), each, axis=1)
-    if w.minimum is None:
-        shift = scales * np.float32(-offset)
-    else:
-        shift = np.repeat(w.minimum, 32, axis=1)
+    minimum = None if w.minimum is None else np.repeat(w.minimum, 32, axis=1)
+    shift = scales * np.float32(-offset) if minimum is None else minimum
     return fused((w.codes + offset).astype(np.float32), scales, shift, fma)
 
 

@@ -140,13 +140,8 @@ def pack_int8(q: Array, d: Array, columns: int) -> Array:
     blocks = q.reshape(n_tiles, columns, n_blocks, 32).transpose(0, 2, 1, 3)
     scale = d.reshape(n_tiles, columns, n_blocks).transpose(0, 2, 1)
     low, high = (blocks[..., h : h + 16].sum(3, dtype=np.int32) for h in (0, 16))
-    side = [
-        scale,
-        (scale * (low + high)).astype(np.float32),
-        -8 * (low + high),
-        -8 * low,
-        -8 * high,
-    ]
+    total = (scale * (low + high)).astype(np.float32)
+    side = [scale, total, -8 * (low + high), -8 * low, -8 * high]
     words = np.stack([np.ascontiguousarray(s).view(np.int32) for s in side], axis=2)
     parts = [blocks, words]
     return _tiles(parts, activation_tile_nbytes(columns, "int8", q.shape[1]))

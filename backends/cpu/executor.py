@@ -41,7 +41,7 @@ class ThreadTeam:
         self._entry = function(loader("executor", {}))
         self._lock = threading.Lock()
         self._control: np.ndarray | None = None
-        self._threads: list[threading.Thread] = []
+        self._end: weakref.finalize | None = None
         _teams.add(self)
 
     def run(self, table: int, n_rows: int, profile: int = 0) -> None:
@@ -58,12 +58,10 @@ class ThreadTeam:
             self._publish(table=table, n_rows=n_rows, profile=profile)
 
     def close(self) -> None:
-        """End the threads. The next `run` starts new ones."""
+        """End the threads. The next `run` starts new ones; a team nobody holds ends by itself."""
         with self._lock:
-            if self._control is not None:
-                self._publish(table=0, n_rows=0, profile=0, stop=1)
-                for thread in self._threads:
-                    thread.join()
+            if self._end is not None:
+                self._end()
             self._forget()
 
     def __enter__(self) -> ThreadTeam:
@@ -74,21 +72,42 @@ class ThreadTeam:
 
     def _publish(self, **words: int) -> None:
         assert self._control is not None, "started before"
-        for name, value in words.items():
-            self._control[CONTROL[name]] = value
-        self._entry(self._control.ctypes.data, 0, self.n_threads)
+        _lead(self._entry, self._control, self.n_threads, **words)
 
     def _start(self) -> None:
         self._control = control = _control_block(self.n_threads)
-        for number in range(1, self.n_threads):
-            arguments = (control.ctypes.data, number, self.n_threads)
-            name = f"runtime-cpu-{number}"
-            thread = threading.Thread(target=self._entry, args=arguments, name=name, daemon=True)
+        threads = [
+            threading.Thread(
+                target=_follow, args=(self._entry, control, number, self.n_threads),
+                name=f"runtime-cpu-{number}", daemon=True,
+            )
+            for number in range(1, self.n_threads)
+        ]  # fmt: skip
+        for thread in threads:
             thread.start()
-            self._threads.append(thread)
+        self._end = weakref.finalize(self, _end, self._entry, control, threads)
 
     def _forget(self) -> None:
-        self._control, self._threads = None, []
+        if self._end is not None:
+            self._end.detach()
+        self._control = self._end = None
+
+
+def _lead(entry: Any, control: np.ndarray, n_threads: int, **words: int) -> None:
+    for name, value in words.items():
+        control[CONTROL[name]] = value
+    entry(control.ctypes.data, 0, n_threads)
+
+
+def _follow(entry: Any, control: np.ndarray, number: int, n_threads: int) -> None:
+    # The block lives as long as a thread reads it: its arguments hold it.
+    entry(control.ctypes.data, number, n_threads)
+
+
+def _end(entry: Any, control: np.ndarray, threads: list[threading.Thread]) -> None:
+    _lead(entry, control, len(threads) + 1, table=0, n_rows=0, profile=0, stop=1)
+    for thread in threads:
+        thread.join()
 
 
 def _control_block(n_threads: int) -> np.ndarray:

@@ -1,0 +1,139 @@
+"""Speed as ratios against numpy and memory bandwidth in the same run, held to a baseline.
+
+`baseline.json` has the ratios of each instruction set as they were measured; a run that falls
+below `KEEP` of one is a regression (these are shared, noisy machines, and each figure is the best
+of several). Write it anew with `UPDATE_BASELINE=1 pytest tests/benchmarks`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from runtime import ops
+from runtime.backends.cpu import CpuBackend, isa
+from runtime.backends.cpu.bandwidth import read_bandwidth
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.library import library
+from runtime.ops.dtypes import DTYPES
+
+BASELINE = Path(__file__).with_name("baseline.json")
+KEEP = 0.6
+THREADS = min(2, os.cpu_count() or 1)
+
+
+def _weights(kind: str, rows: int, inner: int) -> SimpleNamespace:
+    values = np.random.default_rng(0).standard_normal((64, inner)).astype(np.float32)
+    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    data = np.tile(raw.reshape(-1).view(np.uint8), rows // 64)
+    tensor = SimpleNamespace(data=data, nbytes=data.nbytes)
+    return SimpleNamespace(tensors={"w": tensor}, drop_pages=lambda t: None)
+
+
+def _matmul(kind: str, tokens: int, rows: int, inner: int) -> Callable[[], Any]:
+    """A step that is one matmul of `tokens` rows."""
+    x = ops.step_input("x", (ops.Dim("tokens", tokens), inner), DTYPES["f32"])
+    w = ops.weight("w", (rows, inner), DTYPES[kind.lower()])
+    backend = CpuBackend(_weights(kind, rows, inner), threads=THREADS)
+    program = backend.program(ops.Graph((ops.matmul(x, w),)))
+    inputs = {"x": np.random.default_rng(1).standard_normal((tokens, inner)).astype(np.float32)}
+    return lambda: program.run(inputs, {"tokens": tokens})
+
+
+def _best(work: Callable[[], Any], rounds: int = 7) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@cache
+def _numpy_seconds(tokens: int, rows: int, inner: int) -> float:
+    a, b = (np.ones(shape, np.float32) for shape in ((tokens, inner), (inner, rows)))
+    return _best(lambda: a @ b)
+
+
+@cache
+def _bandwidth() -> float:
+    return read_bandwidth(THREADS, 256 << 20)
+
+
+def hold(name: str, ratio: float) -> None:
+    """Fail when `ratio` is below KEEP of the baseline of this instruction set."""
+    known = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else {}
+    if os.environ.get("UPDATE_BASELINE"):
+        known.setdefault(isa.selected(), {})[name] = round(ratio, 3)
+        BASELINE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        return
+    want = known.get(isa.selected(), {}).get(name)
+    if want is None:
+        pytest.skip(f"no baseline of {name} for {isa.selected()}")
+    assert ratio >= KEEP * want, f"{name}: ratio {ratio:.2f}, baseline {want:.2f}"
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_prompt_matmul_against_numpy(benchmark: Any, kind: str):
+    shape = (256, 2048, 1024)
+    work = _matmul(kind, *shape)
+    benchmark.pedantic(work, rounds=7, warmup_rounds=1)
+    hold(f"prompt matmul {kind} / numpy", _numpy_seconds(*shape) / benchmark.stats.stats.min)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_decode_matmul_against_bandwidth(benchmark: Any, kind: str):
+    rows, inner = 65536, 1024
+    work = _matmul(kind, 1, rows, inner)
+    benchmark.pedantic(work, rounds=7, warmup_rounds=1)
+    nbytes = _weights(kind, rows, inner).tensors["w"].nbytes
+    hold(f"decode matmul {kind} / bandwidth", nbytes / benchmark.stats.stats.min / _bandwidth())
+
+
+def test_attention_against_numpy(benchmark: Any):
+    tokens, heads, kv_heads, dim = 256, 8, 4, 128
+    t = ops.Dim("tokens", tokens)
+    pages = (tokens // ops.PAGE, ops.PAGE, kv_heads, dim)
+    k, v = (ops.state(name, pages, DTYPES["f16"]) for name in "kv")
+    q = ops.step_input("q", (t, heads, dim), DTYPES["f32"])
+    table = ops.step_input("table", (1, pages[0]))
+    sequences, places = (ops.step_input(name, (t,)) for name in ("sequences", "places"))
+    node = ops.attention(q, k, v, table, sequences, places, scale=dim**-0.5)
+    program = CpuBackend(threads=THREADS).program(ops.Graph((node,)))
+    inputs = {
+        "q": np.ones((tokens, heads, dim), np.float32), "places": np.arange(tokens),
+        "table": np.arange(pages[0])[None], "sequences": np.zeros(tokens, np.int32),
+    }  # fmt: skip
+    benchmark.pedantic(lambda: program.run(inputs, {"tokens": tokens}), rounds=7, warmup_rounds=1)
+    # Causal attention computes half of two square products per head.
+    shape = (tokens, tokens, dim)
+    hold("attention / numpy", heads * _numpy_seconds(*shape) / benchmark.stats.stats.min)
+
+
+def test_cost_of_an_op(benchmark: Any):
+    """Rows of the instruction table that do next to nothing: what a barrier costs."""
+    count = 1000
+    x = ops.step_input("x", (ops.Dim("tokens", 1), 16), DTYPES["f32"])
+    node = x
+    for i in range(count):
+        node = ops.scale(node, factor=1.0 + i)
+    program = CpuBackend(threads=THREADS).program(ops.Graph((node,)))
+    inputs = {"x": np.ones((1, 16), np.float32)}
+    benchmark.pedantic(lambda: program.run(inputs, {"tokens": 1}), rounds=20, warmup_rounds=2)
+    hold("0.3 µs / op", 0.3e-6 / (benchmark.stats.stats.min / count))
+
+
+def test_warm_start_loads_and_never_compiles():
+    """The kernels of this file are on disk by now: finding them is cheap."""
+    seconds = _best(lambda: library().missing([Kernel.of("executor")]), 3)
+    assert seconds < 0.05

@@ -94,7 +94,7 @@ class Program:
             value = inputs[name]
             if len(value) > len(room):
                 raise BackendError(f"step input {name}: {len(value)} rows, room for {len(room)}")
-            room[: len(value)] = value
+            room[tuple(slice(n) for n in value.shape)] = value
         tiles = 0
         if "attention_tiles" in self._inputs:
             tiles = attention_tiles(

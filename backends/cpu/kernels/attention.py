@@ -1,0 +1,281 @@
+"""Attention over cache pages with a running softmax (Milakov and Gimelshein 2018; Dao 2022).
+
+Parallel over (tile of tokens of one sequence x KV head x group of query rows), dealt out one by
+one so that short and long ones even out. The rows of an item are its tokens times the query heads
+of the KV head. They walk the pages together, in blocks of 8 rows that each keep
+
+    m  the largest score so far, l  the sum of 2^(score - m), o  the sum of 2^(score - m) v
+
+in scratch; scores are in units of ln 2. A page is always taken as 32 keys: keys that a row does
+not see get the score -inf, so a page without any leaves its state as it was, bit for bit, and a
+row's result does not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+
+from runtime.backends.cpu.signatures import ATTENTION_BLOCKS, ATTENTION_ROWS, PAGE
+
+from . import emit as e
+from . import simd as s
+from .attention_passes import (
+    PASS_ROWS,
+    Block,
+    exp2_negative,
+    load_q,
+    output_pass,
+    row_peaks,
+    scores_pass,
+    tanh,
+)
+from .rows import helper
+
+_LOG2_E = e.single(1 / math.log(2))
+_LOWEST = e.single(-3e38)  # finite, so that -inf less this is -inf and not NaN
+_PLACES, _LOW, _HIGH, _SOURCES = Block.places, Block.lowest, Block.highest, Block.sources
+_PEAK, _DECAY, _SUMS, _SCORES, _Q = Block.peak, Block.decay, Block.sums, Block.scores, Block.q
+_ROWS, _GROUP = ATTENTION_ROWS, ATTENTION_ROWS * ATTENTION_BLOCKS
+
+
+@s.operation(s.f32x16, s.f32)
+def first_lane(b, value):
+    """`value` in lane 0, zero in the others."""
+    return b.insert_element(e.floats(0.0), value, ir.Constant(e.i32, 0))
+
+
+@helper
+def group_rows(tiles, n_tiles, n_kv_heads, group, n_threads):
+    """Rows that an item takes at most: fewer than a group if threads would have nothing to do."""
+    limit, found = _GROUP, False
+    while limit > 1 and not found:
+        items = 0
+        for tile in range(n_tiles):
+            rows = s.load_i32(tiles + tile * 16 + 4) * group
+            items += (rows + limit - 1) // limit * n_kv_heads
+            if items >= n_threads:
+                found = True
+                break
+        if not found:
+            limit //= 2
+    return limit
+
+
+@helper
+def begin_row(block, r, place, source, sink):
+    """The state of a row that has seen nothing; `sink` is the address of its extra logit or 0."""
+    s.store_i32(block + _PLACES + r * 4, place)
+    s.store_i64(block + _SOURCES + r * 8, source)
+    peak, total = s.f32(_LOWEST), s.f32(0)
+    if sink != 0:
+        peak, total = s.load_f32(sink) * s.f32(_LOG2_E), s.f32(1)
+    s.store_f32(block + _PEAK + r * 4, peak)
+    s.store(block + _SUMS + r * 64, first_lane(total))
+
+
+@helper
+def begin_block(block, rows, k_dim, o_bytes, factor):
+    """Span of places, q and o of a block whose rows were begun; missing rows repeat the first."""
+    low = s.load_i32(block + _PLACES)
+    high = low
+    for r in range(_ROWS):
+        if r < rows:
+            place = s.load_i32(block + _PLACES + r * 4)
+            low, high = min(low, place), max(high, place)
+        else:
+            s.store_i64(block + _SOURCES + r * 8, s.load_i64(block + _SOURCES))
+            s.store_f32(block + _PEAK + r * 4, s.f32(0))
+    s.store_i64(block + _LOW, low)
+    s.store_i64(block + _HIGH, high)
+    load_q(block, k_dim, factor)
+    for i in range(0, o_bytes, 64):
+        s.store(block + _Q + k_dim * (4 * _ROWS) + i, s.splat(s.f32(0)))
+
+
+@helper
+def cap_scores(block, rows, softcap):
+    """score = cap tanh(score / cap), to units of ln 2."""
+    inverse, cap = s.splat(s.f32(1) / softcap), s.splat(softcap * s.f32(_LOG2_E))
+    for i in range(0, rows * PAGE * 4, 64):
+        at = block + _SCORES + i
+        s.store(at, tanh(s.load(at) * inverse) * cap)
+
+
+@helper
+def mask_scores(block, rows, base, window):
+    """-inf for the keys base.. of a page that a row does not see."""
+    hidden = s.splat(s.f32(-math.inf))
+    for r in range(rows):
+        place = s.load_i32(block + _PLACES + r * 4)
+        first = place - window + 1 if window > 0 else 0
+        for i in range(0, PAGE, 16):
+            at = block + _SCORES + r * (PAGE * 4) + i * 4
+            keys = s.lane_numbers() + s.splat_int(base + i)
+            seen = (keys >= s.splat_int(first)) & (keys <= s.splat_int(place))
+            s.store(at, s.select(seen, s.load(at), hidden))
+
+
+@helper
+def weigh_scores(block, rows):
+    """Scores become weights 2^(score - m); m, l and the decay of what was summed before."""
+    old = s.load(block + _PEAK)
+    new = s.larger(row_peaks(block + _SCORES), old)
+    s.store(block + _PEAK, new)
+    s.store(block + _DECAY, exp2_negative(old - new))
+    for r in range(rows):
+        at, sums = block + _SCORES + r * (PAGE * 4), block + _SUMS + r * 64
+        peak = s.splat(s.load_f32(block + _PEAK + r * 4))
+        low, high = exp2_negative(s.load(at) - peak), exp2_negative(s.load(at + 64) - peak)
+        s.store(at, low)
+        s.store(at + 64, high)
+        decay = s.splat(s.load_f32(block + _DECAY + r * 4))
+        s.store(sums, s.fma(s.load(sums), decay, low + high))
+
+
+@helper
+def end_row(sums, o, out, v_dim):
+    """out = o / l. The zero added last makes -0 the same +0 whatever pages were walked."""
+    zero = s.splat(s.f32(0))
+    inverse = s.splat(s.f32(1) / s.total(s.load(sums)))
+    whole = v_dim // 16 * 16
+    for i in range(0, whole, 16):
+        s.store(out + i * 4, s.load(o + i * 32) * inverse + zero)
+    if whole < v_dim:
+        s.store_part(out + whole * 4, s.load(o + whole * 32) * inverse + zero, v_dim - whole)
+
+
+def in_passes(kind, make):
+    """make(R, kind) for the register blocks of this instruction set, over any number of rows."""
+    step, run = PASS_ROWS[-1], None
+    for size in PASS_ROWS:
+        run = _either(make(size, kind), size // 2, run)
+    fitting = run
+
+    @helper
+    def passes(block, rows, page, dims, n_keys, o):
+        for row in range(0, rows, step):
+            fitting(block, row, rows - row, page, dims, n_keys, o)
+
+    return passes
+
+
+def _either(large, half, small):
+    """The small pass if it does for the rows that are left, else the large one."""
+
+    @helper
+    def either(block, row, left, page, dims, n_keys, o):
+        if left > half:
+            large(block, row, page, dims, n_keys, o)
+        else:
+            small(block, row, left, page, dims, n_keys, o)
+
+    @helper
+    def smallest(block, row, left, page, dims, n_keys, o):
+        large(block, row, page, dims, n_keys, o)
+
+    return smallest if small is None else either
+
+
+def page_step(k_type, v_type):
+    """(block, rows, k, v, base, ...): a block of rows takes in one page, the keys base.."""
+    scores, output = in_passes(k_type, scores_pass), in_passes(v_type, output_pass)
+
+    @helper
+    def step(block, rows, k, v, base, k_dim, v_dim, window, softcap):
+        low, high = s.load_i64(block + _LOW), s.load_i64(block + _HIGH)
+        if base <= high and (window == 0 or base + PAGE > low - window + 1):
+            for i in range(0, rows * PAGE * 4, 64):
+                s.store(block + _SCORES + i, s.splat(s.f32(0)))
+            scores(block, rows, k, k_dim, 0, 0)
+            if softcap != s.f32(0):
+                cap_scores(block, rows, softcap)
+            if base + PAGE - 1 > low or (window > 0 and base < high - window + 1):
+                mask_scores(block, rows, base, window)
+            weigh_scores(block, rows)
+            o = block + _Q + k_dim * (4 * _ROWS)
+            output(block, rows, v, v_dim, min(PAGE, high - base + 1), o)
+
+    return step
+
+
+@helper
+def begin_item(
+    q, q_stride, places, sinks, token, query, start, rows, group, k_dim, o_bytes, factor, blocks,
+    block_bytes,
+):  # fmt: skip
+    """Rows start.. of an item from its first token and query head; their span of places."""
+    low = s.load_i32(places + (token + start // group) * 4)
+    high = low
+    for i in range(rows):
+        at, head = token + (start + i) // group, query + (start + i) % group
+        place = s.load_i32(places + at * 4)
+        low, high = min(low, place), max(high, place)
+        sink = sinks + head * 4 if sinks != 0 else 0
+        source = q + (at * q_stride + head * k_dim) * 4
+        begin_row(blocks + i // _ROWS * block_bytes, i % _ROWS, place, source, sink)
+    for i in range(0, rows, _ROWS):
+        block = blocks + i // _ROWS * block_bytes
+        begin_block(block, min(_ROWS, rows - i), k_dim, o_bytes, factor)
+    return low, high
+
+
+@helper
+def end_item(out, out_stride, token, query, start, rows, group, k_dim, v_dim, blocks, block_bytes):
+    for i in range(rows):
+        block, r = blocks + i // _ROWS * block_bytes, i % _ROWS
+        at, head = token + (start + i) // group, query + (start + i) % group
+        o = block + _Q + k_dim * (4 * _ROWS) + r * 64
+        end_row(block + _SUMS + r * 64, o, out + (at * out_stride + head * v_dim) * 4, v_dim)
+
+
+def build_attention(k_type, v_type):
+    step = page_step(k_type, v_type)
+
+    def attention(
+        q, q_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, table, table_stride,
+        tiles, n_tiles, places, out, out_stride, n_heads, n_kv_heads, k_dim, v_dim, scale,
+        window, softcap, sinks, scratch, scratch_bytes, thread, n_threads,
+    ):  # fmt: skip
+        count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
+        limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
+        blocks, o_bytes = scratch + thread * scratch_bytes, (v_dim + 15) // 16 * (64 * _ROWS)
+        block_bytes = _Q + k_dim * (4 * _ROWS) + o_bytes
+        cap, factor = s.float_of(softcap), s.float_of(scale)
+        if cap == s.f32(0):
+            factor = factor * s.f32(_LOG2_E)
+        turn = 0
+        for tile in range(count):
+            token = s.load_i32(tiles + tile * 16)
+            n_rows = s.load_i32(tiles + tile * 16 + 4) * group
+            pages = table + s.load_i32(tiles + tile * 16 + 8) * table_stride * 4
+            for head in range(n_kv_heads):
+                for start in range(0, n_rows, limit):
+                    mine = turn % n_threads == thread
+                    turn += 1
+                    if not mine:
+                        continue
+                    rows = min(limit, n_rows - start)
+                    low, high = begin_item(
+                        q, q_stride, places, sinks, token, head * group, start, rows, group,
+                        k_dim, o_bytes, factor, blocks, block_bytes,
+                    )  # fmt: skip
+                    page = max(0, low - window + 1) // PAGE if window > 0 else 0
+                    while page * PAGE <= high:
+                        physical = s.load_i32(pages + page * 4)
+                        k = k_pages + physical * k_page_bytes + head * (k_page_bytes // n_kv_heads)
+                        v = v_pages + physical * v_page_bytes + head * (v_page_bytes // n_kv_heads)
+                        for i in range(0, rows, _ROWS):
+                            block, here = blocks + i // _ROWS * block_bytes, min(_ROWS, rows - i)
+                            step(block, here, k, v, page * PAGE, k_dim, v_dim, window, cap)
+                        page += 1
+                    end_item(
+                        out, out_stride, token, head * group, start, rows, group, k_dim, v_dim,
+                        blocks, block_bytes,
+                    )  # fmt: skip
+
+    return attention
+
+
+KERNELS = {"attention": build_attention}

@@ -1,0 +1,284 @@
+"""The attention kernel by itself: cache types, shapes, masks, and bits that depend on nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from runtime import ops
+from runtime.backends.cpu.isa import available, selected
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.library import library
+from runtime.backends.cpu.objects import function
+from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.cpu.signatures import (
+    SIGNATURES,
+    attention_scratch_nbytes,
+    float_bits,
+    kv_block_nbytes,
+)
+from runtime.ops.attention import PAGE, attention
+from runtime.ops.dtypes import DTYPES
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+FENCE = 64  # canary values on either side of what the kernel writes
+CANARY = np.float32(-7654.25)
+
+
+@dataclass
+class Case:
+    """Sequences with consecutive new tokens each, over pages of one layer."""
+
+    heads: int = 4
+    kv_heads: int = 2
+    k_dim: int = 64
+    v_dim: int = 64
+    k_type: str = "f32"
+    v_type: str = "f32"
+    spans: tuple[tuple[int, int], ...] = ((5, 9), (40, 3), (0, 37))  # first new place, tokens
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    spread: float = 1.0  # scores of about this size
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(3)
+        tokens = sum(n for _, n in self.spans)
+        width = max(-(-(start + n) // PAGE) for start, n in self.spans) + 1
+        pages = len(self.spans) * width + 2
+        self.scale = self.spread * self.k_dim**-0.5
+        self.arrays = {
+            "q": rng.standard_normal((tokens, self.heads, self.k_dim)).astype(np.float32),
+            "table": rng.permutation(pages)[: len(self.spans) * width]
+            .reshape(len(self.spans), width)
+            .astype(np.int32),
+            "sequences": np.repeat(np.arange(len(self.spans)), [n for _, n in self.spans]),
+            "places": np.concatenate([np.arange(s, s + n) for s, n in self.spans]),
+            "sinks": rng.standard_normal(self.heads).astype(np.float32),
+        }
+        self.arrays["places"] = self.arrays["places"].astype(np.int32)
+        for which, kind, dim in (("k", self.k_type, self.k_dim), ("v", self.v_type, self.v_dim)):
+            shape = (pages, PAGE, self.kv_heads, dim)
+            leaf = ops.state(which, shape, DTYPES[kind])
+            memory = from_plain(rng.standard_normal(shape).astype(np.float32), leaf, which)
+            self.arrays[which] = np.ascontiguousarray(memory)
+            self.arrays[f"{which}_plain"] = to_plain(memory, leaf, which)
+
+    def expected(self) -> np.ndarray:
+        a = self.arrays
+        wide = [a[name].astype(np.float64) for name in ("q", "k_plain", "v_plain")]
+        sinks = (a["sinks"].astype(np.float64),) if self.sinks else ()
+        return attention.reference(
+            *wide, a["table"], a["sequences"], a["places"], *sinks, scale=self.scale,
+            window=self.window, softcap=self.softcap,
+        )  # fmt: skip
+
+    def tiles(self, most: int = 8) -> np.ndarray:
+        found, first = [], 0
+        for row, (_, n) in enumerate(self.spans):
+            found += [(first + i, min(most, n - i), row, -1) for i in range(0, n, most)]
+            first += n
+        return np.array(found, np.int32)
+
+    def run(self, n_threads: int = 1, tiles: np.ndarray | None = None) -> np.ndarray:
+        """The kernel's result; every thread's part in turn."""
+        a, tiles = self.arrays, self.tiles() if tiles is None else tiles
+        tokens = len(a["q"])
+        stride, q_stride = self.heads * self.v_dim + 24, self.heads * self.k_dim + 8
+        q = np.full((tokens, q_stride), np.nan, np.float32)
+        q[:, : self.heads * self.k_dim] = a["q"].reshape(tokens, -1)
+        out = np.full(2 * FENCE + tokens * stride, CANARY)
+        nbytes = attention_scratch_nbytes(self.heads, self.kv_heads, self.k_dim, self.v_dim)
+        scratch = np.full(n_threads * nbytes // 4 + FENCE, CANARY)
+        words = {
+            "q": q, "q_stride": q_stride, "k_pages": a["k"], "v_pages": a["v"],
+            "k_page_bytes": self.kv_heads * kv_block_nbytes(self.k_type, self.k_dim),
+            "v_page_bytes": self.kv_heads * kv_block_nbytes(self.v_type, self.v_dim),
+            "table": a["table"], "table_stride": a["table"].shape[1], "tiles": tiles,
+            "n_tiles": np.array([len(tiles)]), "places": a["places"],
+            "out": out.ctypes.data + 4 * FENCE, "out_stride": stride, "n_heads": self.heads,
+            "n_kv_heads": self.kv_heads, "k_dim": self.k_dim, "v_dim": self.v_dim,
+            "scale": float_bits(self.scale), "window": self.window,
+            "softcap": float_bits(self.softcap), "sinks": a["sinks"] if self.sinks else 0,
+            "scratch": scratch, "scratch_bytes": nbytes,
+        }  # fmt: skip
+        call(words, self.k_type, self.v_type, n_threads)
+        rows = out[FENCE:-FENCE].reshape(tokens, stride)
+        used = self.heads * self.v_dim
+        assert (out[:FENCE] == CANARY).all() and (out[-FENCE:] == CANARY).all()
+        assert (rows[:, used:] == CANARY).all(), "wrote between two tokens"
+        assert (scratch[-FENCE:] == CANARY).all(), "wrote past its scratch"
+        return rows[:, :used].reshape(tokens, self.heads, self.v_dim).copy()
+
+
+def call(words: dict, k_type: str, v_type: str, n_threads: int) -> None:
+    kernel = Kernel("attention", (("k_type", k_type), ("v_type", v_type)))
+    values = [words[name] for name in SIGNATURES["attention"]]
+    values = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
+    table = (ctypes.c_int64 * len(values))(*values)
+    entry = function(library().address(kernel))
+    for thread in range(n_threads):
+        entry(ctypes.addressof(table), thread, n_threads)
+
+
+def check(case: Case, tolerance: float = 1e-11) -> None:
+    found, wanted = case.run(), case.expected()
+    error = np.sum((found - wanted) ** 2) / np.sum(wanted**2)
+    assert error <= tolerance, f"normalised error {error:.2e}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    pairs = [(k, v) for k in TYPES for v in TYPES]
+    library().prepare([Kernel("attention", (("k_type", k), ("v_type", v))) for k, v in pairs])
+
+
+@pytest.mark.parametrize("k_type", TYPES)
+@pytest.mark.parametrize("v_type", TYPES)
+def test_cache_types(k_type: str, v_type: str) -> None:
+    check(Case(k_type=k_type, v_type=v_type))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (4, 2), (6, 2), (7, 1), (16, 2), (16, 1)])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_grouped_heads(heads: int, kv_heads: int, kind: str) -> None:
+    check(Case(heads=heads, kv_heads=kv_heads, k_type=kind, v_type=kind))
+
+
+@pytest.mark.parametrize("k_dim, v_dim", [(8, 8), (32, 32), (40, 40), (80, 80), (128, 128),
+                                          (96, 64), (192, 128), (256, 256)])  # fmt: skip
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_head_sizes(k_dim: int, v_dim: int, kind: str) -> None:
+    check(Case(k_dim=k_dim, v_dim=v_dim, k_type=kind, v_type=kind))
+    one = Case(k_dim=k_dim, v_dim=v_dim, k_type=kind, v_type=kind, spans=((70, 1),))
+    check(one)
+
+
+@pytest.mark.parametrize("dim", [32, 96, 256])
+def test_head_sizes_of_quantised_cache(dim: int) -> None:
+    check(Case(k_dim=dim, v_dim=dim, k_type="q8_0", v_type="q8_0"))
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 50, 1000])
+def test_window(window: int) -> None:
+    check(Case(window=window, spans=((0, 80), (90, 10), (200, 1))))
+
+
+@pytest.mark.parametrize("softcap, spread", [(30.0, 1.0), (50.0, 30.0), (0.5, 1.0)])
+def test_softcap(softcap: float, spread: float) -> None:
+    check(Case(softcap=softcap, spread=spread))
+
+
+def test_sinks() -> None:
+    check(Case(sinks=True))
+    check(Case(sinks=True, window=20, softcap=30.0, k_dim=40, v_dim=40))
+
+
+def test_large_scores_and_a_distant_sink() -> None:
+    case = Case(spread=40.0, sinks=True)
+    case.arrays["sinks"][:] = [-200.0, 200.0, 0.0, 60.0]
+    check(case, 1e-9)  # scores near 100 are rounded by 4e-6
+
+
+def test_long_context() -> None:
+    check(Case(k_type="f16", v_type="f16", spans=((1500, 9), (3000, 1))))
+
+
+VARIED = [
+    Case(heads=6, kv_heads=2, window=w, sinks=bool(w), softcap=cap, k_type=t, v_type=t,
+         k_dim=d, v_dim=d)
+    for w, cap, t, d in [(0, 0.0, "f32", 40), (45, 0.0, "f16", 64), (0, 20.0, "q8_0", 64)]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VARIED, ids=["plain", "window", "softcap"])
+def test_bits_are_those_of_single_tokens(case: Case) -> None:
+    alone = case.run(tiles=case.tiles(1))
+    for most in (2, 3, 5, 8):
+        np.testing.assert_array_equal(bits(case.run(tiles=case.tiles(most))), bits(alone))
+
+
+@pytest.mark.parametrize("case", VARIED, ids=["plain", "window", "softcap"])
+def test_bits_do_not_depend_on_threads(case: Case) -> None:
+    alone = case.run()
+    for n_threads in (2, 3, 64):  # 64: more threads than items, so that items are cut
+        np.testing.assert_array_equal(bits(case.run(n_threads)), bits(alone))
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(16, 1), (8, 8), (5, 1)])
+def test_bits_do_not_depend_on_the_register_block(heads: int, kv_heads: int) -> None:
+    case = Case(heads=heads, kv_heads=kv_heads, k_type="f16", v_type="f16", spans=((70, 1),))
+    alone = case.run()
+    for n_threads in (2, 3, 4, 8, 16):
+        np.testing.assert_array_equal(bits(case.run(n_threads)), bits(alone))
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    return values.view(np.uint32)
+
+
+@pytest.mark.parametrize("k_type, v_type", [("f32", "f32"), ("f16", "f16"), ("bf16", "f16"),
+                                            ("q8_0", "q8_0")])  # fmt: skip
+def test_rows_not_written_yet_may_be_anything(k_type: str, v_type: str) -> None:
+    case = Case(k_type=k_type, v_type=v_type, spans=((0, 1), (33, 5), (60, 9)))
+    clean = case.run()
+    seen = np.zeros(case.arrays["k_plain"].shape[:2], bool)
+    for row, (start, n) in zip(case.arrays["table"], case.spans, strict=True):
+        for place in range(start + n):
+            seen[row[place // PAGE], place % PAGE] = True
+    spoil(case.arrays["k"], k_type, case.k_dim, case.kv_heads, ~seen, "k")
+    spoil(case.arrays["v"], v_type, case.v_dim, case.kv_heads, ~seen, "v")
+    np.testing.assert_array_equal(bits(case.run()), bits(clean))
+
+
+def spoil(
+    memory: np.ndarray, kind: str, dim: int, heads: int, where: np.ndarray, which: str
+) -> None:
+    """Every byte of the unwritten tokens becomes 0xFF: NaN in each float type."""
+    item = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}[kind]
+    blocks = memory.reshape(len(memory), heads, -1)
+    parts = [(blocks[..., : PAGE * dim * item], item)]
+    if kind == "q8_0":
+        parts.append((blocks[..., PAGE * dim :], 2))
+    for part, size in parts:
+        tokens = part.reshape(len(memory), heads, *((-1, PAGE) if which == "k" else (PAGE, -1)),
+                              *((size,) if which == "k" else ()))  # fmt: skip
+        for page, token in np.argwhere(where):
+            tokens[(page, slice(None), slice(None), token) if which == "k"
+                   else (page, slice(None), token)] = 0xFF  # fmt: skip
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    case = Case()
+    case.arrays["q"][3, 1, 5] = math.nan
+    found = case.run()
+    assert np.isnan(found[3, 1]).all()
+    found[3, 1] = 0
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("isa", [name for name in ("generic", "avx2") if name in available()])
+def test_other_instruction_sets(isa: str) -> None:
+    if isa == selected():
+        pytest.skip("the tests above ran on it")
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import test_attention_kernel as t\n"
+        "for k, v in (('f32', 'f32'), ('f16', 'f16'), ('q8_0', 'q8_0')):\n"
+        "    t.check(t.Case(heads=6, k_type=k, v_type=v, sinks=True, window=40, softcap=30.0))\n"
+        "case = t.Case(heads=10, k_dim=40, v_dim=40)\n"
+        "t.check(case)\n"
+        "t.np.testing.assert_array_equal(case.run(), case.run(tiles=case.tiles(1)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "RUNTIME_CPU_ISA": isa},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

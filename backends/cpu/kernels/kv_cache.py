@@ -30,42 +30,8 @@ def stage(b):
     return b.ptrtoint(room, e.i64)
 
 
-def _lane_store(given, convert):
-    """(address, value, stride, n): the first n lanes converted, `stride` bytes apart."""
-
-    def emit(b, address, value, stride, n):
-        value = convert(b, value)
-        element = value.type.element
-        align = 4 if element == e.f32 else element.width // 8
-        room = cgutils.alloca_once(b, value.type)
-        lanes = ir.Constant(e.i64, e.LANES)
-        with b.if_else(b.icmp_signed(">=", n, lanes)) as (whole, part):
-            with whole:
-                for lane in range(e.LANES):
-                    one = b.extract_element(value, ir.Constant(e.i32, lane))
-                    at = b.add(address, b.mul(stride, ir.Constant(e.i64, lane)))
-                    e.store(b, one, at, align)
-            with part:
-                b.store(value, room)
-                lane_of = b.bitcast(room, element.as_pointer())
-                with cgutils.for_range(b, n) as loop:
-                    at = b.add(address, b.mul(stride, loop.index))
-                    e.store(b, b.load(b.gep(lane_of, [loop.index])), at, align)
-
-    return s.operation(s.void, s.i64, given, s.i64, s.i64)(emit)
-
-
-def _halves(b, value):
-    return e.float_to_half(b, value, s.HALVES)
-
-
-store_lanes = {
-    "f32": _lane_store(s.f32x16, lambda b, v: v),
-    "f16": _lane_store(s.f32x16, _halves),
-    "bf16": _lane_store(s.f32x16, e.float_to_brain),
-}
-store_quants = _lane_store(s.i32x16, lambda b, v: b.trunc(v, e.wide(e.i8)))
-_ELEMENT = {"f32": 4, "f16": 2, "bf16": 2}
+# KV type -> how 16 lanes are stored apart, and the bytes of one value
+_STORES = {"f32": (s.scatter, 4), "f16": (s.scatter_half, 2), "bf16": (s.scatter_brain, 2)}
 
 
 @helper
@@ -76,7 +42,7 @@ def some(address, n):
 
 def _plain_store(kind, which):
     """(row, block, place, d): one head into its block at the token's place in the page."""
-    lanes, size = store_lanes[kind], _ELEMENT[kind]
+    lanes, size = _STORES[kind]
     is_k = which == "k"
 
     @helper
@@ -103,8 +69,8 @@ def _quantised_store(which):
             empty = not peak >= s.f32(_SMALLEST)
             scale = s.f32(0) if empty else peak / s.f32(127)
             inverse = s.splat(s.f32(0) if empty else s.f32(1) / scale)
-            store_quants(at + g * 32 * step, s.nearest_int(low * inverse), step, 16)
-            store_quants(at + (g * 32 + 16) * step, s.nearest_int(high * inverse), step, 16)
+            s.scatter_bytes(at + g * 32 * step, s.nearest_int(low * inverse), step, 16)
+            s.scatter_bytes(at + (g * 32 + 16) * step, s.nearest_int(high * inverse), step, 16)
             s.store_i16(scales + g * (2 * PAGE if is_k else 2), s.half_bits(scale))
 
     return put
@@ -131,9 +97,6 @@ def build_kv_write(which, type):
     return kv_write
 
 
-store_f32 = store_lanes["f32"]
-
-
 @helper
 def normed(x, w, eps, out, d):
     """Per-head RMS norm, or a copy where there are no weights."""
@@ -144,7 +107,7 @@ def normed(x, w, eps, out, d):
         value = some(x + i * 4, d - i) * factor
         if w != 0:
             value = value * some(w + i * 4, d - i)
-        store_f32(out + i * 4, value, 4, d - i)
+        s.scatter(out + i * 4, value, 4, d - i)
 
 
 @helper

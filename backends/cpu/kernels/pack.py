@@ -45,26 +45,6 @@ def quantise(b, low, high, quants, side, column_bytes):
         _store_lane(b, value, side, b.mul(column_bytes, ir.Constant(e.i64, i)))
 
 
-@s.operation(s.void, s.i64, s.f32x16, s.i64, s.i64)
-def scatter(b, address, value, stride, n):
-    """The first n lanes to addresses `stride` bytes apart."""
-    if isinstance(n, ir.Constant):
-        n = n.constant
-    for lane in range(e.LANES):
-        position = ir.Constant(e.i64, lane)
-        with b.if_then(b.icmp_signed("<", position, n)):
-            part = b.extract_element(value, ir.Constant(e.i32, lane))
-            e.store(b, part, b.add(address, b.mul(stride, position)), 4)
-
-
-@s.operation(s.void, s.i64, s.f32x16, s.i64)
-def scatter_all(b, address, value, stride):
-    """16 lanes to addresses `stride` bytes apart."""
-    for lane in range(e.LANES):
-        part = b.extract_element(value, ir.Constant(e.i32, lane))
-        e.store(b, part, b.add(address, b.mul(stride, ir.Constant(e.i64, lane))), 4)
-
-
 @helper
 def plain(a, b, factor, i):
     return s.load(a + i * 4)
@@ -129,12 +109,10 @@ def column_packer(C, kind, source):
             if filled:
                 v = value(a, b, factor, i) if count == 16 else value_part(a, b, factor, i, count)
             target = tile + (i * C + column) * 4
-            if count < 16:
-                scatter(target, v, 4 * C, count)
-            elif C == 1:
+            if C == 1 and count == 16:
                 s.store(target, v)
             else:
-                scatter_all(target, v, 4 * C)
+                s.scatter(target, v, 4 * C, count)
 
     return int8_column if kind == "int8" else f32_column
 

@@ -38,6 +38,8 @@ class Program:
             _view(arena, ref, tensor)
             for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
         ]
+        attention = self._attention()
+        self._sequences = attention.inputs[4].name if attention else ""
         self._dims = [str(getattr(t.shape[0], "name", "")) for t in plan.output_tensors]
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
@@ -97,9 +99,8 @@ class Program:
             room[tuple(slice(n) for n in value.shape)] = value
         tiles = 0
         if "attention_tiles" in self._inputs:
-            tiles = attention_tiles(
-                inputs["sequences"], live["tokens"], self._inputs["attention_tiles"]
-            )
+            room = self._inputs["attention_tiles"]
+            tiles = attention_tiles(inputs[self._sequences], live["tokens"], room)
         for (dim, factor), slot in self.plan.counts.items():
             if dim == "attention_tiles":
                 self._counts[slot] = tiles
@@ -133,16 +134,18 @@ class Program:
     def _input(self, buffer: Buffer) -> np.ndarray:
         if buffer.key not in self._inputs:
             if buffer.tensor is None:
-                capacity = max(1, self._token_capacity())
+                attention = self._attention()
+                capacity = int(attention.shape[0]) if attention else 1
                 self._inputs[buffer.key] = np.zeros((capacity, _PER_TILE), np.int32)
             else:
                 shape = tuple(int(n) for n in buffer.tensor.shape)
                 self._inputs[buffer.key] = np.zeros(shape, buffer.tensor.dtype.numpy)
         return self._inputs[buffer.key]
 
-    def _token_capacity(self) -> int:
-        nodes = [i.node for i in self.plan.instructions if i.node.op == "attention"]
-        return max((int(n.shape[0]) for n in nodes), default=0)
+    def _attention(self) -> Tensor | None:
+        """An attention node of the plan: all of them see the same tokens."""
+        nodes = (i.node for i in self.plan.instructions if i.node.op == "attention")
+        return next(nodes, None)
 
 
 def attention_tiles(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:

@@ -105,7 +105,7 @@ def absolute(b: ir.IRBuilder, x: Value) -> Value:
 
 
 def nearest(b: ir.IRBuilder, x: Value) -> Value:
-    """Round half to even as float; |x| < 2^22."""
+    """Round half to even as float, never to -0; |x| < 2^22."""
     return b.fsub(b.fadd(x, constant(_ROUND)), constant(_ROUND))
 
 

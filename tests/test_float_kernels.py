@@ -12,10 +12,12 @@ from kernel_calls import ISAS, Fenced, library, run
 
 from runtime import ops
 from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.kernels.compile import compile_kernel
 from runtime.backends.cpu.pages import to_plain
 from runtime.backends.cpu.signatures import CONSTANTS, kv_block_nbytes, packed_tile_nbytes
 from runtime.ops.attention import PAGE
 from runtime.ops.dtypes import DTYPES, nbytes_for
+from runtime.ops.errors import BackendError
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import OPS
 from runtime.ops.rounding import KV_TYPES, round_to
@@ -39,7 +41,11 @@ def _kernels() -> list[Kernel]:
     ]
     rows = [Kernel.of("get_rows", format=name) for name in CONSTANTS["get_rows"]["format"]]
     ropes = [Kernel.of("rope", style=style) for style in STYLES]
-    moe = [Kernel.of(n, C=4, kind="int8") for n in ("pack_rows", "swiglu_pack_rows")]
+    moe = [
+        Kernel.of(name, C=4, kind=kind)
+        for name in ("pack_rows", "swiglu_pack_rows")
+        for kind in ("int8", "f32")
+    ]
     plain = [Kernel.of(n) for n in ("rms_norm", "swiglu", "gather_rows", "rope_angles")]
     return [*packs, *writes, *posts, *rows, *ropes, *moe, *plain]
 
@@ -206,7 +212,27 @@ def test_fused_packs_have_the_bits_of_their_parts(rng, kind, threads):
     assert fused.bits() == pack("pack", 8, kind, gated.values.copy()).bits()
 
 
+@pytest.mark.parametrize(
+    ("name", "constants", "message"),
+    [
+        ("rms_nrom", {}, "no CPU kernel is called 'rms_nrom'"),
+        ("rope", {}, "takes the constants"),
+        ("rope", {"style": "neo"}, "style is one of"),
+    ],
+)
+def test_kernels_that_do_not_exist(name, constants, message):
+    with pytest.raises(BackendError, match=message):
+        compile_kernel(name, constants, "generic")
+
+
 def test_without_fused_multiply_add(rng):
+    library("generic").prepare(
+        [
+            *(Kernel.of("get_rows", format=kind) for kind in ("f16", "bf16")),
+            *(Kernel.of("kv_write", which="k", type=kind) for kind in ("f16", "bf16")),
+            *(Kernel.of("pack", C=4, kind="int8"), Kernel.of("rms_norm")),
+        ]
+    )
     x = rng.standard_normal((5, 96)).astype(np.float32)
     assert pack("pack", 4, "int8", x, isa="generic").bits() == pack("pack", 4, "int8", x).bits()
     np.testing.assert_allclose(normed(x, None, "generic"), rms_norm(x), rtol=4e-7)
@@ -247,7 +273,6 @@ def test_gathered_packs(rng, kind):
         whole = pack("pack", 4, kind, np.where(rows[:, None] >= 0, values, 0).astype(np.float32))
         return whole.bits()
 
-    library(ISAS[0]).prepare([Kernel.of("pack_rows", C=4, kind=kind)])
     x = rng.standard_normal((6, n)).astype(np.float32)
     per_token = gathered("pack_rows", x=Fenced.of(x), x_stride=n, divisor=used)
     assert per_token == wanted(x[wanted_rows // used])

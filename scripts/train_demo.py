@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -103,12 +104,13 @@ class Run:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "steps": self.steps, "seconds": self.seconds}
+        state["tokenizer"] = self.tokenizer.to_str()
         state["optimisers"] = [optimiser.state_dict() for optimiser, _ in self.optimisers]
         torch.save(state, path.with_suffix(".new"))
         path.with_suffix(".new").replace(path)
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path)
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues where `save` wrote."""
         self.model.load_state_dict(state["model"])
         self.steps, self.seconds = state["steps"], state["seconds"]
         for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -181,9 +183,13 @@ def main(
 ) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
-    run = Run(train_tokenizer(Shape.vocabulary), rows, bf16)
-    if checkpoint.exists():
-        run.load(checkpoint)
+    state = torch.load(checkpoint) if checkpoint.exists() else None
+    tokenizer = (
+        Tokenizer.from_str(state["tokenizer"]) if state else train_tokenizer(Shape.vocabulary)
+    )
+    run = Run(tokenizer, rows, bf16)
+    if state:
+        run.restore(state)
     if steps != 0:
         train(run, minutes if steps < 0 else math.inf, max(steps, 0), checkpoint)
     round_to_f16(run.model)

@@ -13,12 +13,12 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import ARRAY, STRING, Typed, gguf_bytes, header, padded, small_file, small_metadata
-from runtime.ops.dtypes import BF16, F16, F32, Q8_0, U8
 
 import runtime
 from runtime.errors import FileError
 from runtime.gguf import open_gguf
 from runtime.gguf.writer import NewTensor, write_gguf
+from runtime.ops.dtypes import BF16, F16, F32, Q8_0, U8
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 

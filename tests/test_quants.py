@@ -6,12 +6,12 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from runtime.ops import dtypes, quants_iq
-from runtime.ops.dtypes import DTYPES, F16, F32, Q4_K, Q8_0, from_gguf, nbytes_for
-from runtime.ops.quants import dequantize
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.errors import FileError, ModelError, OpError
+from runtime.ops import dtypes, quants_iq
+from runtime.ops.dtypes import DTYPES, F16, F32, Q4_K, Q8_0, from_gguf, nbytes_for
+from runtime.ops.quants import dequantize
 
 TYPES = list(GGMLQuantizationType)
 # what the gguf package can decode; the others are tested by hand below

@@ -184,7 +184,7 @@ def test_sinks() -> None:
 
 def test_large_scores_and_a_distant_sink() -> None:
     case = Case(spread=40.0, sinks=True)
-    case.arrays["sinks"][:] = [-200.0, 200.0, 0.0, 60.0]
+    case.arrays["sinks"][:] = [-math.inf, 200.0, 0.0, 60.0]
     check(case, 1e-9)  # scores near 100 are rounded by 4e-6
 
 
@@ -271,9 +271,9 @@ def test_other_instruction_sets(isa: str) -> None:
         pytest.skip("the tests above ran on it")
     program = (
         "import sys; sys.path.insert(0, 'tests'); import test_attention_kernel as t\n"
-        "for k, v in (('f32', 'f32'), ('f16', 'f16'), ('q8_0', 'q8_0')):\n"
-        "    t.check(t.Case(heads=6, k_type=k, v_type=v, sinks=True, window=40, softcap=30.0))\n"
-        "case = t.Case(heads=10, k_dim=40, v_dim=40)\n"
+        "for kind in ('f16', 'q8_0'):\n"
+        "    t.check(t.Case(6, k_type=kind, v_type=kind, sinks=True, window=40, softcap=30.0))\n"
+        "case = t.Case(heads=10, k_dim=40, v_dim=40, k_type='f16', v_type='f16')\n"
         "t.check(case)\n"
         "t.np.testing.assert_array_equal(case.run(), case.run(tiles=case.tiles(1)))\n"
     )

@@ -136,5 +136,5 @@ def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: i
     """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
     rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
-    state = 256 + ATTENTION_ROWS * 4 * (16 + PAGE + k_dim + -(-v_dim // 16) * 16)
+    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + k_dim + -(-v_dim // 16) * 16)
     return -(-blocks * state // 64) * 64

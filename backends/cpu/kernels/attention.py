@@ -22,11 +22,11 @@ from runtime.backends.cpu.signatures import ATTENTION_BLOCKS, ATTENTION_ROWS, PA
 from . import emit as e
 from . import simd as s
 from .attention_passes import (
-    PASS_ROWS,
     Block,
+    begin_block,
     exp2_negative,
-    load_q,
     output_pass,
+    row_passes,
     row_peaks,
     scores_pass,
     tanh,
@@ -35,15 +35,28 @@ from .rows import helper
 
 _LOG2_E = e.single(1 / math.log(2))
 _LOWEST = e.single(-3e38)  # finite, so that -inf less this is -inf and not NaN
-_PLACES, _LOW, _HIGH, _SOURCES = Block.places, Block.lowest, Block.highest, Block.sources
+_PLACES, _LOW, _HIGH = Block.places, Block.lowest, Block.highest
+_SOURCES, _TARGETS = Block.sources, Block.targets
 _PEAK, _DECAY, _SUMS, _SCORES, _Q = Block.peak, Block.decay, Block.sums, Block.scores, Block.q
+_FAR = 1 << 40  # beyond every place
 _ROWS, _GROUP = ATTENTION_ROWS, ATTENTION_ROWS * ATTENTION_BLOCKS
+
+
+@helper
+def block_nbytes(k_dim, v_dim):
+    return _Q + (k_dim + (v_dim + 15) // 16 * 16) * (4 * _ROWS)
 
 
 @s.operation(s.f32x16, s.f32)
 def first_lane(b, value):
     """`value` in lane 0, zero in the others."""
     return b.insert_element(e.floats(0.0), value, ir.Constant(e.i32, 0))
+
+
+@s.operation(s.void, s.i64, s.f32x16)
+def store_half_of(b, address, value):
+    """The first 8 lanes."""
+    e.store(b, e.lanes_of(b, value, list(range(e.LANES // 2))), address, 4)
 
 
 @helper
@@ -64,34 +77,16 @@ def group_rows(tiles, n_tiles, n_kv_heads, group, n_threads):
 
 
 @helper
-def begin_row(block, r, place, source, sink):
+def begin_row(block, r, place, source, target, sink):
     """The state of a row that has seen nothing; `sink` is the address of its extra logit or 0."""
     s.store_i32(block + _PLACES + r * 4, place)
     s.store_i64(block + _SOURCES + r * 8, source)
+    s.store_i64(block + _TARGETS + r * 8, target)
     peak, total = s.f32(_LOWEST), s.f32(0)
     if sink != 0:
-        peak, total = s.load_f32(sink) * s.f32(_LOG2_E), s.f32(1)
+        peak, total = max(peak, s.load_f32(sink) * s.f32(_LOG2_E)), s.f32(1)
     s.store_f32(block + _PEAK + r * 4, peak)
     s.store(block + _SUMS + r * 64, first_lane(total))
-
-
-@helper
-def begin_block(block, rows, k_dim, o_bytes, factor):
-    """Span of places, q and o of a block whose rows were begun; missing rows repeat the first."""
-    low = s.load_i32(block + _PLACES)
-    high = low
-    for r in range(_ROWS):
-        if r < rows:
-            place = s.load_i32(block + _PLACES + r * 4)
-            low, high = min(low, place), max(high, place)
-        else:
-            s.store_i64(block + _SOURCES + r * 8, s.load_i64(block + _SOURCES))
-            s.store_f32(block + _PEAK + r * 4, s.f32(0))
-    s.store_i64(block + _LOW, low)
-    s.store_i64(block + _HIGH, high)
-    load_q(block, k_dim, factor)
-    for i in range(0, o_bytes, 64):
-        s.store(block + _Q + k_dim * (4 * _ROWS) + i, s.splat(s.f32(0)))
 
 
 @helper
@@ -135,99 +130,60 @@ def weigh_scores(block, rows):
 
 
 @helper
-def end_row(sums, o, out, v_dim):
+def end_row(block, r, k_dim, v_dim):
     """out = o / l. The zero added last makes -0 the same +0 whatever pages were walked."""
     zero = s.splat(s.f32(0))
-    inverse = s.splat(s.f32(1) / s.total(s.load(sums)))
+    inverse = s.splat(s.f32(1) / s.total(s.load(block + _SUMS + r * 64)))
+    o, out = block + _Q + k_dim * (4 * _ROWS) + r * 64, s.load_i64(block + _TARGETS + r * 8)
     whole = v_dim // 16 * 16
     for i in range(0, whole, 16):
         s.store(out + i * 4, s.load(o + i * 32) * inverse + zero)
     if whole < v_dim:
-        s.store_part(out + whole * 4, s.load(o + whole * 32) * inverse + zero, v_dim - whole)
-
-
-def in_passes(kind, make):
-    """make(R, kind) for the register blocks of this instruction set, over any number of rows."""
-    step, run = PASS_ROWS[-1], None
-    for size in PASS_ROWS:
-        run = _either(make(size, kind), size // 2, run)
-    fitting = run
-
-    @helper
-    def passes(block, rows, page, dims, n_keys, o):
-        for row in range(0, rows, step):
-            fitting(block, row, rows - row, page, dims, n_keys, o)
-
-    return passes
-
-
-def _either(large, half, small):
-    """The small pass if it does for the rows that are left, else the large one."""
-
-    @helper
-    def either(block, row, left, page, dims, n_keys, o):
-        if left > half:
-            large(block, row, page, dims, n_keys, o)
-        else:
-            small(block, row, left, page, dims, n_keys, o)
-
-    @helper
-    def smallest(block, row, left, page, dims, n_keys, o):
-        large(block, row, page, dims, n_keys, o)
-
-    return smallest if small is None else either
+        store_half_of(out + whole * 4, s.load(o + whole * 32) * inverse + zero)
 
 
 def page_step(k_type, v_type):
-    """(block, rows, k, v, base, ...): a block of rows takes in one page, the keys base.."""
-    scores, output = in_passes(k_type, scores_pass), in_passes(v_type, output_pass)
+    """(block, rows, k, v, ahead.., base, ..): a block of rows takes in one page, the keys base..
+
+    k_ahead and v_ahead: how far behind this page the one to be read next lies.
+    """
+    scores, output = row_passes(scores_pass, k_type), row_passes(output_pass, v_type)
 
     @helper
-    def step(block, rows, k, v, base, k_dim, v_dim, window, softcap):
+    def step(block, rows, k, v, k_ahead, v_ahead, base, k_dim, v_dim, window, softcap):
         low, high = s.load_i64(block + _LOW), s.load_i64(block + _HIGH)
         if base <= high and (window == 0 or base + PAGE > low - window + 1):
-            for i in range(0, rows * PAGE * 4, 64):
-                s.store(block + _SCORES + i, s.splat(s.f32(0)))
-            scores(block, rows, k, k_dim, 0, 0)
+            scores(block, rows, k, k_dim, 0, 0, k_ahead)
             if softcap != s.f32(0):
                 cap_scores(block, rows, softcap)
             if base + PAGE - 1 > low or (window > 0 and base < high - window + 1):
                 mask_scores(block, rows, base, window)
             weigh_scores(block, rows)
             o = block + _Q + k_dim * (4 * _ROWS)
-            output(block, rows, v, v_dim, min(PAGE, high - base + 1), o)
+            output(block, rows, v, v_dim, min(PAGE, high - base + 1), o, v_ahead)
 
     return step
 
 
 @helper
 def begin_item(
-    q, q_stride, places, sinks, token, query, start, rows, group, k_dim, o_bytes, factor, blocks,
-    block_bytes,
+    q, q_stride, out, out_stride, places, sinks, token, query, start, rows, group, k_dim, v_dim,
+    factor, blocks, block_bytes,
 ):  # fmt: skip
     """Rows start.. of an item from its first token and query head; their span of places."""
-    low = s.load_i32(places + (token + start // group) * 4)
-    high = low
+    low, high = _FAR, 0
     for i in range(rows):
         at, head = token + (start + i) // group, query + (start + i) % group
         place = s.load_i32(places + at * 4)
         low, high = min(low, place), max(high, place)
+        source, target = at * q_stride + head * k_dim, at * out_stride + head * v_dim
         sink = sinks + head * 4 if sinks != 0 else 0
-        source = q + (at * q_stride + head * k_dim) * 4
-        begin_row(blocks + i // _ROWS * block_bytes, i % _ROWS, place, source, sink)
+        block = blocks + i // _ROWS * block_bytes
+        begin_row(block, i % _ROWS, place, q + source * 4, out + target * 4, sink)
     for i in range(0, rows, _ROWS):
         block = blocks + i // _ROWS * block_bytes
-        begin_block(block, min(_ROWS, rows - i), k_dim, o_bytes, factor)
+        begin_block(block, min(_ROWS, rows - i), k_dim, v_dim, factor)
     return low, high
-
-
-@helper
-def end_item(out, out_stride, token, query, start, rows, group, k_dim, v_dim, blocks, block_bytes):
-    for i in range(rows):
-        block, r = blocks + i // _ROWS * block_bytes, i % _ROWS
-        at, head = token + (start + i) // group, query + (start + i) % group
-        o = block + _Q + k_dim * (4 * _ROWS) + r * 64
-        end_row(block + _SUMS + r * 64, o, out + (at * out_stride + head * v_dim) * 4, v_dim)
 
 
 def build_attention(k_type, v_type):
@@ -240,40 +196,42 @@ def build_attention(k_type, v_type):
     ):  # fmt: skip
         count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
         limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
-        blocks, o_bytes = scratch + thread * scratch_bytes, (v_dim + 15) // 16 * (64 * _ROWS)
-        block_bytes = _Q + k_dim * (4 * _ROWS) + o_bytes
-        cap, factor = s.float_of(softcap), s.float_of(scale)
+        blocks, block_bytes = scratch + thread * scratch_bytes, block_nbytes(k_dim, v_dim)
+        cap, factor, turn = s.float_of(softcap), s.float_of(scale), 0
         if cap == s.f32(0):
             factor = factor * s.f32(_LOG2_E)
-        turn = 0
         for tile in range(count):
             token = s.load_i32(tiles + tile * 16)
             n_rows = s.load_i32(tiles + tile * 16 + 4) * group
             pages = table + s.load_i32(tiles + tile * 16 + 8) * table_stride * 4
-            for head in range(n_kv_heads):
-                for start in range(0, n_rows, limit):
-                    mine = turn % n_threads == thread
-                    turn += 1
-                    if not mine:
-                        continue
-                    rows = min(limit, n_rows - start)
-                    low, high = begin_item(
-                        q, q_stride, places, sinks, token, head * group, start, rows, group,
-                        k_dim, o_bytes, factor, blocks, block_bytes,
-                    )  # fmt: skip
-                    page = max(0, low - window + 1) // PAGE if window > 0 else 0
-                    while page * PAGE <= high:
-                        physical = s.load_i32(pages + page * 4)
-                        k = k_pages + physical * k_page_bytes + head * (k_page_bytes // n_kv_heads)
-                        v = v_pages + physical * v_page_bytes + head * (v_page_bytes // n_kv_heads)
-                        for i in range(0, rows, _ROWS):
-                            block, here = blocks + i // _ROWS * block_bytes, min(_ROWS, rows - i)
-                            step(block, here, k, v, page * PAGE, k_dim, v_dim, window, cap)
-                        page += 1
-                    end_item(
-                        out, out_stride, token, head * group, start, rows, group, k_dim, v_dim,
-                        blocks, block_bytes,
-                    )  # fmt: skip
+            for piece in range(n_kv_heads * ((n_rows + limit - 1) // limit)):
+                turn += 1
+                if (turn - 1) % n_threads != thread:
+                    continue
+                head, start = piece % n_kv_heads, piece // n_kv_heads * limit
+                rows = min(limit, n_rows - start)
+                low, high = begin_item(
+                    q, q_stride, out, out_stride, places, sinks, token, head * group, start, rows,
+                    group, k_dim, v_dim, factor, blocks, block_bytes,
+                )  # fmt: skip
+                page = max(0, low - window + 1) // PAGE if window > 0 else 0
+                while page * PAGE <= high:
+                    here = s.load_i32(pages + page * 4)
+                    ahead = 0
+                    if page * PAGE + PAGE <= high:
+                        ahead = s.load_i32(pages + page * 4 + 4) - here
+                    k = k_pages + here * k_page_bytes + head * (k_page_bytes // n_kv_heads)
+                    v = v_pages + here * v_page_bytes + head * (v_page_bytes // n_kv_heads)
+                    for i in range(0, rows, _ROWS):
+                        step(
+                            blocks + i // _ROWS * block_bytes, min(_ROWS, rows - i), k, v,
+                            ahead * k_page_bytes, ahead * v_page_bytes, page * PAGE, k_dim,
+                            v_dim, window, cap,
+                        )  # fmt: skip
+                        ahead = 0  # one block asks for the next page, for all
+                    page += 1
+                for i in range(rows):
+                    end_row(blocks + i // _ROWS * block_bytes, i % _ROWS, k_dim, v_dim)
 
     return attention
 

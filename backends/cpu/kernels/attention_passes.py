@@ -32,8 +32,8 @@ _ELEMENT = {"f32": e.f32, "f16": e.i16, "bf16": e.i16, "q8_0": e.i8}
 class Block:
     """Byte offsets in the state of a block of 8 rows; signatures.py gives its size."""
 
-    places, lowest, highest, sources = 0, 32, 40, 64
-    peak, decay, sums, scores, q = 128, 192, 256, 768, 1792
+    places, lowest, highest, sources, targets = 0, 32, 40, 64, 128
+    peak, decay, sums, scores, q = 192, 256, 320, 832, 1856
 
 
 # Rows of a pass -> vectors of 16 keys (scores) and of 16 dims (output) that its registers hold.
@@ -42,7 +42,6 @@ _REGISTERS = {
     8: {4: (1, 1), 2: (2, 2), 1: (2, 4)},
     4: {2: (1, 1), 1: (2, 2)},
 }[chosen().lanes]
-PASS_ROWS = tuple(sorted(_REGISTERS))
 
 
 def _number(value: int) -> ir.Constant:
@@ -104,16 +103,23 @@ def _broadcast(b: ir.IRBuilder, address: Any) -> Any:
     return e.splat(b, e.load(b, address, e.f32, 4))
 
 
+def _prefetch(b: ir.IRBuilder, address: Any) -> None:
+    """Ask for the cache line at an address in the second level of the cache."""
+    arguments = [ir.Constant(e.i32, v) for v in (0, 2, 1)]
+    pointer = e.pointer(b, address, e.i8)
+    e.intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *arguments])
+
+
 def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return e.fma(b, x, y, z, s.FUSED)
 
 
 def scores_pass(rows: int, kind: str) -> Callable:
-    """(block, row, page, dims): add q k^T of rows row.. and the 32 keys of a page to `scores`."""
+    """Emits: scores = q k^T of rows row.. and the 32 keys of a page."""
     held, unroll = _REGISTERS[rows][0], 4
     size = _ITEM[kind]
 
-    def dims_of(b, q, page, count, first):
+    def dims_of(b, q, page, count, first, ahead):
         """Sums of `count` dims for keys of vectors first, first + 1, .. (`held` of them)."""
 
         def few(i, sums):
@@ -126,6 +132,9 @@ def scores_pass(rows: int, kind: str) -> Callable:
                     for j in range(held)
                 ]
                 values = b.add(q, _times(b, dim, _ROW))
+                if first == 0 and step * PAGE * size % 64 == 0:
+                    for j in range(0, PAGE * size, 64):
+                        _prefetch(b, b.add(e.offset(b, at, j), ahead))
                 for r in range(rows):
                     value = _broadcast(b, e.offset(b, values, 4 * r))
                     for j, key in enumerate(keys):
@@ -134,15 +143,15 @@ def scores_pass(rows: int, kind: str) -> Callable:
 
         return repeat(b, _number(0), count, unroll, [e.floats(0.0)] * (rows * held), few)
 
-    def add(b, target, sums, scales):
+    def add(b, target, is_first, sums, scales):
         for r in range(rows):
             for j in range(held):
                 at = e.offset(b, target, 4 * (r * PAGE + j * e.LANES))
                 old, new = e.load(b, at, e.wide(e.f32), 4), sums[r * held + j]
+                old = b.select(is_first, e.floats(0.0), old)
                 e.store(b, _fma(b, new, scales[j], old) if scales else b.fadd(old, new), at, 4)
 
-    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
-    def scores(b, block, row, page, dims, n_keys, o):
+    def scores(b, block, row, page, dims, n_keys, o, ahead):
         q = b.add(e.offset(b, block, Block.q), _times(b, row, 4))
         target = b.add(e.offset(b, block, Block.scores), _times(b, row, 4 * PAGE))
 
@@ -150,14 +159,15 @@ def scores_pass(rows: int, kind: str) -> Callable:
             left = b.sub(dims, dim)
             count = b.select(b.icmp_signed("<", left, _number(_CHUNK)), left, _number(_CHUNK))
             here = b.add(page, _times(b, dim, PAGE * size))
+            is_first = b.icmp_signed("==", dim, _number(0))
             for first in range(0, PAGE // e.LANES, held):
-                sums = dims_of(b, b.add(q, _times(b, dim, _ROW)), here, count, first)
+                sums = dims_of(b, b.add(q, _times(b, dim, _ROW)), here, count, first, ahead)
                 scales = []
                 if kind == "q8_0":
                     at = b.add(b.add(page, _times(b, dims, PAGE)), _times(b, dim, 2))
                     places = [e.offset(b, at, 2 * e.LANES * (first + j)) for j in range(held)]
                     scales = [_widen(b, place, "f16") for place in places]
-                add(b, e.offset(b, target, 4 * e.LANES * first), sums, scales)
+                add(b, e.offset(b, target, 4 * e.LANES * first), is_first, sums, scales)
 
         _repeat_if_any(b, _number(0), dims, _CHUNK, chunk)
 
@@ -173,15 +183,17 @@ def _scale_of(b: ir.IRBuilder, page: Any, key: Any, dim: Any, dims: Any) -> Any:
 
 
 def output_pass(rows: int, kind: str) -> Callable:
-    """(block, row, page, dims, n_keys, o): o = o * decay + p v for rows row.. of a block.
+    """Emits: o = o * decay + p v for rows row.. of a block.
 
     Only the first n_keys tokens of the page are read: what lies behind them may be anything.
     """
     size, held = _ITEM[kind], _REGISTERS[rows][1]
 
-    def values(b, page, key, dim, dims, vectors, lanes):
+    def values(b, page, key, dim, dims, ahead, vectors, lanes):
         at = b.add(page, _times(b, b.add(b.mul(key, dims), dim), size))
         found = []
+        for j in range(0, vectors * e.LANES * size, 64):
+            _prefetch(b, b.add(e.offset(b, at, j), ahead))
         for j in range(vectors):
             value = _widen(b, e.offset(b, at, e.LANES * size * j), kind, lanes)
             if kind == "q8_0":
@@ -192,7 +204,7 @@ def output_pass(rows: int, kind: str) -> Callable:
             found.append(value)
         return found
 
-    def stripe(b, dim, vectors, lanes, block, row, page, dims, n_keys, o):
+    def stripe(b, dim, vectors, lanes, block, row, page, dims, n_keys, o, ahead):
         """`vectors` vectors of dims from `dim` on, over all keys."""
         p = b.add(e.offset(b, block, Block.scores), _times(b, row, 4 * PAGE))
         decay = b.add(e.offset(b, block, Block.decay), _times(b, row, 4))
@@ -210,7 +222,7 @@ def output_pass(rows: int, kind: str) -> Callable:
 
         def key(i, sums):
             sums, weights = list(sums), b.add(p, _times(b, i, 4))
-            found = values(b, page, i, dim, dims, vectors, lanes)
+            found = values(b, page, i, dim, dims, ahead, vectors, lanes)
             for r in range(rows):
                 weight = _broadcast(b, e.offset(b, weights, 4 * PAGE * r))
                 for j, value in enumerate(found):
@@ -220,9 +232,8 @@ def output_pass(rows: int, kind: str) -> Callable:
         for at, value in zip(places, repeat(b, _number(0), n_keys, 1, sums, key), strict=True):
             e.store(b, value, at, 4)
 
-    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
-    def output(b, block, row, page, dims, n_keys, o):
-        rest = (block, row, page, dims, n_keys, o)
+    def output(b, block, row, page, dims, n_keys, o, ahead):
+        rest = (block, row, page, dims, n_keys, o, ahead)
         wide, whole = (b.and_(dims, _number(-e.LANES * n)) for n in (held, 1))
         at = _number(0)
         for stop, vectors in ((wide, held), (whole, 1)):
@@ -236,6 +247,39 @@ def output_pass(rows: int, kind: str) -> Callable:
                 stripe(b, whole, 1, e.LANES // 2, *rest)
 
     return output
+
+
+def row_passes(make: Callable, kind: str) -> Any:
+    """(block, rows, page, dims, n_keys, o): a pass over rows 0.. of a block.
+
+    Rows are taken as many at a time as there are registers for; a rest takes the next power of
+    two, whose further rows are in the block but mean nothing.
+    """
+    sizes = sorted(_REGISTERS, reverse=True)
+    passes = [make(size, kind) for size in sizes]
+
+    def fitting(b, left, which, arguments):
+        if which + 1 == len(sizes):
+            passes[which](b, *arguments)
+            return
+        enough = b.icmp_signed(">", left, _number(sizes[which + 1]))
+        with b.if_else(enough) as (yes, no):
+            with yes:
+                passes[which](b, *arguments)
+            with no:
+                fitting(b, left, which + 1, arguments)
+
+    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
+    def run(b, block, rows, page, dims, n_keys, o, ahead):
+        def some(row):
+            fitting(b, b.sub(rows, row), 0, (block, row, page, dims, n_keys, o, ahead))
+
+        if sizes[0] >= ATTENTION_ROWS:
+            some(_number(0))
+        else:
+            _repeat_if_any(b, _number(0), rows, sizes[0], some)
+
+    return run
 
 
 @s.operation(s.f32x16, s.i64)
@@ -307,24 +351,53 @@ def tanh(b, x):
     return b.select(b.fcmp_ordered("<", square, e.floats(0.49)), small, large)
 
 
-@s.operation(s.void, s.i64, s.i64, s.f32)
-def load_q(b, block, dims, factor):
-    """q * factor of the 8 rows whose addresses are in `sources`, transposed to [dim][8]."""
-    half = ATTENTION_ROWS
-    ty = ir.VectorType(e.f32, half)
-    many = b.shuffle_vector(
-        e.splat(b, factor), e.floats(0.0), ir.Constant(ir.VectorType(e.i32, half), [0] * half)
-    )
-    at = e.offset(b, block, Block.sources)
-    sources = [e.load(b, e.offset(b, at, 8 * r), e.i64, 8) for r in range(ATTENTION_ROWS)]
+@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.f32)
+def begin_block(b, block, rows, k_dim, v_dim, factor):
+    """A block whose `rows` have places, sources and peaks: lowest and highest place, q, o = 0.
 
-    def dims8(dim):
+    q is [dim][8], times `factor`; rows that are missing repeat the first.
+    """
+    lowest, highest, sources = _first_row(b, block)
+    for r in range(1, ATTENTION_ROWS):
+        there = b.icmp_signed("<", _number(r), rows)
+        place = e.load(b, e.offset(b, block, Block.places + 4 * r), e.i32, 4)
+        place = b.select(there, b.sext(place, e.i64), lowest)
+        lowest = b.select(b.icmp_signed("<", place, lowest), place, lowest)
+        highest = b.select(b.icmp_signed(">", place, highest), place, highest)
+        source = e.load(b, e.offset(b, block, Block.sources + 8 * r), e.i64, 8)
+        sources.append(b.select(there, source, sources[0]))
+    e.store(b, lowest, e.offset(b, block, Block.lowest), 8)
+    e.store(b, highest, e.offset(b, block, Block.highest), 8)
+    q = e.offset(b, block, Block.q)
+    _gather(b, sources, q, k_dim, factor)
+    o = b.add(q, _times(b, k_dim, _ROW))
+
+    def clear(dim):
+        for r in range(ATTENTION_ROWS):
+            at = e.offset(b, b.add(o, _times(b, dim, _ROW)), 4 * e.LANES * r)
+            e.store(b, e.floats(0.0), at, 4)
+
+    _repeat_if_any(b, _number(0), v_dim, e.LANES, clear)
+
+
+def _first_row(b: ir.IRBuilder, block: Any) -> tuple[Any, Any, list]:
+    place = b.sext(e.load(b, e.offset(b, block, Block.places), e.i32, 4), e.i64)
+    return place, place, [e.load(b, e.offset(b, block, Block.sources), e.i64, 8)]
+
+
+def _gather(b: ir.IRBuilder, sources: list, q: Any, dims: Any, factor: Any) -> None:
+    """The rows at 8 addresses, times `factor`, transposed to [dim][8]."""
+    half = ATTENTION_ROWS
+    ty, picked = ir.VectorType(e.f32, half), ir.Constant(ir.VectorType(e.i32, half), [0] * half)
+    many = b.shuffle_vector(e.splat(b, factor), e.floats(0.0), picked)
+
+    def eight(dim):
         rows = [e.load(b, b.add(a, _times(b, dim, 4)), ty, 4) for a in sources]
-        target = b.add(e.offset(b, block, Block.q), _times(b, dim, _ROW))
+        target = b.add(q, _times(b, dim, _ROW))
         for i, column in enumerate(_transposed(b, rows)):
             e.store(b, b.fmul(column, many), e.offset(b, target, _ROW * i), 4)
 
-    _repeat_if_any(b, _number(0), dims, half, dims8)
+    _repeat_if_any(b, _number(0), dims, half, eight)
 
 
 def _transposed(b: ir.IRBuilder, rows: list) -> list:

@@ -14,8 +14,6 @@ from runtime.backends.cpu.tile.vector import F32, const
 Body = Callable[[list[Block], Any, list[Any]], list[Any]]
 Sums = list[list[Any]]  # [row group][column], each a vector of rows
 
-_AHEAD = 4096  # bytes between what is multiplied and what is asked from memory
-
 
 def over_blocks(
     p: Problem, bases: list[Any], first: Any, body: Body, start: list[Any]
@@ -49,7 +47,7 @@ def by_group(p: Problem, flat: list[Any]) -> Sums:
 def prefetch(p: Problem, base: Any, n_bytes: int) -> None:
     """Ask for what follows `n_bytes` at `base` by the prefetch distance."""
     for line in range(0, n_bytes, LINE):
-        p.code.prefetch(p.code.at(base, _AHEAD + line))
+        p.code.prefetch(p.code.at(base, p.ahead + line))
 
 
 def _chunks(p: Problem, rows: list[Rows], before: Any, body: Body, sums: list[Any]) -> list[Any]:

@@ -56,8 +56,8 @@ def chat(model: Model, messages: Sequence[dict[str, Any]], **options: Any) -> It
     """
     from runtime.text.chat import ChatTemplate
 
-    text = ChatTemplate.of(model.tokenizer, model.file.metadata).render(messages)
-    ids = model.tokenizer.encode(text, add_special=False, parse_special=True)
+    template = ChatTemplate.of(model.tokenizer, model.file.metadata)
+    ids = template.encode(model.tokenizer, messages)
     session = options.get("session")
     if session is not None:
         ids = reuse(session, ids)
@@ -82,8 +82,8 @@ def _run(
 
     sampler, stops = Sampler(sampling, model.vocab_size), StopFilter(sampling.stop)
     stream, ends = model.tokenizer.stream(), model.tokenizer.end_ids
-    for token in (*session.tokens, *ids):
-        sampler.accept(token)
+    for known in (*session.tokens, *ids):
+        sampler.accept(known)
     for token in _tokens(model, session, ids, sampler, options.max_tokens):
         if on_token is not None:
             on_token(token)

@@ -67,7 +67,7 @@ class ReferenceProgram:
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """See backends/base.py; results are float64."""
-        rules = {
+        rules: dict[str, Callable[..., Any]] = {
             "input": lambda node: _live_part(node, inputs[node.name], live),
             "weight": self._weight,
             "constant": lambda node: node.attrs["value"],

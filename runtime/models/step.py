@@ -61,7 +61,7 @@ class Step:
             )
 
         return Step(
-            *(ops.step_input(n, (t,)) for n in _PER_TOKEN),
+            **{name: ops.step_input(name, (t,)) for name in _PER_TOKEN},
             table=ops.step_input("table", (sequences, table_pages)),
             output_rows=ops.step_input("output_rows", (ops.Dim("outputs", outputs),)),
             k=pool("k", kv_types[0]),

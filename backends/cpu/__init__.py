@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from runtime.backends.base import Progress
 from runtime.backends.cpu.attention import page_nbytes
+from runtime.backends.cpu.cores import physical_cores
 from runtime.backends.cpu.executor import ThreadTeam
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.library import Library, library
@@ -139,28 +138,3 @@ def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
             if buffer.kind in ("raw", "vector", "packed"):
                 found.setdefault((buffer.kind, buffer.key), buffer)
     return list(found.values())
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyperthreads counted once where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-        if sys.platform == "linux":
-            return len(_linux_cores(allowed)) or len(allowed)
-        return len(allowed)
-    logical = os.cpu_count() or 1
-    return max(1, logical // 2) if sys.platform == "win32" and logical > 1 else logical
-
-
-def _linux_cores(allowed: set[int]) -> set[str]:
-    """One name per physical core: the list of logical processors that share it."""
-    from pathlib import Path
-
-    found = set()
-    for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            found.add(path.read_text().strip())
-        except OSError:
-            return set()
-    return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.cpu.cores import physical_cores
 from runtime.backends.cpu.isa import isa, selected
 from runtime.ops.errors import BackendError
 
@@ -37,27 +38,6 @@ def read_bandwidth(threads: int | None = None, n_bytes: int = READ_BYTES) -> flo
     best = min(_timed(kernel, args.ctypes.data, n_threads) for _ in range(_REPEATS))
     read = n_bytes // (n_threads * _STREAMS * _STEP) * (n_threads * _STREAMS * _STEP)
     return read / best
-
-
-def physical_cores() -> int:
-    """Number of processor cores this process may use, hyper-threads counted once.
-
-    Where the system does not tell, the number of logical processors.
-    """
-    import os
-    from pathlib import Path
-
-    own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if own is None:
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in own:
-        place = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(place.read_text().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)
 
 
 def _timed(kernel: Any, args: int, n_threads: int) -> float:

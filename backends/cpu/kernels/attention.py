@@ -21,16 +21,8 @@ from runtime.backends.cpu.signatures import ATTENTION_BLOCKS, ATTENTION_ROWS, PA
 
 from . import emit as e
 from . import simd as s
-from .attention_passes import (
-    Block,
-    begin_block,
-    exp2_negative,
-    output_pass,
-    row_passes,
-    row_peaks,
-    scores_pass,
-    tanh,
-)
+from .attention_block import Block, begin_block, exp2_negative, row_peaks, tanh
+from .attention_passes import output_pass, row_passes, scores_pass
 from .rows import helper
 
 _LOG2_E = e.single(1 / math.log(2))

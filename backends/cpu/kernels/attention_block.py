@@ -1,0 +1,197 @@
+"""The state of a block of 8 query rows of attention, and its softmax arithmetic.
+
+q lies as [dim][8] and o as [dims / 16][8][16], so that a pass finds all its rows at constant
+distances from one address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from runtime.backends.cpu.signatures import ATTENTION_ROWS, PAGE
+
+from . import emit as e
+from . import simd as s
+
+ROW_BYTES = 4 * ATTENTION_ROWS  # of one dim of q
+
+
+class Block:
+    """Byte offsets in the state of a block of 8 rows; signatures.py gives its size."""
+
+    places, lowest, highest, sources, targets = 0, 32, 40, 64, 128
+    peak, decay, sums, scores, q = 192, 256, 320, 832, 1856
+
+
+def number(value: int) -> ir.Constant:
+    return ir.Constant(e.i64, value)
+
+
+def times(b: ir.IRBuilder, value: Any, factor: int) -> Any:
+    return b.mul(value, number(factor)) if factor != 1 else value
+
+
+def repeat(
+    b: ir.IRBuilder, start: Any, stop: Any, step: int, carried: Sequence[Any], body: Callable
+) -> list[Any]:
+    """carried = body(i, carried) for i in start, start + step, .. < stop; at least once."""
+    before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+    b.branch(loop)
+    b.position_at_end(loop)
+    i = b.phi(e.i64)
+    i.add_incoming(start, before)
+    values = [b.phi(value.type) for value in carried]
+    results = body(i, values)
+    following = b.add(i, number(step))
+    i.add_incoming(following, b.block)
+    for phi, first, result in zip(values, carried, results, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(result, b.block)
+    b.cbranch(b.icmp_signed("<", following, stop), loop, after)
+    b.position_at_end(after)
+    return results
+
+
+def repeat_if_any(b: ir.IRBuilder, start: Any, stop: Any, step: int, body: Callable) -> None:
+    """body(i) for i in range(start, stop, step), where that may be empty."""
+
+    def once(i, _):
+        body(i)
+        return []
+
+    with b.if_then(b.icmp_signed("<", start, stop)):
+        repeat(b, start, stop, step, [], once)
+
+
+@s.operation(s.f32x16, s.i64)
+def row_peaks(b, scores):
+    """Lane r: the largest of the 32 scores of row r, for the 8 rows of a block."""
+    lanes = range(e.LANES)
+    parts = []
+    for r in range(ATTENTION_ROWS):
+        low, high = (e.offset(b, scores, 4 * (r * PAGE + h * e.LANES)) for h in (0, 1))
+        halves = (e.load(b, at, e.wide(e.f32), 4) for at in (low, high))
+        parts.append((e.larger(b, *halves), [r] * e.LANES))
+    while len(parts) > 1:
+        parts = [_merge(b, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    value, _ = parts[0]  # two lanes for each row are left
+    even, odd = ([2 * (i % ATTENTION_ROWS) + k for i in lanes] for k in (0, 1))
+    return e.larger(b, e.lanes_of(b, value, even), e.lanes_of(b, value, odd))
+
+
+def _merge(b: ir.IRBuilder, first: tuple, second: tuple) -> tuple[Any, list[int]]:
+    """Two vectors in one: each row's lanes are folded to half their number."""
+    (x, x_rows), (y, y_rows) = first, second
+    rows = x_rows + y_rows
+    low: list[int] = []
+    high: list[int] = []
+    for row in dict.fromkeys(rows):
+        places = [i for i, r in enumerate(rows) if r == row]
+        low += places[: len(places) // 2]
+        high += places[len(places) // 2 :]
+    parts = (b.shuffle_vector(x, y, ir.Constant(e.wide(e.i32), picked)) for picked in (low, high))
+    return e.larger(b, *parts), [rows[i] for i in low]
+
+
+# 2^r on [-1/2, 1/2]: the polynomial of degree 5 with constant term 1 and the least relative error
+# (9.2e-8), fitted for this file.
+_EXP2 = [
+    0.0013264724229634464,
+    0.009671513244537676,
+    0.0555073375684232,
+    0.24022242074640174,
+    0.6931469775880089,
+    1.0,
+]
+
+
+@s.operation(s.f32x16, s.f32x16)
+def exp2_negative(b, x):
+    """2^x of lanes <= 0 within 2 ulp; 0 below -126.5, 1 at 0, NaN stays NaN."""
+    x = e.larger(b, e.floats(-127.0), x)
+    shifted = b.fadd(x, e.floats(12582912.0))  # 1.5 * 2^23: the nearest integer in the low bits
+    r = b.fsub(x, b.fsub(shifted, e.floats(12582912.0)))
+    exponent = b.shl(b.add(b.bitcast(shifted, e.wide(e.i32)), e.ints(127)), e.ints(23))
+    return b.fmul(e.horner(b, r, _EXP2, s.FUSED), b.bitcast(exponent, e.wide(e.f32)))
+
+
+# (tanh(x) / x - 1) / x^2 in powers of x^2 on |x| <= 0.7: relative error of tanh 1.4e-8, fitted
+# for this file.
+_TANH = [-0.0051551, 0.02011164, -0.05356698, 0.13329243, -0.33333197]
+
+
+@s.operation(s.f32x16, s.f32x16)
+def tanh(b, x):
+    """Hyperbolic tangent of lanes within 2 ulp, NaN stays NaN."""
+    square = b.fmul(x, x)
+    cubic = b.fmul(e.horner(b, square, _TANH, s.FUSED), square)
+    small = e.fma(b, cubic, x, x, s.FUSED)
+    power = e.exp(b, b.fmul(e.absolute(b, x), e.floats(2.0)), s.FUSED)
+    large = b.fsub(e.floats(1.0), b.fdiv(e.floats(2.0), b.fadd(power, e.floats(1.0))))
+    sign = b.and_(b.bitcast(x, e.wide(e.i32)), e.ints(0x80000000))
+    large = b.bitcast(b.or_(b.bitcast(large, e.wide(e.i32)), sign), e.wide(e.f32))
+    return b.select(b.fcmp_ordered("<", square, e.floats(0.49)), small, large)
+
+
+@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.f32)
+def begin_block(b, block, rows, k_dim, v_dim, factor):
+    """A block whose `rows` have places, sources and peaks: lowest and highest place, q, o = 0.
+
+    q is [dim][8], times `factor`; rows that are missing repeat the first.
+    """
+    lowest, highest, sources = _first_row(b, block)
+    for r in range(1, ATTENTION_ROWS):
+        there = b.icmp_signed("<", number(r), rows)
+        place = e.load(b, e.offset(b, block, Block.places + 4 * r), e.i32, 4)
+        place = b.select(there, b.sext(place, e.i64), lowest)
+        lowest = b.select(b.icmp_signed("<", place, lowest), place, lowest)
+        highest = b.select(b.icmp_signed(">", place, highest), place, highest)
+        source = e.load(b, e.offset(b, block, Block.sources + 8 * r), e.i64, 8)
+        sources.append(b.select(there, source, sources[0]))
+    e.store(b, lowest, e.offset(b, block, Block.lowest), 8)
+    e.store(b, highest, e.offset(b, block, Block.highest), 8)
+    q = e.offset(b, block, Block.q)
+    _gather(b, sources, q, k_dim, factor)
+    o = b.add(q, times(b, k_dim, ROW_BYTES))
+
+    def clear(dim):
+        for r in range(ATTENTION_ROWS):
+            at = e.offset(b, b.add(o, times(b, dim, ROW_BYTES)), 4 * e.LANES * r)
+            e.store(b, e.floats(0.0), at, 4)
+
+    repeat_if_any(b, number(0), v_dim, e.LANES, clear)
+
+
+def _first_row(b: ir.IRBuilder, block: Any) -> tuple[Any, Any, list]:
+    place = b.sext(e.load(b, e.offset(b, block, Block.places), e.i32, 4), e.i64)
+    return place, place, [e.load(b, e.offset(b, block, Block.sources), e.i64, 8)]
+
+
+def _gather(b: ir.IRBuilder, sources: list, q: Any, dims: Any, factor: Any) -> None:
+    """The rows at 8 addresses, times `factor`, transposed to [dim][8]."""
+    half = ATTENTION_ROWS
+    ty, picked = ir.VectorType(e.f32, half), ir.Constant(ir.VectorType(e.i32, half), [0] * half)
+    many = b.shuffle_vector(e.splat(b, factor), e.floats(0.0), picked)
+
+    def eight(dim):
+        rows = [e.load(b, b.add(a, times(b, dim, 4)), ty, 4) for a in sources]
+        target = b.add(q, times(b, dim, ROW_BYTES))
+        for i, column in enumerate(_transposed(b, rows)):
+            e.store(b, b.fmul(column, many), e.offset(b, target, ROW_BYTES * i), 4)
+
+    repeat_if_any(b, number(0), dims, half, eight)
+
+
+def _transposed(b: ir.IRBuilder, rows: list) -> list:
+    """8 vectors of 8 lanes, transposed in three rounds of pairwise interleaving."""
+    pick = ir.VectorType(e.i32, 8)
+    low, high = (
+        ir.Constant(pick, [i for k in range(4) for i in (4 * h + k, 8 + 4 * h + k)]) for h in (0, 1)
+    )
+    for _ in range(3):
+        pairs = [(rows[i], rows[i + 4]) for i in range(4)]
+        rows = [b.shuffle_vector(x, y, half) for x, y in pairs for half in (low, high)]
+    return rows

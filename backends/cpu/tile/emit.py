@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.isa import isa
-from runtime.backends.cpu.tile.amx import MAX_TILES, AmxScratch, configure, one_group, release
+from runtime.backends.cpu.tile.amx import configure, one_group, release
 from runtime.backends.cpu.tile.formats import ROWS
 from runtime.backends.cpu.tile.problem import Problem, load_problem
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS, TileSpec
 from runtime.backends.cpu.tile.store import store_tile
+from runtime.backends.cpu.tile.sums_amx import MAX_TILES, AmxScratch
 from runtime.backends.cpu.tile.sums_f32 import sums_f32
 from runtime.backends.cpu.tile.sums_int8 import sums_int8
 from runtime.backends.cpu.tile.vector import Code, const
@@ -133,37 +134,35 @@ def _tiles_per_block(p: Problem) -> Any:
 
 
 def _segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
-    """All of `groups` by all of `tiles`: groups outside, a few of them at a time."""
-    code = p.code
-    sums = _sums(p)
+    """All of `groups` by all of `tiles`: groups outside, a few of them at a time, then singly."""
+    code, b = p.code, p.code.b
+    first, end = groups
+    several = p.groups_at_once
+    whole = code.at(first, b.mul(b.sdiv(b.sub(end, first), const(several)), const(several)))
 
-    def some_groups(g: Any, _: list[Any]) -> list[Any]:
-        # A group past the end stands in as a copy of the first; its sums are not stored.
-        others = [code.at(g, i) for i in range(1, p.groups_at_once)]
-        members = [g] + [_below(code, other, groups[1], g) for other in others]
-        bases = [code.at(w, code.times(m, p.group_bytes)) for m in members]
-
-        def one_tile(t: Any) -> None:
-            x = code.at(p.x, code.times(t, p.tile_bytes))
-
-            def part(first: Any) -> None:
-                store_tile(p, sums(p, bases, x, first), members, first, t)
-
-            _each_part(code, part)
-
-        code.each(tiles[0], tiles[1], one_tile)
+    def part(g: Any, n: int) -> list[Any]:
+        _some_groups(p, w, tiles, [code.at(g, i) for i in range(n)])
         return []
 
-    code.loop(groups[0], groups[1], [], some_groups, step=p.groups_at_once)
+    code.loop(first, whole, [], lambda g, _: part(g, several), step=several)
+    if several > 1:
+        code.loop(whole, end, [], lambda g, _: part(g, 1))
 
 
-def _below(code: Code, value: Any, bound: Any, otherwise: Any) -> Any:
-    """value if value < bound else otherwise."""
-    return code.b.select(code.b.icmp_signed("<", value, bound), value, otherwise)
+def _some_groups(p: Problem, w: Any, tiles: Span, groups: list[Any]) -> None:
+    code = p.code
+    sums = sums_int8 if p.spec.activations == "int8" else sums_f32
+    bases = [code.at(w, code.times(g, p.group_bytes)) for g in groups]
 
+    def one_tile(t: Any) -> None:
+        x = code.at(p.x, code.times(t, p.tile_bytes))
 
-def _sums(p: Problem) -> Callable[..., Any]:
-    return sums_int8 if p.spec.activations == "int8" else sums_f32
+        def part(first: Any) -> None:
+            store_tile(p, sums(p, bases, x, first), groups, first, t)
+
+        _each_part(code, part)
+
+    code.each(*tiles, one_tile)
 
 
 def _each_part(code: Code, body: Callable[[Any], None]) -> None:

@@ -15,18 +15,12 @@ from runtime.backends.cpu.tile.vector import F32, const, vec
 _FLOAT = 4
 
 
-def store_tile(p: Problem, sums: list[list[Any]], members: list[Any], first: Any, t: Any) -> None:
-    """Store sums [row group][column], rows `first`.. of the groups `members`, for tile `t`.
-
-    A member after the first that equals the first one stands for no group at all.
-    """
+def store_tile(p: Problem, sums: list[list[Any]], groups: list[Any], first: Any, t: Any) -> None:
+    """Store sums [row group][column], rows `first`.. of each of `groups`, for tile `t`."""
     code = p.code
-    for number, (group, columns) in enumerate(zip(members, sums, strict=True)):
+    for group, columns in zip(groups, sums, strict=True):
         row = code.at(code.times(group, ROWS), first)
         left = code.b.sub(p.n_rows, row)
-        if number:
-            absent = code.b.icmp_signed("==", group, members[0])
-            left = code.b.select(absent, const(0), left)
         full = code.b.icmp_signed(">=", left, const(code.lanes))
         with code.b.if_else(full, likely=True) as (whole, partial):
             with whole:
@@ -66,14 +60,13 @@ def _store_partial(p: Problem, columns: list[Any], row: Any, left: Any, t: Any) 
 @contextmanager
 def _live_token(p: Problem, t: Any, c: int) -> Iterator[Any]:
     """The output row of column c of tile t; what follows runs only if there is one."""
-    b = p.code.b
     if p.spec.indirect:
         token = p.record(t, const(1 + c))
-        live = b.icmp_signed(">=", token, const(0))
+        live = p.code.b.icmp_signed(">=", token, const(0))
     else:
         token = p.code.at(p.code.times(t, p.spec.columns), c)
-        live = b.icmp_signed("<", token, p.live)
-    with b.if_then(live, likely=True):
+        live = p.code.b.icmp_signed("<", token, p.live)
+    with p.code.b.if_then(live, likely=True):
         yield token
 
 

@@ -133,7 +133,7 @@ class Code:
         return Variable(self.b, place)
 
     def prefetch(self, address: Any) -> None:
-        """Ask for the cache line at `address`; never faults."""
+        """Ask for the cache line at `address`, soon to be read; never faults."""
         pointer = self.pointer(address, I8)
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         call = self._declare("llvm.prefetch.p0" + self._pointee(pointer), kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -37,10 +38,17 @@ def _modules() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout's files elsewhere: building leaves folders behind."""
+    skip = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "src", ignore=skip))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, copy: Path) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(copy)],
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode and "No module named pip" in done.stderr:
@@ -64,12 +72,10 @@ def test_imports_from_an_unpacked_wheel(wheel: Path, tmp_path: Path):
     assert Path(where).is_relative_to(tmp_path / "site")
 
 
-def test_imports_from_an_editable_install(tmp_path: Path):
+def test_imports_from_an_editable_install(tmp_path: Path, copy: Path):
     """`pip install -e` maps the three folders, from any working directory."""
     venv.create(tmp_path / "v", system_site_packages=True, with_pip=True)
     python = tmp_path / "v" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    copy = tmp_path / "copy"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(copy)], check=True)
     install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-e", str(copy)]
     done = subprocess.run(install, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -35,6 +35,7 @@ def sums_f32(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
 
 def _one_element(p: Problem, weights: list[Any], x: Any, k: int, sums: list[Any]) -> list[Any]:
     """Add element k from `x` on of all columns to the flat sums."""
+    p.code.keep_order()
     columns = p.spec.columns
     result = list(sums)
     for c in range(columns):

@@ -144,6 +144,13 @@ class Code:
         # Intrinsics over typed pointers (LLVM before 17) carry the pointed-to type in the name.
         return "i8" if str(pointer.type) == "i8*" else ""
 
+    def keep_order(self) -> None:
+        """Keep loads that follow from being scheduled before here; no instruction is made.
+
+        Without it LLVM loads dozens of broadcast values early and has to spill them.
+        """
+        self.b.fence("acq_rel", "singlethread")
+
     # ---- vectors ------------------------------------------------------------------------
 
     def splat(self, value: Any, n: int | None = None) -> Any:

@@ -269,7 +269,7 @@ class TestProcess:
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
     def test_ctrl_c_ends_a_generation_cleanly(self):
-        args = (*self.COMMAND, "run", *self.SLOW, "-n", "-1", "--ignore-eos", "-q")
+        args = (*self.COMMAND, "run", "-c", "60000", "-n", "-1", "--ignore-eos", "-q")
         process = subprocess.Popen(
             args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )

@@ -11,7 +11,7 @@ from runtime.backends.cpu import isa, objects
 from runtime.backends.cpu.symbols import undefined_symbols
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import format_of
-from runtime.backends.cpu.tile.reference import dequantised, matmul_f32, matmul_int8
+from runtime.backends.cpu.tile.reference import dequantised, matmul_f32, matmul_int8, matmul_split
 from runtime.errors import Error
 
 BEST = ISAS[0]
@@ -39,7 +39,8 @@ def check(spec: TileSpec, isa_name: str, shape: tuple[int, int, int]) -> None:
     x[0, : n_inner // 2] = 0
     weights = packed(spec.format, raw, n_inner, BEST)
     buffer, held = tiles.activations(spec, x)
-    reference = matmul_int8 if spec.activations == "int8" else matmul_f32
+    references = {"int8": matmul_int8, "f32": matmul_f32, "split": matmul_split}
+    reference = references[spec.activations]
     want = reference(spec.format, raw, *held, fma=isa.isa(isa_name).has_fma)
     for n_threads in (1, 3):
         got = matmul(spec, isa_name, weights, buffer, shape, n_threads=n_threads)
@@ -62,6 +63,24 @@ def test_f32_tile_is_the_reference(name: str, isa_name: str) -> None:
             check(TileSpec(name, columns, "f32"), isa_name, shape)
 
 
+@pytest.mark.skipif("amx" not in ISAS, reason="AMX is needed")
+@pytest.mark.parametrize("columns", [1, 4, 8, 16])
+def test_split_tile_is_the_reference(columns: int) -> None:
+    for shape in shapes("Q8_0"):
+        check(TileSpec("BF16", columns, "split"), "amx", shape)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="AMX is needed")
+def test_split_activations_lose_nothing() -> None:
+    raw = random_rows("BF16", 40, 1024)
+    x = np.random.default_rng(0).standard_normal((4, 1024)).astype(np.float32)
+    spec = TileSpec("BF16", 4, "split")
+    buffer, _ = tiles.activations(spec, x)
+    got = matmul(spec, "amx", packed("BF16", raw, 1024, BEST), buffer, (4, 40, 1024))
+    want = x.astype(np.float64) @ dequantised("BF16", raw).astype(np.float64).T
+    assert ((got - want) ** 2).sum() / (want**2).sum() < 1e-12
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_f32_tile_agrees_with_dequantised_weights(name: str) -> None:
     raw = random_rows(name, 40, 1024)
@@ -74,13 +93,15 @@ def test_f32_tile_agrees_with_dequantised_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 4, 8, 16])
-@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "BF16"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "BF16"])
 def test_long_rows_many_tokens(name: str, columns: int) -> None:
     """More tokens and longer rows than one block of the caches: the same bits as one at a time."""
     kind = "f32" if name in FLOATS else "int8"
+    if name == "BF16" and "amx" in ISAS:
+        kind = "split"
     if columns == 16 and (kind == "f32" or "amx" not in ISAS):
-        pytest.skip("16 columns are for int8 activations with AMX")
-    n_tokens, n_rows, n_inner = 530, 36, 4352
+        pytest.skip("16 columns are for AMX")
+    n_tokens, n_rows, n_inner = 530, 100, 4352
     raw = random_rows(name, n_rows, n_inner)
     x = np.random.default_rng(1).standard_normal((n_tokens, n_inner)).astype(np.float32)
     weights = packed(name, raw, n_inner, BEST)
@@ -135,13 +156,15 @@ def expert_tiles(columns: int, routes: list[tuple[int, int]]) -> tuple[np.ndarra
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
-@pytest.mark.parametrize(("name", "columns"), [("Q4_0", 1), ("Q4_K", 4), ("F16", 8), ("Q8_0", 16)])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("Q4_0", 1), ("Q4_K", 4), ("F16", 8), ("Q8_0", 16), ("BF16", 16)]
+)
 def test_experts_are_the_same_bits_as_one_matrix(name: str, columns: int, n_threads: int) -> None:
     if columns == 16 and "amx" not in ISAS:
         pytest.skip("16 columns need AMX")
     rng = np.random.default_rng(3)
     n_experts, n_rows, n_inner, n_out = 5, 37, 256, 60
-    kind = "f32" if name in FLOATS else "int8"
+    kind = {"F16": "f32", "BF16": "split"}.get(name, "int8")
     raw = random_rows(name, n_experts * n_rows, n_inner).reshape(n_experts, n_rows, -1)
     experts = [packed(name, rows.copy(), n_inner, BEST) for rows in raw]
     joined = np.concatenate([e.bytes for e in experts])

@@ -11,7 +11,7 @@ import numpy as np
 from runtime.backends.cpu import isa, objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
-from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8
+from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8, pack_split
 
 Array = np.ndarray[Any, Any]
 CANARY = 0xA5
@@ -103,7 +103,7 @@ def activations(spec: TileSpec, x: Array) -> tuple[Guarded, tuple[Array, ...]]:
     from runtime.backends.cpu.tile.reference import quantise_activations
 
     held = quantise_activations(x) if spec.activations == "int8" else (x,)
-    pack = pack_int8 if spec.activations == "int8" else pack_f32
+    pack = {"int8": pack_int8, "f32": pack_f32, "split": pack_split}[spec.activations]
     tiles = pack(*held, spec.columns)
     buffer = Guarded(tiles.size, poison=0)
     buffer.bytes[:] = tiles.reshape(-1)

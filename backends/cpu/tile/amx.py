@@ -8,11 +8,12 @@ as in `sums_int8`: results are bit-identical with those of the VNNI tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from runtime.backends.cpu.tile.dots import signed_codes
 from runtime.backends.cpu.tile.formats import LINE, ROWS
-from runtime.backends.cpu.tile.problem import Problem
+from runtime.backends.cpu.tile.problem import Problem, Span
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
 from runtime.backends.cpu.tile.store import store_tile
 from runtime.backends.cpu.tile.sums_amx import (
@@ -24,35 +25,32 @@ from runtime.backends.cpu.tile.sums_amx import (
     W,
     X,
     advance,
-    call,
 )
 from runtime.backends.cpu.tile.unpack import Rows, header, unpack
-from runtime.backends.cpu.tile.vector import F32, I8, const, ir, vec
-
-_INT16 = ir.IntType(16)
+from runtime.backends.cpu.tile.vector import F32, const
 
 
-def configure(p: Problem) -> None:
-    """Give the tile registers their shapes: dots 16x16 int32, x 16 columns, w 16 rows."""
-    code, place = p.code, p.code.stack(64)
+def shapes(p: Problem) -> dict[Sequence[int], tuple[int, int]]:
+    """Tile registers: dots 16 columns x 16 rows int32, activations, weights of a scale group."""
     k = 32 // p.layout.scales
-    code.store(ir.Constant(vec(I8, 64), [0] * 64), place, 1)
-    code.store(ir.Constant(I8, 1), place)  # palette
-    shapes = {DOT: (AMX_COLUMNS, 4 * ROWS), X: (AMX_COLUMNS, k), W: (k // 4, LINE)}
-    for tiles, (rows, row_bytes) in shapes.items():
-        for tile in tiles:
-            code.store(ir.Constant(_INT16, row_bytes), code.at(place, 16 + 2 * tile), 2)
-            code.store(ir.Constant(I8, rows), code.at(place, 48 + tile))
-    call(code, "ldtilecfg", code.pointer(place, I8))
+    return {DOT: (AMX_COLUMNS, 4 * ROWS), X: (AMX_COLUMNS, k), W: (k // 4, LINE)}
 
 
-def release(p: Problem) -> None:
-    """Give the tile registers back, so that the system need not save them."""
-    call(p.code, "tilerelease")
+def segment_of(p: Problem) -> Callable[[Problem, Any, Span, Span], None]:
+    """(problem, weights, tiles, groups): those groups by those tiles, at most MAX_TILES."""
+    scratch = AmxScratch(p)
+
+    def segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
+        def group(g: Any) -> None:
+            _one_group(p, scratch, p.code.at(w, p.code.times(g, p.group_bytes)), g, tiles)
+
+        p.code.each(*groups, group)
+
+    return segment
 
 
-def one_group(p: Problem, s: AmxScratch, base: Any, group: Any, tiles: tuple[Any, Any]) -> None:
-    """All columns of the tiles [first, end), at most MAX_TILES, by the group packed at `base`."""
+def _one_group(p: Problem, s: AmxScratch, base: Any, group: Any, tiles: Span) -> None:
+    """All columns of the tiles [first, end) by the group packed at `base`."""
     code = p.code
     first, end = tiles
     zero = code.fill(F32, 0.0)

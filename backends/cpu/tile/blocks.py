@@ -1,4 +1,4 @@
-"""The walk over the blocks of one pass: blocks, their chunks, their blocks of 32 elements."""
+"""Walks: over row groups, a few at a time, and over the blocks of K of one pass."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE
-from runtime.backends.cpu.tile.problem import Problem
+from runtime.backends.cpu.tile.problem import Problem, Span
 from runtime.backends.cpu.tile.unpack import Block, Rows, header, unpack
 from runtime.backends.cpu.tile.vector import F32, const
 
 # body(the block of 32 of each row group, its number in K, sums) -> sums
 Body = Callable[[list[Block], Any, list[Any]], list[Any]]
 Sums = list[list[Any]]  # [row group][column], each a vector of rows
+
+
+def by_groups(p: Problem, groups: Span, body: Callable[[list[Any]], None]) -> None:
+    """body(numbers of some groups): several at a time as far as they go, then singly."""
+    code, (first, end) = p.code, groups
+    several = const(p.groups_at_once)
+    whole = code.at(first, code.times(code.b.sdiv(code.b.sub(end, first), several), several))
+
+    def some(g: Any, n: int) -> list[Any]:
+        body([code.at(g, i) for i in range(n)])
+        return []
+
+    code.loop(first, whole, [], lambda g, _: some(g, p.groups_at_once), step=p.groups_at_once)
+    if p.groups_at_once > 1:
+        code.loop(whole, end, [], lambda g, _: some(g, 1))
 
 
 def over_blocks(

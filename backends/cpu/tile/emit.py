@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.isa import isa
-from runtime.backends.cpu.tile.amx import configure, one_group, release
+from runtime.backends.cpu.tile import amx, registers, split
+from runtime.backends.cpu.tile.blocks import by_groups
 from runtime.backends.cpu.tile.formats import ROWS
-from runtime.backends.cpu.tile.problem import Problem, load_problem
-from runtime.backends.cpu.tile.spec import AMX_COLUMNS, TileSpec
+from runtime.backends.cpu.tile.problem import Problem, Span, load_problem
+from runtime.backends.cpu.tile.spec import TileSpec
 from runtime.backends.cpu.tile.store import store_tile
-from runtime.backends.cpu.tile.sums_amx import MAX_TILES, AmxScratch
+from runtime.backends.cpu.tile.sums_amx import MAX_TILES
 from runtime.backends.cpu.tile.sums_f32 import sums_f32
 from runtime.backends.cpu.tile.sums_int8 import sums_int8
 from runtime.backends.cpu.tile.vector import Code, const
@@ -28,39 +29,30 @@ from runtime.ops.errors import OpError
 _CACHED_BYTES = 512 * 1024  # of activations that stay in a second-level cache
 _CACHED_BYTES_AMX = 1024 * 1024  # processors with AMX have caches of 2 MiB
 
-Span = tuple[Any, Any]  # [first, end)
 Segment = Callable[[Problem, Any, Span, Span], None]  # (problem, weights, tiles, groups)
+
+_SUMS = {"int8": sums_int8, "f32": sums_f32}
 
 
 def emit_matmul(spec: TileSpec, isa_name: str) -> str:
     """LLVM IR text of a module whose function `entry` is the matmul kernel `spec`.
 
-    Arguments of the kernel: `spec.arguments`. Raises BackendError for an unknown `isa_name`.
+    Arguments of the kernel: `spec.arguments`. Raises BackendError for an unknown `isa_name`,
+    OpError for a kernel that needs AMX and another instruction set.
     """
     code = Code(isa(isa_name))
-    if spec.columns == AMX_COLUMNS and isa_name != "amx":
-        raise OpError(f"matmul tiles of {AMX_COLUMNS} columns need amx, not {isa_name}")
+    if spec.needs_amx and isa_name != "amx":
+        raise OpError(f"{spec} needs the instruction set amx, not {isa_name}")
     problem = load_problem(code, spec)
     over = _over_records if spec.indirect else _over_tokens
-    if spec.columns == AMX_COLUMNS:
-        _by_amx(problem, over)
-    else:
+    if not spec.needs_amx:
         over(problem, _segment)
+        return code.finish()
+    tiles = split if spec.activations == "split" else amx
+    registers.configure(code, tiles.shapes(problem))
+    over(problem, tiles.segment_of(problem))
+    registers.release(code)
     return code.finish()
-
-
-def _by_amx(p: Problem, over: Callable[[Problem, Segment], None]) -> None:
-    scratch = AmxScratch(p)
-    configure(p)
-
-    def segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
-        def group(g: Any) -> None:
-            one_group(p, scratch, p.code.at(w, p.code.times(g, p.group_bytes)), g, tiles)
-
-        p.code.each(*groups, group)
-
-    over(p, segment)
-    release(p)
 
 
 def _over_tokens(p: Problem, segment: Segment) -> None:
@@ -127,31 +119,19 @@ def _end_of_run(p: Problem, tile: Any, limit: Any, expert: Any) -> Any:
 
 
 def _tiles_per_block(p: Problem) -> Any:
-    amx = p.spec.columns == AMX_COLUMNS
-    fitting = p.code.b.udiv(const(_CACHED_BYTES_AMX if amx else _CACHED_BYTES), p.tile_bytes)
-    fitting = p.code.larger(fitting, const(1))
-    return p.code.smaller(fitting, const(MAX_TILES)) if amx else fitting
+    cached = _CACHED_BYTES_AMX if p.spec.needs_amx else _CACHED_BYTES
+    fitting = p.code.larger(p.code.b.udiv(const(cached), p.tile_bytes), const(1))
+    return p.code.smaller(fitting, const(MAX_TILES))
 
 
 def _segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
-    """All of `groups` by all of `tiles`: groups outside, a few of them at a time, then singly."""
-    code, b = p.code, p.code.b
-    first, end = groups
-    several = p.groups_at_once
-    whole = code.at(first, b.mul(b.sdiv(b.sub(end, first), const(several)), const(several)))
-
-    def part(g: Any, n: int) -> list[Any]:
-        _some_groups(p, w, tiles, [code.at(g, i) for i in range(n)])
-        return []
-
-    code.loop(first, whole, [], lambda g, _: part(g, several), step=several)
-    if several > 1:
-        code.loop(whole, end, [], lambda g, _: part(g, 1))
+    """All of `groups` by all of `tiles`: groups outside."""
+    by_groups(p, groups, lambda some: _some_groups(p, w, tiles, some))
 
 
 def _some_groups(p: Problem, w: Any, tiles: Span, groups: list[Any]) -> None:
     code = p.code
-    sums = sums_int8 if p.spec.activations == "int8" else sums_f32
+    sums = _SUMS[p.spec.activations]
     bases = [code.at(w, code.times(g, p.group_bytes)) for g in groups]
 
     def one_tile(t: Any) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
-from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES, TILE_ALIGN, TileSpec
+from runtime.backends.cpu.tile.spec import PIECES, Q_BYTES, SIDE_BYTES, TILE_ALIGN, TileSpec
 from runtime.backends.cpu.tile.vector import I32, I64, Code
+
+Span = tuple[Any, Any]  # [first, end), int64 values
 
 # Groups whose sums advance together, by columns: enough independent sums to hide the latency of
 # a float addition, and few enough to stay in registers.
@@ -15,6 +17,7 @@ _GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
 # With one column four groups are four streams of memory, which a core reads a third faster than
 # one (measured); chunks of 128 do not fit the registers so often and gain nothing.
 _LARGEST_SHARED = 64
+_GROUPS_SPLIT = {1: 1, 4: 4, 8: 4, 16: 4}  # four registers hold sums
 _GROUPS_INT8 = {1: 4, 4: 2, 8: 2, 16: 1}
 _GROUPS_CODES = {1: 4, 4: 2, 8: 1}
 
@@ -42,6 +45,8 @@ class Problem:
     @property
     def groups_at_once(self) -> int:
         """Row groups that one pass over K computes together."""
+        if self.spec.activations == "split":
+            return _GROUPS_SPLIT[self.spec.columns]
         if self.spec.activations == "int8":
             if self.spec.columns == 1 and self.layout.chunk > _LARGEST_SHARED:
                 return 1
@@ -89,5 +94,5 @@ def _tile_bytes(code: Code, spec: TileSpec, n_inner: Any) -> Any:
     if spec.activations == "int8":
         each = code.times(code.ceil_div(n_inner, 32), Q_BYTES + SIDE_BYTES)
     else:
-        each = code.times(n_inner, 4)
+        each = code.times(n_inner, 2 * PIECES if spec.activations == "split" else 4)
     return code.times(code.ceil_div(code.times(each, spec.columns), TILE_ALIGN), TILE_ALIGN)

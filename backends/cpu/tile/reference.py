@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.cpu.tile.formats import IQ4_VALUES, format_of
+from runtime.backends.cpu.tile.spec import PIECES
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +52,28 @@ def matmul_f32(name: str, raw: Array, x: Array, fma: bool = True) -> Array:
     acc = np.zeros((x.shape[0], w.shape[0]), np.float32)
     for k in range(x.shape[1]):
         acc = fused(w[None, :, k], x[:, k, None], acc, fma)
+    return acc
+
+
+def matmul_split(name: str, raw: Array, x: Array, fma: bool = True) -> Array:
+    """float32 [T, N] of BF16 weights by x (float32 [T, K]) in three bfloat16 pieces.
+
+    As tdpbf16ps does for each 32 elements and piece: even and odd products are summed apart, and
+    both sums together are added (Intel's Software Developer's Manual, TDPBF16PS).
+    """
+    w, rest = dequantised(name, raw), np.ascontiguousarray(x, np.float32)
+    pieces = []
+    for _ in range(PIECES):
+        pieces.append((rest.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+        rest = rest - pieces[-1]
+    acc = np.zeros((x.shape[0], w.shape[0]), np.float32)
+    for start in range(0, x.shape[1], 32):
+        for piece in pieces:
+            sums = [np.zeros_like(acc), np.zeros_like(acc)]
+            for k in range(32):
+                at = start + k
+                sums[k % 2] = fused(w[None, :, at], piece[:, at, None], sums[k % 2], fma)
+            acc = acc + (sums[0] + sums[1])
     return acc
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from runtime.backends.cpu.tile.formats import ROWS, format_of
 from runtime.backends.cpu.tile.reference import Array, six_bits
-from runtime.backends.cpu.tile.spec import activation_tile_nbytes
+from runtime.backends.cpu.tile.spec import PIECES, activation_tile_nbytes
 
 
 def pack_weights(name: str, raw: Array) -> Array:
@@ -152,6 +152,22 @@ def pack_f32(x: Array, columns: int) -> Array:
     whole = _whole_tiles(x, columns)
     tiles = whole.reshape(-1, columns, x.shape[1]).transpose(0, 2, 1)
     return _tiles([tiles], activation_tile_nbytes(columns, "f32", x.shape[1]))
+
+
+def pack_split(x: Array, columns: int) -> Array:
+    """Tiles (uint8 [tiles, bytes]) of float32 activations [T, K] in three bfloat16 pieces.
+
+    For every 32 elements: [piece][column][32]. A piece is the leading eight bits of what is left.
+    """
+    whole = np.ascontiguousarray(_whole_tiles(x, columns), np.float32)
+    pieces = []
+    for _ in range(PIECES):
+        bits = whole.view(np.uint32) & np.uint32(0xFFFF0000)
+        pieces.append((bits >> 16).astype(np.uint16))
+        whole = whole - bits.view(np.float32)
+    shape = (PIECES, len(whole) // columns, columns, x.shape[1] // 32, 32)
+    tiles = np.stack(pieces).reshape(shape).transpose(1, 3, 0, 2, 4)
+    return _tiles([tiles], activation_tile_nbytes(columns, "split", x.shape[1]))
 
 
 def _whole_tiles(values: Array, columns: int) -> Array:

@@ -27,6 +27,7 @@ INDIRECT_ARGS = (
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values
+PIECES = 3  # bfloat16 values that add up to one float32 activation
 TILE_ALIGN = 64
 
 
@@ -34,7 +35,8 @@ TILE_ALIGN = 64
 class TileSpec:
     """One matmul kernel: weight format, columns of a tile, kind of activations, MoE or not.
 
-    activations: "int8" (blocks of 32 with a float scale) or "f32".
+    activations: "int8" (blocks of 32 with a float scale), "f32", or, for BF16 with AMX, "split"
+    (each float32 in three bfloat16 pieces; K must be a multiple of 32).
     indirect: tiles name their expert and output rows (mixture of experts).
     Raises OpError for a combination that does not exist.
     """
@@ -46,14 +48,24 @@ class TileSpec:
 
     def __post_init__(self) -> None:
         layout = format_of(self.format)
-        if self.columns not in COLUMNS:
-            raise OpError(f"matmul tile of {self.columns} columns: legal are {COLUMNS}")
-        if self.activations not in ("int8", "f32"):
-            raise OpError(f"matmul activations {self.activations!r}: legal are 'int8' and 'f32'")
-        if layout.is_float and self.activations != "f32":
-            raise OpError(f"{self.format} weights take 'f32' activations only")
-        if self.columns == AMX_COLUMNS and self.activations != "int8":
-            raise OpError(f"matmul tiles of {AMX_COLUMNS} columns take 'int8' activations only")
+        kinds: tuple[str, ...] = ("f32",) if layout.is_float else ("int8", "f32")
+        if layout.name == "BF16":
+            kinds += ("split",)
+        if self.activations not in kinds:
+            raise OpError(
+                f"{self.format} weights with {self.activations!r} activations: legal are {kinds}"
+            )
+        if self.columns not in COLUMNS or (self.columns == AMX_COLUMNS and not self.needs_amx):
+            raise OpError(
+                f"matmul tile of {self.columns} columns with {self.activations!r} activations: "
+                f"legal are {COLUMNS}, the last for AMX only"
+            )
+
+    @property
+    def needs_amx(self) -> bool:
+        """Whether the kernel uses the matrix registers."""
+        wide = self.columns == AMX_COLUMNS and self.activations == "int8"
+        return wide or self.activations == "split"
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -63,5 +75,8 @@ class TileSpec:
 
 def activation_tile_nbytes(columns: int, activations: str, n_inner: int) -> int:
     """Bytes of one tile of packed activations of `columns` tokens."""
-    each = n_inner // 32 * (Q_BYTES + SIDE_BYTES) if activations == "int8" else 4 * n_inner
+    if activations == "int8":
+        each = n_inner // 32 * (Q_BYTES + SIDE_BYTES)
+    else:
+        each = (2 * PIECES if activations == "split" else 4) * n_inner
     return -(-each * columns // TILE_ALIGN) * TILE_ALIGN

@@ -11,10 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.backends.cpu.tile import registers
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.problem import Problem
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS, Q_BYTES, SIDE_BYTES
-from runtime.backends.cpu.tile.vector import F32, I8, I32, Code, const, ir, vec
+from runtime.backends.cpu.tile.vector import F32, I32, const, vec
 
 STRETCH = 2048  # elements of K that are unpacked at a time; a multiple of every block
 MAX_TILES = 32  # column tiles whose sums wait between two stretches
@@ -97,16 +98,16 @@ def _pipeline(p: Problem, s: AmxScratch, groups: list[_Group], sums: list[Any]) 
 def _multiply(p: Problem, g: _Group) -> None:
     """Dots of 16 rows by 16 columns into the group's tile register."""
     dot, x, w = DOT[g.slot], X[g.slot % 2], W[g.slot % 2]
-    _tile(p.code, "tilezero", dot)
-    _load(p.code, x, g.x, Q_BYTES)
-    _load(p.code, w, p.code.at(g.record, CODES // p.layout.scales * g.part), LINE)
-    _tile(p.code, "tdpbssd", dot, x, w)
+    registers.zero(p.code, dot)
+    registers.load(p.code, x, g.x, Q_BYTES)
+    weights = p.code.at(g.record, CODES // p.layout.scales * g.part)
+    registers.load(p.code, w, weights, LINE)
+    registers.multiply(p.code, "tdpbssd", dot, x, w)
 
 
 def _write(p: Problem, s: AmxScratch, g: _Group) -> None:
     """The dots into memory, [column][row]."""
-    target = p.code.pointer(p.code.at(s.dots, SUMS * g.slot), I8)
-    call(p.code, "tilestored64", ir.Constant(I8, DOT[g.slot]), target, const(LINE))
+    registers.store(p.code, DOT[g.slot], p.code.at(s.dots, SUMS * g.slot), LINE)
 
 
 def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
@@ -127,16 +128,3 @@ def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
         code.fma(minimum, code.load_splat(code.at(row_sums, 4 * c), F32), total)
         for c, total in enumerate(result)
     ]
-
-
-def _load(code: Code, tile: int, address: Any, stride: int) -> None:
-    call(code, "tileloadd64", ir.Constant(I8, tile), code.pointer(address, I8), const(stride))
-
-
-def _tile(code: Code, name: str, *tiles: int) -> None:
-    call(code, name, *(ir.Constant(I8, t) for t in tiles))
-
-
-def call(code: Code, name: str, *args: Any) -> None:
-    """Call an AMX intrinsic, which LLVM leaves in its place: tiles are state, not values."""
-    code.intrinsic(f"llvm.x86.{name}", ir.VoidType(), args)

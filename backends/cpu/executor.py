@@ -138,11 +138,15 @@ def _posix(control: np.ndarray) -> dict[str, int]:
     import time
 
     libc = ctypes.CDLL(None)
-    at = {name: control.ctypes.data + 8 * CONTROL[name] for name in ("mutex", "condition")}
+    names = ("mutex", "condition", "seconds")
+    at = {name: control.ctypes.data + 8 * CONTROL[name] for name in names}
     libc.pthread_mutex_init(ctypes.c_void_p(at["mutex"]), None)
     libc.pthread_cond_init(ctypes.c_void_p(at["condition"]), None)
     return {
         "yield": _address(libc.sched_yield),
+        "sleep": _address(libc.nanosleep),
+        "sleep_for": at["seconds"],
+        "nanoseconds": 20_000,
         "lock": _address(libc.pthread_mutex_lock),
         "unlock": _address(libc.pthread_mutex_unlock),
         "wait": _address(libc.pthread_cond_wait),
@@ -161,6 +165,8 @@ def _windows() -> dict[str, int]:
     kernel.QueryPerformanceFrequency(ctypes.byref(frequency))
     return {
         "yield": _address(kernel.SwitchToThread),
+        "sleep": _address(kernel.Sleep),
+        "sleep_for": 1,  # millisecond
         "lock": _address(kernel.AcquireSRWLockExclusive),
         "unlock": _address(kernel.ReleaseSRWLockExclusive),
         "wait": _address(kernel.SleepConditionVariableSRW),

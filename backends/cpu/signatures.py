@@ -98,6 +98,7 @@ CONTROL = {
     **{"table": 24, "n_rows": 25, "base": 26, "profile": 27, "stop": 28},
     **{"yield": 40, "lock": 41, "unlock": 42, "wait": 43, "broadcast": 44, "clock": 45},
     **{"clock_id": 48, "clock_high": 49, "clock_low": 50, "spin_ns": 51, "spins": 52},
+    **{"sleep": 53, "sleep_for": 54, "seconds": 55, "nanoseconds": 56},
     **{"mutex": 64, "condition": 80, "threads": 96},  # then 8 words for each thread
 }
 

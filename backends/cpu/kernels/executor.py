@@ -34,6 +34,8 @@ _CLOCK_ID, _CLOCK_HIGH, _CLOCK_LOW = (
     8 * _WORDS[k] for k in ("clock_id", "clock_high", "clock_low")
 )
 _SPIN_NS, _SPINS = (8 * _WORDS[k] for k in ("spin_ns", "spins"))
+_SLEEP, _SLEEP_FOR = (8 * _WORDS[k] for k in ("sleep", "sleep_for"))
+_YIELDS = 256  # turns of a waiting thread between two naps
 _MUTEX, _CONDITION, _THREADS = (8 * _WORDS[k] for k in ("mutex", "condition", "threads"))
 
 
@@ -82,13 +84,20 @@ def clock(control, thread):
 
 @helper
 def await_arrivals(control, goal):
-    """Spin until `goal` arrivals were counted; give the processor away when that takes long."""
+    """Spin until `goal` arrivals were counted; give the processor away when that takes long.
+
+    Two threads that share a processor by yielding to each other can stay so for long, with
+    another one idle: systems leave a busy thread where it is. One that wakes up from a nap is put
+    on an idle processor.
+    """
     left = s.load_i64(control + _SPINS)
     while observe(control + _ARRIVALS) < goal:
         pause()
         left -= 1
         if left < 0:
             call(s.load_i64(control + _YIELD), 0, 0, 0, 0)
+            if left % _YIELDS == 0:
+                call(s.load_i64(control + _SLEEP), s.load_i64(control + _SLEEP_FOR), 0, 0, 0)
 
 
 @helper

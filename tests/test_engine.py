@@ -14,11 +14,12 @@ from runtime.errors import MemoryLimitError, OptionError
 from runtime.model import Model
 
 MOE = Sizes("qwen3moe", experts=6, inner=32)
-KINDS = ["F32", "Q8_0", "Q4_0"]
 
 
-@pytest.fixture(scope="module", params=[("dense", "F32"), ("dense", "Q4_0"), ("moe", "Q8_0")],
-                ids=lambda p: "-".join(p))  # fmt: skip
+MODELS = [("dense", "F32"), ("dense", "Q4_0"), ("moe", "Q8_0"), ("moe", "BF16")]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     family, kind = request.param
     folder = tmp_path_factory.mktemp("engine")

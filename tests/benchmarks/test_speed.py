@@ -108,7 +108,12 @@ def test_decode_matmul_against_bandwidth(benchmark: Any, kind: str):
     rows, inner = 65536, 1024
     nbytes = _weights(kind, rows, inner).tensors["w"].nbytes
     name = f"decode matmul {kind} / bandwidth"
-    hold(benchmark, name, _matmul(kind, 1, rows, inner), lambda t: nbytes / t / _bandwidth())
+
+    def ratio(seconds: float) -> float:
+        """A large last-level cache may hold the weights: more than all of memory's is all."""
+        return min(1.0, nbytes / seconds / _bandwidth())
+
+    hold(benchmark, name, _matmul(kind, 1, rows, inner), ratio)
 
 
 def test_attention_against_numpy(benchmark: Any):

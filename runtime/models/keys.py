@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from runtime.errors import ModelError
@@ -60,7 +61,7 @@ class Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e30:
+        if isinstance(value, bool) or not (isinstance(value, int | float) and isfinite(value)):
             raise ModelError(
                 f"{self.source}: {self.architecture}.{key} = {value!r} must be a finite number"
             )

@@ -1,0 +1,105 @@
+"""Model files that cannot be run are refused in one line; rotary frequencies of every variant."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import Sizes, write_model
+
+import runtime
+from runtime.errors import ModelError
+from runtime.models.rotary import Scaling, rotary
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"extra": {"general.architecture": "qwen9"}}, "architecture 'qwen9' is not supported"),
+        ({"without": ("blk.1.ffn_up.weight",)}, "tensor 'blk.1.ffn_up.weight' is missing"),
+        ({"without": ("token_embd.weight",)}, "tensor 'token_embd.weight' is missing"),
+        ({"extra": {"feed_forward_length": 128}}, r"has shape \[96, 64\].*ask for \[128, 64\]"),
+        ({"extra": {"attention.head_count_kv": 3}}, "4 heads do not divide into 3 KV heads"),
+        ({"extra": {"attention.head_count": 0}}, "must be a whole number from 1"),
+        ({"extra": {"block_count": 1 << 30}}, "must be a whole number from 1"),
+        ({"extra": {"rope.dimension_count": 64}}, "rope.dimension_count 64 of a head of 32"),
+        ({"extra": {"rope.scaling.type": "longrope"}}, "'longrope' is not implemented"),
+        ({"extra": {"attn_logit_softcapping": 30.0}}, "attn_logit_softcapping = 30.0 is not"),
+        ({"extra": {"expert_count": 4}}, "expert_count = 4 is not implemented"),
+        ({"extra": {"attention.layer_norm_rms_epsilon": float("nan")}}, "must be a finite number"),
+    ],
+)
+def test_refused_with_one_line(tmp_path: Path, change: dict, message: str):
+    path = write_model(tmp_path / "bad.gguf", **change)
+    with pytest.raises(runtime.Error, match=message) as caught:
+        runtime.load(path, devices="null")
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_weight_type_loads_and_runs(tmp_path: Path):
+    """Types without a fast tile are widened; the numbers are those of the stored values."""
+    size = Sizes(layers=1, hidden=256, inner=256, dim=64)
+    for kind in ("Q4_1", "Q5_0", "TQ2_0", "MXFP4"):
+        path = write_model(tmp_path / f"{kind}.gguf", size, kind)
+        with runtime.load(path, devices="reference", kv_type="f32") as exact:
+            want = exact.eval([1, 2, 3])
+        with runtime.load(path, kv_type="f32", activations="f32") as model:
+            got = model.eval([1, 2, 3])
+        assert ((got - want) ** 2).sum() <= 1e-10 * (want**2).sum(), kind
+
+
+def test_plain_frequencies():
+    found = rotary(8, 10_000.0, Scaling())
+    want = [10_000.0 ** (-i / 8) for i in (0, 2, 4, 6)]
+    np.testing.assert_allclose(found.inv_freq, want, rtol=1e-7)
+    assert found.magnitude == 1.0
+
+
+def test_linear_scaling_divides_every_frequency():
+    plain, scaled = (rotary(64, 1e4, s) for s in (Scaling(), Scaling("linear", 4.0)))
+    np.testing.assert_allclose(scaled.inv_freq, plain.inv_freq / 4, rtol=1e-7)
+
+
+def test_factors_divide_frequencies():
+    factors = np.array([1, 1, 2, 8], np.float32)
+    plain, scaled = rotary(8, 1e4, Scaling()), rotary(8, 1e4, Scaling(), factors)
+    np.testing.assert_allclose(scaled.inv_freq, plain.inv_freq / factors, rtol=1e-7)
+
+
+def test_yarn_keeps_fast_and_stretches_slow_frequencies():
+    """The paper's rule: by how often a dimension turns within the original context."""
+    dims, base, original, factor = 128, 1e6, 32768, 4.0
+    plain = rotary(dims, base, Scaling())
+    found = rotary(dims, base, Scaling("yarn", factor, original))
+    turns = original * plain.inv_freq.astype(np.float64) / (2 * math.pi)
+    ratio = plain.inv_freq / found.inv_freq
+    np.testing.assert_allclose(ratio[turns > 34], 1, rtol=1e-5)
+    np.testing.assert_allclose(ratio[turns < 0.9], factor, rtol=1e-5)
+    assert (np.diff(ratio) >= -1e-6).all()
+    assert found.magnitude == pytest.approx(1 + 0.1 * math.log(factor))
+
+
+def test_yarn_model_differs_from_plain_and_agrees_with_the_reference(tmp_path: Path):
+    extra = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 64,
+    }  # fmt: skip
+    plain = write_model(tmp_path / "plain.gguf")
+    yarn = write_model(tmp_path / "yarn.gguf", extra=extra)
+    ids = list(range(1, 60))
+    with runtime.load(yarn, devices="reference", kv_type="f32") as model:
+        want = model.eval(ids)
+    with runtime.load(yarn, kv_type="f32") as model:
+        got = model.eval(ids)
+    with runtime.load(plain, kv_type="f32") as model:
+        other = model.eval(ids)
+    assert ((got - want) ** 2).sum() <= 1e-11 * (want**2).sum()
+    assert ((other - want) ** 2).sum() > 1e-3 * (want**2).sum()
+
+
+def test_unknown_architecture_lists_what_there_is(tmp_path: Path):
+    path = write_model(tmp_path / "m.gguf", Sizes("qwen4"))
+    with pytest.raises(ModelError, match="supported are llama, qwen2, qwen3, qwen3moe"):
+        runtime.load(path)

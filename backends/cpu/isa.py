@@ -32,6 +32,11 @@ class Isa:
     has_fma: bool = True
     has_f16: bool = True  # conversions between float16 and float32 are instructions
 
+    @property
+    def has_vnni(self) -> bool:
+        """Whether vpdpbusd is there for 512-bit vectors."""
+        return "avx512vnni" in self.needs
+
 
 @dataclass(frozen=True)
 class Target:

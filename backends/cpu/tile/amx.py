@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.backends.cpu.tile.dots import signed_codes
 from runtime.backends.cpu.tile.formats import LINE, ROWS
-from runtime.backends.cpu.tile.problem import Problem, Span
+from runtime.backends.cpu.tile.problem import Part, Problem, Span
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
 from runtime.backends.cpu.tile.store import store_tile
 from runtime.backends.cpu.tile.sums_amx import (
@@ -67,7 +67,7 @@ def _one_group(p: Problem, s: AmxScratch, base: Any, group: Any, tiles: Span) ->
             last = code.b.icmp_signed("==", stop, p.n_inner)
             with code.b.if_else(last) as (done, waiting):
                 with done:
-                    store_tile(p, [sums], [group], 0, t)
+                    store_tile(p, [sums], [Part(group, base, 0)], t)
                 with waiting:
                     for c, total in enumerate(sums):
                         code.store(total, code.at(place, LINE * c), LINE)

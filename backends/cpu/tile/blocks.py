@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE
-from runtime.backends.cpu.tile.problem import Problem, Span
+from runtime.backends.cpu.tile.problem import Part, Problem, Span
 from runtime.backends.cpu.tile.unpack import Block, Rows, header, unpack
 from runtime.backends.cpu.tile.vector import F32, const
 
-# body(the block of 32 of each row group, its number in K, sums) -> sums
+# body(the block of 32 of each part, its number in K, sums) -> sums
 Body = Callable[[list[Block], Any, list[Any]], list[Any]]
-Sums = list[list[Any]]  # [row group][column], each a vector of rows
+Sums = list[list[Any]]  # [part][column], each a vector of rows
 
 
 def by_groups(p: Problem, groups: Span, body: Callable[[list[Any]], None]) -> None:
@@ -30,37 +30,34 @@ def by_groups(p: Problem, groups: Span, body: Callable[[list[Any]], None]) -> No
         code.loop(whole, end, [], lambda g, _: some(g, 1))
 
 
-def over_blocks(
-    p: Problem, bases: list[Any], first: Any, body: Body, start: list[Any]
-) -> list[Any]:
-    """Run `body` over all blocks of 32 in order; sums start as `start`, the last are given.
-
-    bases: addresses of the packed groups; first: the first of the `lanes` rows of a group.
-    """
+def over_blocks(p: Problem, parts: list[Part], body: Body, start: list[Any]) -> list[Any]:
+    """Run `body` over all blocks of 32 in order; sums start as `start`, the last are given."""
     code, layout = p.code, p.layout
 
     def block(i: Any, sums: list[Any]) -> list[Any]:
         offset = code.times(i, layout.packed_bytes)
-        rows = [Rows(code, code.at(base, offset), first) for base in bases]
+        rows = [Rows(code, code.at(m.base, offset), m.first, p.any_byte) for m in parts]
         return _chunks(p, rows, code.times(i, layout.block // 32), body, sums)
 
     n_blocks = code.b.udiv(p.n_inner, const(layout.block))
     return code.loop(0, n_blocks, start, block)
 
 
-def zeros(p: Problem, bases: list[Any]) -> list[Any]:
-    """The first sums, flat: group by group, columns inside."""
-    return [p.code.fill(F32, 0.0) for _ in range(len(bases) * p.spec.columns)]
+def zeros(p: Problem, parts: list[Part]) -> list[Any]:
+    """The first sums, flat: part by part, columns inside."""
+    return [p.code.fill(F32, 0.0) for _ in range(len(parts) * p.spec.columns)]
 
 
-def by_group(p: Problem, flat: list[Any]) -> Sums:
-    """Flat sums as [row group][column]."""
+def by_part(p: Problem, flat: list[Any]) -> Sums:
+    """Flat sums as [part][column]."""
     columns = p.spec.columns
     return [flat[i : i + columns] for i in range(0, len(flat), columns)]
 
 
-def prefetch(p: Problem, base: Any, n_bytes: int) -> None:
-    """Ask for what follows `n_bytes` at `base` by the prefetch distance."""
+def prefetch(p: Problem, base: Any, n_bytes: int, first: Any = 0) -> None:
+    """Ask for what follows `n_bytes` at `base` by the prefetch distance, for all rows at once."""
+    if isinstance(first, int) and first:
+        return
     for line in range(0, n_bytes, LINE):
         p.code.prefetch(p.code.at(base, p.ahead + line))
 
@@ -74,8 +71,8 @@ def _chunks(p: Problem, rows: list[Rows], before: Any, body: Body, sums: list[An
     def chunk(j: Any, sums: list[Any]) -> list[Any]:
         offset = code.at(code.times(j, layout.chunk_bytes), layout.header)
         places = [code.at(r.base, offset) for r in rows]
-        for place in places:
-            prefetch(p, place, layout.chunk_bytes)
+        for r, place in zip(rows, places, strict=True):
+            prefetch(p, place, layout.chunk_bytes, r.first)
         parts = zip(rows, heads, places, strict=True)
         blocks = [unpack(layout.name, r, head, place, j) for r, head, place in parts]
         for k in range(per_chunk):

@@ -17,7 +17,7 @@ from runtime.backends.cpu.isa import isa
 from runtime.backends.cpu.tile import amx, registers, split
 from runtime.backends.cpu.tile.blocks import by_groups
 from runtime.backends.cpu.tile.formats import ROWS
-from runtime.backends.cpu.tile.problem import Problem, Span, load_problem
+from runtime.backends.cpu.tile.problem import Part, Problem, Span, load_problem
 from runtime.backends.cpu.tile.spec import TileSpec
 from runtime.backends.cpu.tile.store import store_tile
 from runtime.backends.cpu.tile.sums_amx import MAX_TILES
@@ -130,24 +130,24 @@ def _segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
 
 
 def _some_groups(p: Problem, w: Any, tiles: Span, groups: list[Any]) -> None:
+    """These groups by all of `tiles`, in parts of as many rows as a register holds."""
     code = p.code
-    sums = _SUMS[p.spec.activations]
     bases = [code.at(w, code.times(g, p.group_bytes)) for g in groups]
+
+    def parts_from(first: Any) -> list[Part]:
+        return [Part(g, base, first) for g, base in zip(groups, bases, strict=True)]
 
     def one_tile(t: Any) -> None:
         x = code.at(p.x, code.times(t, p.tile_bytes))
 
-        def part(first: Any) -> None:
-            store_tile(p, sums(p, bases, x, first), groups, first, t)
+        def compute(parts: list[Part]) -> None:
+            store_tile(p, _SUMS[p.spec.activations](p, parts, x), parts, t)
 
-        _each_part(code, part)
+        n_parts = ROWS // code.lanes
+        if n_parts == 1 or p.spec.columns == 1:
+            # With one column weights come from memory: all rows of a line together.
+            compute([m for i in range(n_parts) for m in parts_from(i * code.lanes)])
+        else:
+            code.each(0, n_parts, lambda i: compute(parts_from(code.times(i, code.lanes))))
 
     code.each(*tiles, one_tile)
-
-
-def _each_part(code: Code, body: Callable[[Any], None]) -> None:
-    """body(first row) for every `lanes` rows of a group."""
-    if code.lanes == ROWS:
-        body(0)
-        return
-    code.each(0, ROWS // code.lanes, lambda part: body(code.times(part, code.lanes)))

@@ -11,14 +11,24 @@ from runtime.backends.cpu.tile.vector import I32, I64, Code
 
 Span = tuple[Any, Any]  # [first, end), int64 values
 
+
+@dataclass(frozen=True)
+class Part:
+    """`lanes` rows of a row group that are computed together."""
+
+    group: Any  # number of the group
+    base: Any  # address of the packed group
+    first: Any  # the first of the rows in the group: a Python int, or an int64 value
+
+
 # Groups whose sums advance together, by columns: enough independent sums to hide the latency of
 # a float addition, and few enough to stay in registers.
 _GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
-# With one column four groups are four streams of memory, which a core reads a third faster than
-# one (measured); chunks of 128 do not fit the registers so often and gain nothing.
+# With one column the groups are streams of memory: eight are read a third faster than one
+# (measured). Chunks of 128, or narrow registers, leave no room for so many and gain nothing.
 _LARGEST_SHARED = 64
 _GROUPS_SPLIT = {1: 1, 4: 4, 8: 4, 16: 4}  # four registers hold sums
-_GROUPS_INT8 = {1: 4, 4: 2, 8: 2, 16: 1}
+_GROUPS_INT8 = {1: 8, 4: 2, 8: 2, 16: 1}
 _GROUPS_CODES = {1: 4, 4: 2, 8: 1}
 
 
@@ -48,15 +58,21 @@ class Problem:
         if self.spec.activations == "split":
             return _GROUPS_SPLIT[self.spec.columns]
         if self.spec.activations == "int8":
-            if self.spec.columns == 1 and self.layout.chunk > _LARGEST_SHARED:
+            narrow = self.code.lanes < ROWS or self.layout.chunk > _LARGEST_SHARED
+            if self.spec.columns == 1 and narrow:
                 return 1
             return _GROUPS_INT8[self.spec.columns]
         return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]
 
     @property
+    def any_byte(self) -> bool:
+        """Whether the dot product takes codes of any unsigned byte without saturating."""
+        return self.spec.activations == "int8" and self.code.isa.has_vnni
+
+    @property
     def ahead(self) -> int:
         """Bytes between what is multiplied and what is asked from memory, in each stream."""
-        return 4096 if self.groups_at_once < 4 else 2048
+        return 4096 if self.groups_at_once < 4 else 1024
 
     def record(self, tile: Any, entry: Any) -> Any:
         """Entry 0 (expert) or 1 + column (output row) of a tile's record, as int64."""

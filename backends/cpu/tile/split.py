@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.backends.cpu.tile import registers
-from runtime.backends.cpu.tile.blocks import Sums, by_group, by_groups, prefetch
+from runtime.backends.cpu.tile.blocks import Sums, by_groups, by_part, prefetch
 from runtime.backends.cpu.tile.formats import LINE, ROWS
-from runtime.backends.cpu.tile.problem import Problem, Span
+from runtime.backends.cpu.tile.problem import Part, Problem, Span
 from runtime.backends.cpu.tile.spec import PIECES
 from runtime.backends.cpu.tile.store import store_tile
 from runtime.backends.cpu.tile.sums_amx import MAX_TILES
@@ -48,7 +48,7 @@ def segment_of(p: Problem) -> Any:
 
 def _some_groups(p: Problem, scratch: Any, w: Any, tiles: Span, groups: list[Any]) -> None:
     code, size = p.code, p.spec.columns * LINE
-    bases = [code.at(w, code.times(g, p.group_bytes)) for g in groups]
+    parts = [Part(g, code.at(w, code.times(g, p.group_bytes)), 0) for g in groups]
     step = p.n_inner if p.spec.columns <= _STREAMED else const(STRETCH)
 
     def stretch(i: Any) -> None:
@@ -57,19 +57,19 @@ def _some_groups(p: Problem, scratch: Any, w: Any, tiles: Span, groups: list[Any
 
         def one_tile(t: Any) -> None:
             place = code.at(scratch, code.times(code.b.sub(t, tiles[0]), len(_TOTAL) * size))
-            _advance(p, bases, code.at(p.x, code.times(t, p.tile_bytes)), place, span)
+            _advance(p, parts, code.at(p.x, code.times(t, p.tile_bytes)), place, span)
             with code.b.if_then(code.b.icmp_signed("==", span[1], p.n_inner)):
-                store_tile(p, _read(p, place, len(bases)), groups, 0, t)
+                store_tile(p, _read(p, place, len(parts)), parts, t)
 
         code.each(*tiles, one_tile)
 
     code.each(0, code.b.udiv(code.at(p.n_inner, step, -1), step), stretch)
 
 
-def _advance(p: Problem, bases: list[Any], x: Any, place: Any, span: Span) -> None:
+def _advance(p: Problem, parts: list[Part], x: Any, place: Any, span: Span) -> None:
     """Add the elements of `span` to the sums at `place` (which start as zero)."""
     code, columns = p.code, p.spec.columns
-    totals = _TOTAL[: len(bases)]
+    totals = _TOTAL[: len(parts)]
     at_first = code.b.icmp_signed("==", span[0], const(0))
     with code.b.if_else(at_first) as (empty, later):
         with empty:
@@ -83,8 +83,8 @@ def _advance(p: Problem, bases: list[Any], x: Any, place: Any, span: Span) -> No
         pieces = code.at(x, code.times(i, PIECES * columns * LINE))
         for piece, tile in enumerate(_X):
             registers.load(code, tile, code.at(pieces, piece * columns * LINE), LINE)
-        for base, total in zip(bases, totals, strict=True):
-            weights = code.at(base, code.times(i, _BLOCK))
+        for part, total in zip(parts, totals, strict=True):
+            weights = code.at(part.base, code.times(i, _BLOCK))
             if columns <= _STREAMED:
                 prefetch(p, weights, _BLOCK)
             registers.load(code, _W[0], weights, LINE)
@@ -97,9 +97,9 @@ def _advance(p: Problem, bases: list[Any], x: Any, place: Any, span: Span) -> No
 
 
 def _read(p: Problem, place: Any, n_groups: int) -> Sums:
-    """The sums at `place` as vectors, [row group][column]."""
+    """The sums at `place` as vectors, [part][column]."""
     code, columns = p.code, p.spec.columns
     flat = [
         code.load(code.at(place, LINE * i), vec(F32, ROWS), LINE) for i in range(n_groups * columns)
     ]
-    return by_group(p, flat)
+    return by_part(p, flat)

@@ -9,17 +9,17 @@ from typing import Any
 from llvmlite import ir
 
 from runtime.backends.cpu.tile.formats import ROWS
-from runtime.backends.cpu.tile.problem import Problem
+from runtime.backends.cpu.tile.problem import Part, Problem
 from runtime.backends.cpu.tile.vector import F32, const, vec
 
 _FLOAT = 4
 
 
-def store_tile(p: Problem, sums: list[list[Any]], groups: list[Any], first: Any, t: Any) -> None:
-    """Store sums [row group][column], rows `first`.. of each of `groups`, for tile `t`."""
+def store_tile(p: Problem, sums: list[list[Any]], parts: list[Part], t: Any) -> None:
+    """Store sums [part][column] for tile `t`."""
     code = p.code
-    for group, columns in zip(groups, sums, strict=True):
-        row = code.at(code.times(group, ROWS), first)
+    for part, columns in zip(parts, sums, strict=True):
+        row = code.at(code.times(part.group, ROWS), part.first)
         left = code.b.sub(p.n_rows, row)
         full = code.b.icmp_signed(">=", left, const(code.lanes))
         with code.b.if_else(full, likely=True) as (whole, partial):

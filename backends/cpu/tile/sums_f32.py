@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cpu.tile.blocks import Sums, by_group, over_blocks, prefetch, zeros
-from runtime.backends.cpu.tile.problem import Problem
-from runtime.backends.cpu.tile.unpack import Block
+from runtime.backends.cpu.tile.blocks import Sums, by_part, over_blocks, prefetch, zeros
+from runtime.backends.cpu.tile.problem import Part, Problem
+from runtime.backends.cpu.tile.unpack import Block, offset_of
 from runtime.backends.cpu.tile.vector import F32, I16, I32, Code, const, vec
 
 _UNROLL = 4  # elements of a row per turn of the loop over float weights; even, for pairs of bf16
 _HIGH_HALF = 0xFFFF0000
 
 
-def sums_f32(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
-    """Float sums [row group][column] of `lanes` rows from row `first` of each group at `bases`."""
+def sums_f32(p: Problem, parts: list[Part], x: Any) -> Sums:
+    """Float sums [part][column] of the packed activation tile at `x`."""
     if p.layout.is_float:
-        return _over_values(p, bases, x, first)
+        return _over_values(p, parts, x)
 
     def body(blocks: list[Block], number: Any, sums: list[Any]) -> list[Any]:
         start = p.code.at(x, p.code.times(number, 32 * 4 * p.spec.columns))
@@ -30,7 +30,7 @@ def sums_f32(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
                 sums = _one_element(p, [word[k] for word in words], start, 4 * w + k, sums)
         return sums
 
-    return by_group(p, over_blocks(p, bases, first, body, zeros(p, bases)))
+    return by_part(p, over_blocks(p, parts, body, zeros(p, parts)))
 
 
 def _one_element(p: Problem, weights: list[Any], x: Any, k: int, sums: list[Any]) -> list[Any]:
@@ -60,27 +60,28 @@ def _dequantised(p: Problem, block: Block, w: int) -> list[Any]:
     return result
 
 
-def _over_values(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
+def _over_values(p: Problem, parts: list[Part], x: Any) -> Sums:
     """Float formats: any K, a few elements at a time and the rest one by one."""
     code = p.code
     whole = code.b.and_(p.n_inner, const(-_UNROLL))
 
     def several(k: Any, sums: list[Any]) -> list[Any]:
-        starts = [code.at(base, _value_offset(p, k)) for base in bases]
-        for start in starts:
-            prefetch(p, start, _UNROLL * p.layout.packed_bytes)
+        starts = [code.at(m.base, _value_offset(p, k)) for m in parts]
+        for m, start in zip(parts, starts, strict=True):
+            prefetch(p, start, _UNROLL * p.layout.packed_bytes, m.first)
         place = code.at(x, code.times(k, 4 * p.spec.columns))
         for i in range(_UNROLL):
-            weights = [_value(p, start, i, first) for start in starts]
+            weights = [_value(p, s, i, m.first) for m, s in zip(parts, starts, strict=True)]
             sums = _one_element(p, weights, place, i, sums)
         return sums
 
     def single(k: Any, sums: list[Any]) -> list[Any]:
-        weights = [_last_value(p, code.at(base, _value_offset(p, k)), k, first) for base in bases]
+        starts = [code.at(m.base, _value_offset(p, k)) for m in parts]
+        weights = [_last_value(p, s, k, m.first) for m, s in zip(parts, starts, strict=True)]
         return _one_element(p, weights, code.at(x, code.times(k, 4 * p.spec.columns)), 0, sums)
 
-    sums = code.loop(0, whole, zeros(p, bases), several, step=_UNROLL)
-    return by_group(p, code.loop(whole, p.n_inner, sums, single))
+    sums = code.loop(0, whole, zeros(p, parts), several, step=_UNROLL)
+    return by_part(p, code.loop(whole, p.n_inner, sums, single))
 
 
 def _value_offset(p: Problem, k: Any) -> Any:
@@ -94,9 +95,9 @@ def _value(p: Problem, start: Any, i: int, first: Any) -> Any:
     """Element i after `start` of `lanes` rows."""
     code, name, step = p.code, p.layout.name, p.layout.packed_bytes
     if name == "F32":
-        return code.load(code.at(start, i * step, _rows(code, first, 4)), vec(F32, code.lanes))
+        return code.load(code.at(start, i * step, offset_of(code, first, 4)), vec(F32, code.lanes))
     if name == "F16":
-        place = code.at(start, i * step, _rows(code, first, 2))
+        place = code.at(start, i * step, offset_of(code, first, 2))
         return code.half_to_float(code.load(place, vec(I16, code.lanes)))
     return _half_of_pair(code, code.at(start, i // 2 * 2 * step), i % 2, first)
 
@@ -113,11 +114,7 @@ def _last_value(p: Problem, start: Any, k: Any, first: Any) -> Any:
 
 def _half_of_pair(code: Code, place: Any, which: int, first: Any) -> Any:
     """A bfloat16 is the high half of a float32; neighbours share a 32-bit lane."""
-    pair = code.load(code.at(place, _rows(code, first, 4)), vec(I32, code.lanes))
+    pair = code.load(code.at(place, offset_of(code, first, 4)), vec(I32, code.lanes))
     mask = code.fill(I32, _HIGH_HALF)
     bits = code.b.and_(pair, mask) if which else code.b.shl(pair, code.fill(I32, 16))
     return code.b.bitcast(bits, vec(F32, code.lanes))
-
-
-def _rows(code: Code, first: Any, width: int) -> Any:
-    return 0 if isinstance(first, int) else code.times(first, width)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cpu.tile.blocks import Sums, by_group, over_blocks, zeros
+from runtime.backends.cpu.tile.blocks import Sums, by_part, over_blocks, zeros
 from runtime.backends.cpu.tile.dots import dot_words
-from runtime.backends.cpu.tile.problem import Problem
+from runtime.backends.cpu.tile.problem import Part, Problem
 from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES
 from runtime.backends.cpu.tile.unpack import Block
 from runtime.backends.cpu.tile.vector import F32, vec
@@ -21,10 +21,10 @@ _D, _S, _C, _C_LOW = range(4)
 _SUMS_IN_REGISTERS = 8
 
 
-def sums_int8(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
-    """Float sums [row group][column] of `lanes` rows from row `first` of each group at `bases`."""
+def sums_int8(p: Problem, parts: list[Part], x: Any) -> Sums:
+    """Float sums [part][column] of the packed activation tile at `x`."""
     sides = p.code.at(x, p.code.times(p.n_inner, p.spec.columns))
-    start = zeros(p, bases)
+    start = zeros(p, parts)
     # Dots and sums of 16 vectors each do not fit the registers: the sums, touched once in a
     # block, wait in memory.
     waiting = _Waiting(p, start) if len(start) > _SUMS_IN_REGISTERS else None
@@ -37,9 +37,9 @@ def sums_int8(p: Problem, bases: list[Any], x: Any, first: Any) -> Sums:
         return []
 
     if waiting is None:
-        return by_group(p, over_blocks(p, bases, first, body, start))
-    over_blocks(p, bases, first, body, [])
-    return by_group(p, waiting.get())
+        return by_part(p, over_blocks(p, parts, body, start))
+    over_blocks(p, parts, body, [])
+    return by_part(p, waiting.get())
 
 
 class _Waiting:
@@ -81,7 +81,7 @@ class _X:
 
 
 def _one_block(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[Any]:
-    """Add one block of 32 to the sums (flat: row groups outside, columns inside)."""
+    """Add one block of 32 to the sums (flat: parts outside, columns inside)."""
     parts = p.layout.scales
     words = 8 // parts
     for part in range(parts):

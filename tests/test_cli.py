@@ -271,8 +271,10 @@ class TestProcess:
     def test_ctrl_c_ends_a_generation_cleanly(self):
         args = (*self.COMMAND, "run", "-c", "60000", "-n", "-1", "--ignore-eos", "-q")
         process = subprocess.Popen(
-            args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A shell starts background jobs with the signal ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         assert process.stdout is not None
         begun = process.stdout.read(20)
         process.send_signal(signal.SIGINT)

@@ -55,7 +55,7 @@ def _one_group(p: Problem, s: AmxScratch, base: Any, group: Any, tiles: Span) ->
     first, end = tiles
     zero = code.fill(F32, 0.0)
     used = code.times(code.b.sub(end, first), SUMS)
-    code.loop(0, used, [], lambda i, _: code.store(zero, code.at(s.sums, i), LINE) or [], LINE)
+    code.each(0, used, lambda i: code.store(zero, code.at(s.sums, i), LINE), LINE)
 
     def stretch(k: Any, _: list[Any]) -> list[Any]:
         stop = code.smaller(code.at(k, STRETCH), p.n_inner)

@@ -73,7 +73,7 @@ def _clear(code: Code, layout: Format, goal: Any, size: Any, rows: Any) -> None:
     if layout.name == "BF16":
         unfilled = ir.Constant(I1, 1)
     with code.b.if_then(unfilled):
-        code.loop(0, size, [], lambda i, _: code.store(zero, code.at(goal, i)) or [], step=32)
+        code.each(0, size, lambda i: code.store(zero, code.at(goal, i)), step=32)
 
 
 def _group(code: Code, layout: Format, group: _Group) -> None:

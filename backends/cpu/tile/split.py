@@ -91,7 +91,8 @@ def _advance(p: Problem, parts: list[Part], x: Any, place: Any, span: Span) -> N
             for tile in _X:
                 registers.multiply(code, "tdpbf16ps", total, tile, _W[0])
 
-    code.each(*(code.b.udiv(k, const(32)) for k in span), block)
+    first, stop = (code.b.udiv(k, const(32)) for k in span)
+    code.each(first, stop, block)
     for i, total in enumerate(totals):
         registers.store(code, total, code.at(place, i * columns * LINE), LINE)
 

@@ -227,14 +227,14 @@ class Code:
         self.b.position_at_end(after)
         return values
 
-    def each(self, start: Any, stop: Any, body: Callable[[Any], None]) -> None:
-        """for i in range(start, stop): body(i)."""
+    def each(self, start: Any, stop: Any, body: Callable[[Any], None], step: int = 1) -> None:
+        """for i in range(start, stop, step): body(i)."""
 
-        def step(i: Any, _: list[Any]) -> list[Any]:
+        def turn(i: Any, _: list[Any]) -> list[Any]:
             body(i)
             return []
 
-        self.loop(start, stop, [], step)
+        self.loop(start, stop, [], turn, step)
 
     def repeat(self, more: Callable[[], Any], body: Callable[[], None]) -> None:
         """while more(): body()."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import numpy as np
 
@@ -58,8 +59,19 @@ class Ubatch:
         return {**found, "positions": found["places"], "table": table.astype(np.int32)}
 
 
+def token_ids(ids: Iterable[int]) -> list[int]:
+    """Token ids as Python ints; OptionError for anything that is no whole number."""
+    try:
+        return [index(i) for i in ids]
+    except TypeError:
+        raise OptionError(
+            f"token ids must be a list of whole numbers, got {ids!r:.60}; "
+            "text becomes ids with model.tokenizer.encode(text)"
+        ) from None
+
+
 def check(
-    batch: Sequence[tuple[Session, Sequence[int]]], logits: str, vocabulary: int, context: int
+    batch: Sequence[tuple[Session, list[int]]], logits: str, vocabulary: int, context: int
 ) -> None:
     """OptionError or MemoryLimitError for what a step cannot take; nothing has happened yet."""
     if logits not in ("all", "last", "none"):
@@ -67,25 +79,33 @@ def check(
     if len({id(s) for s, _ in batch}) != len(batch):
         raise OptionError("a session stands twice in one step; join its tokens")
     for session, ids in batch:
-        if len(ids) == 0:
+        if not ids:
             raise OptionError("there are no tokens to evaluate; give at least one id")
-        wrong = next((i for i in ids if not 0 <= int(i) < vocabulary), None)
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
         if wrong is not None:
             raise OptionError(f"token id {wrong} is outside the vocabulary of {vocabulary}")
-        if len(session) + len(ids) > context:
-            raise MemoryLimitError(
-                f"{len(session)} + {len(ids)} tokens do not fit in context={context}; "
-                "shorten the prompt or load the model with a larger context"
-            )
+        check_room(len(session), len(ids), context)
+
+
+def check_room(present: int, new: int, context: int) -> None:
+    """MemoryLimitError when a session of `present` tokens cannot take `new` more."""
+    if present + new > context:
+        before = f"{present} + {new}" if present else str(new)
+        raise MemoryLimitError(
+            f"{before} tokens do not fit in context={context}; "
+            "shorten the prompt or load the model with a larger context"
+        )
 
 
 def cut(
-    batch: Sequence[tuple[Session, Sequence[int]]], logits: str, most_tokens: int, most_rows: int
+    batch: Sequence[tuple[Session, list[int]]], logits: str, most_tokens: int, most_rows: int
 ) -> Iterator[Ubatch]:
     """Steps of at most `most_tokens` tokens and `most_rows` rows of logits, in order."""
+    # Sessions grow while their steps run, between two turns of this generator.
+    lengths = [len(session) for session, _ in batch]
     step = Ubatch()
-    for index, (session, ids) in enumerate(batch):
-        ids = [int(i) for i in ids]
+    for number, (session, ids) in enumerate(batch):
+        ids = list(ids)
         first_row = {"all": 0, "last": len(ids) - 1, "none": len(ids)}[logits]
         at = 0
         while at < len(ids):
@@ -98,7 +118,8 @@ def cut(
                 continue
             n = min(room, len(ids) - at)
             wanted = range(max(first_row - at, 0), n)
-            step.pieces.append(Piece(index, session, ids[at : at + n], len(session) + at, wanted))
+            start = lengths[number] + at
+            step.pieces.append(Piece(number, session, ids[at : at + n], start, wanted))
             at += n
             if len({p.index for p in step.pieces}) < len(step.pieces):
                 raise AssertionError("a session has two pieces in one step")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from runtime.batch import check_room
 from runtime.errors import OptionError
 from runtime.session import Session
 
@@ -30,16 +31,20 @@ def generate(
     """Yield text that continues `prompt` (raw text, or token ids), piece by piece.
 
     session: continue this one, and leave it holding prompt and answer; default a fresh one.
-    max_tokens: default until the context is full. ignore_eos: go on past end tokens.
+    max_tokens: default (or -1) until the context is full. ignore_eos: go on past end tokens.
     on_token: called with each sampled `Token` (id, log-probabilities). Other options are the
     fields of `Sampling`, `stop` among them.
     Raises OptionError for an unknown option, MemoryLimitError for a prompt past the context.
     """
-    chosen, options = _sampling(sampling), Options(max_tokens, ignore_eos)
+    if max_tokens is not None and max_tokens < -1:
+        raise OptionError(f"max_tokens={max_tokens} must be at least 0, or -1 for no limit")
+    most = None if max_tokens == -1 else max_tokens
+    chosen, options = _sampling(sampling), Options(most, ignore_eos)
     add_special = session is None or not len(session)
     ids = model.tokenizer.encode(prompt, add_special) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise OptionError("the prompt is empty and the model adds no start token; give some text")
+    check_room(0 if session is None else len(session), len(ids), model.context)
     owned = model.session() if session is None else session
     try:
         yield from _run(model, owned, ids, chosen, options, on_token)

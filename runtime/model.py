@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Backend, Program, Progress, open_backend
-from runtime.batch import UBATCH, Ubatch, check, cut
+from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.errors import OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.memory.budget import CacheSize, choose
@@ -61,6 +63,8 @@ class Model:
         threads: int | None, activations: str, sequences: int, progress: bool | Progress,
     ) -> None:  # fmt: skip
         self.file = file
+        self._lock = threading.RLock()  # one step at a time: they share buffers and pages
+        self._closed = False
         self.kv_types = parse_kv_type(kv_type)
         if sequences < 1 or (context is not None and context < 1):
             raise OptionError(f"context={context} and sequences={sequences} must be at least 1")
@@ -112,6 +116,7 @@ class Model:
 
     def session(self) -> Session:
         """An empty sequence."""
+        self._check_open()
         session = Session(self, BlockTable(self._pool, self.context))
         self._sessions.add(session)
         return session
@@ -129,7 +134,16 @@ class Model:
         One float32 [n, vocabulary] per session, in order: all its new tokens ("all"), the last
         one ("last") or none ("none"). The bits do not depend on what else is in the batch.
         """
-        check(batch, logits, self.vocab_size, self.context)
+        for session, _ in batch:
+            if session.model is not self:
+                raise OptionError("a session can only be evaluated by the model that made it")
+        new = [(session, token_ids(ids)) for session, ids in batch]
+        with self._lock:
+            self._check_open()
+            check(new, logits, self.vocab_size, self.context)
+            return self._step(new, logits)
+
+    def _step(self, batch: list[tuple[Session, list[int]]], logits: str) -> list[np.ndarray]:
         counts = {"all": len, "last": lambda ids: 1, "none": lambda ids: 0}[logits]
         results = [np.empty((counts(ids), self.vocab_size), np.float32) for _, ids in batch]
         filled = [0] * len(batch)
@@ -157,9 +171,19 @@ class Model:
 
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""
-        for session in list(self._sessions):
-            session.close()
-        self.backend.close()
+        with self._lock:
+            for session in list(self._sessions):
+                session.close()
+            self._closed = True
+            self.backend.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OptionError("this model is closed; load it again")
+
+    def __repr__(self) -> str:
+        name = self.file.path.name
+        return f"<Model {name} {self.architecture}, context {self.context}, {self.backend.name}>"
 
     def __enter__(self) -> Model:
         return self
@@ -194,7 +218,15 @@ class Model:
         r = next(r for r in (1, min(8, t), t) if r >= outputs)
         if (t, r) not in self._programs:
             self._programs[t, r] = self.backend.program(self.graph(t, r))
+            self._show_plan(t, self._programs[t, r])
         return self._programs[t, r]
+
+    def _show_plan(self, tokens: int, program: Any) -> None:
+        """DEBUG=1: a line per program."""
+        from runtime.environment import debug
+
+        if debug() >= 1 and hasattr(program, "plan"):
+            print(f"{tokens} tokens: {str(program.plan).splitlines()[0]}", file=sys.stderr)
 
     def _states(self) -> list[Any]:
         step = Step.capacity(
@@ -227,6 +259,7 @@ class Model:
 
 def parse_kv_type(text: str) -> tuple[str, str]:
     """K and V types of "f16" or "q8_0,f16"; OptionError lists what there is."""
+    text = text if isinstance(text, str) else ",".join(map(str, text))
     parts = [p.strip().lower() for p in text.split(",")]
     kinds = parts * 2 if len(parts) == 1 else parts
     wrong = next((k for k in kinds if k not in KV_TYPES), None)

@@ -21,6 +21,7 @@ class Session:
     """
 
     def __init__(self, model: Model, table: BlockTable, tokens: Sequence[int] = ()) -> None:
+        self._closed = True  # until everything is set: __del__ may come at any time
         self.model = model
         self.tokens: list[int] = list(tokens)
         self._table = table
@@ -61,6 +62,10 @@ class Session:
             self._table.truncate(0)
             self._closed = True
 
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"<Session {len(self.tokens)} of {self.model.context} tokens{state}>"
+
     def __enter__(self) -> Session:
         return self
 
@@ -68,4 +73,5 @@ class Session:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        if not getattr(self, "_closed", True):
+            self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,47 @@ def test_cuts_do_not_change_bits(model: Model, prompt: list[int], whole: np.ndar
     with model.session() as session:
         rows = [session.eval(prompt[i : i + piece]) for i in range(0, len(prompt), piece)]
     np.testing.assert_array_equal(np.concatenate(rows), whole)
+
+
+def test_prompts_longer_than_a_step_do_not_change_bits(tmp_path: Path):
+    """1,100 tokens in one call are three steps of their own."""
+    path = write_model(tmp_path / "long.gguf", Sizes(layers=1, context=2048), "Q4_0")
+    ids = np.random.default_rng(8).integers(0, 80, 1100).tolist()
+    with runtime.load(path, threads=2) as model:
+        with model.session() as session:
+            rows = [session.eval(ids[i : i + 500]) for i in range(0, len(ids), 500)]
+            assert len(session.table.row) == -(-1100 // 32)
+        with model.session() as session:
+            whole = session.eval(ids)
+            assert session.tokens == ids and len(session.table.row) == -(-1100 // 32)
+        other, short = model.session(), model.session()
+        both = model.step([(short, ids[:30]), (other, ids)])
+    np.testing.assert_array_equal(whole, np.concatenate(rows))
+    np.testing.assert_array_equal(both[1], whole)
+    np.testing.assert_array_equal(both[0], whole[:30])
+
+
+def test_python_threads_share_a_model(model: Model, prompt: list[int], whole: np.ndarray):
+    with ThreadPoolExecutor(4) as pool:
+        lengths = [5, 40, 77, 150] * 4
+        results = list(pool.map(lambda n: model.eval(prompt[:n]), lengths))
+    for n, rows in zip(lengths, results, strict=True):
+        np.testing.assert_array_equal(rows, whole[:n])
+
+
+def test_a_model_only_takes_its_own_sessions_and_ends(path: Path, model: Model):
+    with runtime.load(path) as other, pytest.raises(OptionError, match="model that made it"):
+        other.step([(model.session(), [1])])
+    with pytest.raises(OptionError, match="this model is closed"):
+        other.eval([1])
+    with pytest.raises(OptionError, match="this model is closed"):
+        other.session()
+
+
+@pytest.mark.parametrize("ids", ["text", 3, None, [1.5], [[1, 2]]])
+def test_ids_must_be_whole_numbers(model: Model, ids: object):
+    with pytest.raises(OptionError, match="token ids must be a list of whole numbers"):
+        model.eval(ids)  # type: ignore[arg-type]
 
 
 def test_batch_does_not_change_bits(model: Model, prompt: list[int], whole: np.ndarray):

@@ -6,6 +6,7 @@ same ones. A page that several sequences hold is never written: the writer takes
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ class PagePool:
 
     def __init__(self, count: int, arrays: Sequence[np.ndarray]) -> None:
         self.count = count
+        self._lock = threading.RLock()  # sessions of several threads share the pool
         self._arrays = arrays
         self._holders = np.zeros(count, np.int32)
         self._free = list(range(count - 1, -1, -1))
@@ -30,26 +32,30 @@ class PagePool:
 
     def allocate(self) -> int:
         """A page with one holder; MemoryLimitError when all are held."""
-        if not self._free:
-            raise MemoryLimitError(
-                f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in use; "
-                "close sessions, or load the model with a larger `sequences` or smaller `context`"
-            )
-        page = self._free.pop()
-        self._holders[page] = 1
-        return page
+        with self._lock:
+            if not self._free:
+                raise MemoryLimitError(
+                    f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in "
+                    "use; close sessions, or load the model with a larger `sequences` or a smaller "
+                    "`context`"
+                )
+            page = self._free.pop()
+            self._holders[page] = 1
+            return page
 
     def share(self, pages: Sequence[int]) -> None:
         """One more holder for each."""
-        for page in pages:
-            self._holders[page] += 1
+        with self._lock:
+            for page in pages:
+                self._holders[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
         """One holder less for each; a page without holders is free again."""
-        for page in pages:
-            self._holders[page] -= 1
-            if self._holders[page] == 0:
-                self._free.append(page)
+        with self._lock:
+            for page in pages:
+                self._holders[page] -= 1
+                if self._holders[page] == 0:
+                    self._free.append(page)
 
     def is_shared(self, page: int) -> bool:
         """Whether more than one sequence holds it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any, Protocol
 
 from runtime import ops
@@ -36,11 +35,9 @@ def build(file: Any) -> Architecture:
     """The model of an open GGUF file; ModelError names an unknown architecture and the known."""
     name, source = file.architecture, str(file.path)
     if name not in VARIANTS:
-        hint = get_close_matches(str(name), VARIANTS, 1)
         raise ModelError(
-            f"{source}: architecture {name!r} is not supported"
-            + (f", did you mean {hint[0]!r}?" if hint else "")
-            + f"; supported are {', '.join(sorted(VARIANTS))}"
+            f"{source}: architecture {name!r} is not supported; "
+            f"supported are {', '.join(sorted(VARIANTS))}"
         )
     variant, keys = VARIANTS[name], Keys(file.metadata, name, source)
     weights = Weights(file.tensors, source)

@@ -115,6 +115,23 @@ def test_long_rows_many_tokens(name: str, columns: int) -> None:
     np.testing.assert_array_equal(results[0].view(np.int32), results[1].view(np.int32))
 
 
+@pytest.mark.parametrize(("columns", "spare"), [(8, 24), (8, 3), (16, 24)])
+def test_large_outputs_are_the_same(columns: int, spare: int) -> None:
+    """More than a mebibyte is written past the caches where rows are whole lines (1000 + 24)."""
+    if columns == 16 and "amx" not in ISAS:
+        pytest.skip("16 columns are for AMX")
+    shape = (270, 1000, 64)
+    raw = random_rows("Q4_0", shape[1], shape[2])
+    x = np.random.default_rng(5).standard_normal((shape[0], shape[2])).astype(np.float32)
+    weights = packed("Q4_0", raw, shape[2], BEST)
+    results = []
+    for c in (1, columns):
+        spec = TileSpec("Q4_0", c, "int8")
+        buffer, _ = tiles.activations(spec, x)
+        results.append(matmul(spec, BEST, weights, buffer, shape, n_threads=2, spare=spare))
+    np.testing.assert_array_equal(results[0].view(np.int32), results[1].view(np.int32))
+
+
 @pytest.mark.parametrize("columns", [1, 8])
 def test_bias_and_residual(columns: int) -> None:
     rng = np.random.default_rng(2)

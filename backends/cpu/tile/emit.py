@@ -45,13 +45,15 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
         raise OpError(f"{spec} needs the instruction set amx, not {isa_name}")
     problem = load_problem(code, spec)
     over = _over_records if spec.indirect else _over_tokens
-    if not spec.needs_amx:
+    if spec.needs_amx:
+        tiles = split if spec.activations == "split" else amx
+        registers.configure(code, tiles.shapes(problem))
+        over(problem, tiles.segment_of(problem))
+        registers.release(code)
+    else:
         over(problem, _segment)
-        return code.finish()
-    tiles = split if spec.activations == "split" else amx
-    registers.configure(code, tiles.shapes(problem))
-    over(problem, tiles.segment_of(problem))
-    registers.release(code)
+    if problem.past_caches is not None:
+        code.end_stores_past_caches()
     return code.finish()
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
 from runtime.backends.cpu.tile.spec import PIECES, Q_BYTES, SIDE_BYTES, TILE_ALIGN, TileSpec
-from runtime.backends.cpu.tile.vector import I32, I64, Code
+from runtime.backends.cpu.tile.vector import I32, I64, Code, const
 
 Span = tuple[Any, Any]  # [first, end), int64 values
+
+_WIDE = 8  # columns of tiles for prompts
+_LARGE_OUTPUT = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Problem:
     n_groups: Any
     group_bytes: Any
     tile_bytes: Any
+    past_caches: Any = None  # whether the output goes to memory at once; None where it never does
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -95,7 +99,23 @@ def load_problem(code: Code, spec: TileSpec) -> Problem:
     n_groups = code.ceil_div(values["n_rows"], ROWS)
     group_bytes = _group_bytes(code, layout, values["n_inner"])
     tile_bytes = _tile_bytes(code, spec, values["n_inner"])
-    return Problem(code, spec, layout, values, live, n_tiles, n_groups, group_bytes, tile_bytes)
+    past_caches = None
+    if code.isa.has_vnni and spec.columns >= _WIDE and not spec.indirect:
+        past_caches = _goes_past_caches(code, values, live)
+    return Problem(
+        code, spec, layout, values, live, n_tiles, n_groups, group_bytes, tile_bytes, past_caches
+    )
+
+
+def _goes_past_caches(code: Code, values: dict[str, Any], live: Any) -> Any:
+    """A large output of whole, aligned lines: no cache would hold it until it is read.
+
+    Reading every line before it is written costs AMX tiles a fifth of their speed (measured).
+    """
+    size = code.times(code.times(live, values["n_rows"]), 4)
+    rest = code.b.or_(values["out"], code.times(values["out_stride"], 4))
+    aligned = code.b.icmp_signed("==", code.b.and_(rest, const(TILE_ALIGN - 1)), const(0))
+    return code.b.and_(code.b.icmp_signed(">=", size, const(_LARGE_OUTPUT)), aligned)
 
 
 def _group_bytes(code: Code, layout: Format, n_inner: Any) -> Any:

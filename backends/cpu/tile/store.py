@@ -36,7 +36,18 @@ def _store_whole(p: Problem, columns: list[Any], row: Any, t: Any) -> None:
         with _live_token(p, t, c) as token:
             value = p.code.b.fadd(total, bias)
             value = _plus_residual(p, value, token, row)
-            p.code.store(value, _out(p, token, row), _FLOAT)
+            _put(p, value, _out(p, token, row))
+
+
+def _put(p: Problem, value: Any, address: Any) -> None:
+    if p.past_caches is None:
+        p.code.store(value, address, _FLOAT)
+        return
+    with p.code.b.if_else(p.past_caches) as (past, through):
+        with past:
+            p.code.store_past_caches(value, address)
+        with through:
+            p.code.store(value, address, _FLOAT)
 
 
 def _store_partial(p: Problem, columns: list[Any], row: Any, left: Any, t: Any) -> None:

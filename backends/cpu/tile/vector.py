@@ -118,6 +118,20 @@ class Code:
         """Store `value` at an int64 address."""
         self.b.store(value, self.pointer(address, value.type)).align = align
 
+    def store_past_caches(self, value: Any, address: Any) -> None:
+        """Store a vector that fills a cache line at an aligned address, without reading the line.
+
+        Such stores are visible to other threads after `end_stores_past_caches` only.
+        """
+        store = self.b.store(value, self.pointer(address, value.type))
+        store.align = 64
+        one = self.module.add_metadata([ir.Constant(I32, 1)])
+        store.set_metadata("nontemporal", one)
+
+    def end_stores_past_caches(self) -> None:
+        """Let all stores past the caches be seen before anything that follows."""
+        self.intrinsic("llvm.x86.sse.sfence", ir.VoidType(), [])
+
     def stack(self, n_bytes: int) -> Any:
         """Address of n_bytes on the stack, 64-byte aligned, one place for the whole call."""
         with self.b.goto_entry_block():

@@ -123,7 +123,8 @@ def _end_of_run(p: Problem, tile: Any, limit: Any, expert: Any) -> Any:
 def _tiles_per_block(p: Problem) -> Any:
     cached = _CACHED_BYTES_AMX if p.spec.needs_amx else _CACHED_BYTES
     fitting = p.code.larger(p.code.b.udiv(const(cached), p.tile_bytes), const(1))
-    return p.code.smaller(fitting, const(MAX_TILES))
+    most = split.MAX_TILES if p.spec.activations == "split" else MAX_TILES
+    return p.code.smaller(fitting, const(most))
 
 
 def _segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:

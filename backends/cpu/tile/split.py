@@ -20,10 +20,10 @@ from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.problem import Part, Problem, Span
 from runtime.backends.cpu.tile.spec import PIECES
 from runtime.backends.cpu.tile.store import store_tile
-from runtime.backends.cpu.tile.sums_amx import MAX_TILES
 from runtime.backends.cpu.tile.vector import F32, const, vec
 
 STRETCH = 128  # elements of K whose weights, of four groups, leave room in the first-level cache
+MAX_TILES = 16  # column tiles whose sums wait between two stretches
 _TOTAL, _X, _W = range(0, 4), range(4, 7), (7,)  # a total for each row group, an x for each piece
 _BLOCK = ROWS * LINE  # bytes of 16 rows by 32 weights
 _STREAMED = 4  # with so few columns weights come from memory, once

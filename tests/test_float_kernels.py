@@ -15,6 +15,7 @@ from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.kernels.compile import compile_kernel
 from runtime.backends.cpu.pages import to_plain
 from runtime.backends.cpu.signatures import CONSTANTS, kv_block_nbytes, packed_tile_nbytes
+from runtime.backends.cpu.tile.reference_pack import pack_split
 from runtime.ops.attention import PAGE
 from runtime.ops.dtypes import DTYPES, nbytes_for
 from runtime.ops.errors import BackendError
@@ -28,6 +29,7 @@ STYLES = ("neox", "normal")
 
 
 def _kernels() -> list[Kernel]:
+    split = [Kernel.of(name, C=8, kind="split") for name in ("pack", "rms_norm_pack")]
     packs = [
         Kernel.of(name, C=C, kind=kind)
         for name, widths in (("pack", (1, 4, 8)), ("rms_norm_pack", (8,)), ("swiglu_pack", (8,)))
@@ -47,7 +49,7 @@ def _kernels() -> list[Kernel]:
         for kind in ("int8", "f32")
     ]
     plain = [Kernel.of(n) for n in ("rms_norm", "swiglu", "gather_rows", "rope_angles")]
-    return [*packs, *writes, *posts, *rows, *ropes, *moe, *plain]
+    return [*packs, *split, *writes, *posts, *rows, *ropes, *moe, *plain]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,6 +195,24 @@ def test_pack_f32(rng, C, n):
     assert np.array_equal(packed.columns()[:5], x)
     assert not packed.columns()[5:].any(), "padding columns are zeros"
     assert pack("pack", C, "f32", x, threads=3).bits() == packed.bits()
+
+
+def test_pack_split(rng):
+    """Three bfloat16 pieces that add up to the value; bits of the tile's own reference."""
+    x = (rng.standard_normal((9, 160)) * 10.0 ** rng.integers(-20, 20, (9, 160))).astype(np.float32)
+    raw = pack("pack", 8, "split", x).memory.values.view(np.uint8).reshape(-1)
+    assert np.array_equal(raw, pack_split(x, 8).reshape(-1).view(np.uint8))
+    pieces = raw.view(np.uint16).reshape(2, 5, 3, 8, 32).astype(np.uint32) << 16
+    whole = pieces.view(np.float32).astype(np.float64).sum(2).swapaxes(1, 2).reshape(16, 160)
+    np.testing.assert_allclose(whole[:9], x, rtol=2e-7)
+    assert not whole[9:].any(), "padding columns are zeros"
+    w = Fenced.of(np.ones((1, 160), np.float32))
+    found = [
+        pack("rms_norm_pack", 8, "split", x, threads=n, w=w, eps=EPS).memory.values.tobytes()
+        for n in (1, 2, 3)
+    ]
+    plain = pack("pack", 8, "split", normed(x, np.ones(160, np.float32)))
+    assert set(found) == {plain.memory.values.tobytes()}
 
 
 @pytest.mark.parametrize("kind", ["int8", "f32"])

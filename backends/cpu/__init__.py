@@ -40,8 +40,8 @@ class CpuBackend:
         self._library = kernels or library()
         self.threads = threads or physical_cores()
         self.name = f"cpu ({self._library.isa}, {self.threads} threads)"
-        wide = AMX_COLUMNS if self._library.isa == "amx" else 8
-        self.options = Options(activations, wide, fuse)
+        amx = self._library.isa == "amx"
+        self.options = Options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx)
         self._team = ThreadTeam(
             self.threads,
             lambda name, constants: self._library.address(Kernel.of(name, **constants)),

@@ -23,11 +23,15 @@ PACKED = DType("packed", 1, 1, None)
 
 @dataclass(frozen=True)
 class Options:
-    """How to lower: `activations` "int8" or "f32"; `wide` = columns of the widest int8 tile."""
+    """How to lower: `activations` "int8" or "f32"; `wide` = columns of the widest tile.
+
+    split: BF16 weights take activations in bfloat16 pieces (the instruction set is AMX).
+    """
 
     activations: str = "int8"
     wide: int = 8
     fuse: bool = True
+    split: bool = False
 
 
 def prepare(graph: Graph, options: Options) -> Graph:
@@ -45,7 +49,9 @@ def tile_format(dtype: DType) -> str:
 
 
 def activation_kind(w: Tensor, options: Options) -> str:
-    """What a weight is multiplied with: int8 blocks, or float32 for float weights."""
+    """What a weight is multiplied with: int8 blocks, or float32 (whole or split) for floats."""
+    if options.split and w.dtype.name.upper() == "BF16" and w.shape[-1] % 32 == 0:
+        return "split"
     exact = tile_format(w.dtype) in FLOAT_FORMATS or options.activations == "f32"
     return "f32" if exact else "int8"
 
@@ -54,7 +60,7 @@ def columns(rows: int, kind: str, options: Options) -> int:
     """Columns of the tiles for a capacity of `rows`; a result's bits never depend on it."""
     if rows <= 4:
         return 1 if rows == 1 else 4
-    return options.wide if rows >= 16 and kind == "int8" else 8
+    return options.wide if rows >= 16 and kind != "f32" else 8
 
 
 def expert_columns(choices: int, experts: int, kind: str, options: Options) -> int:

@@ -63,7 +63,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 FILE_OF: dict[str, str] = {kernel: name for name, file in _FILES.items() for kernel in file}
 
 _KV_TYPES = ("f32", "f16", "bf16", "q8_0")
-_PACKING = {"C": (1, 4, 8, 16), "kind": ("int8", "f32")}
+_PACKING = {"C": (1, 4, 8, 16), "kind": ("int8", "f32", "split")}
 
 # kernel -> constant -> the values it may have; a kernel that is not here has none
 CONSTANTS: dict[str, dict[str, tuple]] = {
@@ -115,7 +115,7 @@ def packed_nbytes(rows: int, n: int, C: int, kind: str) -> int:
 
 def packed_tile_nbytes(n: int, C: int, kind: str) -> int:
     """Bytes of one tile of packed activations: see kernels/pack.py for its layout."""
-    used = n // 32 * C * 52 if kind == "int8" else n * C * 4
+    used = n // 32 * C * {"int8": 52, "split": 192}[kind] if kind != "f32" else n * C * 4
     return -(-used // 64) * 64
 
 

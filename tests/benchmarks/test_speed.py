@@ -1,9 +1,9 @@
 """Speed as ratios against numpy and memory bandwidth in the same run, held to a baseline.
 
 `baseline.json` has the ratios of each instruction set as they were measured; a run that falls
-below `KEEP` of one in every of ATTEMPTS is a regression: these machines are shared and noisy, and
-a busy neighbour halves a figure for a while. Write it anew, on a quiet machine, with
-`UPDATE_BASELINE=1 pytest tests/benchmarks`.
+below `KEEP` of one in every one of ATTEMPTS is a regression. A busy neighbour takes a third of a
+figure for minutes (seen), and numpy's own threads gain or lose as much, so half is the line. Write
+it anew, on a quiet machine, with `UPDATE_BASELINE=1 pytest tests/benchmarks`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from runtime.backends.cpu.library import library
 from runtime.ops.dtypes import DTYPES
 
 BASELINE = Path(__file__).with_name("baseline.json")
-KEEP = 0.6
-ATTEMPTS = 4
+KEEP = 0.5
+ATTEMPTS = 8
 THREADS = min(2, os.cpu_count() or 1)
 
 
@@ -88,12 +88,11 @@ def hold(
     want = known.get(isa.selected(), {}).get(name)
     if want is None:
         pytest.skip(f"no baseline of {name} for {isa.selected()}")
-    for attempt in range(ATTEMPTS):
-        if found >= KEEP * want:
-            return
-        time.sleep(2 * attempt)
-        found = ratio(_best(work))
-    pytest.fail(f"{name}: ratio {found:.2f}, baseline {want:.2f}")
+    seen = [found]
+    while max(seen) < KEEP * want and len(seen) < ATTEMPTS:
+        time.sleep(len(seen))
+        seen.append(ratio(_best(work)))
+    assert max(seen) >= KEEP * want, f"{name}: ratios {seen}, baseline {want}, allowed {KEEP} of it"
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])

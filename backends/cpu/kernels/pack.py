@@ -5,6 +5,8 @@ blocks [C][32] int8, then n/32 blocks of side data [5][C] of four bytes each:
     d (f32 scale) | d * sum(q) (f32) | -8 * sum(q) | -8 * sum(q[:16]) | -8 * sum(q[16:])   (int32)
 with d = max|x| / 127 and q = x * (1/d) to the nearest even; a block below 1e-30 counts as zero.
 The last three let a tile start its integer dot product from the correction for unsigned weights.
+Kind "split": n/32 blocks [3][C][32] bfloat16, three pieces that add up to the float32 value: each
+is the leading eight bits of what is left.
 
 Parallel over (tile x units of 32 or 16 elements), so one row keeps every thread busy; each thread
 computes a row's norm for itself, in the same order. Columns without a row are zeros.
@@ -43,6 +45,17 @@ def quantise(b, low, high, quants, side, column_bytes):
     rows += [b.mul(v, ir.Constant(e.i32, -8)) for v in (whole, *sums)]
     for i, value in enumerate(rows):
         _store_lane(b, value, side, b.mul(column_bytes, ir.Constant(e.i64, i)))
+
+
+@s.operation(s.void, s.f32x16, s.i64, s.i64)
+def split(b, value, target, piece_bytes):
+    """16 values as three bfloat16 pieces, `piece_bytes` apart."""
+    for _ in range(3):
+        bits = b.and_(b.bitcast(value, e.wide(e.i32)), e.ints(0xFFFF0000))
+        piece = b.trunc(b.lshr(bits, e.ints(16)), e.wide(e.i16))
+        e.store(b, piece, target, 2)
+        value = b.fsub(value, b.bitcast(bits, e.wide(e.f32)))
+        target = b.add(target, piece_bytes)
 
 
 @helper
@@ -114,16 +127,29 @@ def column_packer(C, kind, source):
             else:
                 s.scatter(target, v, 4 * C, count)
 
-    return int8_column if kind == "int8" else f32_column
+    @helper
+    def split_column(filled, a, b, factor, tile, column, first, last, n):
+        zero = s.splat(s.f32(0))
+        for unit in range(first, last):
+            low, high = zero, zero
+            if filled:
+                low = value(a, b, factor, unit * 32)
+                high = value(a, b, factor, unit * 32 + 16)
+            target = tile + unit * (192 * C) + column * 64
+            split(low, target, 64 * C)
+            split(high, target + 32, 64 * C)
+
+    return {"int8": int8_column, "split": split_column, "f32": f32_column}[kind]
 
 
 def layout(C, kind):
     """Helpers (n -> units of a tile), (n -> bytes of a tile), (at, last, units -> piece)."""
-    unit, bytes_per_unit = (32, 52 * C) if kind == "int8" else (1, 4 * C)
+    unit, each = {"int8": (32, 52), "split": (32, 192), "f32": (1, 4)}[kind]
+    bytes_per_unit = each * C
 
     @helper
     def units_of(n):
-        return n // 32 if kind == "int8" else (n + 15) // 16
+        return (n + 15) // 16 if kind == "f32" else n // 32
 
     @helper
     def tile_bytes(n):

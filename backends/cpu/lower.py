@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runtime.backends.cpu.kernel import Kernel, arguments_of
+from runtime.backends.cpu.passes import prepare
 from runtime.backends.cpu.plan import Buffer, Instruction, Plan, Ref, place_buffers, set_barriers
-from runtime.backends.cpu.rewrite import Options, prepare
+from runtime.backends.cpu.rewrite import Options
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
 from runtime.ops.registry import OPS
@@ -19,7 +20,7 @@ from runtime.ops.tensor import LEAVES, Dim, Tensor
 Rule = Callable[["Lowering", Tensor], None]
 RULES: dict[str, Rule] = {}
 
-# Nodes that only exist after the rewrites of rewrite.py.
+# Nodes that only exist after the passes of passes.py.
 DEVICE_OPS = frozenset({
     "pack", "rms_norm_pack", "swiglu_pack", "linear", "qkv_post", "router", "router_ids",
     "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id",

@@ -1,0 +1,57 @@
+"""Fusions around attention: norm and rope of queries and keys with both cache writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.backends.cpu.rewrite import Options, node_of
+from runtime.ops.graph import Graph, rewrite
+from runtime.ops.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A projection on its way to attention: optional norm, optional rope, then the cache."""
+
+    source: Tensor
+    norm: Tensor | None = None
+    eps: float = 0.0
+    angles: Tensor | None = None
+    style: str = "none"
+
+
+def _head(x: Tensor) -> _Head:
+    angles, style, norm, eps = None, "none", None, 0.0
+    if x.op == "rope":
+        x, angles, style = x.inputs[0], x.inputs[1], x.attrs["style"]
+    if x.op == "rms_norm":
+        (x, norm), eps = x.inputs, x.attrs["eps"]
+    return _Head(x, norm, eps, angles, style)
+
+
+def fuse_qkv(graph: Graph, options: Options) -> Graph:
+    """Norm and rope of q and k, and both cache writes, in one instruction before attention."""
+
+    def attention(node: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        plain = Tensor(node.op, (q, k, v, *rest), node.shape, node.dtype, node.attrs, node.name)
+        if k.op != "kv_write" or v.op != "kv_write" or k.inputs[2] is not v.inputs[2]:
+            return plain
+        query, key = _head(q), _head(k.inputs[0])
+        same = (query.angles, query.style, query.eps) == (key.angles, key.style, key.eps)
+        if not same or k.inputs[0].shape[2] != v.inputs[0].shape[2]:
+            return plain
+        if (query.norm is None) != (key.norm is None):
+            return plain
+        optional = {"angles": query.angles, "q_norm": query.norm, "k_norm": key.norm}
+        present = {name: x for name, x in optional.items() if x is not None}
+        inputs = (query.source, key.source, v.inputs[0], k.inputs[1], v.inputs[1], k.inputs[2])
+        post = node_of(
+            "qkv_post", (*inputs, *present.values()), q, optional=tuple(present),
+            style=query.style, eps=query.eps, k_type=k.dtype.name, v_type=v.dtype.name,
+        )  # fmt: skip
+        return Tensor(
+            "attention", (post, k.inputs[1], v.inputs[1], *rest), node.shape, node.dtype,
+            node.attrs, node.name,
+        )  # fmt: skip
+
+    return rewrite(graph, {"attention": attention})

@@ -4,8 +4,9 @@ Each op is an object: called with Tensors it adds a node, its `reference` comput
 """
 
 from runtime.ops.attention import PAGE, attention, kv_write
+from runtime.ops.delta import gated_delta, l2_norm, short_conv, softplus
 from runtime.ops.dtypes import DTYPES, DType
-from runtime.ops.elementwise import add, mul, scale, sigmoid, silu
+from runtime.ops.elementwise import add, mul, row_scale, scale, sigmoid, silu, swiglu_oai
 from runtime.ops.graph import Graph, rewrite, walk
 from runtime.ops.matmul import matmul, matmul_id
 from runtime.ops.moe import expert_sum, normalize, softmax, take, top_k
@@ -19,9 +20,10 @@ from runtime.ops.views import broadcast, merge_heads, permute, reshape, slice_, 
 
 __all__ = [
     "DTYPES", "OPS", "PAGE", "Arg", "Case", "Cost", "DType", "Dim", "Graph", "Layout", "Op",
-    "Tensor", "add",
-    "attention", "broadcast", "constant", "expert_sum", "get_rows", "kv_write", "matmul",
-    "matmul_id", "merge_heads", "mul", "normalize", "op", "permute", "reshape", "rewrite",
-    "rms_norm", "rope", "rope_angles", "scale", "select_early", "select_rows", "sigmoid", "silu",
-    "slice_", "softmax", "split_heads", "state", "step_input", "take", "top_k", "walk", "weight",
+    "Tensor", "add", "attention", "broadcast", "constant", "expert_sum", "gated_delta",
+    "get_rows", "kv_write", "l2_norm", "matmul", "matmul_id", "merge_heads", "mul", "normalize",
+    "op", "permute", "reshape", "rewrite", "rms_norm", "rope", "rope_angles", "row_scale",
+    "scale", "select_early", "select_rows", "short_conv", "sigmoid", "silu", "slice_",
+    "softmax", "softplus", "split_heads", "state", "step_input", "swiglu_oai", "take", "top_k",
+    "walk", "weight",
 ]  # fmt: skip

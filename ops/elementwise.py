@@ -1,4 +1,4 @@
-"""Elementwise ops: add, mul, scale, silu, gelu, sigmoid."""
+"""Elementwise ops."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def scale(x: np.ndarray, *, factor: float) -> np.ndarray:
     return x * factor
 
 
+def _with_column(x: Tensor, s: Tensor) -> Shape:
+    need(s.ndim == x.ndim and s.shape[-1] == 1, f"needs one factor per row of {list(x.shape)}")
+    need(tuple(s.shape[:-1]) == tuple(x.shape[:-1]), f"rows of {list(x.shape)} and {s!r} differ")
+    return x.shape
+
+
+@op("row_scale", shape=_with_column, cases=[Case(((3, 40), (3, 1)))])
+def row_scale(x: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """x [..., n] times one number per row, s [..., 1]."""
+    return x * s
+
+
 @op("silu", shape=same_shape, flops=lambda n: 5 * n.size, cases=[Case(((3, 50),))])
 def silu(x: np.ndarray) -> np.ndarray:
     """x * sigmoid(x) (Elfwing et al. 2017)."""
@@ -44,3 +56,23 @@ def silu(x: np.ndarray) -> np.ndarray:
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
+
+
+def _swiglu_shape(gate: Tensor, up: Tensor, *, alpha: float, limit: float) -> Shape:
+    need(limit > 0, f"limit={limit} must be positive")
+    return same_shape(gate, up)
+
+
+@op(
+    "swiglu_oai",
+    shape=_swiglu_shape,
+    flops=lambda n: 10 * n.size,
+    cases=[Case(((3, 50), (3, 50)), {"alpha": 1.702, "limit": 7.0})],
+)
+def swiglu_oai(gate: np.ndarray, up: np.ndarray, *, alpha: float, limit: float) -> np.ndarray:
+    """(up + 1) * gate * sigmoid(alpha * gate), as gpt-oss (OpenAI 2025) has it.
+
+    Before that gate is cut to at most `limit`, up to -limit..limit.
+    """
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return (up + 1) * gate / (1 + np.exp(-alpha * gate))

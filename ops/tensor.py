@@ -121,9 +121,13 @@ def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:
     return Tensor("input", (), tuple(shape), dtype, name=name)
 
 
-def state(name: str, shape: Shape, dtype: DType) -> Tensor:
-    """Memory that outlives a step and is read and written by explicit ops: KV pages."""
-    return Tensor("state", (), tuple(shape), dtype, name=name)
+def state(name: str, shape: Shape, dtype: DType, kind: str = "pages") -> Tensor:
+    """Memory that outlives a step and is read and written by explicit ops.
+
+    kind: "pages" of a KV cache, [pages, PAGE, heads, dim], which a device may lay out as it
+    likes; or "slots", one per sequence, [slots, ...] as given.
+    """
+    return Tensor("state", (), tuple(shape), dtype, MappingProxyType({"kind": kind}), name=name)
 
 
 def constant(name: str, value: np.ndarray) -> Tensor:

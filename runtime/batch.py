@@ -45,6 +45,7 @@ class Ubatch:
         columns: dict[str, list[np.ndarray]] = {
             n: [] for n in ("tokens", "places", "slots", "sequences", "output_rows")
         }
+        runs = np.zeros((len(self.pieces), 2), np.int32)
         at = 0
         for row, p in enumerate(self.pieces):
             n = len(p.ids)
@@ -54,9 +55,11 @@ class Ubatch:
             columns["sequences"].append(np.full(n, row))
             columns["output_rows"].append(np.array(p.wanted) + at)
             table[row, : len(p.session.table.row)] = p.session.table.row
+            runs[row] = at, n
             at += n
         found = {n: np.concatenate(parts).astype(np.int32) for n, parts in columns.items()}
-        return {**found, "positions": found["places"], "table": table.astype(np.int32)}
+        found |= {"positions": found["places"], "runs": runs}
+        return {**found, "table": table.astype(np.int32)}
 
 
 def token_ids(ids: Iterable[int]) -> list[int]:

@@ -18,12 +18,14 @@ from runtime.errors import OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.memory.budget import CacheSize, choose
 from runtime.memory.pages import BlockTable, PagePool
+from runtime.memory.slots import SlotPool
 from runtime.models import registry
 from runtime.models.step import Step
 from runtime.ops import PAGE, Graph
 from runtime.ops.rounding import KV_TYPES
 from runtime.session import Session
 
+SLOTS_PER_SEQUENCE = 2  # recurrent state of a sequence, and of a snapshot or fork
 _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
 
 
@@ -71,8 +73,10 @@ class Model:
         self._architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations)
         self._size = self._choose_size(context, sequences)
-        pages = [self.backend.state(leaf) for leaf in self._states()]
+        step = self._step_inputs(1, 1)
+        pages = [self.backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
         self._pool = PagePool(self._size.pages, pages)
+        self.slots = SlotPool(self._slot_count)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._load_weights(progress)
 
@@ -107,12 +111,13 @@ class Model:
 
     def graph(self, tokens: int = 1, outputs: int | None = None) -> Graph:
         """The plain graph of a step of that capacity; `print` it to read it."""
-        table_pages = -(-self.context // PAGE)
-        step = Step.capacity(
-            tokens, outputs or tokens, tokens, table_pages, self._size.pages,
-            self._architecture.cache_layers, self.kv_types,
+        return self._architecture.graph(self._step_inputs(tokens, outputs or tokens))
+
+    def _step_inputs(self, tokens: int, outputs: int) -> Step:
+        return Step.capacity(
+            tokens, outputs, -(-self.context // PAGE), self._size.pages, self._slot_count,
+            self._architecture.layers, self.kv_types,
         )  # fmt: skip
-        return self._architecture.graph(step)
 
     def session(self) -> Session:
         """An empty sequence."""
@@ -194,11 +199,20 @@ class Model:
     def _run(self, ubatch: Ubatch) -> np.ndarray:
         for piece in ubatch.pieces:
             piece.session.table.reserve(piece.start, piece.start + len(piece.ids))
-        live = {"tokens": ubatch.tokens, "outputs": ubatch.outputs}
+        live = {
+            "tokens": ubatch.tokens, "outputs": ubatch.outputs, "sequences": len(ubatch.pieces)
+        }  # fmt: skip
         program = self.program(ubatch.tokens, ubatch.outputs)
-        rows = self._execute(program, ubatch.inputs(), live)
-        for piece in ubatch.pieces:
+        inputs = ubatch.inputs()
+        before = [piece.session.slot for piece in ubatch.pieces]
+        after = [self.slots.writable(slot) for slot in before] if self._slot_count else before
+        inputs["slot_in"], inputs["slot_out"] = np.int32(before), np.int32(after)
+        rows = self._execute(program, inputs, live)
+        for piece, old, new in zip(ubatch.pieces, before, after, strict=True):
             piece.session.tokens.extend(piece.ids)
+            piece.session.slot = new
+            if new != old:
+                self.slots.release(old)
         return rows
 
     def _execute(
@@ -228,16 +242,12 @@ class Model:
         if debug() >= 1 and hasattr(program, "plan"):
             print(f"{tokens} tokens: {str(program.plan).splitlines()[0]}", file=sys.stderr)
 
-    def _states(self) -> list[Any]:
-        step = Step.capacity(
-            1, 1, 1, 1, self._size.pages, self._architecture.cache_layers, self.kv_types
-        )
-        return [*step.k, *step.v]
-
     def _choose_size(self, context: int | None, sequences: int) -> CacheSize:
-        layers = self._architecture.cache_layers
+        layers = self._architecture.layers
+        self._slot_count = SLOTS_PER_SEQUENCE * sequences if layers.recurrent else 0
         step = Step.capacity(1, 1, 1, 1, 1, layers, self.kv_types)
-        page = sum(self.backend.state_page_nbytes(leaf) for leaf in (*step.k, *step.v))
+        pages = (*step.k.values(), *step.v.values())
+        page = sum(self.backend.state_page_nbytes(leaf) for leaf in pages)
         weights = sum(t.nbytes for t in self.file.tensors.values())
         return choose(context, self._architecture.p.context, sequences, page, weights)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.errors import OptionError
 from runtime.memory.pages import BlockTable
+from runtime.memory.slots import NONE
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -20,11 +21,14 @@ class Session:
     Sessions of one model share its weights and its pool of cache pages; `fork` shares pages too.
     """
 
-    def __init__(self, model: Model, table: BlockTable, tokens: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: Model, table: BlockTable, tokens: Sequence[int] = (), slot: int = NONE
+    ) -> None:
         self._closed = True  # until everything is set: __del__ may come at any time
         self.model = model
         self.tokens: list[int] = list(tokens)
         self._table = table
+        self.slot = slot  # of recurrent state after `tokens`
         self._closed = False
 
     def __len__(self) -> int:
@@ -46,7 +50,8 @@ class Session:
 
     def fork(self) -> Session:
         """A second session that continues from here; pages are shared until one writes."""
-        return Session(self.model, self.table.fork(), self.tokens)
+        slot = self.model.slots.share(self.slot)
+        return Session(self.model, self.table.fork(), self.tokens, slot)
 
     def rewind(self, n: int) -> None:
         """Drop the last n tokens; OptionError when there are fewer."""
@@ -60,6 +65,7 @@ class Session:
         """Give its pages back; the session cannot be used afterwards."""
         if not self._closed:
             self._table.truncate(0)
+            self.model.slots.release(self.slot)
             self._closed = True
 
     def __repr__(self) -> str:

@@ -18,9 +18,10 @@ from runtime.ops.registry import OPS, Case, op
 from runtime.ops.rounding import round_to
 
 NAMES = [
-    "add", "attention", "broadcast", "expert_sum", "get_rows", "kv_write", "matmul", "matmul_id",
-    "mul", "normalize", "permute", "reshape", "rms_norm", "rope", "rope_angles", "scale",
-    "select_rows", "sigmoid", "silu", "slice", "softmax", "take", "top_k",
+    "add", "attention", "broadcast", "expert_sum", "gated_delta", "get_rows", "kv_write", "l2_norm",
+    "matmul", "matmul_id", "mul", "normalize", "permute", "reshape", "rms_norm", "rope",
+    "rope_angles", "row_scale", "scale", "select_rows", "short_conv", "sigmoid", "silu", "slice",
+    "softmax", "softplus", "swiglu_oai", "take", "top_k",
 ]  # fmt: skip
 
 GRID = [
@@ -58,6 +59,10 @@ class Built:
             return ops.weight(name, arg.shape, F32)
         if arg.leaf == "state":
             leaf = ops.state(name, arg.shape, arg.dtype)
+            self.states[name] = leaf, value
+            return leaf
+        if arg.leaf == "slots":
+            leaf = ops.state(name, arg.shape, arg.dtype, "slots")
             self.states[name] = leaf, value
             return leaf
         self.inputs[name] = value

@@ -8,7 +8,12 @@ from runtime.ops.tensor import Tensor
 
 
 def page_nbytes(pages: Tensor) -> int:
-    """Bytes of one page of one layer: all KV heads of `pages` [pages, PAGE, heads, dim]."""
+    """Bytes of one page of one layer: all KV heads of `pages` [pages, PAGE, heads, dim].
+
+    Of state in slots: bytes of one slot, as it is.
+    """
+    if pages.attrs["kind"] == "slots":
+        return pages.nbytes // int(pages.shape[0])
     return int(pages.shape[2]) * kv_block_nbytes(pages.dtype.name, int(pages.shape[3]))
 
 

@@ -27,14 +27,15 @@ class ReferenceBackend:
         self._weights: dict[str, np.ndarray] = {}
 
     def state(self, leaf: Tensor) -> np.ndarray:
-        """float32 pages in the leaf's own shape [pages, PAGE, heads, dim]."""
+        """In the leaf's own shape: float32 pages [pages, PAGE, heads, dim], float64 slots."""
         if leaf.name not in self._states:
-            self._states[leaf.name] = np.zeros([int(n) for n in leaf.shape], np.float32)
+            wide = np.float64 if leaf.attrs["kind"] == "slots" else np.float32
+            self._states[leaf.name] = np.zeros([int(n) for n in leaf.shape], wide)
         return self._states[leaf.name]
 
     def state_page_nbytes(self, leaf: Tensor) -> int:
-        """Bytes of one page in float32."""
-        return 4 * leaf.size // int(leaf.shape[0])
+        """Bytes of one page in float32, or of one slot in float64."""
+        return (8 if leaf.attrs["kind"] == "slots" else 4) * leaf.size // int(leaf.shape[0])
 
     def program(self, graph: Graph) -> ReferenceProgram:
         """A program that walks the graph."""

@@ -145,7 +145,7 @@ def kv_bytes_per_token(file: Any, kv_type: str) -> int | None:
     from runtime.ops.dtypes import DTYPES, nbytes_for
 
     try:
-        layers = build(file).cache_layers
+        layers = build(file).layers.attention.values()
     except Error:
         return None
     dtype = DTYPES[kv_type]

@@ -13,7 +13,7 @@ from runtime.errors import ModelError
 from runtime.models import blocks
 from runtime.models.keys import Keys
 from runtime.models.rotary import Rotary, Scaling, rotary
-from runtime.models.step import CacheLayer, Step, Weights
+from runtime.models.step import CacheLayer, Layers, Step, Weights
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,12 @@ class Decoder:
     variant: Variant
 
     @property
-    def cache_layers(self) -> tuple[CacheLayer, ...]:
+    def layers(self) -> Layers:
         """KV heads and sizes, layer by layer."""
         a = self.p.attention
-        return (CacheLayer(a.kv_heads, a.dim, a.v_dim or a.dim),) * self.p.layers
+        return Layers(
+            dict.fromkeys(range(self.p.layers), CacheLayer(a.kv_heads, a.dim, a.v_dim or a.dim))
+        )
 
     def rotary(self) -> Rotary:
         """Frequencies, stretched as the file says."""

@@ -8,14 +8,14 @@ from runtime import ops
 from runtime.errors import ModelError
 from runtime.models.decoder import Decoder, Hyperparameters, Variant
 from runtime.models.keys import LARGEST, Keys
-from runtime.models.step import CacheLayer, Step, Weights
+from runtime.models.step import Layers, Step, Weights
 
 
 class Architecture(Protocol):
     """What the engine needs of a model."""
 
     @property
-    def cache_layers(self) -> tuple[CacheLayer, ...]: ...
+    def layers(self) -> Layers: ...
 
     @property
     def p(self) -> Any: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime import ops
 from runtime.errors import ModelError
-from runtime.ops.dtypes import DTYPES
+from runtime.ops.dtypes import DTYPES, F32
 from runtime.ops.tensor import Shape, Tensor
 
 
@@ -25,11 +25,32 @@ class CacheLayer:
 
 
 @dataclass(frozen=True)
+class StateLayer:
+    """One recurrent layer: taps and channels of its convolution, value heads and their sizes."""
+
+    taps: int
+    channels: int
+    heads: int
+    k_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the layers of a model remember, by number: KV cache, or recurrent state."""
+
+    attention: Mapping[int, CacheLayer]
+    recurrent: Mapping[int, StateLayer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Step:
     """Inputs of one step at capacity: T tokens, S sequences of up to P pages, R output rows.
 
     `places` are indices in a sequence (causality); `positions` are what RoPE sees; `slots` say
-    where a token's K and V go; `table` lists each sequence's pages.
+    where a token's K and V go; `table` lists each sequence's pages. `runs` are the rows (first,
+    count) of each sequence; its recurrent state is read from `slot_in` (-1: zeros) and written to
+    `slot_out`. Memory by layer: pages `k` and `v`, slots `conv` and `delta`.
     """
 
     tokens: Tensor
@@ -39,34 +60,56 @@ class Step:
     slots: Tensor
     table: Tensor
     output_rows: Tensor
-    k: tuple[Tensor, ...]
-    v: tuple[Tensor, ...]
+    runs: Tensor
+    slot_in: Tensor
+    slot_out: Tensor
+    k: Mapping[int, Tensor]
+    v: Mapping[int, Tensor]
+    conv: Mapping[int, Tensor]
+    delta: Mapping[int, Tensor]
 
     @staticmethod
     def capacity(
-        tokens: int, outputs: int, sequences: int, table_pages: int, pages: int,
-        layers: tuple[CacheLayer, ...], kv_types: tuple[str, str],
+        tokens: int, outputs: int, table_pages: int, pages: int, slots: int, layers: Layers,
+        kv_types: tuple[str, str],
     ) -> Step:  # fmt: skip
-        """Inputs with room for that many tokens, output rows, sequences and pages."""
-        t = ops.Dim("tokens", tokens)
+        """Inputs with room for that many tokens (each its own sequence, at most) and output rows,
+        over memory of that many pages and slots."""
+        t, s = ops.Dim("tokens", tokens), ops.Dim("sequences", tokens)
 
-        def pool(which: str, kind: str) -> tuple[Tensor, ...]:
-            return tuple(
-                ops.state(
+        def pool(which: str, kind: str) -> dict[int, Tensor]:
+            return {
+                i: ops.state(
                     f"cache.{i}.{which}",
                     (pages, ops.PAGE, layer.kv_heads, getattr(layer, f"{which}_dim")),
                     DTYPES[kind],
                 )
-                for i, layer in enumerate(layers)
-            )
+                for i, layer in layers.attention.items()
+            }
+
+        def room(which: str, shape: Callable[[StateLayer], Shape]) -> dict[int, Tensor]:
+            return {
+                i: ops.state(f"state.{i}.{which}", (slots, *shape(layer)), F32, "slots")
+                for i, layer in layers.recurrent.items()
+            }
 
         return Step(
             **{name: ops.step_input(name, (t,)) for name in _PER_TOKEN},
-            table=ops.step_input("table", (sequences, table_pages)),
+            table=ops.step_input("table", (tokens, table_pages)),
+            runs=ops.step_input("runs", (s, 2)),
+            slot_in=ops.step_input("slot_in", (s,)),
+            slot_out=ops.step_input("slot_out", (s,)),
             output_rows=ops.step_input("output_rows", (ops.Dim("outputs", outputs),)),
             k=pool("k", kv_types[0]),
             v=pool("v", kv_types[1]),
+            conv=room("conv", lambda layer: (layer.taps - 1, layer.channels)),
+            delta=room("delta", lambda layer: (layer.heads, layer.k_dim, layer.v_dim)),
         )
+
+    @property
+    def states(self) -> list[Tensor]:
+        """All memory leaves, pages before slots."""
+        return [x for group in (self.k, self.v, self.conv, self.delta) for x in group.values()]
 
 
 _PER_TOKEN = ("tokens", "positions", "sequences", "places", "slots")

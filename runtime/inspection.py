@@ -1,8 +1,8 @@
 """What DEBUG shows and VALIDATE checks while a model runs.
 
-DEBUG=1 one line per plan, 2 a table of instructions with time and GB/s, 3 the plan with its
-buffers, 4 the graph. VALIDATE=1 runs each instruction alone, compares it with the reference
-backend, and stops at the first that differs.
+DEBUG=1 one line per plan, 2 a table of its rows with time and GB/s, 3 the plan with its buffers,
+4 the graph. VALIDATE=1 runs each row alone, compares it with the reference backend, and stops at
+the first that differs.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def run_inspected(
 
 
 def _print_times(plan: Any, nanoseconds: np.ndarray, live: Mapping[str, int]) -> None:
-    """A table of kernels by time, largest first."""
+    """A table of rows of the plan by time, largest first; rows of the same calls are one line."""
     from rich.console import Console
     from rich.table import Table
 
     total: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
     for instruction, spent in zip(plan.instructions, nanoseconds, strict=True):
-        row = total[str(instruction.kernel)]
+        row = total[str(instruction)]
         for i, value in enumerate((1, spent, instruction.nbytes)):
             row[i] += value
     table = Table(title=f"step of {live['tokens']} tokens, {nanoseconds.sum() / 1e6:.2f} ms")
-    for name in ("kernel", "ops", "µs", "share", "GB/s"):
-        table.add_column(name, justify="left" if name == "kernel" else "right")
+    for name in ("calls of a row", "rows", "µs", "share", "GB/s"):
+        table.add_column(name, justify="left" if name.startswith("calls") else "right")
     everything = max(1, int(nanoseconds.sum()))
     for name, (count, spent, nbytes) in sorted(total.items(), key=lambda item: -item[1][1]):
         rate = f"{nbytes / max(1, spent):.1f}"
@@ -67,7 +67,7 @@ def _print_times(plan: Any, nanoseconds: np.ndarray, live: Mapping[str, int]) ->
 def _validate(
     model: Model, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
 ) -> np.ndarray:
-    """Each instruction's named results against the reference's, which keeps its own cache."""
+    """Each row's named results against the reference's, which keeps its own cache."""
     reference = _reference(model)
     expected = reference.program(model.graph(live["tokens"], max(1, live["outputs"])))
     expected.run(inputs, live)
@@ -82,13 +82,13 @@ def _validate(
                 want = want[inputs["output_rows"]]  # rows were picked early in this plan
             rows = got[: len(want)].reshape(want.shape)
             if not np.isfinite(rows).all() and np.isfinite(want).all():
-                raise BackendError(f"VALIDATE: {tensor.name} (instruction {n}) is not finite")
+                raise BackendError(f"VALIDATE: {tensor.name} (row {n}) is not finite")
             error = float(((rows - want) ** 2).sum() / max(1e-30, float((want**2).sum())))
             if error > tolerance:
-                kernel = program.plan.instructions[n].kernel
+                row = program.plan.instructions[n]
                 raise BackendError(
-                    f"VALIDATE: {tensor.name} (instruction {n}, {kernel}) differs from the "
-                    f"reference: NMSE {error:.1e} > {tolerance:.0e}"
+                    f"VALIDATE: {tensor.name} (row {n}, {row}) differs from the reference: "
+                    f"NMSE {error:.1e} > {tolerance:.0e}"
                 )
 
     return program.run_each(inputs, live, compare)[0]

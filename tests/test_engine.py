@@ -158,11 +158,11 @@ def test_nothing_is_allocated_after_the_first_token(model: Model):
         session.eval([4], "last")
         programs = dict(model._programs)
         program = model.program(1, 1)
-        tables = program._table._rows.copy(), program._table._arguments.copy()
+        tables = program._table._records.copy(), program._table._arguments.copy()
         for token in range(20):
             session.eval([token], "last")
         assert model._programs == programs
-        np.testing.assert_array_equal(program._table._rows, tables[0])
+        np.testing.assert_array_equal(program._table._records, tables[0])
         np.testing.assert_array_equal(program._table._arguments, tables[1])
 
 

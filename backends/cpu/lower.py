@@ -1,7 +1,7 @@
-"""Lowering: one rule per op turns nodes into instructions over buffers.
+"""Lowering: one rule per op turns nodes into kernel calls over buffers.
 
 Rules are registered by op name in the files that mirror `ops/` (norm.py, matmul.py, ...). A rule
-says which kernel, with which arguments; buffers, barriers and memory are decided here.
+says which kernel, with which arguments; rows, buffers and memory are decided here and in plan.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from runtime.backends.cpu.kernel import Kernel, arguments_of
 from runtime.backends.cpu.passes import prepare
-from runtime.backends.cpu.plan import Buffer, Instruction, Plan, Ref, place_buffers, set_barriers
+from runtime.backends.cpu.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
 from runtime.backends.cpu.rewrite import Options
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
@@ -23,7 +23,8 @@ RULES: dict[str, Rule] = {}
 # Nodes that only exist after the passes of passes.py.
 DEVICE_OPS = frozenset({
     "pack", "rms_norm_pack", "swiglu_pack", "linear", "qkv_post", "router", "router_ids",
-    "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id",
+    "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id", "sigmoid_gate_pack",
+    "gated_norm_pack",
 })  # fmt: skip
 
 
@@ -47,11 +48,10 @@ def lowers(*names: str) -> Callable[[Rule], Rule]:
 
 
 class Lowering:
-    """The state of lowering one graph: instructions so far and the buffer of each tensor."""
+    """The state of lowering one graph: calls so far and the buffer of each tensor."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.instructions: list[Instruction] = []
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
         self.counts: dict[tuple[str, int], int] = {}
         self.scratch_nbytes = 0
         self.router_ids: dict[Tensor, Buffer] = {}
@@ -59,8 +59,14 @@ class Lowering:
         self._fixed: dict[tuple[str, str], Buffer] = {}
         self._counts = Buffer("count", "counts", 0)
 
-    def emit(self, kernel: str, node: Tensor, constants: dict | None = None, **arguments) -> None:
-        """Append an instruction; arguments are integers, Refs to read, or `Out(ref)` to write."""
+    def emit(
+        self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
+        **arguments: int | Ref | Out,
+    ) -> None:  # fmt: skip
+        """Append a call; arguments are integers, Refs to read, or `Out(ref)` to write.
+
+        share: how the kernel divides some of them between threads, where it promises something.
+        """
         names = arguments_of(kernel)
         if set(names) != set(arguments):
             wrong = set(names).symmetric_difference(arguments)
@@ -70,11 +76,12 @@ class Lowering:
         writes = [a.ref.buffer for a in arguments.values() if isinstance(a, Out)]
         updates = [a.ref.buffer for a in arguments.values() if isinstance(a, Out) and a.also_read]
         reads = [a.buffer for a in arguments.values() if isinstance(a, Ref)]
-        self.instructions.append(
-            Instruction(
+        self.calls.append(
+            Call(
                 Kernel.of(kernel, **(constants or {})), ordered,
                 tuple(dict.fromkeys(reads + updates)), tuple(dict.fromkeys(writes)), node,
-                nbytes=sum(b.nbytes for b in {*reads, *writes} if b.kind != "state"),
+                sum(b.nbytes for b in {*reads, *writes} if b.kind != "state"),
+                share.length if share else 0, _own(share, ordered),
             )
         )  # fmt: skip
 
@@ -97,19 +104,19 @@ class Lowering:
         """The buffer a node was written to."""
         return self._buffers[node]
 
-    def weight(self, x: Tensor, form: str, key: str = "", nbytes: int = 0) -> Ref:
+    def weight(self, x: Tensor, form: str) -> Ref:
         """A weight in one of its forms: "raw" file bytes, "vector" float32, or "packed"."""
         if x.op not in ("weight", "constant"):
             raise Declined(f"{x!r} is computed, not a weight of the file")
         kind = "constant" if x.op == "constant" else form
-        return Ref(self._named(kind, key or x.name, nbytes or x.nbytes, x))
+        return Ref(self._named(kind, x.name, x.nbytes, x))
 
     def state(self, x: Tensor) -> Ref:
         """Pages of a state leaf."""
         return Ref(self._named("state", x.base.name, x.nbytes, x.base))
 
     def scratch(self, nbytes: int) -> Ref:
-        """Memory that lives for one instruction; all instructions share the largest."""
+        """Memory that lives for one call; all calls share the largest."""
         self.scratch_nbytes = max(self.scratch_nbytes, nbytes)
         return Ref(self._named("scratch", "scratch", 0, None))
 
@@ -153,6 +160,13 @@ class Lowering:
             tail *= int(n)
         return self.read(x), tail, self.live(x), int(x.layout.strides[0])
 
+    def heads(self, x: Tensor) -> tuple[Ref, int, int]:
+        """x [tokens, heads, dim], a view or not: address, token stride, head stride."""
+        token, head, step = x.layout.strides
+        if step != 1 and x.shape[2] != 1:
+            raise Declined(f"heads of {x!r} are not contiguous")
+        return self.read(x), int(token), int(head)
+
     def _buffer(self, base: Tensor) -> Buffer:
         if base in self._buffers:
             return self._buffers[base]
@@ -179,11 +193,20 @@ class Out:
         self.ref, self.also_read = ref, also_read
 
 
+def _own(share: Share | None, arguments: dict[str, int | Ref]) -> frozenset[Buffer]:
+    """The buffers a share speaks of; an argument that begins inside a row is none of them."""
+    refs = [arguments[name] for name in share.arguments] if share else []
+    row = 4 * share.length if share else 1
+    whole = {r.buffer for r in refs if isinstance(r, Ref) and r.offset % row == 0}
+    partial = {r.buffer for r in refs if isinstance(r, Ref) and r.offset % row}
+    return frozenset(whole - partial)
+
+
 def lower(graph: Graph, options: Options, guarded: bool = False) -> Plan:
-    """The plan of a graph: rewritten, lowered, barriers set, memory placed."""
+    """The plan of a graph: rewritten, lowered, gathered into rows, memory placed."""
     _load_rules()
     graph = prepare(graph, options)
-    lowering = Lowering(options)
+    lowering = Lowering()
     for node in graph.nodes:
         if node.op in LEAVES or node.op in VIEWS:
             continue
@@ -196,10 +219,9 @@ def lower(graph: Graph, options: Options, guarded: bool = False) -> Plan:
             RULES[node.op](lowering, node)
         except Declined as reason:
             raise BackendError(f"cpu backend cannot run {node.op} ({node!r}): {reason}") from None
-    set_barriers(lowering.instructions)
     kept = tuple(o for o in graph.outputs if o.base.op != "state")
     plan = Plan(
-        graph.name, lowering.instructions, [lowering.read(o) for o in kept], kept,
+        graph.name, make_rows(lowering.calls), [lowering.read(o) for o in kept], kept,
         lowering.counts, scratch_nbytes=lowering.scratch_nbytes,
     )  # fmt: skip
     place_buffers(plan, guarded)

@@ -29,11 +29,13 @@ class Program:
         self._inputs: dict[str, np.ndarray] = {}
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
-        rows = [
-            (kernel_address(i.kernel), [self._value(a) for a in i.arguments.values()])
-            for i in plan.instructions
-        ]
-        self._table = Table(rows, [i.barrier for i in plan.instructions])
+        self._table = Table([
+            [
+                (kernel_address(c.kernel), [self._value(a) for a in c.arguments.values()])
+                for c in row.calls
+            ]
+            for row in plan.instructions
+        ])  # fmt: skip
         self._outputs = [
             _view(arena, ref, tensor)
             for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
@@ -45,26 +47,27 @@ class Program:
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step; see backends/base.py. Results are views of the arena."""
         self._prepare(inputs, live)
-        self._team.run(self._table.address(), len(self._table))
+        self._team.run(*self._table.records())
         return self._results(live)
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """As `run`, with the nanoseconds of each instruction as thread 0 sees them."""
+        """As `run`, with the nanoseconds of each row as thread 0 sees them."""
         self._prepare(inputs, live)
-        times = np.zeros(len(self._table) + 1, np.int64)
-        self._team.run(self._table.address(), len(self._table), times.ctypes.data)
-        return self._results(live), np.diff(times)
+        address, count = self._table.records()
+        times = np.zeros(count + 1, np.int64)
+        self._team.run(address, count, times.ctypes.data)
+        return self._results(live), np.diff(times[self._table.starts])
 
     def run_each(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
         after: Callable[[int, list[tuple[Tensor, np.ndarray]]], None],
     ) -> list[np.ndarray]:  # fmt: skip
-        """As `run`, one instruction at a time; `after(n, results)` sees its float results."""
+        """As `run`, one row at a time; `after(n, results)` sees its float results."""
         self._prepare(inputs, live)
         for n, instruction in enumerate(self.plan.instructions):
-            self._team.run(self._table.address(n), 1)
+            self._team.run(*self._table.records(n))
             found = [
                 (b.tensor, _view(self._arena, Ref(b), b.tensor))
                 for b in instruction.writes
@@ -144,7 +147,7 @@ class Program:
 
     def _attention(self) -> Tensor | None:
         """An attention node of the plan: all of them see the same tokens."""
-        nodes = (i.node for i in self.plan.instructions if i.node.op == "attention")
+        nodes = (c.node for c in self.plan.calls() if c.node.op == "attention")
         return next(nodes, None)
 
 

@@ -8,28 +8,37 @@ import numpy as np
 
 from runtime.backends.cpu.signatures import PLAN_BARRIER, PLAN_ROW_WORDS
 
+Record = tuple[int, Sequence[int]]  # kernel address, arguments
+
 
 class Table:
-    """int64 [rows, PLAN_ROW_WORDS] with the arguments of all rows behind one another; fixed."""
+    """int64 [calls, PLAN_ROW_WORDS] with the arguments of all calls behind one another; fixed.
 
-    def __init__(self, rows: Sequence[tuple[int, Sequence[int]]], meet: Sequence[bool]) -> None:
-        """`rows`: kernel address and arguments; `meet[i]`: all threads meet before row i."""
-        self._arguments = np.zeros(max(1, sum(len(a) for _, a in rows)), np.int64)
-        self._rows = np.zeros((len(rows), PLAN_ROW_WORDS), np.int64)
+    A row is one call or several; all threads meet before the first of each row.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[Record]]) -> None:
+        calls = [call for row in rows for call in row]
+        self.starts = np.cumsum([0, *map(len, rows)])  # of each row its first record, and the end
+        self._arguments = np.zeros(max(1, sum(len(a) for _, a in calls)), np.int64)
+        self._records = np.zeros((len(calls), PLAN_ROW_WORDS), np.int64)
         at = 0
-        for row, (kernel, arguments), meets in zip(self._rows, rows, meet, strict=True):
+        for record, (kernel, arguments) in zip(self._records, calls, strict=True):
             self._arguments[at : at + len(arguments)] = arguments
-            row[:3] = kernel, self._arguments.ctypes.data + 8 * at, PLAN_BARRIER * meets
+            record[:2] = kernel, self._arguments.ctypes.data + 8 * at
             at += len(arguments)
+        self._records[self.starts[:-1], 2] = PLAN_BARRIER
 
     @staticmethod
     def single(kernel: int, arguments: Sequence[int]) -> Table:
-        """One row."""
-        return Table([(kernel, arguments)], [False])
+        """One row of one call."""
+        return Table([[(kernel, arguments)]])
 
-    def address(self, row: int = 0) -> int:
-        """Address of a row; from there the table can be run in part."""
-        return self._rows.ctypes.data + row * self._rows.strides[0]
+    def records(self, row: int | None = None) -> tuple[int, int]:
+        """Address and number of the records of one row, or of all."""
+        first, last = (0, -1) if row is None else (row, row + 1)
+        start, stop = int(self.starts[first]), int(self.starts[last])
+        return self._records.ctypes.data + start * self._records.strides[0], stop - start
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.starts) - 1

@@ -111,7 +111,7 @@ class WeightStore:
             packed_nbytes(name, rows, inner),
         ]  # fmt: skip
         table = Table.single(self._library.address(kernel), arguments)
-        self._team.run(table.address(), len(table))
+        self._team.run(*table.records())
 
 
 def _matrix(w: Tensor) -> tuple[int, int]:

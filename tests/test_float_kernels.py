@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_calls import ISAS, Fenced, library, run
+from packed_rows import Packed, pack
 
 from runtime import ops
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.kernels.compile import compile_kernel
 from runtime.backends.cpu.pages import to_plain
-from runtime.backends.cpu.signatures import CONSTANTS, kv_block_nbytes, packed_tile_nbytes
+from runtime.backends.cpu.signatures import CONSTANTS, kv_block_nbytes
 from runtime.backends.cpu.tile.reference_pack import pack_split
 from runtime.ops.attention import PAGE
 from runtime.ops.dtypes import DTYPES, nbytes_for
@@ -32,10 +33,11 @@ def _kernels() -> list[Kernel]:
     split = [Kernel.of(name, C=8, kind="split") for name in ("pack", "rms_norm_pack")]
     packs = [
         Kernel.of(name, C=C, kind=kind)
-        for name, widths in (("pack", (1, 4, 8)), ("rms_norm_pack", (8,)), ("swiglu_pack", (8,)))
+        for name, widths in (("pack", (1, 4, 8)), ("rms_norm_pack", (8,)))
         for C in widths
         for kind in ("int8", "f32")
     ]
+    silu = {"act": "silu"}
     writes = [Kernel.of("kv_write", which=which, type=kind) for which in "kv" for kind in KV_TYPES]
     posts = [
         Kernel.of("qkv_post", style="neox", k_type="q8_0", v_type="f16"),
@@ -44,9 +46,13 @@ def _kernels() -> list[Kernel]:
     rows = [Kernel.of("get_rows", format=name) for name in CONSTANTS["get_rows"]["format"]]
     ropes = [Kernel.of("rope", style=style) for style in STYLES]
     moe = [
-        Kernel.of(name, C=4, kind=kind)
-        for name in ("pack_rows", "swiglu_pack_rows")
+        each
         for kind in ("int8", "f32")
+        for each in (
+            Kernel.of("pack_rows", C=4, kind=kind),
+            Kernel.of("swiglu_pack", C=8, kind=kind, **silu),
+            Kernel.of("swiglu_pack_rows", C=4, kind=kind, **silu),
+        )
     ]
     plain = [Kernel.of(n) for n in ("rms_norm", "swiglu", "gather_rows", "rope_angles")]
     return [*packs, *split, *writes, *posts, *rows, *ropes, *moe, *plain]
@@ -102,59 +108,6 @@ def test_rms_norm(rng, n):
     for threads in (2, 3):
         assert normed(x, w, threads=threads).tobytes() == normed(x, w).tobytes()
     assert normed(x[1:2], w).tobytes() == normed(x, w)[1:2].tobytes()
-
-
-class Packed:
-    """Packed activations, taken apart."""
-
-    def __init__(self, rows: int, n: int, C: int, kind: str) -> None:
-        self.rows, self.n, self.C, self.kind = rows, n, C, kind
-        self.tiles = -(-rows // C)
-        self.tile_nbytes = packed_tile_nbytes(n, C, kind)
-        self.memory = Fenced(1, self.tiles * self.tile_nbytes // 4, dtype=np.int32)
-
-    def check(self) -> None:
-        assert self.memory.strays(1) == 0
-
-    def columns(self) -> np.ndarray:
-        """float32 [tiles * C, n] of kind f32."""
-        tiles = self.memory.values.view(np.float32).reshape(self.tiles, -1)[:, : self.n * self.C]
-        return tiles.reshape(self.tiles, self.n, self.C).swapaxes(1, 2).reshape(-1, self.n)
-
-    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
-        """Quants int8 [tiles * C, n / 32, 32] and side data int32 [tiles * C, n / 32, 5]."""
-        raw = self.memory.values.view(np.uint8).reshape(self.tiles, self.tile_nbytes)
-        blocks, end = self.n // 32, self.n * self.C
-        quants = raw[:, :end].view(np.int8).reshape(self.tiles, blocks, self.C, 32)
-        side = np.ascontiguousarray(raw[:, end : end + blocks * self.C * 20]).view(np.int32)
-        side = side.reshape(self.tiles, blocks, 5, self.C)
-        return (
-            quants.swapaxes(1, 2).reshape(-1, blocks, 32),
-            side.transpose(0, 3, 1, 2).reshape(-1, blocks, 5),
-        )
-
-    def bits(self) -> list[bytes]:
-        """What each column holds, whatever tile it lies in."""
-        if self.kind == "f32":
-            return [row.tobytes() for row in self.columns()]
-        quants, side = self.blocks()
-        return [q.tobytes() + s.tobytes() for q, s in zip(quants, side, strict=True)]
-
-
-def pack(
-    name: str, C: int, kind: str, *x: np.ndarray, threads: int = 1, isa: str = ISAS[0], **more: Any
-) -> Packed:
-    rows, n = x[0].shape
-    packed = Packed(rows, n, C, kind)
-    sources = [Fenced.of(v, n + 7) for v in x]
-    names = ("gate", "up") if name == "swiglu_pack" else ("x",)
-    places = dict(zip(names, sources, strict=True)) | {f"{k}_stride": n + 7 for k in names}
-    run(
-        Kernel.of(name, C=C, kind=kind), isa, threads, out=packed.memory, live=rows, n=n,
-        **places, **more,
-    )  # fmt: skip
-    packed.check()
-    return packed
 
 
 def check_blocks(packed: Packed, x: np.ndarray) -> None:
@@ -280,10 +233,10 @@ def test_gathered_packs(rng, kind):
     rows = tiles[:2, 1:].ravel()
     wanted_rows = np.where(rows >= 0, rows, 0)
 
-    def gathered(name: str, **sources: Any) -> list[bytes]:
+    def gathered(name: str, act: dict[str, str], **sources: Any) -> list[bytes]:
         packed = Packed(8, n, 4, kind)
         run(
-            Kernel.of(name, C=4, kind=kind), threads=2, tiles=Fenced.of(tiles[:2]),
+            Kernel.of(name, C=4, kind=kind, **act), threads=2, tiles=Fenced.of(tiles[:2]),
             out=packed.memory, n_tiles=live, n=n, **sources,
         )  # fmt: skip
         packed.check()
@@ -294,13 +247,16 @@ def test_gathered_packs(rng, kind):
         return whole.bits()
 
     x = rng.standard_normal((6, n)).astype(np.float32)
-    per_token = gathered("pack_rows", x=Fenced.of(x), x_stride=n, divisor=used)
+    per_token = gathered("pack_rows", {}, x=Fenced.of(x), x_stride=n, divisor=used)
     assert per_token == wanted(x[wanted_rows // used])
-    per_row = gathered("pack_rows", x=Fenced.of(x), x_stride=n, divisor=1)
+    per_row = gathered("pack_rows", {}, x=Fenced.of(x), x_stride=n, divisor=1)
     assert per_row == wanted(x[wanted_rows])
     up = rng.standard_normal((6, n)).astype(np.float32)
     gate = Fenced.of(x)
-    found = gathered("swiglu_pack_rows", gate=gate, up=Fenced.of(up), gate_stride=n, up_stride=n)
+    found = gathered(
+        "swiglu_pack_rows", {"act": "silu"}, gate=gate, up=Fenced.of(up), gate_stride=n,
+        up_stride=n, alpha=0.0, limit=0.0,
+    )  # fmt: skip
     whole = pack("swiglu_pack", 8, kind, x[wanted_rows], up[wanted_rows]).bits()
     zero = pack("pack", 4, kind, np.zeros((1, n), np.float32)).bits()[0]
     assert found == [w if r >= 0 else zero for w, r in zip(whole, rows, strict=True)]

@@ -28,6 +28,19 @@ def binary(lower: Lowering, node: Tensor) -> None:
     )  # fmt: skip
 
 
+@lowers("swiglu_oai")
+def swiglu_oai(lower: Lowering, node: Tensor) -> None:
+    """Clamped SwiGLU of rows."""
+    gate, up = node.inputs
+    address, n, live, stride = lower.rows(gate)
+    second, _, _, second_stride = lower.rows(up)
+    lower.emit(
+        node.op, node, x=address, y=second, out=lower.write(node), live=live, n=n,
+        x_stride=stride, y_stride=second_stride, out_stride=n,
+        alpha=float_bits(node.attrs["alpha"]), limit=float_bits(node.attrs["limit"]),
+    )  # fmt: skip
+
+
 @lowers("silu", "sigmoid", "softmax", "normalize")
 def unary(lower: Lowering, node: Tensor) -> None:
     """Rows of x."""

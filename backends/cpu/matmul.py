@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from runtime.backends.cpu.lower import Lowering, lowers
 from runtime.backends.cpu.rewrite import tile_format
-from runtime.backends.cpu.signatures import packed_nbytes
+from runtime.backends.cpu.signatures import float_bits, packed_nbytes
 from runtime.ops.tensor import Tensor
 
 
@@ -20,6 +22,12 @@ def pack(lower: Lowering, node: Tensor) -> None:
     )  # fmt: skip
 
 
+def activation(node: Tensor) -> tuple[dict[str, str], dict[str, int]]:
+    """Which SwiGLU a node computes: the constant of its kernel, and two of its arguments."""
+    alpha, limit = (float_bits(node.attrs.get(name, 0.0)) for name in ("alpha", "limit"))
+    return {"act": "oai" if "alpha" in node.attrs else "silu"}, {"alpha": alpha, "limit": limit}
+
+
 @lowers("swiglu_pack")
 def swiglu_pack(lower: Lowering, node: Tensor) -> None:
     """silu(gate) * up straight into tiles."""
@@ -28,10 +36,39 @@ def swiglu_pack(lower: Lowering, node: Tensor) -> None:
     up_address, _, _, up_stride = lower.rows(up)
     tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
     nbytes = packed_nbytes(gate.size // n, n, **tile)
+    act, bounds = activation(node)
     lower.emit(
-        "swiglu_pack", node, tile, gate=address, up=up_address, out=lower.write(node, nbytes),
-        live=live, n=n, gate_stride=gate_stride, up_stride=up_stride,
+        "swiglu_pack", node, tile | act, gate=address, up=up_address,
+        out=lower.write(node, nbytes), live=live, n=n, gate_stride=gate_stride,
+        up_stride=up_stride, **bounds,
     )  # fmt: skip
+
+
+def _gated(lower: Lowering, node: Tensor, x: Tensor, gate: Tensor, **more: Any) -> None:
+    """A pack of [T, heads, d] as rows of heads * d; only the gate's heads may lie apart."""
+    address, n, live, stride = lower.tokens(x)
+    gate_address, gate_stride, gate_head_stride = lower.heads(gate)
+    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    nbytes = packed_nbytes(x.size // n, n, **tile)
+    lower.emit(
+        node.op, node, tile, x=address, gate=gate_address, out=lower.write(node, nbytes),
+        live=live, n=n, head_dim=int(x.shape[2]), x_stride=stride, gate_stride=gate_stride,
+        gate_head_stride=gate_head_stride, **more,
+    )  # fmt: skip
+
+
+@lowers("sigmoid_gate_pack")
+def sigmoid_gate_pack(lower: Lowering, node: Tensor) -> None:
+    """x * sigmoid(gate) straight into tiles."""
+    _gated(lower, node, *node.inputs)
+
+
+@lowers("gated_norm_pack")
+def gated_norm_pack(lower: Lowering, node: Tensor) -> None:
+    """rms_norm(x, w) of each head * silu(gate) straight into tiles."""
+    x, w, gate = node.inputs
+    eps = float_bits(node.attrs["eps"])
+    _gated(lower, node, x, gate, w=lower.weight(w, "vector"), eps=eps)
 
 
 @lowers("linear")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from runtime.backends.cpu.lower import Lowering, Out, lowers
+from runtime.backends.cpu.matmul import activation
 from runtime.backends.cpu.plan import Buffer, Ref
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.signatures import float_bits, packed_tile_nbytes
@@ -103,10 +104,11 @@ def swiglu_pack_rows(lower: Lowering, node: Tensor) -> None:
     up_address, _, _, up_stride = lower.rows(up)
     records, count, capacity = _tiles(lower, tiles)
     tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    act, bounds = activation(node)
     lower.emit(
-        "swiglu_pack_rows", node, tile, gate=address, up=up_address, tiles=records,
+        "swiglu_pack_rows", node, tile | act, gate=address, up=up_address, tiles=records,
         out=lower.write(node, capacity * packed_tile_nbytes(n, **tile)), n_tiles=count, n=n,
-        gate_stride=gate_stride, up_stride=up_stride,
+        gate_stride=gate_stride, up_stride=up_stride, **bounds,
     )  # fmt: skip
 
 

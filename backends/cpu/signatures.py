@@ -19,9 +19,11 @@ _FILES: dict[str, dict[str, str]] = {
     "pack": {
         "pack": "x out live n x_stride",
         "rms_norm_pack": "x w out live n x_stride eps",
-        "swiglu_pack": "gate up out live n gate_stride up_stride",
+        "swiglu_pack": "gate up out live n gate_stride up_stride alpha limit",
         "pack_rows": "x tiles out n_tiles n x_stride divisor",
-        "swiglu_pack_rows": "gate up tiles out n_tiles n gate_stride up_stride",
+        "swiglu_pack_rows": "gate up tiles out n_tiles n gate_stride up_stride alpha limit",
+        "sigmoid_gate_pack": "x gate out live n head_dim x_stride gate_stride gate_head_stride",
+        "gated_norm_pack": "x w gate out live n head_dim x_stride gate_stride gate_head_stride eps",
     },
     "gather": {
         "get_rows": "table ids out live n row_bytes out_stride",
@@ -47,6 +49,7 @@ _FILES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("silu", "sigmoid", "exp", "log"), "x out live n x_stride out_stride"),
         **dict.fromkeys(("softmax", "normalize"), "x out live n x_stride out_stride"),
         "scale": "x out live n x_stride out_stride factor",
+        "swiglu_oai": "x y out live n x_stride y_stride out_stride alpha limit",
     },
     "moe": {
         "router": "logits ids weights live n_experts k logits_stride scale",
@@ -68,6 +71,7 @@ _PACKING = {"C": (1, 4, 8, 16), "kind": ("int8", "f32", "split")}
 # kernel -> constant -> the values it may have; a kernel that is not here has none
 CONSTANTS: dict[str, dict[str, tuple]] = {
     **dict.fromkeys(_FILES["pack"], _PACKING),
+    **{name: _PACKING | {"act": ("silu", "oai")} for name in ("swiglu_pack", "swiglu_pack_rows")},
     "get_rows": {
         "format": (
             *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),

@@ -8,7 +8,7 @@ sums, joined in a fixed tree, wherever the row lies and whoever computes it.
 from __future__ import annotations
 
 from . import simd as s
-from .rows import helper, share
+from .rows import clamped_swiglu, helper, share
 
 _LOWEST = float("-inf")
 
@@ -111,6 +111,25 @@ def build_swiglu():
     return _binary(helper(lambda x, y: s.silu(x) * y))
 
 
+def build_swiglu_oai():
+    def swiglu_oai(
+        x, y, out, live, n, x_stride, y_stride, out_stride, alpha, limit, thread, n_threads
+    ):
+        units = (n + 15) // 16
+        slope, bound = s.splat(s.float_of(alpha)), s.splat(s.float_of(limit))
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            gate, up = x + row * x_stride * 4, y + row * y_stride * 4
+            for unit in range(first, stop):
+                i = unit * 16
+                value = clamped_swiglu(get(gate, i, n, 0), get(up, i, n, 0), slope, bound)
+                put(out + row * out_stride * 4, i, n, value)
+            at += stop - first
+
+    return swiglu_oai
+
+
 def _unary(value):
     def unary(x, out, live, n, x_stride, out_stride, thread, n_threads):
         units = (n + 15) // 16
@@ -178,6 +197,7 @@ KERNELS = {
     "add": build_add,
     "mul": build_mul,
     "swiglu": build_swiglu,
+    "swiglu_oai": build_swiglu_oai,
     "silu": build_silu,
     "sigmoid": build_sigmoid,
     "exp": build_exp,

@@ -58,3 +58,11 @@ def sum_squares(b, x, n):
 def inverse_rms(x, n, eps):
     """1 / sqrt(mean(x^2) + eps) of n floats at an address."""
     return s.f32(1) / s.sqrt_f32(sum_squares(x, n) / s.f32(n) + eps)
+
+
+@helper
+def clamped_swiglu(gate, up, alpha, limit):
+    """(up + 1) * gate * sigmoid(alpha * gate); gate at most limit, up within [-limit, limit]."""
+    gate = s.smaller(limit, gate)
+    up = s.larger(s.splat(s.f32(0)) - limit, s.smaller(limit, up))
+    return (up + s.splat(s.f32(1))) * (gate * s.sigmoid(gate * alpha))

@@ -6,12 +6,13 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.arguments import check_has_weights, check_load
 from runtime.backends.base import Backend, Program, Progress, open_backend
 from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.errors import OptionError
@@ -48,7 +49,13 @@ def load(
     progress: True draws bars on stderr; or a function of (done, total, what).
     Raises a `runtime.Error` that names the file, tensor or option.
     """
+    given = {
+        "devices": devices, "kv_type": kv_type, "context": context, "threads": threads,
+        "activations": activations, "sequences": sequences, "progress": progress,
+    }  # fmt: skip
+    check_load(path, given)
     file = open_gguf(path if path is not None else demo_path())
+    check_has_weights(file)
     return Model(file, devices, kv_type, context, threads, activations, sequences, progress)
 
 
@@ -67,9 +74,8 @@ class Model:
         self.file = file
         self._lock = threading.RLock()  # one step at a time: they share buffers and pages
         self._closed = False
+        self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self.kv_types = parse_kv_type(kv_type)
-        if sequences < 1 or (context is not None and context < 1):
-            raise OptionError(f"context={context} and sequences={sequences} must be at least 1")
         self._architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations)
         self._size = self._choose_size(context, sequences)
@@ -181,6 +187,8 @@ class Model:
                 session.close()
             self._closed = True
             self.backend.close()
+            if self.validated is not None:
+                self.validated()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -248,7 +256,7 @@ class Model:
         step = Step.capacity(1, 1, 1, 1, 1, layers, self.kv_types)
         pages = (*step.k.values(), *step.v.values())
         page = sum(self.backend.state_page_nbytes(leaf) for leaf in pages)
-        weights = sum(t.nbytes for t in self.file.tensors.values())
+        weights = self.file.tensors_nbytes
         return choose(context, self._architecture.p.context, sequences, page, weights)
 
     def _load_weights(self, progress: bool | Progress) -> None:

@@ -145,6 +145,10 @@ class FakeFile:
     def architecture(self):
         return self.metadata["general.architecture"]
 
+    @property
+    def tensors_nbytes(self):
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 class TestFacts:
     SHAPES = MappingProxyType(

@@ -103,7 +103,7 @@ def fields(result: Result) -> dict[str, Any]:
         "backends": "CPU",
         "model_filename": str(file.path),
         "model_type": facts.model_type(file),
-        "model_size": facts.model_size(file),
+        "model_size": file.tensors_nbytes,
         "model_n_params": facts.n_params(file),
         "n_batch": _BATCH,
         "n_ubatch": _BATCH,
@@ -130,7 +130,7 @@ def _cells(result: Result) -> list[str]:
     share, gmac = result.bandwidth_share, result.gmac_per_s
     return [
         facts.model_type(file),
-        _size(facts.model_size(file)),
+        _size(file.tensors_nbytes),
         _params(facts.n_params(file)),
         "CPU",
         str(result.threads),

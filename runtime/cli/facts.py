@@ -59,11 +59,6 @@ def n_params(file: Any) -> int:
     return sum(math.prod(tensor.shape) for tensor in file.tensors.values())
 
 
-def model_size(file: Any) -> int:
-    """Bytes of all tensors, which is less than the file by its header."""
-    return sum(tensor.nbytes for tensor in file.tensors.values())
-
-
 def model_name(file: Any) -> str:
     """`general.name`, or the file's name."""
     return str(file.get("general.name") or file.path.stem)

@@ -83,7 +83,7 @@ def _sections(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> lis
         ("type", facts.model_type(file)),
         ("file", f"{size(file.nbytes)}, GGUF version {file.version}"),
         ("weights", f"{count(facts.n_params(file))} in {len(file.tensors)} tensors, "
-                    f"{size(facts.model_size(file))}, {_bits(file):.2f} bits each"),
+                    f"{size(file.tensors_nbytes)}, {_bits(file):.2f} bits each"),
     ]  # fmt: skip
     metadata = [(key, _shown(value)) for key, value in file.metadata.items()]
     parts = [
@@ -99,7 +99,7 @@ def _sections(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> lis
 
 
 def _bits(file: Any) -> float:
-    return 8 * facts.model_size(file) / max(1, facts.n_params(file))
+    return 8 * file.tensors_nbytes / max(1, facts.n_params(file))
 
 
 def _tensor_table(tensors: Sequence[Any]) -> str:
@@ -119,7 +119,7 @@ def _memory(file: Any, contexts: Sequence[int]) -> list[dict[str, int]]:
         most = trained if isinstance(trained, int) else _CONTEXTS[-1]
         contexts = sorted({*(n for n in _CONTEXTS if n < most), most})
     each = {kind: facts.kv_bytes_per_token(file, kind) for kind in KV_TYPES}
-    weights = facts.model_size(file)
+    weights = file.tensors_nbytes
     return [
         {"context": n, **{kind: weights + n * per for kind, per in each.items() if per is not None}}
         for n in contexts
@@ -165,7 +165,7 @@ def _as_json(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> Mapp
         "model": facts.model_name(file),
         "model_type": facts.model_type(file),
         "n_params": facts.n_params(file),
-        "model_size": facts.model_size(file),
+        "model_size": file.tensors_nbytes,
         "metadata": {key: _plain(value) for key, value in file.metadata.items()},
         "tensors": [
             {"name": t.name, "type": t.dtype.name, "shape": list(t.shape), "nbytes": t.nbytes,

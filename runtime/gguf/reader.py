@@ -108,6 +108,11 @@ class GGUFFile:
             )
         return name
 
+    @property
+    def tensors_nbytes(self) -> int:
+        """Bytes of all tensors together, which is less than the file by its header."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def drop_pages(self, tensor: GGUFTensor) -> None:
         """Tell the system that `tensor`'s pages may leave memory; they are read again on need.
 
@@ -132,8 +137,10 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 def _open_part(path: Path) -> _Part:
     try:
+        if path.is_dir():
+            raise FileError(f"{path}: this is a folder; {_files_in(path)}")
         if not path.is_file():
-            what = "is not a file; name a .gguf file" if path.exists() else "no such file"
+            what = "is not a file" if path.exists() else "no such file"
             raise FileError(f"{path}: {what}; check the path")
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
@@ -146,6 +153,15 @@ def _open_part(path: Path) -> _Part:
         raise FileError(f"{path}: cannot be read ({reason}); check its permissions") from error
     content = np.frombuffer(mapped, np.uint8)
     return _Part(path, mapped, content, parse_header(memoryview(mapped), path))
+
+
+def _files_in(folder: Path) -> str:
+    """What to do about a folder that was given for a file."""
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    if not names:
+        return "give the path of a .gguf file"
+    return f"give a file in it: {', '.join(names[:3])}{more}"
 
 
 def _integer(part: _Part, key: str) -> int | None:

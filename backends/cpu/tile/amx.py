@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from runtime.backends.cpu.tile.codes import Rows
 from runtime.backends.cpu.tile.dots import signed_codes
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.problem import Part, Problem, Span
@@ -26,7 +27,7 @@ from runtime.backends.cpu.tile.sums_amx import (
     X,
     advance,
 )
-from runtime.backends.cpu.tile.unpack import Rows, header, unpack
+from runtime.backends.cpu.tile.unpack import header, unpack
 from runtime.backends.cpu.tile.vector import F32, const
 
 
@@ -63,7 +64,7 @@ def _one_group(p: Problem, s: AmxScratch, base: Any, group: Any, tiles: Span) ->
 
         def one_tile(t: Any) -> None:
             place = code.at(s.sums, code.times(code.b.sub(t, first), SUMS))
-            sums = advance(p, s, code.at(p.x, code.times(t, p.tile_bytes)), place, (k, stop))
+            sums = advance(p, s, p.tile_address(t), place, (k, stop))
             last = code.b.icmp_signed("==", stop, p.n_inner)
             with code.b.if_else(last) as (done, waiting):
                 with done:

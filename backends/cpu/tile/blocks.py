@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from runtime.backends.cpu.tile.codes import Block, Rows
 from runtime.backends.cpu.tile.formats import LINE
 from runtime.backends.cpu.tile.problem import Part, Problem, Span
-from runtime.backends.cpu.tile.unpack import Block, Rows, header, unpack
+from runtime.backends.cpu.tile.unpack import header, unpack
 from runtime.backends.cpu.tile.vector import F32, const
 
 # body(the block of 32 of each part, its number in K, sums) -> sums

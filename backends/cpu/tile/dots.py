@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from runtime.backends.cpu.tile.codes import Word
 from runtime.backends.cpu.tile.formats import Format
-from runtime.backends.cpu.tile.unpack import Word
 from runtime.backends.cpu.tile.vector import I8, I16, I32, Code, ir, vec
 
 Address = Callable[[int, int], Any]  # (column, word of four activations) -> address

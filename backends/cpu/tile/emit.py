@@ -1,11 +1,13 @@
 """The matmul emitter: out[t][r] = sum over k of w[r][k] * x[t][k], plus bias[r], plus add[t][r].
 
-Parallel over groups of 16 weight rows: every thread takes a contiguous range of them (with
-experts: of all tiles' groups). Inside its range a thread keeps a block of activation tiles that
-fits its second-level cache and goes over its weights once for that block, so with few tokens
-weights stream from memory exactly once. The innermost body computes `lanes` rows of a few groups
-by C columns and runs over the whole of K: no sum is ever cut, so the order of additions for an
-output depends on the format alone, not on threads, columns or batch.
+Parallel over groups of 16 weight rows: every thread takes a contiguous range of them, in pairs
+(SHARE_UNIT), so that what packs or sums its results can divide them alike. With experts a thread
+takes those rows of every tile where tiles have one column, else a range of all tiles' groups.
+Inside its range a thread keeps a block of activation tiles that fits its second-level cache and
+goes over its weights once for that block, so with few tokens weights stream from memory exactly
+once. The innermost body computes `lanes` rows of a few groups by C columns and runs over the whole
+of K: no sum is ever cut, so the order of additions for an output depends on the format alone, not
+on threads, columns or batch.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.signatures import SHARE_UNIT
 from runtime.backends.cpu.tile import amx, registers, split
 from runtime.backends.cpu.tile.blocks import by_groups
 from runtime.backends.cpu.tile.formats import ROWS
@@ -44,7 +47,7 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
     if spec.needs_amx and isa_name != "amx":
         raise OpError(f"{spec} needs the instruction set amx, not {isa_name}")
     problem = load_problem(code, spec)
-    over = _over_records if spec.indirect else _over_tokens
+    over = (_over_choices if spec.columns == 1 else _over_records) if spec.indirect else _over_tokens
     if spec.needs_amx:
         tiles = split if spec.activations == "split" else amx
         registers.configure(code, tiles.shapes(problem))
@@ -59,18 +62,42 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
 
 def _over_tokens(p: Problem, segment: Segment) -> None:
     """Blocks of token tiles, and for each the groups of this thread."""
-    code = p.code
-    first, end = code.my_share(p.n_groups)
+    code, groups = p.code, _my_groups(p)
     tiles = code.ceil_div(p.live, p.spec.columns)
     per_block = _tiles_per_block(p)
 
     def block(i: Any) -> None:
         start = code.times(i, per_block)
         stop = code.smaller(code.at(start, per_block), tiles)
-        segment(p, p.w, (start, stop), (first, end))
+        segment(p, p.w, (start, stop), groups)
 
     n_blocks = code.b.udiv(code.at(tiles, per_block, -1), per_block)
     code.each(0, n_blocks, block)
+
+
+def _my_groups(p: Problem) -> Span:
+    """The row groups of this thread."""
+    return p.code.my_share(p.n_groups, SHARE_UNIT // ROWS)
+
+
+def _over_choices(p: Problem, segment: Segment) -> None:
+    """Tiles of one (token, rank): of all of them the groups of this thread.
+
+    Tiles of one expert that follow each other share one pass over its weights.
+    """
+    code, groups = p.code, _my_groups(p)
+    per_block = _tiles_per_block(p)
+    at = code.variable(const(0))
+
+    def piece() -> None:
+        tile = at.get()
+        expert = p.expert(tile)
+        limit = code.smaller(code.b.sub(p.n_tiles, tile), per_block)
+        stop = _end_of_run(p, tile, limit, expert)
+        segment(p, code.at(p.w, code.times(expert, p.expert_stride)), (tile, stop), groups)
+        at.set(stop)
+
+    code.repeat(lambda: code.b.icmp_signed("<", at.get(), p.n_tiles), piece)
 
 
 def _over_records(p: Problem, segment: Segment) -> None:
@@ -141,7 +168,7 @@ def _some_groups(p: Problem, w: Any, tiles: Span, groups: list[Any]) -> None:
         return [Part(g, base, first) for g, base in zip(groups, bases, strict=True)]
 
     def one_tile(t: Any) -> None:
-        x = code.at(p.x, code.times(t, p.tile_bytes))
+        x = p.tile_address(t)
 
         def compute(parts: list[Part]) -> None:
             store_tile(p, _SUMS[p.spec.activations](p, parts, x), parts, t)

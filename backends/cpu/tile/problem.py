@@ -88,6 +88,16 @@ class Problem:
         """The expert of a tile, as int64."""
         return self.record(tile, 0)
 
+    def tile_address(self, tile: Any) -> Any:
+        """Where the packed activations of a tile lie.
+
+        Tiles with an expert have activations of their own; those of one column find them by their
+        output row, so that the experts of a token can read the same.
+        """
+        if self.spec.indirect and self.spec.columns == 1:
+            tile = self.code.b.udiv(self.record(tile, const(1)), self.every)
+        return self.code.at(self.x, self.code.times(tile, self.tile_bytes))
+
 
 def load_problem(code: Code, spec: TileSpec) -> Problem:
     """Read the argument table and the live counts."""

@@ -12,7 +12,7 @@ MATMUL_ARGS = (
     "x",  # packed activations
     "out",  # float32 [tokens, N]
     "out_stride",  # elements between rows of out
-    "bias",  # float32 [N], or 0
+    "bias",  # float32 [N], with experts [experts, N], or 0
     "add",  # float32 [tokens, N] added to the result, or 0
     "add_stride",
     "live",  # address of the int64 number of live tokens
@@ -23,7 +23,10 @@ INDIRECT_ARGS = (
     "tiles",  # int32 [n_tiles][1 + columns]: expert, then the output row of each column or -1
     "n_tiles",  # address of the int64 number of live tiles
     "expert_stride",  # bytes between the packed weights of two experts
+    "bias_stride",  # elements between the biases of two experts
+    "every",  # with one column: output rows that share a tile of activations, one after another
 )
+KERNEL_ARGS = {"matmul": MATMUL_ARGS, "matmul_id": MATMUL_ARGS + INDIRECT_ARGS}
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values
@@ -70,7 +73,7 @@ class TileSpec:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the kernel's int64 arguments, in table order."""
-        return MATMUL_ARGS + (INDIRECT_ARGS if self.indirect else ())
+        return KERNEL_ARGS["matmul_id" if self.indirect else "matmul"]
 
 
 def activation_tile_nbytes(columns: int, activations: str, n_inner: int) -> int:

@@ -57,7 +57,7 @@ def _some_groups(p: Problem, scratch: Any, w: Any, tiles: Span, groups: list[Any
 
         def one_tile(t: Any) -> None:
             place = code.at(scratch, code.times(code.b.sub(t, tiles[0]), len(_TOTAL) * size))
-            _advance(p, parts, code.at(p.x, code.times(t, p.tile_bytes)), place, span)
+            _advance(p, parts, p.tile_address(t), place, span)
             with code.b.if_then(code.b.icmp_signed("==", span[1], p.n_inner)):
                 store_tile(p, _read(p, place, len(parts)), parts, t)
 

@@ -31,7 +31,7 @@ def store_tile(p: Problem, sums: list[list[Any]], parts: list[Part], t: Any) -> 
 
 def _store_whole(p: Problem, columns: list[Any], row: Any, t: Any) -> None:
     kind = vec(F32, p.code.lanes)
-    bias = _value_or_zero(p, "bias", row, kind)
+    bias = _bias(p, row, kind, t)
     for c, total in enumerate(columns):
         with _live_token(p, t, c) as token:
             value = p.code.b.fadd(total, bias)
@@ -61,7 +61,7 @@ def _store_partial(p: Problem, columns: list[Any], row: Any, left: Any, t: Any) 
             def one(i: Any, token: Any = token) -> None:
                 r = code.at(row, i)
                 value = code.load(code.at(spill, code.times(i, _FLOAT)), F32, _FLOAT)
-                value = code.b.fadd(value, _value_or_zero(p, "bias", r, F32))
+                value = code.b.fadd(value, _bias(p, r, F32, t))
                 value = _plus_residual(p, value, token, r)
                 code.store(value, _out(p, token, r), _FLOAT)
 
@@ -81,13 +81,18 @@ def _live_token(p: Problem, t: Any, c: int) -> Iterator[Any]:
         yield token
 
 
-def _value_or_zero(p: Problem, name: str, row: Any, kind: ir.Type) -> Any:
-    """Values of the optional vector `name` from `row` on, zeros if it is not given."""
-    address = p.code.at(p.values[name], p.code.times(row, _FLOAT))
+def _bias(p: Problem, row: Any, kind: ir.Type, t: Any) -> Any:
+    """The biases of rows from `row` on (of the expert of tile t), zeros if there are none."""
     zero = [0.0] * kind.count if isinstance(kind, ir.VectorType) else 0.0
-    return _if_given(
-        p, name, lambda: p.code.load(address, kind, _FLOAT), lambda: ir.Constant(kind, zero)
-    )
+
+    def given() -> Any:
+        place = row
+        if p.spec.indirect:
+            place = p.code.at(row, p.code.times(p.expert(t), p.bias_stride))
+        address = p.code.at(p.bias, p.code.times(place, _FLOAT))
+        return p.code.load(address, kind, _FLOAT)
+
+    return _if_given(p, "bias", given, lambda: ir.Constant(kind, zero))
 
 
 def _plus_residual(p: Problem, value: Any, token: Any, row: Any) -> Any:

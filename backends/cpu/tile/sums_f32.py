@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.backends.cpu.tile.blocks import Sums, by_part, over_blocks, prefetch, zeros
+from runtime.backends.cpu.tile.codes import Block, offset_of
 from runtime.backends.cpu.tile.problem import Part, Problem
-from runtime.backends.cpu.tile.unpack import Block, offset_of
 from runtime.backends.cpu.tile.vector import F32, I16, I32, Code, const, vec
 
 _UNROLL = 4  # elements of a row per turn of the loop over float weights; even, for pairs of bf16

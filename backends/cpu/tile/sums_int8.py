@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.backends.cpu.tile.blocks import Sums, by_part, over_blocks, zeros
+from runtime.backends.cpu.tile.codes import Block
 from runtime.backends.cpu.tile.dots import dot_words
 from runtime.backends.cpu.tile.problem import Part, Problem
 from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES
-from runtime.backends.cpu.tile.unpack import Block
 from runtime.backends.cpu.tile.vector import F32, vec
 
 # Side data of a block, [5][columns]: scale, scale * sum(q), and -8 * sum(q) of all and each half.

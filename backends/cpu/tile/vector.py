@@ -94,11 +94,12 @@ class Code:
         """max(x, y), signed."""
         return self.b.select(self.b.icmp_signed(">", x, y), x, y)
 
-    def my_share(self, n: Any) -> tuple[Any, Any]:
-        """The contiguous part [first, end) of n items that belongs to this thread."""
-        first = self.b.udiv(self.times(n, self.thread), self.n_threads)
-        end = self.b.udiv(self.times(n, self.at(self.thread, 1)), self.n_threads)
-        return first, end
+    def my_share(self, n: Any, unit: int = 1) -> tuple[Any, Any]:
+        """The contiguous part [first, end) of n items, in whole units, that is this thread's."""
+        units = self.ceil_div(n, unit)
+        first = self.b.udiv(self.times(units, self.thread), self.n_threads)
+        end = self.b.udiv(self.times(units, self.at(self.thread, 1)), self.n_threads)
+        return self.smaller(self.times(first, unit), n), self.smaller(self.times(end, unit), n)
 
     # ---- memory -------------------------------------------------------------------------
 

@@ -1,0 +1,68 @@
+"""Pack steps of plain numbers and of the formats whose blocks are short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runtime.backends.cpu.tile.formats import LINE, ROWS
+from runtime.backends.cpu.tile.pack_row import Row
+from runtime.backends.cpu.tile.vector import I16, I32, const, ir
+
+
+def _f32(row: Row) -> None:
+    row.words(0, 0, 1)
+
+
+def _f16(row: Row) -> None:
+    row.f16(0, 0)
+
+
+def _bf16(row: Row) -> None:
+    """Element k is half k % 2 of its row's lane in pair k // 2; `goal` is k * 32."""
+    code = row.code
+    odd = code.b.and_(row.number, const(1))
+    pair = code.b.sub(row.goal, code.times(odd, 2 * ROWS))
+    value = code.load(row.source, I16)
+    code.store(value, code.at(pair, code.times(row.row, 4), code.times(odd, 2)), 1)
+
+
+def _q4_0(row: Row) -> None:
+    row.f16(0, 0)
+    row.words(2, 2 * ROWS, 4)
+
+
+def _q8_0(row: Row) -> None:
+    row.f16(0, 0)
+    row.words(2, 2 * ROWS, 8, lambda v: row.code.b.xor(v, ir.Constant(I32, 0x80808080)))
+
+
+def _q4_1(row: Row) -> None:
+    row.f16(0, 0)
+    row.f16(2, 2 * ROWS)
+    row.words(4, 4 * ROWS, 4)
+
+
+def _q5_0(row: Row) -> None:
+    row.f16(0, 0)
+    row.fifth_bits(2, 2 * ROWS)
+    row.words(6, 2 * ROWS + LINE, 4)
+
+
+def _q5_1(row: Row) -> None:
+    row.f16(0, 0)
+    row.f16(2, 2 * ROWS)
+    row.fifth_bits(4, 4 * ROWS)
+    row.words(8, 4 * ROWS + LINE, 4)
+
+
+STEPS: dict[str, Callable[[Row], None]] = {
+    "F32": _f32,
+    "F16": _f16,
+    "BF16": _bf16,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "IQ4_NL": _q4_0,
+}

@@ -13,7 +13,7 @@ from runtime.ops.moe import expert_sum, normalize, softmax, take, top_k
 from runtime.ops.norm import rms_norm
 from runtime.ops.passes import select_early
 from runtime.ops.registry import OPS, Arg, Case, Cost, Op, op
-from runtime.ops.rope import rope, rope_angles
+from runtime.ops.rope import rope, rope_angles, rope_components
 from runtime.ops.rows import get_rows, select_rows
 from runtime.ops.tensor import Dim, Layout, Tensor, constant, state, step_input, weight
 from runtime.ops.views import broadcast, merge_heads, permute, reshape, slice_, split_heads
@@ -22,8 +22,8 @@ __all__ = [
     "DTYPES", "OPS", "PAGE", "Arg", "Case", "Cost", "DType", "Dim", "Graph", "Layout", "Op",
     "Tensor", "add", "attention", "broadcast", "constant", "expert_sum", "gated_delta",
     "get_rows", "kv_write", "l2_norm", "matmul", "matmul_id", "merge_heads", "mul", "normalize",
-    "op", "permute", "reshape", "rewrite", "rms_norm", "rope", "rope_angles", "row_scale",
-    "scale", "select_early", "select_rows", "short_conv", "sigmoid", "silu", "slice_",
-    "softmax", "softplus", "split_heads", "state", "step_input", "swiglu_oai", "take", "top_k",
-    "walk", "weight",
+    "op", "permute", "reshape", "rewrite", "rms_norm", "rope", "rope_angles",
+    "rope_components", "row_scale", "scale", "select_early", "select_rows", "short_conv",
+    "sigmoid", "silu", "slice_", "softmax", "softplus", "split_heads", "state", "step_input",
+    "swiglu_oai", "take", "top_k", "walk", "weight",
 ]  # fmt: skip

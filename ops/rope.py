@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from runtime.ops.dtypes import I32
@@ -11,8 +13,31 @@ from runtime.ops.tensor import Shape, Tensor
 STYLES = ("neox", "normal")
 
 
-def _angles_shape(positions: Tensor, inv_freq: Tensor, *, magnitude: float) -> Shape:
-    need(positions.ndim == 1 and inv_freq.ndim == 1, "needs positions [T] and frequencies [half]")
+def rope_components(sections: Sequence[int], half: int, interleaved: bool) -> np.ndarray:
+    """M-RoPE's component of a position (0 time, 1 height, 2 width, 3 other) per frequency.
+
+    int32 [half]. `sections` are the frequencies of each component: in turn and over again where
+    they are fewer than `half` (Qwen2-VL), or `interleaved` (Qwen3-VL), where frequency i takes
+    component i % 3 while that one's section lasts, and the time after that.
+    """
+    i = np.arange(half)
+    counts = np.array([*sections, 0, 0, 0, 0][:4])
+    if interleaved:
+        return np.where(i < 3 * counts[i % 3], i % 3, 0).astype(np.int32)
+    in_turn = np.repeat(np.arange(4), counts)
+    return np.resize(in_turn, half).astype(np.int32)
+
+
+def _angles_shape(
+    positions: Tensor, inv_freq: Tensor, *components: Tensor, magnitude: float
+) -> Shape:
+    need(inv_freq.ndim == 1, "needs frequencies [half]")
+    if components:
+        need(positions.shape[1:] == (4,), "needs positions [T, 4] to choose from")
+        need(len(components) == 1, "takes at most one list of components")
+        need(components[0].shape == inv_freq.shape, "needs one component per frequency")
+    else:
+        need(positions.ndim == 1, "needs positions [T], or components that choose among them")
     return (positions.shape[0], inv_freq.shape[0], 2)
 
 
@@ -24,6 +49,13 @@ def _frequencies(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return (10_000.0 ** (-np.arange(shape[0]) / shape[0])).astype(np.float32)
 
 
+def _mrope_case(half: int, sections: tuple[int, ...], interleaved: bool) -> Case:
+    chosen = rope_components(sections, half, interleaved)
+    components = Arg((half,), I32, lambda rng, shape: chosen)
+    frequencies = Arg((half,), make=_frequencies)
+    return Case((Arg((5, 4), I32, _positions), frequencies, components), {"magnitude": 1.0})
+
+
 @op(
     "rope_angles",
     shape=_angles_shape,
@@ -31,11 +63,20 @@ def _frequencies(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     cases=[
         Case((Arg((5,), I32, _positions), Arg((16,), make=_frequencies)), {"magnitude": 1.0}),
         Case((Arg((1,), I32, _positions), Arg((5,), make=_frequencies)), {"magnitude": 1.25}),
+        _mrope_case(32, (11, 11, 10, 0), True),
+        _mrope_case(20, (4, 8, 8, 0), False),
     ],
 )
-def rope_angles(positions: np.ndarray, inv_freq: np.ndarray, *, magnitude: float) -> np.ndarray:
-    """[T, half, 2]: cos and sin of position * inverse frequency, times `magnitude` (YaRN's)."""
-    angles = positions[:, None].astype(np.float64) * inv_freq[None].astype(np.float64)
+def rope_angles(
+    positions: np.ndarray, inv_freq: np.ndarray, *components: np.ndarray, magnitude: float
+) -> np.ndarray:
+    """[T, half, 2]: cos and sin of position * inverse frequency, times `magnitude` (YaRN's).
+
+    positions: int32 [T], or [T, 4] with `components` int32 [half], the one that each frequency
+    turns with; see `rope_components`.
+    """
+    chosen = positions[:, components[0]] if components else positions[:, None]
+    angles = chosen.astype(np.float64) * inv_freq[None].astype(np.float64)
     return np.stack([np.cos(angles), np.sin(angles)], -1) * magnitude
 
 

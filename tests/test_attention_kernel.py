@@ -92,14 +92,15 @@ class Case:
         """The kernel's result; every thread's part in turn."""
         a, tiles = self.arrays, self.tiles() if tiles is None else tiles
         tokens = len(a["q"])
-        stride, q_stride = self.heads * self.v_dim + 24, self.heads * self.k_dim + 8
-        q = np.full((tokens, q_stride), np.nan, np.float32)
-        q[:, : self.heads * self.k_dim] = a["q"].reshape(tokens, -1)
+        stride, step = self.heads * self.v_dim + 24, self.k_dim + 8
+        q = np.full((tokens, self.heads, step), np.nan, np.float32)
+        q[..., : self.k_dim] = a["q"]
         out = np.full(2 * FENCE + tokens * stride, CANARY)
         nbytes = attention_scratch_nbytes(self.heads, self.kv_heads, self.k_dim, self.v_dim)
         scratch = np.full(n_threads * nbytes // 4 + FENCE, CANARY)
         words = {
-            "q": q, "q_stride": q_stride, "k_pages": a["k"], "v_pages": a["v"],
+            "q": q, "q_stride": self.heads * step, "q_head_stride": step, "k_pages": a["k"],
+            "v_pages": a["v"],
             "k_page_bytes": self.kv_heads * kv_block_nbytes(self.k_type, self.k_dim),
             "v_page_bytes": self.kv_heads * kv_block_nbytes(self.v_type, self.v_dim),
             "table": a["table"], "table_stride": a["table"].shape[1], "tiles": tiles,
@@ -179,6 +180,9 @@ def test_softcap(softcap: float, spread: float) -> None:
 
 def test_sinks() -> None:
     check(Case(sinks=True))
+    gpt = Case(heads=16, sinks=True, window=128, spans=((0, 300), (700, 3), (127, 1), (128, 1)))
+    check(gpt)  # eight query heads a KV head, a window of four pages
+    np.testing.assert_array_equal(bits(gpt.run(3)), bits(gpt.run(tiles=gpt.tiles(1))))
     check(Case(sinks=True, window=20, softcap=30.0, k_dim=40, v_dim=40))
 
 

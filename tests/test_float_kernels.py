@@ -300,7 +300,7 @@ def test_rope_angles_far_away():
     out = Fenced(7, 40)
     run(
         Kernel.of("rope_angles"), threads=3, positions=Fenced.of(positions), out=out, live=6,
-        inv_freq=Fenced.of(frequencies[None]), half=20, mscale=1.25,
+        width=1, components=0, inv_freq=Fenced.of(frequencies[None]), half=20, mscale=1.25,
     )  # fmt: skip
     wanted = OPS["rope_angles"].reference(positions[:, 0], frequencies, magnitude=1.25)
     assert out.strays(6) == 0
@@ -311,13 +311,16 @@ def test_rope_angles_far_away():
 @pytest.mark.parametrize(("half", "dim"), [(16, 32), (20, 40), (8, 40), (64, 128), (24, 64)])
 def test_rope(rng, style, half, dim):
     x = rng.standard_normal((4, 3 * dim)).astype(np.float32)
+    apart = np.full((4, 3, dim + 9), np.nan, np.float32)  # the heads of a view
+    apart[..., :dim] = x.reshape(4, 3, dim)
     angles = rng.standard_normal((4, half, 2)).astype(np.float32)
 
     def rotated(threads: int) -> np.ndarray:
         out = Fenced(4, 3 * dim, 3 * dim + 1)
         run(
-            Kernel.of("rope", style=style), threads=threads, x=Fenced.of(x), angles=angles, out=out,
-            live=3, n_heads=3, head_dim=dim, half=half, x_stride=3 * dim, out_stride=3 * dim + 1,
+            Kernel.of("rope", style=style), threads=threads, x=apart, angles=angles, out=out,
+            live=3, n_heads=3, head_dim=dim, half=half, x_stride=3 * (dim + 9),
+            x_head_stride=dim + 9, out_stride=3 * dim + 1,
         )  # fmt: skip
         assert out.strays(3) == 0
         return out.values[:3].reshape(3, 3, dim).copy()
@@ -376,11 +379,13 @@ def test_kv_write_rounds_to_nearest_even(rng, kind):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("style", ["neox", "none"])
-def test_qkv_post(rng, style, norm):
-    heads, kv_heads, dim, half = 6, 2, 64, 24
+@pytest.mark.parametrize(("style", "dim", "half"), [("neox", 64, 24), ("neox", 256, 32),
+                                                    ("none", 64, 0)])  # fmt: skip
+def test_qkv_post(rng, style, dim, half, norm):
+    heads, kv_heads = 6, 2
     types = ("q8_0", "f16") if style == "neox" else ("f32", "f32")
     q, k, v = (rng.standard_normal((6, h, dim)).astype(np.float32) for h in (heads, 2, 2))
+    apart = np.concatenate([q, np.full_like(q, np.nan)], -1)  # a view of q and something else
     weights = rng.standard_normal((2, 1, dim)).astype(np.float32)
     angles = rng.standard_normal((6, half, 2)).astype(np.float32)
 
@@ -389,8 +394,9 @@ def test_qkv_post(rng, style, norm):
         out = Fenced(7, heads * dim, heads * dim + 3)
         run(
             Kernel.of("qkv_post", style=style, k_type=types[0], v_type=types[1]), threads=threads,
-            **{n: Fenced.of(x.reshape(6, -1)) for n, x in (("q", q), ("k", k), ("v", v))},
-            q_stride=heads * dim, k_stride=kv_heads * dim, v_stride=kv_heads * dim, eps=EPS,
+            **{n: Fenced.of(x.reshape(6, -1)) for n, x in (("k", k), ("v", v))}, q=apart,
+            q_stride=heads * 2 * dim, q_head_stride=2 * dim, k_stride=kv_heads * dim,
+            v_stride=kv_heads * dim, eps=EPS,
             q_norm=Fenced.of(weights[0]) if norm else 0,
             k_norm=Fenced.of(weights[1]) if norm else 0,
             angles=angles, half=half, q_out=out, q_out_stride=heads * dim + 3, live=6,

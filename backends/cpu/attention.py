@@ -42,12 +42,15 @@ def qkv_post(lower: Lowering, node: Tensor) -> None:
         name: lower.weight(optional[name], "vector") if name in optional else 0
         for name in ("q_norm", "k_norm")
     }
-    (qa, n, live, qs), (ka, _, _, ks), (va, _, _, vs) = (lower.tokens(x) for x in (q, k, v))
+    qa, q_stride, q_head_stride = lower.heads(q)
+    (ka, _, live, ks), (va, _, _, vs) = (lower.tokens(x) for x in (k, v))
     constants = {name: attrs[name] for name in ("style", "k_type", "v_type")}
     lower.emit(
-        "qkv_post", node, constants, q=qa, k=ka, v=va, q_stride=qs, k_stride=ks, v_stride=vs,
-        **norms, eps=float_bits(attrs["eps"]), angles=lower.read(angles) if angles else 0,
-        half=int(angles.shape[1]) if angles else 0, q_out=lower.write(node), q_out_stride=n,
+        "qkv_post", node, constants, q=qa, k=ka, v=va, q_stride=q_stride,
+        q_head_stride=q_head_stride, k_stride=ks, v_stride=vs, **norms,
+        eps=float_bits(attrs["eps"]), angles=lower.read(angles) if angles else 0,
+        half=int(angles.shape[1]) if angles else 0, q_out=lower.write(node),
+        q_out_stride=int(q.shape[1] * q.shape[2]),
         k_pages=Out(lower.state(k_pages), True), v_pages=Out(lower.state(v_pages), True),
         k_page_bytes=page_nbytes(k_pages), v_page_bytes=page_nbytes(v_pages),
         slots=lower.read(slots), live=live, n_heads=int(q.shape[1]), n_kv_heads=int(k.shape[1]),
@@ -59,12 +62,12 @@ def qkv_post(lower: Lowering, node: Tensor) -> None:
 def attention(lower: Lowering, node: Tensor) -> None:
     """Flash attention over the block table; the program cuts tokens into tiles."""
     q, k, v, table, _, places, *sinks = node.inputs
-    address, _, _, stride = lower.tokens(q)
+    address, stride, head_stride = lower.heads(q)
     heads, kv_heads, v_dim = int(q.shape[1]), int(k.shape[2]), int(v.shape[3])
     scratch = attention_scratch_nbytes(heads, kv_heads, int(q.shape[2]), v_dim)
     lower.emit(
         "attention", node, {"k_type": k.dtype.name, "v_type": v.dtype.name}, q=address,
-        q_stride=stride, k_pages=lower.state(k), v_pages=lower.state(v),
+        q_stride=stride, q_head_stride=head_stride, k_pages=lower.state(k), v_pages=lower.state(v),
         k_page_bytes=page_nbytes(k), v_page_bytes=page_nbytes(v), table=lower.read(table),
         table_stride=int(table.shape[1]), tiles=lower.step("attention_tiles"),
         n_tiles=lower.count("attention_tiles"), places=lower.read(places),

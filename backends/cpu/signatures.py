@@ -30,19 +30,19 @@ _FILES: dict[str, dict[str, str]] = {
         "gather_rows": "x ids out live n x_stride out_stride",
     },
     "rope": {
-        "rope_angles": "positions inv_freq out live half mscale",
-        "rope": "x angles out live n_heads head_dim half x_stride out_stride",
+        "rope_angles": "positions width components inv_freq out live half mscale",
+        "rope": "x angles out live n_heads head_dim half x_stride x_head_stride out_stride",
     },
     "kv_cache": {
         "kv_write": "x pages page_bytes slots live n_kv_heads head_dim x_stride",
-        "qkv_post": "q k v q_stride k_stride v_stride q_norm k_norm eps angles half q_out "
-        "q_out_stride k_pages v_pages k_page_bytes v_page_bytes slots live n_heads n_kv_heads "
-        "head_dim",
+        "qkv_post": "q k v q_stride q_head_stride k_stride v_stride q_norm k_norm eps angles half "
+        "q_out q_out_stride k_pages v_pages k_page_bytes v_page_bytes slots live n_heads "
+        "n_kv_heads head_dim",
     },
     "attention": {
-        "attention": "q q_stride k_pages v_pages k_page_bytes v_page_bytes table table_stride "
-        "tiles n_tiles places out out_stride n_heads n_kv_heads k_dim v_dim scale window softcap "
-        "sinks scratch scratch_bytes",
+        "attention": "q q_stride q_head_stride k_pages v_pages k_page_bytes v_page_bytes table "
+        "table_stride tiles n_tiles places out out_stride n_heads n_kv_heads k_dim v_dim scale "
+        "window softcap sinks scratch scratch_bytes",
     },
     "elementwise": {
         **dict.fromkeys(("add", "mul", "swiglu"), "x y out live n x_stride y_stride out_stride"),
@@ -52,9 +52,10 @@ _FILES: dict[str, dict[str, str]] = {
         "swiglu_oai": "x y out live n x_stride y_stride out_stride alpha limit",
     },
     "moe": {
-        "router": "logits ids weights live n_experts k logits_stride scale",
+        "router": "logits ids weights tiles n_tiles live n_experts k logits_stride scale",
         "expert_group": "ids tiles n_tiles live n_experts k scratch",
-        "expert_sum": "y weights out add live n k out_stride add_stride",
+        "expert_sum": "y weights shared gate add out live n k shared_stride gate_stride "
+        "add_stride out_stride",
         "top_k": "x out live n k x_stride",
         "take": "x ids out live k x_stride",
     },
@@ -85,6 +86,8 @@ CONSTANTS: dict[str, dict[str, tuple]] = {
     "router": {"scoring": ("softmax", "sigmoid", "softmax_topk"), "normalize": (False, True)},
     "expert_group": {"C": _PACKING["C"]},
 }
+
+SHARE_UNIT = 32  # elements: what is divided alike between threads is divided in whole units
 
 PAGE = 32  # tokens in a page of the KV cache
 MAX_HEAD_DIM = 1024

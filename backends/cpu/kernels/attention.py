@@ -159,8 +159,8 @@ def page_step(k_type, v_type):
 
 @helper
 def begin_item(
-    q, q_stride, out, out_stride, places, sinks, token, query, start, rows, group, k_dim, v_dim,
-    factor, blocks, block_bytes,
+    q, q_stride, q_head_stride, out, out_stride, places, sinks, token, query, start, rows, group,
+    k_dim, v_dim, factor, blocks, block_bytes,
 ):  # fmt: skip
     """Rows start.. of an item from its first token and query head; their span of places."""
     low, high = _FAR, 0
@@ -168,7 +168,7 @@ def begin_item(
         at, head = token + (start + i) // group, query + (start + i) % group
         place = s.load_i32(places + at * 4)
         low, high = min(low, place), max(high, place)
-        source, target = at * q_stride + head * k_dim, at * out_stride + head * v_dim
+        source, target = at * q_stride + head * q_head_stride, at * out_stride + head * v_dim
         sink = sinks + head * 4 if sinks != 0 else 0
         block = blocks + i // _ROWS * block_bytes
         begin_row(block, i % _ROWS, place, q + source * 4, out + target * 4, sink)
@@ -182,9 +182,9 @@ def build_attention(k_type, v_type):
     step = page_step(k_type, v_type)
 
     def attention(
-        q, q_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, table, table_stride,
-        tiles, n_tiles, places, out, out_stride, n_heads, n_kv_heads, k_dim, v_dim, scale,
-        window, softcap, sinks, scratch, scratch_bytes, thread, n_threads,
+        q, q_stride, q_head_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, table,
+        table_stride, tiles, n_tiles, places, out, out_stride, n_heads, n_kv_heads, k_dim, v_dim,
+        scale, window, softcap, sinks, scratch, scratch_bytes, thread, n_threads,
     ):  # fmt: skip
         count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
         limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
@@ -203,8 +203,8 @@ def build_attention(k_type, v_type):
                 head, start = piece % n_kv_heads, piece // n_kv_heads * limit
                 rows = min(limit, n_rows - start)
                 low, high = begin_item(
-                    q, q_stride, out, out_stride, places, sinks, token, head * group, start, rows,
-                    group, k_dim, v_dim, factor, blocks, block_bytes,
+                    q, q_stride, q_head_stride, out, out_stride, places, sinks, token,
+                    head * group, start, rows, group, k_dim, v_dim, factor, blocks, block_bytes,
                 )  # fmt: skip
                 page = max(0, low - window + 1) // PAGE if window > 0 else 0
                 while page * PAGE <= high:

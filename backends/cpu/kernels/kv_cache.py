@@ -120,8 +120,8 @@ def build_qkv_post(style, k_type, v_type):
     rotate = ROTATE.get(style, unrotated)
 
     def qkv_post(
-        q, k, v, q_stride, k_stride, v_stride, q_norm, k_norm, eps, angles, half, q_out,
-        q_out_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, slots, live, n_heads,
+        q, k, v, q_stride, q_head_stride, k_stride, v_stride, q_norm, k_norm, eps, angles, half,
+        q_out, q_out_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, slots, live, n_heads,
         n_kv_heads, head_dim, thread, n_threads,
     ):  # fmt: skip
         room, epsilon, heads = stage(), s.float_of(eps), n_heads + 2 * n_kv_heads
@@ -132,7 +132,7 @@ def build_qkv_post(style, k_type, v_type):
             page, place = slot // PAGE, slot % PAGE
             kv_head, is_k = (head - n_heads) % n_kv_heads, head >= n_heads
             if head < n_heads + n_kv_heads:
-                source = q + (row * q_stride + head * head_dim) * 4
+                source = q + (row * q_stride + head * q_head_stride) * 4
                 target = q_out + (row * q_out_stride + head * head_dim) * 4
                 weights = q_norm
                 if is_k:

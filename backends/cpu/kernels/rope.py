@@ -62,12 +62,17 @@ def sine_cosine(angle):
 
 
 def build_rope_angles():
-    def rope_angles(positions, inv_freq, out, live, half, mscale, thread, n_threads):
+    def rope_angles(
+        positions, width, components, inv_freq, out, live, half, mscale, thread, n_threads
+    ):
         size = types.float64(s.float_of(mscale))
         first, last = share(s.load_i64(live) * half, thread, n_threads)
         for item in range(first, last):
             row, i = item // half, item % half
-            position = types.float64(s.load_i32(positions + row * 4))
+            at = row * width
+            if components != 0:
+                at += s.load_i32(components + i * 4)
+            position = types.float64(s.load_i32(positions + at * 4))
             angle = position * types.float64(s.load_f32(inv_freq + i * 4))
             sine, cosine = sine_cosine(angle)
             s.store_f32(out + item * 8, s.f32(cosine * size))
@@ -143,12 +148,13 @@ def build_rope(style):
     rotate = ROTATE[style]
 
     def rope(
-        x, angles, out, live, n_heads, head_dim, half, x_stride, out_stride, thread, n_threads
-    ):
+        x, angles, out, live, n_heads, head_dim, half, x_stride, x_head_stride, out_stride,
+        thread, n_threads,
+    ):  # fmt: skip
         first, last = share(s.load_i64(live) * n_heads, thread, n_threads)
         for item in range(first, last):
             row, head = item // n_heads, item % n_heads
-            source = x + (row * x_stride + head * head_dim) * 4
+            source = x + (row * x_stride + head * x_head_stride) * 4
             target = out + (row * out_stride + head * head_dim) * 4
             rotate(source, angles + row * half * 8, target, half)
             for i in range(2 * half, head_dim):

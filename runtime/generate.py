@@ -88,7 +88,8 @@ class Generation:
     """An answer under way: an iterator of its text.
 
     `reason` is None until it has ended, then "end" (the model said so), "stop" (a stop string),
-    "length" (max_tokens) or "context" (the context is full).
+    "length" (max_tokens) or "context" (the context is full). `prompt_tokens`: how many tokens
+    are evaluated before the first of the answer.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Generation:
         from runtime.text.sampling import Sampler
 
         self.reason: str | None = None
+        self.prompt_tokens = len(ids)
         self._model, self._session, self._owned = model, session, owned
         self._keep, self._ids, self._options = keep, ids, options
         self._sampler: Sampler = Sampler(options.sampling, model.vocab_size)

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 import runtime
 from runtime.cli import main
+from runtime.errors import MemoryLimitError
 from runtime.gguf.reader import open_gguf
 from runtime.text.sampling import Token
 
@@ -46,28 +47,59 @@ class FakeSession:
         self._log.append("closed")
 
 
+class FakeAnswer:
+    """What `generate` and `chat` give: pieces, then a reason."""
+
+    reason = None
+
+    def __init__(self, model, prompt_tokens, on_token):
+        self.prompt_tokens, self._pieces = prompt_tokens, self._run(model, on_token)
+
+    def _run(self, model, on_token):
+        for i, piece in enumerate(model.pieces):
+            if on_token:
+                on_token(Token(i))
+            yield piece
+        if model.raises:
+            raise model.raises
+        self.reason = model.reason
+
+    def __iter__(self):
+        return self._pieces
+
+
 class FakeModel:
     """What the commands need of a model; answers are given."""
 
-    vocab_size, kv_types = 50, ("f16", "f16")
+    vocab_size, kv_types, context = 50, ("f16", "f16"), 512
     tokenizer = FakeTokenizer()
 
-    def __init__(self, pieces=("one", " two"), raises=None, threads=3):
+    def __init__(
+        self, pieces=("one", " two"), raises=None, threads=3, reason="end", refuses=None
+    ):  # fmt: skip
+        """`raises` comes after the pieces, `refuses` when an answer is asked for."""
         self.pieces, self.raises, self.threads = pieces, raises, threads
-        self.calls, self.evals, self.closed = [], [], False
+        self.reason, self.refuses = reason, refuses
+        self.calls, self.evals, self.warmed, self.closed = [], [], [], False
+        self.backend = self
         self.file = open_gguf(DEMO)
 
     def generate(self, prompt, *, on_token=None, session=None, **options):
         self.calls.append((prompt, options))
-        for i, piece in enumerate(self.pieces):
-            if on_token:
-                on_token(Token(i))
-            yield piece
-        if self.raises:
-            raise self.raises
+        if self.refuses:
+            raise self.refuses
+        return FakeAnswer(self, len(prompt), on_token)
 
-    def chat(self, messages, **options):
+    def chat(self, messages, *, room=0, **options):
+        if sum(len(m["content"]) for m in messages) + room > self.context:
+            raise MemoryLimitError("the messages do not fit")
         return self.generate([dict(m) for m in messages], **options)
+
+    def warm_graphs(self):
+        return ["graph"]
+
+    def load(self, graphs, progress):
+        self.warmed += graphs
 
     def session(self):
         return FakeSession(self.evals)

@@ -55,7 +55,7 @@ def test_a_file_with_a_vocabulary_alone(tmp_path: Path):
     with pytest.raises(FileError, match=r"vocabulary alone \(2 tokens\) and no weights"):
         runtime.load(path)
     path.write_bytes(gguf_bytes({"general.architecture": "gpt2"}, {}))
-    with pytest.raises(FileError, match="metadata alone and no weights to run$"):
+    with pytest.raises(FileError, match=r"metadata alone and no weights to run$"):
         runtime.load(path)
 
 

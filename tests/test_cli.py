@@ -129,7 +129,7 @@ class TestRun:
         )
         assert result.exit_code == 0, result.output
         assert model.calls[0][1] == {
-            "max_tokens": None,
+            "max_tokens": -1,
             "top_k": 0,
             "top_p": 0.5,
             "min_p": 0.0,
@@ -172,6 +172,25 @@ class TestRun:
         (tmp_path / "p.txt").write_bytes(b"ab\xff")
         result = invoke("run", "-f", tmp_path / "p.txt", "--echo", model=FakeModel())
         assert result.stdout == "ab\ufffdone two\n"
+
+    def test_an_empty_prompt_is_said_to_be_empty(self, invoke):
+        result = invoke("run", "-p", "", model=FakeModel())
+        assert result.stdout == "one two\n" and "the prompt is empty" in result.stderr
+        refused = FakeModel(refuses=OptionError("the prompt is empty and so on"))
+        result = invoke("run", "-p", "", model=refused)
+        assert result.exit_code == 1 and result.stdout == ""
+        assert "error: the prompt is empty and so on\n" in result.stderr
+
+    def test_options_the_model_refuses_are_told_before_the_prompt(self, invoke):
+        refused = FakeModel(refuses=OptionError("logit_bias names token 99"))
+        result = invoke("run", "-p", "Hi", "--echo", "--logit-bias", "99+1", model=refused)
+        assert result.exit_code == 1 and result.stdout == ""
+
+    @pytest.mark.parametrize("reason", ["end", "length", "context"])
+    def test_a_full_context_is_told(self, invoke, reason):
+        result = invoke("run", "-q", "-p", "Hi", model=FakeModel(reason=reason))
+        told = "stopped: the context of 512 tokens is full (-c sets it)\n"
+        assert result.stderr == (told if reason == "context" else "")
 
     def test_ctrl_c_keeps_what_was_printed_and_exits_130(self, invoke):
         model = FakeModel(raises=KeyboardInterrupt())
@@ -219,9 +238,39 @@ class TestChat:
         ]
 
     def test_errors_end_a_pipe_with_one_line(self, invoke):
-        model = FakeModel(pieces=(), raises=MemoryLimitError("the prompt is too long"))
+        model = FakeModel(refuses=MemoryLimitError("the prompt is too long"))
         result = invoke("chat", model=model, stdin="Hi\n")
         assert result.exit_code == 1 and "error: the prompt is too long" in result.stderr
+
+    def test_a_full_context_forgets_the_oldest_turns(self, invoke):
+        model = FakeModel()
+        model.context = 120  # characters here; a quarter is left for the answer
+        lines = ["a" * 30, "b" * 30, "c" * 30, "d" * 30]
+        result = invoke("chat", "-q", "--system", "Brief.", model=model, stdin="\n".join(lines))
+        assert result.exit_code == 0 and result.stdout == "one two\n" * 4
+        told = [[m["content"][0] for m in messages] for messages, _ in model.calls]
+        assert told == [
+            ["B", "a"],
+            ["B", "a", "o", "b"],
+            ["B", "b", "o", "c"],
+            ["B", "c", "o", "d"],
+        ]
+        assert result.stderr == "the context is full: the oldest 2 messages are forgotten\n" * 2
+
+    def test_a_message_longer_than_the_context_is_refused(self, invoke, monkeypatch):
+        model = FakeModel()
+        model.context = 100
+        lines = ["a" * 90, "b" * 101, "c" * 20]
+        monkeypatch.setattr("runtime.cli.chat._interactive", lambda: True)
+        monkeypatch.setattr("runtime.cli.chat._lines", lambda: iter(lines))
+        result = invoke("chat", "-q", model=model)
+        assert result.exit_code == 0 and "error: the messages do not fit" in result.stderr
+        told = [[m["content"][0] for m in messages] for messages, _ in model.calls]
+        assert told == [["a"], ["c"]], "the first fits without room, and is forgotten by the third"
+
+    def test_an_answer_cut_by_the_context_is_told(self, invoke):
+        result = invoke("chat", "-q", model=FakeModel(reason="context"), stdin="Hi\n")
+        assert result.stderr == "the answer was cut: the context of 512 tokens is full\n"
 
     def test_ctrl_c_stops_and_keeps_the_answer(self, invoke):
         result = invoke("chat", model=FakeModel(raises=KeyboardInterrupt()), stdin="Hi\nmore\n")
@@ -247,11 +296,9 @@ def test_devices_names_a_wrong_instruction_set(invoke, monkeypatch):
 def test_warmup_names_the_cache_folder(invoke, monkeypatch, tmp_path):
     monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path))
     model = FakeModel()
-    model.context, evals = 512, []
-    model.eval = lambda ids, logits: evals.append(len(ids))
     result = invoke("warmup", "m.gguf", model=model)
     assert result.exit_code == 0 and str(tmp_path) in result.stdout
-    assert evals[0] == 1 and max(evals) > 8 and model.closed
+    assert model.warmed == model.warm_graphs() and model.closed
 
 
 @needs_demo
@@ -266,6 +313,17 @@ class TestProcess:
         done = subprocess.run(args, capture_output=True, stdin=subprocess.DEVNULL, timeout=120)
         assert done.returncode == 0 and done.stderr == b""
         assert done.stdout.strip() and b"\x1b" not in done.stdout
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
+    @pytest.mark.parametrize("args", [("inspect",), ("run", "--devices", "null", "-q")])
+    def test_a_full_disk_is_one_line(self, args):
+        with open("/dev/full", "wb") as full:  # noqa: PTH123
+            done = subprocess.run(
+                (*self.COMMAND, *args), stdin=subprocess.DEVNULL, stdout=full,
+                stderr=subprocess.PIPE, timeout=120,
+            )  # fmt: skip
+        assert done.returncode == 1
+        assert done.stderr == b"error: cannot write to stdout: No space left on device\n"
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
     def test_ctrl_c_ends_a_generation_cleanly(self):

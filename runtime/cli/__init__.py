@@ -6,6 +6,7 @@ and exit status 1; Ctrl-C ends with 130.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -91,6 +92,8 @@ def _mistake(error: Exception) -> str:
         return "out of memory: use a smaller context (-c), --kv-type q8_0, or a smaller model"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EIO):
+        return f"cannot write to stdout: {error.strerror}"
     if isinstance(error, Error | OSError):
         return str(error)
     raise error

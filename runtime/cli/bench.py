@@ -17,6 +17,7 @@ import click
 import numpy as np
 
 from runtime.cli import facts
+from runtime.cli.options import precision_options
 from runtime.cli.output import note
 
 
@@ -155,23 +156,7 @@ Examples:
     show_default=True,
     help="Format of the table.",
 )
-@click.option(
-    "--kv-type",
-    default="f16",
-    show_default=True,
-    metavar="TYPE",
-    help="Type of the KV cache, or two for K and V apart.",
-)
-@click.option(
-    "--activations",
-    type=click.Choice(["int8", "f32"]),
-    default="int8",
-    show_default=True,
-    help="Precision of activations against quantised weights.",
-)
-@click.option(
-    "--devices", default="cpu", show_default=True, metavar="NAME", help="cpu, or reference."
-)
+@precision_options
 @click.option("--no-warmup", is_flag=True, help="Time the first run too.")  # fmt: skip
 def command(models: tuple[str, ...], output: str, **options: Any) -> None:
     """Measure prompt and decode speed.

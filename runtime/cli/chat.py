@@ -17,7 +17,6 @@ from runtime.cli.options import (
 from runtime.cli.output import note
 from runtime.cli.stats import Stopwatch
 
-_DEFAULT_TOKENS = 1024
 _HELP = """/clear   forget the conversation
 /help    this list
 /exit    leave (or Ctrl-D); Ctrl-C stops an answer"""
@@ -35,17 +34,18 @@ Examples:
 @click.argument("model", required=False, type=click.Path())
 @click.option("--system", metavar="TEXT", help="Instructions that come before the conversation.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no timings.")
-@sampling_options
+@sampling_options(max_tokens=1024)
 @model_options
 def command(model: str | None, system: str | None, quiet: bool, **options: Any) -> None:
     """Talk with a model through its chat template.
 
     Each line is a message. The conversation stays in the model's memory: only new words are
-    read. In a pipe every line of stdin is answered in turn.
+    read. When the context is full the oldest messages are forgotten. In a pipe every line of
+    stdin is answered in turn.
     """
     import runtime
 
-    arguments = generation_arguments(options, _DEFAULT_TOKENS)
+    arguments = generation_arguments(options)
     loaded = runtime.load(model, **load_arguments(options, quiet))
     try:
         conversation = Conversation(loaded, system, arguments, quiet)
@@ -96,28 +96,63 @@ class Conversation:
         """Print the answer to a message. A failed message is taken back."""
         from runtime.errors import Error
 
+        kept = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:
             self._generate()
         except Error as error:
-            self.messages.pop()
+            self.messages = kept
             if not _interactive():
                 raise
             note(f"error: {error}")
 
+    def _begin(self, on_token: Any) -> Any:
+        """The answer to the messages, the oldest turns forgotten until there is room for it."""
+        from runtime.errors import MemoryLimitError
+
+        most, context = self._arguments["max_tokens"], self._model.context
+        room = context // 4 if most < 0 else min(most, context // 4)
+        forgotten = 0
+        while True:
+            try:
+                answer = self._model.chat(
+                    self.messages, session=self._session, room=room, on_token=on_token,
+                    **self._arguments,
+                )  # fmt: skip
+                break
+            except MemoryLimitError:
+                dropped = self._forget_oldest()
+                forgotten += dropped
+                if not dropped and not room:
+                    raise
+                room = room if dropped else 0
+        if forgotten:
+            plural = "s are" if forgotten > 1 else " is"
+            note(f"the context is full: the oldest {forgotten} message{plural} forgotten")
+        return answer
+
+    def _forget_oldest(self) -> int:
+        """Drop the oldest message and its answer; how many messages went. The last one stays."""
+        start = len(self._system)
+        users = [i for i, m in enumerate(self.messages) if m["role"] == "user" and i > start]
+        if not users:
+            return 0
+        del self.messages[start : users[0]]
+        return users[0] - start
+
     def _generate(self) -> None:
         watch, pieces, stopped = Stopwatch(), [], False
-        before = len(self._session)
+        answer = self._begin(watch.on_token)
         try:
-            for piece in self._model.chat(
-                self.messages, session=self._session, on_token=watch.on_token, **self._arguments
-            ):
+            for piece in answer:
                 pieces.append(piece)
                 click.echo(piece, nl=False)
         except KeyboardInterrupt:
             stopped = True
         click.echo()
-        watch.prompt_tokens = max(0, len(self._session) - before - watch.tokens + 1)
+        watch.prompt_tokens = answer.prompt_tokens
+        if answer.reason == "context":
+            note(f"the answer was cut: the context of {self._model.context} tokens is full")
         if pieces or not stopped:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
         else:

@@ -9,11 +9,8 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-MODEL_OPTIONS = (
-    click.option("-c", "--context", type=click.IntRange(1), metavar="N",
-                 help="Tokens of context (default: what the model was trained for, or fits)."),
-    click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
-                 help="Threads (default: one per core)."),
+# How weights are run and where: of every command that loads a model.
+_PRECISION_OPTIONS = (
     click.option("--kv-type", default="f16", metavar="TYPE", show_default=True,
                  help="Type of the KV cache: f32, f16, bf16, q8_0, or two for K and V apart, "
                  "such as q8_0,f16."),
@@ -23,10 +20,15 @@ MODEL_OPTIONS = (
                  help="cpu, or reference for the slow and exact numpy backend."),
 )  # fmt: skip
 
+_SIZE_OPTIONS = (
+    click.option("-c", "--context", type=click.IntRange(1), metavar="N",
+                 help="Tokens of context (default: what the model was trained for, or fits)."),
+    click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
+                 help="Threads (default: one per core)."),
+)  # fmt: skip
+
 # Without a default here: what is not given is left to runtime.Sampling.
-SAMPLING_OPTIONS = (
-    click.option("-n", "--max-tokens", type=int, metavar="N",
-                 help="Most tokens to generate; -1 until the context is full."),
+_SAMPLING_OPTIONS = (
     click.option("--temp", "--temperature", "temperature", type=float, metavar="X",
                  help="0 always takes the best token, higher is more varied (default: 0.8)."),
     click.option("--top-k", type=int, metavar="N", help="Of the N best tokens; 0 all (40)."),
@@ -50,7 +52,8 @@ SAMPLING_OPTIONS = (
                  help="The same seed gives the same text; -1 a new one each time (-1)."),
     click.option("--stop", multiple=True, metavar="TEXT",
                  help="Stop before this text. May be repeated."),
-    click.option("--ignore-eos", is_flag=True, help="Go on when the model says it has finished."),
+    click.option("--ignore-eos", is_flag=True,
+                 help="Never let the model say that it has finished."),
 )  # fmt: skip
 
 
@@ -63,12 +66,21 @@ _SAMPLING_NAMES = (
 
 def model_options(function: F) -> F:
     """-c, -t, --kv-type, --activations and --devices."""
-    return _add(function, MODEL_OPTIONS)
+    return _add(function, (*_SIZE_OPTIONS, *_PRECISION_OPTIONS))
 
 
-def sampling_options(function: F) -> F:
-    """-n, --temp and everything else that chooses tokens."""
-    return _add(function, SAMPLING_OPTIONS)
+def precision_options(function: F) -> F:
+    """--kv-type, --activations and --devices."""
+    return _add(function, _PRECISION_OPTIONS)
+
+
+def sampling_options(max_tokens: int) -> Callable[[F], F]:
+    """-n (default: `max_tokens`), --temp and everything else that chooses tokens."""
+    most = click.option(
+        "-n", "--max-tokens", type=click.IntRange(-1), metavar="N", default=max_tokens,
+        show_default=True, help="Most tokens to generate; -1 until the context is full.",
+    )  # fmt: skip
+    return lambda function: _add(function, (most, *_SAMPLING_OPTIONS))
 
 
 def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, An
     return {name: options[name] for name in names} | {"progress": not quiet}
 
 
-def generation_arguments(options: dict[str, Any], default_max: int) -> dict[str, Any]:
+def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `model.generate` from the values of `sampling_options`.
 
     Raises click.BadParameter for a malformed --logit-bias, OptionError for a value out of range:
@@ -91,8 +103,6 @@ def generation_arguments(options: dict[str, Any], default_max: int) -> dict[str,
     if "logit_bias" in given:
         given["logit_bias"] = dict(_bias(text) for text in given["logit_bias"])
     Sampling(**{k: v for k, v in given.items() if k not in ("max_tokens", "ignore_eos")})
-    most = given.get("max_tokens", default_max)
-    given["max_tokens"] = None if most < 0 else most
     return given
 
 

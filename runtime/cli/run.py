@@ -20,7 +20,6 @@ from runtime.cli.output import note
 from runtime.cli.stats import Stopwatch
 
 OPENING = "Once upon a time"
-_DEFAULT_TOKENS = 256
 
 
 @click.command(
@@ -38,7 +37,7 @@ Examples:
 @click.option("-f", "--file", metavar="FILE", help="Read the text from FILE; - reads stdin.")
 @click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no timings.")
-@sampling_options
+@sampling_options(max_tokens=256)
 @model_options
 def command(
     model: str | None, prompt: str | None, file: str | None, echo: bool, quiet: bool, **options: Any
@@ -51,7 +50,7 @@ def command(
     if prompt is not None and file is not None:
         raise click.UsageError("give either --prompt or --file")
     text = _prompt(prompt, file)
-    arguments = generation_arguments(options, _DEFAULT_TOKENS)
+    arguments = generation_arguments(options)
     started = time.perf_counter()
 
     import runtime
@@ -59,38 +58,44 @@ def command(
     loaded = runtime.load(model, **load_arguments(options, quiet))
     try:
         note(f"loaded in {time.perf_counter() - started:.2f} s", quiet)
-        _continue(loaded, text or OPENING, echo or not text, quiet, arguments)
+        story = text is None
+        _continue(loaded, OPENING if text is None else text, echo or story, quiet, arguments)
     finally:
         loaded.close()
 
 
 def _continue(model: Any, text: str, echo: bool, quiet: bool, arguments: dict[str, Any]) -> None:
     ids = model.tokenizer.encode(text)
+    watch = Stopwatch(len(ids))
+    answer = model.generate(ids, on_token=watch.on_token, **arguments)
+    if not text:
+        note("the prompt is empty: the model begins a text of its own")
     if echo:
         click.echo(text, nl=False)
-    watch = Stopwatch(len(ids))
     stopped = False
     try:
-        for piece in model.generate(ids, on_token=watch.on_token, **arguments):
+        for piece in answer:
             click.echo(piece, nl=False)
     except KeyboardInterrupt:
         stopped = True
     click.echo()
+    if answer.reason == "context":
+        note(f"stopped: the context of {model.context} tokens is full (-c sets it)")
     note(watch.summary(), quiet)
     if stopped:
         raise click.exceptions.Exit(130)
 
 
-def _prompt(prompt: str | None, file: str | None) -> str:
-    """The text asked for; empty when nothing was given."""
+def _prompt(prompt: str | None, file: str | None) -> str | None:
+    """The text asked for; None when nothing was given."""
     source = file if file is not None else prompt
     if source == "-":
         return _stdin()
     if file is not None:
         return Path(file).read_bytes().decode("utf-8", "replace")
     if prompt is None and sys.stdin is not None and not sys.stdin.isatty():
-        return _stdin().strip("\n")
-    return prompt or ""
+        return _stdin().strip("\n") or None
+    return prompt
 
 
 def _stdin() -> str:

@@ -30,12 +30,13 @@ def command(model: str | None, **options: Any) -> None:
     """
     import runtime
     from runtime.environment import cache_dir
+    from runtime.progress import reporter
 
     started = time.perf_counter()
     loaded = runtime.load(model, **load_arguments(options))
     try:
-        for length in (1, 4, 9, 33):
-            loaded.eval([0] * min(length, loaded.context), logits="last")
+        with reporter(True) as report:
+            loaded.backend.load(loaded.warm_graphs(), report)
     finally:
         loaded.close()
     click.echo(f"kernels ready in {time.perf_counter() - started:.1f} s, kept in {cache_dir()}")

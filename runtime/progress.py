@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _PATIENCE = 0.4  # seconds before a bar appears: short waits stay silent
+_LONG = 2.0  # and before a line is written where there is no terminal
 Progress = Callable[[int, int, str], None]
 
 
@@ -17,16 +18,15 @@ def reporter(wanted: bool | Progress) -> Iterator[Progress | None]:
     """A function (done, total, what) that draws bars while the block runs, or None."""
     if not isinstance(wanted, bool):
         yield wanted
-    elif wanted and sys.stderr.isatty():
-        bars = _Bars()
-        try:
-            yield bars.report
-        finally:
-            bars.close()
-    elif wanted:
-        yield _Lines().report
-    else:
+        return
+    if not wanted:
         yield None
+        return
+    shown = _Bars() if sys.stderr is not None and sys.stderr.isatty() else _Lines()
+    try:
+        yield shown.report
+    finally:
+        shown.close()
 
 
 class _Bars:
@@ -63,14 +63,30 @@ class _Bars:
 
 
 class _Lines:
-    """One line per kind of work where nobody watches a terminal, and only for long waits."""
+    """Where nobody watches a terminal: a line when a kind of work proves long, and at its end.
+
+    Nothing for what takes less than `_LONG` seconds, and never a bar that stands still.
+    """
 
     def __init__(self) -> None:
         self._started: dict[str, float] = {}
-        self._said: set[str] = set()
+        self._said: dict[str, bool] = {}  # what has been announced -> whether its end was told
 
     def report(self, done: int, total: int, what: str) -> None:
         begun = self._started.setdefault(what, time.monotonic())
-        if what not in self._said and time.monotonic() - begun > 2 and done < total:
-            self._said.add(what)
-            print(f"{what}: {100 * done // max(1, total)} % ...", file=sys.stderr)
+        if what in self._said:
+            if done >= total:
+                self._end(what)
+        elif time.monotonic() - begun > _LONG and done < total:
+            self._said[what] = False
+            print(f"{what} ...", file=sys.stderr)
+
+    def close(self) -> None:
+        for what in self._said:
+            self._end(what)
+
+    def _end(self, what: str) -> None:
+        if not self._said[what]:
+            self._said[what] = True
+            seconds = time.monotonic() - self._started[what]
+            print(f"{what}: {seconds:.1f} s", file=sys.stderr)

@@ -9,7 +9,7 @@ from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.elementwise import add, mul, row_scale, scale, sigmoid, silu, swiglu_oai
 from runtime.ops.graph import Graph, rewrite, walk
 from runtime.ops.matmul import matmul, matmul_id
-from runtime.ops.moe import expert_sum, normalize, softmax, take, top_k
+from runtime.ops.moe import expert_bias, expert_sum, normalize, softmax, take, top_k
 from runtime.ops.norm import rms_norm
 from runtime.ops.passes import select_early
 from runtime.ops.registry import OPS, Arg, Case, Cost, Op, op
@@ -20,10 +20,10 @@ from runtime.ops.views import broadcast, merge_heads, permute, reshape, slice_, 
 
 __all__ = [
     "DTYPES", "OPS", "PAGE", "Arg", "Case", "Cost", "DType", "Dim", "Graph", "Layout", "Op",
-    "Tensor", "add", "attention", "broadcast", "constant", "expert_sum", "gated_delta",
-    "get_rows", "kv_write", "l2_norm", "matmul", "matmul_id", "merge_heads", "mul", "normalize",
-    "op", "permute", "reshape", "rewrite", "rms_norm", "rope", "rope_angles",
-    "rope_components", "row_scale", "scale", "select_early", "select_rows", "short_conv",
-    "sigmoid", "silu", "slice_", "softmax", "softplus", "split_heads", "state", "step_input",
-    "swiglu_oai", "take", "top_k", "walk", "weight",
+    "Tensor", "add", "attention", "broadcast", "constant", "expert_bias", "expert_sum",
+    "gated_delta", "get_rows", "kv_write", "l2_norm", "matmul", "matmul_id", "merge_heads",
+    "mul", "normalize", "op", "permute", "reshape", "rewrite", "rms_norm", "rope",
+    "rope_angles", "rope_components", "row_scale", "scale", "select_early", "select_rows",
+    "short_conv", "sigmoid", "silu", "slice_", "softmax", "softplus", "split_heads", "state",
+    "step_input", "swiglu_oai", "take", "top_k", "walk", "weight",
 ]  # fmt: skip

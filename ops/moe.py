@@ -56,6 +56,23 @@ def normalize(x: np.ndarray) -> np.ndarray:
     return x / x.sum(-1, keepdims=True)
 
 
+def _bias_shape(y: Tensor, bias: Tensor, ids: Tensor) -> Shape:
+    need(y.ndim == 3 and bias.ndim == 2, "needs y [T, used, n] and bias [experts, n]")
+    need(tuple(y.shape[:2]) == tuple(ids.shape), f"ids must be [T, used], got {ids!r}")
+    need(bias.shape[1] == y.shape[2], f"biases of {bias.shape[1]} rows for {y.shape[2]}")
+    return y.shape
+
+
+@op(
+    "expert_bias",
+    shape=_bias_shape,
+    cases=[Case(((5, 3, 40), Arg((8, 40), leaf="weight"), Arg((5, 3), I32, _choice)))],
+)
+def expert_bias(y: np.ndarray, bias: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """y[t, j] + bias[ids[t, j]]: each expert's own bias."""
+    return y + bias[ids]
+
+
 def _sum_shape(y: Tensor, weights: Tensor) -> Shape:
     need(tuple(y.shape[:2]) == tuple(weights.shape), "needs y [T, used, n] and weights [T, used]")
     return (y.shape[0], y.shape[2])

@@ -37,6 +37,7 @@ class Dim(int):
 
 
 Shape = tuple[int, ...]
+Runs = tuple[tuple[int, int], ...]  # stretches (start, stop) of rows, one after another
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,19 @@ def dense_strides(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
-def weight(name: str, shape: Shape, dtype: DType) -> Tensor:
-    """A tensor of the model file; `shape` outermost first, as in `w[rows, inner]`."""
-    return Tensor("weight", (), tuple(shape), dtype, name=name)
+def weight(name: str, shape: Shape, dtype: DType, rows: Runs = (), part: str = "") -> Tensor:
+    """A tensor of the model file; `shape` outermost first, as in `w[rows, inner]`.
+
+    rows: the runs of the stored tensor's rows that make this weight, in its order; of a tensor
+    [experts, rows, inner] the same of each expert. `part` tells such weights of one tensor apart.
+    """
+    attrs = MappingProxyType({"of": name, "rows": rows} if rows else {})
+    return Tensor("weight", (), tuple(shape), dtype, attrs, f"{name}:{part}" if rows else name)
+
+
+def stored_name(leaf: Tensor) -> str:
+    """The name of the file's tensor that a weight is, or takes rows of."""
+    return str(leaf.attrs.get("of", leaf.name))
 
 
 def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:

@@ -97,7 +97,7 @@ class CpuBackend:
         plans = [self.plan(graph) for graph in graphs]
         buffers = _weight_buffers(plans)
         self._library.prepare(self.kernels(plans), progress)
-        total, done = sum(self._file.tensors[b.key].nbytes for b in buffers), 0
+        total, done = self.weights.stored_nbytes(buffers), 0
         for nbytes in self.weights.load(buffers):
             done += nbytes
             if progress:

@@ -18,7 +18,7 @@ from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.table import Table
 from runtime.backends.cpu.tile.formats import packed_nbytes
 from runtime.ops.quants import dequantize
-from runtime.ops.tensor import Tensor
+from runtime.ops.tensor import Tensor, stored_name
 
 _CHUNK = 64 << 20  # bytes of float32 made at a time from types without a tile format
 
@@ -50,6 +50,10 @@ class WeightStore:
         """Bytes of memory taken, the file's own pages aside."""
         return sum(a.nbytes for (kind, _), a in self._made.items() if kind != "raw")
 
+    def stored_nbytes(self, buffers: Iterable[Buffer]) -> int:
+        """Bytes of the file that `load` reads for these buffers."""
+        return sum(map(_stored_nbytes, buffers))
+
     def load(self, buffers: Iterable[Buffer]) -> Iterator[int]:
         """Make all; yields the file bytes finished after each tensor.
 
@@ -61,23 +65,29 @@ class WeightStore:
         self._slab = aligned_empty(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
         for buffer in wanted:
             self.address(buffer)
-            yield self._file.tensors[buffer.key].nbytes
+            yield _stored_nbytes(buffer)
 
     def _raw(self, w: Tensor) -> np.ndarray:
-        return self._file.tensors[w.name].data
+        """The stored bytes, uint8; a copy where the weight takes some of the tensor's rows."""
+        source = self._file.tensors[stored_name(w)]
+        if not (runs := w.attrs.get("rows")):
+            return source.data
+        experts, inner = _experts(w), _matrix(w)[1]
+        rows = source.data.reshape(experts, -1, inner // w.dtype.block * w.dtype.nbytes)
+        return np.concatenate([rows[:, a:b] for a, b in runs], axis=1).reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:
-        return np.ascontiguousarray(self._file.tensors[w.name].to_float32(), np.float32)
+        return np.ascontiguousarray(dequantize(self._raw(w), w.dtype, w.shape), np.float32)
 
     def _packed(self, w: Tensor) -> np.ndarray:
         """Tiles of a matrix [rows, inner], or of the matrices of all experts one after another."""
-        source = self._file.tensors[w.name]
+        raw = self._raw(w)
         out = self._take(_packed_nbytes(w))
         if tile_format(w.dtype) == w.dtype.name.upper():
-            self._pack(w, source.data, out, _matrix(w)[0], _experts(w))
+            self._pack(w, raw, out, _matrix(w)[0], _experts(w))
         else:
-            self._pack_widened(w, source.data, out)
-        self._file.drop_pages(source)
+            self._pack_widened(w, raw, out)
+        self._file.drop_pages(self._file.tensors[stored_name(w)])
         return out
 
     def _take(self, nbytes: int) -> np.ndarray:
@@ -116,6 +126,10 @@ class WeightStore:
 
 def _matrix(w: Tensor) -> tuple[int, int]:
     return int(w.shape[-2]), int(w.shape[-1])
+
+
+def _stored_nbytes(buffer: Buffer) -> int:
+    return buffer.tensor.nbytes if buffer.tensor is not None else 0
 
 
 def _packed_nbytes(w: Tensor) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from runtime.backends.base import Progress
 from runtime.ops.graph import Graph, walk
 from runtime.ops.registry import find
-from runtime.ops.tensor import Dim, Tensor
+from runtime.ops.tensor import Dim, Tensor, stored_name
 
 
 class ReferenceBackend:
@@ -47,7 +47,10 @@ class ReferenceBackend:
     def weight(self, leaf: Tensor) -> np.ndarray:
         """A weight as float64, in its shape."""
         if leaf.name not in self._weights:
-            self._weights[leaf.name] = self._file.tensors[leaf.name].to_float32().astype(np.float64)
+            stored = self._file.tensors[stored_name(leaf)].to_float32().astype(np.float64)
+            if runs := leaf.attrs.get("rows"):
+                stored = np.concatenate([stored[..., a:b, :] for a, b in runs], axis=-2)
+            self._weights[leaf.name] = stored.reshape(leaf.shape)
         return self._weights[leaf.name]
 
     def close(self) -> None:

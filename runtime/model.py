@@ -122,7 +122,7 @@ class Model:
     def _step_inputs(self, tokens: int, outputs: int) -> Step:
         return Step.capacity(
             tokens, outputs, -(-self.context // PAGE), self._size.pages, self._slot_count,
-            self._architecture.layers, self.kv_types,
+            self._architecture.layers, self.kv_types, self._architecture.positions_per_token,
         )  # fmt: skip
 
     def session(self) -> Session:

@@ -7,6 +7,7 @@ the registry: rope style, norms on queries and keys, experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -98,6 +99,7 @@ class Decoder:
     p: Hyperparameters
     w: Weights
     variant: Variant
+    positions_per_token: ClassVar[int] = 1
 
     @property
     def layers(self) -> Layers:

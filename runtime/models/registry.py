@@ -20,6 +20,11 @@ class Architecture(Protocol):
     @property
     def p(self) -> Any: ...
 
+    @property
+    def positions_per_token(self) -> int:
+        """Columns of `step.positions`: 1, or 4 for M-RoPE (time, height, width, and one more)."""
+        ...
+
     def graph(self, step: Step) -> ops.Graph: ...
 
 

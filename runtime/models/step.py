@@ -47,10 +47,10 @@ class Layers:
 class Step:
     """Inputs of one step at capacity: T tokens, S sequences of up to P pages, R output rows.
 
-    `places` are indices in a sequence (causality); `positions` are what RoPE sees; `slots` say
-    where a token's K and V go; `table` lists each sequence's pages. `runs` are the rows (first,
-    count) of each sequence; its recurrent state is read from `slot_in` (-1: zeros) and written to
-    `slot_out`. Memory by layer: pages `k` and `v`, slots `conv` and `delta`.
+    `places` are indices in a sequence (causality); `positions` [T] or [T, n] are what RoPE sees;
+    `slots` say where a token's K and V go; `table` lists each sequence's pages. `runs` are the
+    rows (first, count) of each sequence; its recurrent state is read from `slot_in` (-1: zeros)
+    and written to `slot_out`. Memory by layer: pages `k` and `v`, slots `conv` and `delta`.
     """
 
     tokens: Tensor
@@ -71,11 +71,12 @@ class Step:
     @staticmethod
     def capacity(
         tokens: int, outputs: int, table_pages: int, pages: int, slots: int, layers: Layers,
-        kv_types: tuple[str, str],
+        kv_types: tuple[str, str], positions_per_token: int = 1,
     ) -> Step:  # fmt: skip
         """Inputs with room for that many tokens (each its own sequence, at most) and output rows,
         over memory of that many pages and slots."""
         t, s = ops.Dim("tokens", tokens), ops.Dim("sequences", tokens)
+        position = (t,) if positions_per_token == 1 else (t, positions_per_token)
 
         def pool(which: str, kind: str) -> dict[int, Tensor]:
             return {
@@ -95,6 +96,7 @@ class Step:
 
         return Step(
             **{name: ops.step_input(name, (t,)) for name in _PER_TOKEN},
+            positions=ops.step_input("positions", position),
             table=ops.step_input("table", (tokens, table_pages)),
             runs=ops.step_input("runs", (s, 2)),
             slot_in=ops.step_input("slot_in", (s,)),
@@ -112,7 +114,7 @@ class Step:
         return [x for group in (self.k, self.v, self.conv, self.delta) for x in group.values()]
 
 
-_PER_TOKEN = ("tokens", "positions", "sequences", "places", "slots")
+_PER_TOKEN = ("tokens", "sequences", "places", "slots")
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,23 @@ Sums = list[list[Any]]  # [part][column], each a vector of rows
 
 
 def by_groups(p: Problem, groups: Span, body: Callable[[list[Any]], None]) -> None:
-    """body(numbers of some groups): several at a time as far as they go, then singly."""
-    code, (first, end) = p.code, groups
-    several = const(p.groups_at_once)
-    whole = code.at(first, code.times(code.b.sdiv(code.b.sub(end, first), several), several))
+    """body(numbers of some groups): several at a time as far as they go, then singly.
 
-    def some(g: Any, n: int) -> list[Any]:
-        body([code.at(g, i) for i in range(n)])
+    The several lie a stretch apart and each walks through its own stretch, so that what is
+    fetched ahead of one is what it reads next.
+    """
+    code, (first, end) = p.code, groups
+    stretch = code.b.sdiv(code.b.sub(end, first), const(p.groups_at_once))
+
+    def some(g: Any, apart: Any, n: int) -> list[Any]:
+        body([code.at(g, code.times(apart, i)) for i in range(n)])
         return []
 
-    code.loop(first, whole, [], lambda g, _: some(g, p.groups_at_once), step=p.groups_at_once)
+    after = code.at(first, stretch)
+    code.loop(first, after, [], lambda g, _: some(g, stretch, p.groups_at_once))
     if p.groups_at_once > 1:
-        code.loop(whole, end, [], lambda g, _: some(g, 1))
+        rest = code.at(first, code.times(stretch, p.groups_at_once))
+        code.loop(rest, end, [], lambda g, _: some(g, const(0), 1))
 
 
 def over_blocks(p: Problem, parts: list[Part], body: Body, start: list[Any]) -> list[Any]:

@@ -27,9 +27,9 @@ class Part:
 # Groups whose sums advance together, by columns: enough independent sums to hide the latency of
 # a float addition, and few enough to stay in registers.
 _GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
-# With one column the groups are streams of memory: eight are read a third faster than one
-# (measured). Chunks of 128, or narrow registers, leave no room for so many and gain nothing.
-_LARGEST_SHARED = 64
+# With one column the groups are streams of memory: eight are read a third faster than one, and
+# four where chunks are large, with more asked for ahead (measured). Narrow registers leave no room.
+_LARGE_CHUNK, _GROUPS_LARGE = 128, 4
 _GROUPS_SPLIT = {1: 1, 4: 4, 8: 4, 16: 4}  # four registers hold sums
 _GROUPS_INT8 = {1: 8, 4: 2, 8: 2, 16: 1}
 _GROUPS_CODES = {1: 4, 4: 2, 8: 1}
@@ -62,9 +62,10 @@ class Problem:
         if self.spec.activations == "split":
             return _GROUPS_SPLIT[self.spec.columns]
         if self.spec.activations == "int8":
-            narrow = self.code.lanes < ROWS or self.layout.chunk > _LARGEST_SHARED
-            if self.spec.columns == 1 and narrow:
+            if self.spec.columns == 1 and self.code.lanes < ROWS:
                 return 1
+            if self.spec.columns == 1 and self.layout.chunk >= _LARGE_CHUNK:
+                return _GROUPS_LARGE
             return _GROUPS_INT8[self.spec.columns]
         return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]
 
@@ -76,7 +77,9 @@ class Problem:
     @property
     def ahead(self) -> int:
         """Bytes between what is multiplied and what is asked from memory, in each stream."""
-        return 4096 if self.groups_at_once < 4 else 1024
+        if self.groups_at_once < 4:
+            return 4096
+        return 3072 if self.layout.chunk >= _LARGE_CHUNK else 1024
 
     def record(self, tile: Any, entry: Any) -> Any:
         """Entry 0 (expert) or 1 + column (output row) of a tile's record, as int64."""

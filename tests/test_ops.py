@@ -19,9 +19,9 @@ from runtime.ops.rounding import round_to
 
 NAMES = [
     "add", "attention", "broadcast", "expert_bias", "expert_sum", "gated_delta", "get_rows",
-    "kv_write", "l2_norm", "matmul", "matmul_id", "mul", "normalize", "permute", "reshape", "rms_norm", "rope",
-    "rope_angles", "row_scale", "scale", "select_rows", "short_conv", "sigmoid", "silu", "slice",
-    "softmax", "softplus", "swiglu_oai", "take", "top_k",
+    "kv_write", "l2_norm", "matmul", "matmul_id", "mul", "normalize", "permute", "reshape",
+    "rms_norm", "rope", "rope_angles", "row_scale", "scale", "select_rows", "short_conv",
+    "sigmoid", "silu", "slice", "softmax", "softplus", "swiglu_oai", "take", "top_k",
 ]  # fmt: skip
 
 GRID = [

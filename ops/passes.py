@@ -11,8 +11,9 @@ from runtime.ops.tensor import Dim, Tensor
 # Ops whose result for one row depends on that row of their inputs alone.
 ROWWISE = frozenset({
     "add", "mul", "scale", "silu", "sigmoid", "rms_norm", "matmul", "matmul_id", "softmax", "top_k",
-    "take", "normalize", "expert_sum",
+    "take", "normalize", "expert_sum", "swiglu_oai", "l2_norm", "softplus", "row_scale",
 })  # fmt: skip
+_ROW_VIEWS = ("reshape", "slice")  # of what lies behind the first axis
 
 
 def select_early(graph: Graph) -> Graph:
@@ -32,7 +33,7 @@ def _move_up(graph: Graph, select: Tensor) -> Graph:
     cone: set[Tensor] = set()
     for node in reversed(graph.nodes):
         inside = all(user in cone or user is select for user in graph.users[node])
-        if node.op in ROWWISE and inside and graph.users[node] and _per_row(node, source):
+        if (node.op in ROWWISE or _view_of_rows(node)) and inside and graph.users[node] and _per_row(node, source):
             cone.add(node)
     if source not in cone:
         return graph
@@ -47,9 +48,17 @@ def _move_up(graph: Graph, select: Tensor) -> Graph:
 
     def rebuilt(x: Tensor) -> Tensor:
         shape = (select.shape[0], *x.shape[1:])
-        return Tensor(x.op, tuple(map(chosen, x.inputs)), shape, x.dtype, x.attrs, x.name)
+        attrs = x.attrs if x.op != "reshape" else MappingProxyType({"shape": shape})
+        return Tensor(x.op, tuple(map(chosen, x.inputs)), shape, x.dtype, attrs, x.name)
 
     return _replace(graph, select, chosen(source))
+
+
+def _view_of_rows(node: Tensor) -> bool:
+    """Whether a view takes each row of its input as it is, or a part of each."""
+    if node.op not in _ROW_VIEWS or node.attrs.get("axis", 1) % max(1, node.ndim) == 0:
+        return False
+    return _per_row(node, node.inputs[0]) and node.shape[0] == node.inputs[0].shape[0]
 
 
 def _per_row(x: Tensor, source: Tensor) -> bool:

@@ -14,6 +14,11 @@ def _shape(table: Tensor, ids: Tensor) -> Shape:
     return (ids.shape[0], table.shape[1])
 
 
+def _select_shape(x: Tensor, ids: Tensor) -> Shape:
+    need(x.ndim >= 2 and ids.ndim == 1, "needs rows [T, ...] and ids [count]")
+    return (ids.shape[0], *x.shape[1:])
+
+
 def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return rng.integers(0, 7, shape).astype(np.int32)
 
@@ -31,9 +36,9 @@ def get_rows(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 @op(
     "select_rows",
-    shape=_shape,
+    shape=_select_shape,
     flops=lambda node: 0,
-    cases=[Case(((7, 33), Arg((4,), I32, _ids)))],
+    cases=[Case(((7, 33), Arg((4,), I32, _ids))), Case(((7, 3, 16), Arg((4,), I32, _ids)))],
 )
 def select_rows(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Rows of an activation: the tokens whose logits are wanted."""

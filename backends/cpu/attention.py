@@ -12,7 +12,7 @@ def page_nbytes(pages: Tensor) -> int:
 
     Of state in slots: bytes of one slot, as it is.
     """
-    if pages.attrs["kind"] == "slots":
+    if pages.base.attrs["kind"] == "slots":
         return pages.nbytes // int(pages.shape[0])
     return int(pages.shape[2]) * kv_block_nbytes(pages.dtype.name, int(pages.shape[3]))
 

@@ -1,10 +1,10 @@
-"""Fusions around attention: norm and rope of queries and keys with both cache writes."""
+"""Fusions around attention: norm, rope and cache writes before it, the output gate behind it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.backends.cpu.rewrite import Options, node_of
+from runtime.backends.cpu.rewrite import PACKED, Options, node_of, only_user
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.tensor import Tensor
 
@@ -55,3 +55,36 @@ def fuse_qkv(graph: Graph, options: Options) -> Graph:
         )  # fmt: skip
 
     return rewrite(graph, {"attention": attention})
+
+
+def gated_heads(
+    graph: Graph, node: Tensor, x: Tensor, gate_op: str
+) -> tuple[Tensor, Tensor] | None:
+    """pack(merge_heads(mul(y, gate_op(gate)))) as (y, gate), [T, heads, d] each; or None.
+
+    Heads must be whole units of packing, and y contiguous.
+    """
+    merged = node.inputs[0]
+    if x.op != "reshape" or x.inputs[0].op != "mul" or x.inputs[0].ndim != 3:
+        return None
+    if not only_user(graph, merged) or not only_user(graph, merged.inputs[0]):
+        return None
+    unit = 16 if node.attrs["kind"] == "f32" else 32
+    for y, gate in (x.inputs[0].inputs, x.inputs[0].inputs[::-1]):
+        if gate.op == gate_op and gate.ndim == 3 and y.layout.is_contiguous(y.shape):
+            opening = gate.inputs[0]
+            fits = y.shape[2] % unit == 0 and x.ndim == 2 and opening.layout.strides[2] == 1
+            return (y, opening) if fits else None
+    return None
+
+
+def fuse_gate(graph: Graph, options: Options) -> Graph:
+    """The output gate of attention, sigmoid(gate) * y, straight into tiles."""
+
+    def pack(node: Tensor, x: Tensor) -> Tensor:
+        gated = gated_heads(graph, node, x, "sigmoid")
+        if gated is None:
+            return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
+        return node_of("sigmoid_gate_pack", gated, node, dtype=PACKED, **node.attrs)
+
+    return rewrite(graph, {"pack": pack})

@@ -26,7 +26,7 @@ def get_rows(lower: Lowering, node: Tensor) -> None:
 def select_rows(lower: Lowering, node: Tensor) -> None:
     """The wanted rows copied together."""
     x, ids = node.inputs
-    address, n, _, stride = lower.rows(x)
+    address, n, _, stride = lower.tokens(x)
     lower.emit(
         "gather_rows", node, x=address, ids=lower.read(ids), out=lower.write(node),
         live=lower.live(node), n=n, x_stride=stride, out_stride=n,

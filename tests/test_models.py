@@ -81,6 +81,15 @@ def test_yarn_keeps_fast_and_stretches_slow_frequencies():
     assert found.magnitude == pytest.approx(1 + 0.1 * math.log(factor))
 
 
+@pytest.mark.parametrize("truncate, low, high", [(True, 8, 18), (False, 8.0927791, 17.3980245)])
+def test_yarn_of_gpt_oss_ramps_between_dimensions(truncate: bool, low: float, high: float):
+    """32 and 1 turns in 4096 tokens at base 150,000 are reached at those dimensions."""
+    scaling = Scaling("yarn", 32.0, 4096, truncate=truncate)
+    plain, found = (rotary(64, 150_000.0, s).inv_freq for s in (Scaling(), scaling))
+    keep = 1 - np.clip((np.arange(32) - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(found / plain, keep + (1 - keep) / 32, rtol=1e-5)
+
+
 def test_yarn_model_differs_from_plain_and_agrees_with_the_reference(tmp_path: Path):
     extra = {
         "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,

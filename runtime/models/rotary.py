@@ -21,7 +21,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Scaling:
-    """`rope.scaling.*` of a file; `factor` is how many times longer the context becomes."""
+    """`rope.scaling.*` of a file; `factor` is how many times longer the context becomes.
+
+    truncate: YaRN's ramp begins and ends at whole dimensions; not so in gpt-oss.
+    """
 
     kind: str = "none"
     factor: float = 1.0
@@ -30,6 +33,7 @@ class Scaling:
     beta_slow: float = 1.0
     extrapolation: float = 1.0
     attention: float = 1.0
+    truncate: bool = True
 
     @staticmethod
     def read(keys: Keys, context: int) -> Scaling:
@@ -78,7 +82,9 @@ def _kept_share(dims: int, base: float, scaling: Scaling) -> np.ndarray:
         ratio = scaling.original / (rotations * 2 * math.pi)
         return dims * math.log(ratio) / (2 * math.log(base))
 
-    low = max(0, math.floor(dim_of(scaling.beta_fast)))
-    high = min(dims - 1, math.ceil(dim_of(scaling.beta_slow)))
+    low, high = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(0, low), min(dims - 1, high)
     ramp = (np.arange(dims // 2) - low) / max(0.001, high - low)
     return 1 - np.clip(ramp, 0, 1)

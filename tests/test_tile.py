@@ -23,7 +23,7 @@ def shapes(name: str) -> tuple[tuple[int, int, int], ...]:
     layout = format_of(name)
     if layout.is_float:
         return tuple((t, n, k - 1) for t, n, k in SHAPES)
-    return tuple((t, n, max(k, layout.block)) for t, n, k in SHAPES)
+    return tuple((t, n, -(-k // layout.block) * layout.block) for t, n, k in SHAPES)
 
 
 def int8_cases() -> list[tuple[str, int]]:
@@ -191,12 +191,14 @@ def test_experts_are_the_same_bits_as_one_matrix(name: str, columns: int, n_thre
     chosen = [(int(rng.integers(n_experts)) % 4, int(row)) for row in rng.permutation(n_out)]
     records, rows = expert_tiles(columns, chosen)
     padded = [part + [part[0]] * (columns - len(part)) for part in rows]
+    if columns == 1:  # activations lie in the order of the output rows
+        padded = [[row] for row in range(n_out)]
     direct, indirect = (TileSpec(name, columns, kind, indirect=i) for i in (False, True))
     buffer, _ = tiles.activations(direct, x[[row for part in padded for row in part]])
     out = Guarded(4 * n_out * n_rows)
     count = np.array([len(records)], np.int64)
     args = [weights.address, buffer.address, out.address, n_rows, 0, 0, 0, 0, n_rows, n_inner]
-    args += [records.ctypes.data, count.ctypes.data, experts[0].n_bytes]
+    args += [records.ctypes.data, count.ctypes.data, experts[0].n_bytes, 0, 1]
     tiles.call(tiles.matmul_kernel(indirect, BEST), args, n_threads)
     out.check()
     got = out.bytes.view(np.float32).reshape(n_out, n_rows)
@@ -213,7 +215,7 @@ def test_experts_are_the_same_bits_as_one_matrix(name: str, columns: int, n_thre
 def test_arm_code_uses_the_dot_product(name: str) -> None:
     code = objects.assembly(emit_matmul(TileSpec(name, 8, "int8"), "arm_dotprod"), "arm_dotprod")
     assert code.count("sdot") >= 64
-    assert "fmla" in code
+    assert "fmla" in code or "fmls" in code
 
 
 @pytest.mark.parametrize(
@@ -243,8 +245,8 @@ def test_impossible_tiles_are_refused() -> None:
         TileSpec("Q4_0", 4, "f16")
     with pytest.raises(Error, match="F16 weights"):
         TileSpec("F16", 4, "int8")
-    with pytest.raises(Error, match=r"no matmul tile.*TQ1_0"):
-        TileSpec("TQ1_0", 4, "int8")
+    with pytest.raises(Error, match=r"no matmul tile.*Q1_0"):
+        TileSpec("Q1_0", 4, "int8")
     with pytest.raises(Error, match="amx"):
         emit_matmul(TileSpec("Q4_0", 16, "int8"), "avx512vnni")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.backends.cpu import isa, objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
-from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
+from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
 from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8, pack_split
 
 Array = np.ndarray[Any, Any]
@@ -18,9 +18,14 @@ CANARY = 0xA5
 FENCE = 256  # bytes before and after a guarded buffer
 
 ISAS = isa.available()  # asking also asks the system for the matrix registers
-QUANTISED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K")
 FLOATS = ("F32", "F16", "BF16")
-_HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+QUANTISED = tuple(name for name in NAMES if name not in FLOATS)
+# Where the float16 values of a block are; the first bytes else.
+_HALVES = {
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)},
+    **dict.fromkeys(("MXFP4", "NVFP4"), ()),
+}
 
 
 class Guarded:
@@ -86,6 +91,9 @@ def random_rows(name: str, n_rows: int, n_inner: int, seed: int = 0) -> Array:
         scale = rng.uniform(-0.02, 0.02, (n_rows, n_blocks, 1)).astype(np.float16)
         scale[0] = 0
         blocks[..., at : at + 2] = scale.view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(110, 124, (n_rows, n_blocks))
+        blocks[0, :, 0] = np.arange(n_blocks) % 3  # the denormal ones
     return blocks.reshape(n_rows, -1)
 
 

@@ -27,6 +27,7 @@ from runtime.backends.cpu.tile.sums_amx import (
     X,
     advance,
 )
+from runtime.backends.cpu.tile.sums_int8 import minimum_unit
 from runtime.backends.cpu.tile.unpack import header, unpack
 from runtime.backends.cpu.tile.vector import F32, const
 
@@ -107,6 +108,10 @@ def _write_record(p: Problem, block: Any, record: Any) -> None:
     code = p.code
     for w, word in enumerate(block.words):
         code.store(signed_codes(code, p.layout, word()), code.at(record, LINE * w), LINE)
-    floats = list(block.scales) + ([block.minimum] if p.layout.minimum else [])
-    for i, value in enumerate(floats):
+    rest = list(block.scales)
+    if p.layout.half_minima:
+        rest += [minimum_unit(code, block), *block.halves]
+    elif p.layout.minimum:
+        rest.append(block.minimum)
+    for i, value in enumerate(rest):
         code.store(value, code.at(record, CODES + LINE * i), LINE)

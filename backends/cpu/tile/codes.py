@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE
-from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, vec
+from runtime.backends.cpu.tile.lookup import lookup
+from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, ir, vec
 
 Word = Callable[[], Any]  # emits the unpacking of one word: <4 * lanes x i8>
 
 
 @dataclass(frozen=True)
 class Block:
-    """32 elements of `lanes` rows."""
+    """32 elements of `lanes` rows.
+
+    Where there are `halves`, the minimum of each half of the block is `minimum` times its integers.
+    """
 
     words: list[Word]
     scales: list[Any]  # one float vector, or one for each half
     minimum: Any = None
+    halves: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,15 @@ class Rows:
 
     def byte(self, base: Any, offset: int, signed: bool = False) -> Any:
         """One byte per row, as float32."""
+        value = self.integer(base, offset, signed)
+        return self.code.b.sitofp(value, vec(F32, self.code.lanes))
+
+    def integer(self, base: Any, offset: int, signed: bool = False) -> Any:
+        """One byte per row, as int32."""
         code, step = self.code, self._rows(1)
         value = code.load(code.at(base, offset, step), vec(I8, code.lanes))
         widen = code.b.sext if signed else code.b.zext
-        return code.b.sitofp(widen(value, vec(I32, code.lanes)), vec(F32, code.lanes))
+        return widen(value, vec(I32, code.lanes))
 
     def word(self, base: Any, offset: int, w: int) -> Any:
         """Word w of a plane: four bytes per row."""
@@ -111,3 +121,43 @@ def five_bit_words(rows: Rows, base: Any, offset: int) -> list[Word]:
 
     words = nibble_words(rows, base, offset + LINE)
     return [with_bits(code, word, bits(w)) for w, word in enumerate(words)]
+
+
+def two_bit_words(rows: Rows, base: Any, offset: int, field: int) -> list[Word]:
+    """Eight words of two-bit codes: bits 2 * field of eight word planes."""
+    code = rows.code
+
+    def word(w: int) -> Word:
+        def emit() -> Any:
+            plane = rows.word(base, offset, w)
+            return code.b.bitcast(moved(code, plane, -2 * field, 3), plane.type)
+
+        return emit
+
+    return [word(w) for w in range(8)]
+
+
+def looked_up(rows: Rows, words: list[Word], table: list[int]) -> list[Word]:
+    """table[code] for words of four-bit codes."""
+
+    def entries(word: Word) -> Word:
+        return lambda: lookup(rows.code, word(), table)
+
+    return [entries(word) for word in words]
+
+
+def every_byte(code: Code, lanes: Any) -> Any:
+    """The low byte of every 32-bit lane in all four of its bytes."""
+    picks = [4 * (i // 4) for i in range(4 * code.lanes)]
+    return _shuffled(code, code.b.bitcast(lanes, vec(I8, len(picks))), picks)
+
+
+def both_halves(code: Code, lanes: Any) -> Any:
+    """The low 16 bits of every 32-bit lane in both of its halves."""
+    picks = [2 * (i // 2) for i in range(2 * code.lanes)]
+    return _shuffled(code, code.b.bitcast(lanes, vec(I16, len(picks))), picks)
+
+
+def _shuffled(code: Code, value: Any, picks: list[int]) -> Any:
+    mask = ir.Constant(vec(I32, len(picks)), picks)
+    return code.b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)

@@ -41,6 +41,22 @@ def dot_words(
     return [[step.end(s) for s in row] for row in sums]
 
 
+def half_sums(code: Code, halves: tuple[Any, ...], starts: list[Any]) -> Any:
+    """-8 * the sum over both halves of factor * sum(q), exact.
+
+    halves: small factors of each row; starts: addresses of -8 * sum(q), which fits 16 bits.
+    """
+    sums = [code.load_splat(start, I32) for start in starts]
+    if code.isa.has_vnni:
+        total = code.fill(I32, 0)
+        for factor, value in zip(halves, sums, strict=True):
+            # The factor's upper 16 bits are zero, those of the sum do not matter.
+            name = "llvm.x86.avx512.vpdpwssd.512"
+            total = code.intrinsic(name, factor.type, [total, factor, value])
+        return total
+    return code.b.add(*(code.b.mul(f, v) for f, v in zip(halves, sums, strict=True)))
+
+
 class _Dot:
     """One way to add up products; the default sums int32 lanes without a correction."""
 
@@ -174,8 +190,11 @@ def _correction(code: Code, layout: Format, start: Any) -> Any:
     """-offset * sum(q) in every lane, from -8 * sum(q) at `start`."""
     if layout.offset == 0:
         return code.fill(I32, 0)
-    shift = (layout.offset // _CORRECTION).bit_length() - 1
     value = code.load_splat(start, I32)
+    if layout.offset < _CORRECTION:
+        shift = (_CORRECTION // layout.offset).bit_length() - 1
+        return code.b.ashr(value, code.fill(I32, shift))
+    shift = (layout.offset // _CORRECTION).bit_length() - 1
     return code.b.shl(value, code.fill(I32, shift)) if shift else value
 
 

@@ -8,8 +8,10 @@ each: a header, then chunks of 32 to 128 elements. Planes of a block, for 16 row
     u8, f16 one value per row
 
 Formats of 4 to 8 bits are stored as unsigned codes; a weight is (code - offset) * scale, plus a
-minimum where the format has one. A code of IQ4_NL is its table value + 128. Float formats have no
-blocks: [K][16] values, for BF16 [ceil(K/2)][16] pairs of neighbours.
+minimum where the format has one. Codes of table formats are the table's values plus the offset. In
+Q2_K and Q3_K a code is made of the stored bits and the scale of its 16 elements, so that a whole
+block of 256 has one float scale. Float formats have no blocks: [K][16] values, for BF16
+[ceil(K/2)][16] pairs of neighbours.
 
 Source layouts: the GGUF specification (ggml-common.h names the fields d, m, qh, ql, scales).
 """
@@ -38,6 +40,7 @@ class Format:
     offset: int = 0  # what is subtracted from a code
     minimum: bool = False  # a float minimum is added for each block of 32
     scales: int = 1  # scales for each block of 32
+    half_minima: bool = False  # the minimum has an integer factor for each half of 32
 
     @property
     def is_float(self) -> bool:
@@ -68,6 +71,13 @@ _TABLE = {
         Format("Q5_0", 32, 22, 0, 32, 32 + 5 * LINE, 32, 16),
         Format("Q5_1", 32, 24, 0, 32, 64 + 5 * LINE, 32, minimum=True),
         Format("IQ4_NL", 32, 18, 0, 32, 32 + 4 * LINE, 256, 128),
+        Format("MXFP4", 32, 17, 0, 32, ROWS + 4 * LINE, 29, 16),
+        Format("NVFP4", 64, 36, 0, 64, 4 * ROWS + 8 * LINE, 29, 16, scales=2),
+        Format("TQ1_0", 256, 54, 32, 256, 13 * LINE, 3, 1),
+        Format("TQ2_0", 256, 66, 32, 128, 8 * LINE, 3, 1),
+        Format("IQ4_XS", 256, 136, 32, 64, 32 + 8 * LINE, 256, 128),
+        Format("Q2_K", 256, 84, 64, 128, 8 * ROWS + 8 * LINE, 46, minimum=True, half_minima=True),
+        Format("Q3_K", 256, 110, 32, 128, 8 * ROWS + 12 * LINE, 256, 128),
         Format("Q4_K", 256, 144, 64, 64, 64 + 8 * LINE, 16, minimum=True),
         Format("Q5_K", 256, 176, 64 + 8 * LINE, 64, 64 + 8 * LINE, 32, minimum=True),
         Format("Q6_K", 256, 210, 32, 128, 128 + 24 * LINE, 64, 32, scales=2),
@@ -104,3 +114,6 @@ def group_nbytes(name: str, n_inner: int) -> int:
 
 # The non-linear 4-bit values of IQ4_NL (kvalues_iq4nl of the GGUF reference).
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+# Four-bit floats (E2M1), doubled to be whole (OCP Microscaling Formats v1.0, table 5).
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)

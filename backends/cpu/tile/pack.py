@@ -70,12 +70,12 @@ def _even(code: Code, n: Any) -> Any:
 
 def _clear(code: Code, layout: Format, goal: Any, size: Any, rows: Any) -> None:
     """Zero a group that rows will not fill; for BF16 an odd K leaves halves of pairs too."""
-    zero = ir.Constant(vec(I8, 32), [0] * 32)
+    zero = ir.Constant(vec(I8, ROWS), [0] * ROWS)
     unfilled = code.b.icmp_signed("<", rows, const(ROWS))
     if layout.name == "BF16":
         unfilled = ir.Constant(I1, 1)
     with code.b.if_then(unfilled):
-        code.each(0, size, lambda i: code.store(zero, code.at(goal, i)), step=32)
+        code.each(0, size, lambda i: code.store(zero, code.at(goal, i)), step=ROWS)
 
 
 def _group(code: Code, layout: Format, group: _Group) -> None:

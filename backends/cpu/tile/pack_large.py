@@ -7,7 +7,7 @@ from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.pack_row import Row
-from runtime.backends.cpu.tile.vector import I8, ir
+from runtime.backends.cpu.tile.vector import I8, I32, ir
 
 
 def _q4_k(row: Row) -> None:
@@ -62,8 +62,89 @@ def _q6_k(row: Row) -> None:
         row.words(128 + 32 * half, start + 8 * ROWS + 16 * LINE, 8)
 
 
+def _iq4_xs(row: Row) -> None:
+    """Scales of six bits: four in nibbles from byte 4 on, two in the 16 bits at byte 2; less 32."""
+    b = row.code.b
+    row.f16(0, 0)
+    for i in range(8):
+        start = 2 * ROWS + i // 2 * (2 * ROWS + 8 * LINE)
+        low = _field(row, 4 + i // 2, 4 * (i % 2), 15)
+        high = _field(row, 2 + i // 4, 2 * (i % 4), 3)
+        scale = b.or_(low, b.shl(high, ir.Constant(I8, 4)))
+        row.byte(b.sub(scale, ir.Constant(I8, 32)), start + i % 2 * ROWS)
+        row.words(8 + 16 * i, start + 2 * ROWS + i % 2 * 4 * LINE, 4)
+
+
+def _field(row: Row, offset: int, shift: int, mask: int) -> Any:
+    """Bits of the source byte at `offset`."""
+    b = row.code.b
+    return b.and_(b.lshr(row.source_byte(offset), ir.Constant(I8, shift)), ir.Constant(I8, mask))
+
+
+def _q2_k(row: Row) -> None:
+    row.f16(80, 0)
+    row.f16(82, 2 * ROWS)
+    for half in range(2):
+        start = 4 * ROWS + half * (8 * ROWS + 8 * LINE)
+        for i in range(8):
+            row.byte(row.source_byte(8 * half + i), start + i * ROWS)
+        row.words(16 + 32 * half, start + 8 * ROWS, 8)
+
+
+def _q3_k(row: Row) -> None:
+    row.f16(108, 0)
+    for half in range(2):
+        start = 2 * ROWS + half * (8 * ROWS + 12 * LINE)
+        for i in range(8):
+            row.byte(_turned_scale(row, 8 * half + i), start + i * ROWS)
+        row.words(32 + 32 * half, start + 8 * ROWS, 8)
+        _third_bits(row, half, start + 8 * ROWS + 8 * LINE)
+
+
+def _turned_scale(row: Row, i: int) -> Any:
+    """s = 32 - scale i as a byte: |s|, and the top bit where s is negative.
+
+    Scales have six bits: four in the nibbles of bytes 96..103, two in bytes 104..107.
+    """
+    b = row.code.b
+    low = _field(row, 96 + i % 8, 4 * (i // 8), 15)
+    high = _field(row, 104 + i % 4, 2 * (i // 4), 3)
+    s = b.sub(ir.Constant(I8, 32), b.or_(low, b.shl(high, ir.Constant(I8, 4))))
+    negative = b.icmp_signed("<", s, ir.Constant(I8, 0))
+    return b.select(negative, b.or_(b.neg(s), ir.Constant(I8, -128)), s)
+
+
+def _third_bits(row: Row, half: int, to: int) -> None:
+    """Eight source words of bits, four of them for this half: two words become one."""
+    b = row.code.b
+    mask = ir.Constant(I32, 0x0F0F0F0F)
+    lane = row.code.at(row.goal, to, row.code.times(row.row, 4))
+    for w in range(4):
+        low, high = (
+            b.and_(b.lshr(row.source_word(4 * (w + k)), ir.Constant(I32, 4 * half)), mask)
+            for k in (0, 4)
+        )
+        both = b.or_(low, b.shl(high, ir.Constant(I32, 4)))
+        row.code.store(both, row.code.at(lane, LINE * w), 1)
+
+
+def _tq2_0(row: Row) -> None:
+    row.f16(64, 0)
+    row.words(0, 2 * ROWS, 16)
+
+
+def _tq1_0(row: Row) -> None:
+    row.f16(52, 0)
+    row.words(0, 2 * ROWS, 13)
+
+
 STEPS: dict[str, Callable[[Row], None]] = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_XS": _iq4_xs,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
 }

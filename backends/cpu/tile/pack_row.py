@@ -31,11 +31,15 @@ class Row:
         """Copy `count` words of 4 bytes into word planes, each changed by `change`."""
         lane = self.code.at(self.goal, to, self.code.times(self.row, 4))
         for w in range(count):
-            address = self.code.pointer(self.code.at(self.source, offset + 4 * w), I32)
-            value = self.code.b.load(address)
-            value.align = 1
+            value = self.source_word(offset + 4 * w)
             value = change(value) if change else value
             self.code.store(value, self.code.at(lane, LINE * w), 1)
+
+    def source_word(self, offset: int) -> Any:
+        """The four source bytes at `offset`."""
+        value = self.code.b.load(self.code.pointer(self.code.at(self.source, offset), I32))
+        value.align = 1
+        return value
 
     def source_byte(self, offset: int) -> Any:
         """The source byte at `offset`."""

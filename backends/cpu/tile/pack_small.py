@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.pack_row import Row
-from runtime.backends.cpu.tile.vector import I16, I32, const, ir
+from runtime.backends.cpu.tile.vector import I8, I16, I32, const, ir
 
 
 def _f32(row: Row) -> None:
@@ -55,6 +55,22 @@ def _q5_1(row: Row) -> None:
     row.words(8, 4 * ROWS + LINE, 4)
 
 
+def _mxfp4(row: Row) -> None:
+    row.byte(row.source_byte(0), 0)
+    row.words(1, ROWS, 4)
+
+
+def _nvfp4(row: Row) -> None:
+    """Scales lose their unused top bit; 0x7f is no number and stands for zero."""
+    b = row.code.b
+    for i in range(4):
+        bits = row.source_byte(i)
+        usable = b.icmp_unsigned("!=", bits, ir.Constant(I8, 0x7F))
+        bits = b.select(usable, b.and_(bits, ir.Constant(I8, 0x7F)), ir.Constant(I8, 0))
+        row.byte(bits, i * ROWS)
+    row.words(4, 4 * ROWS, 8)
+
+
 STEPS: dict[str, Callable[[Row], None]] = {
     "F32": _f32,
     "F16": _f16,
@@ -65,4 +81,6 @@ STEPS: dict[str, Callable[[Row], None]] = {
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
     "IQ4_NL": _q4_0,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
 }

@@ -21,6 +21,7 @@ class Codes:
     codes: Array  # int32 [N, K]
     scales: Array  # float32 [N, K / 32, scales of a block of 32]
     minimum: Array | None  # float32 [N, K / 32]
+    halves: Array | None  # int32 [N, K / 32, 2]: factors of the minimum for halves of a block
 
 
 def matmul_int8(name: str, raw: Array, q: Array, d: Array, fma: bool = True) -> Array:
@@ -39,8 +40,14 @@ def matmul_int8(name: str, raw: Array, q: Array, d: Array, fma: bool = True) -> 
             dot = q[:, at].astype(np.int32) @ w.codes[:, at].T
             value = dot.astype(np.float32) * d[:, b, None]
             acc = fused(value, w.scales[None, :, b, part], acc, fma)
-        if w.minimum is not None:
-            acc = fused(w.minimum[None, :, b], total[:, b, None], acc, fma)
+        if w.minimum is None:
+            continue
+        value, minimum = total[:, b, None], w.minimum[None, :, b]
+        if w.halves is not None:
+            sums = q[:, 32 * b : 32 * b + 32].reshape(n_tokens, 2, 16).sum(2, dtype=np.int32)
+            value = (-8 * sums @ w.halves[:, b].T).astype(np.float32) * d[:, b, None]
+            minimum = minimum * np.float32(-0.125)
+        acc = fused(minimum, value, acc, fma)
     return acc
 
 
@@ -86,8 +93,10 @@ def dequantised(name: str, raw: Array, fma: bool = True) -> Array:
     w, offset = decode(name, raw), format_of(name).offset
     each = 32 // w.scales.shape[2]
     scales = np.repeat(w.scales.reshape(len(raw), -1), each, axis=1)
-    minimum = None if w.minimum is None else np.repeat(w.minimum, 32, axis=1)
-    shift = scales * np.float32(-offset) if minimum is None else minimum
+    shift = scales * np.float32(-offset) if w.minimum is None else np.repeat(w.minimum, 32, axis=1)
+    if w.halves is not None:
+        shift = shift * np.repeat(w.halves.reshape(len(raw), -1), 16, axis=1)
+        shift = shift.astype(np.float32)
     return fused((w.codes + offset).astype(np.float32), scales, shift, fma)
 
 
@@ -121,10 +130,11 @@ def decode(name: str, raw: Array) -> Codes:
     """Codes, scales and minima of rows of GGUF blocks (uint8 [N, row bytes])."""
     layout = format_of(name)
     blocks = raw.reshape(len(raw), -1, layout.source_bytes)
-    codes, scales, minimum = DECODE[name](blocks)
+    codes, scales, minimum, *halves = DECODE[name](blocks)
     n = len(raw)
     return Codes(
         codes.reshape(n, -1).astype(np.int32) - layout.offset,
         scales.reshape(n, -1, layout.scales).astype(np.float32),
         None if minimum is None else minimum.reshape(n, -1).astype(np.float32),
+        halves[0].reshape(n, -1, 2).astype(np.int32) if halves else None,
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.cpu.tile.formats import IQ4_VALUES
+from runtime.backends.cpu.tile.formats import E2M1_VALUES, IQ4_VALUES
 
 Array = np.ndarray[Any, Any]
-Parts = tuple[Array, Array, Array | None]
+# codes, scales, minimum of each 32 if any, and perhaps its factors for each 16
+Parts = tuple[Any, ...]
 
 
 def half(blocks: Array, at: int) -> Array:
@@ -91,6 +92,68 @@ def _q6_k(b: Array) -> Parts:
     return codes, half(b, 208) * b[..., 192:208].view(np.int8), None
 
 
+def _mxfp4(b: Array) -> Parts:
+    scale = np.ldexp(np.float32(1), b[..., 0].astype(np.int32) - 128)
+    return np.array(E2M1_VALUES)[_nibbles(b[..., 1:])] + 16, scale, None
+
+
+def _nvfp4(b: Array) -> Parts:
+    exponent, mantissa = (b[..., :4] >> 3 & 15).astype(np.int32), b[..., :4] & 7
+    value = np.ldexp(mantissa + np.where(exponent > 0, 8, 0), np.maximum(exponent, 1) - 11)
+    scale = np.where(b[..., :4] == 0x7F, 0, value)
+    codes = _nibbles(b[..., 4:].reshape(*b.shape[:-1], 4, 8))
+    return np.array(E2M1_VALUES)[codes] + 16, scale, None
+
+
+def _iq4_xs(b: Array) -> Parts:
+    low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
+    high = (b[..., 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+    scale = (low | high.reshape(low.shape) << 4).astype(np.float32) - 32
+    codes = _nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16))
+    return np.array(IQ4_VALUES)[codes] + 128, half(b, 0) * scale, None
+
+
+def _two_bits(packed: Array) -> Array:
+    """Every 32 bytes are 128 elements: all bits 0 and 1 first, then all bits 2 and 3, ..."""
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    codes = (packed.reshape(*packed.shape[:-1], -1, 1, 32) >> shifts) & 3
+    return codes.reshape(*packed.shape[:-1], -1)
+
+
+def _q2_k(b: Array) -> Parts:
+    """Codes are two bits times the scale of 16; four bits are the factors of the minima."""
+    factors = np.repeat(b[..., :16] & 15, 16, axis=-1)
+    scale, minimum = (half(b, at).repeat(8, axis=-1) for at in (80, 82))
+    return _two_bits(b[..., 16:80]) * factors, scale, -minimum, b[..., :16] >> 4
+
+
+def _q3_k(b: Array) -> Parts:
+    """Codes are 128 - (three bits - 4) * (six bits of scale - 32), the float scale is -d."""
+    low = np.concatenate([b[..., 96:104] & 15, b[..., 96:104] >> 4], axis=-1)
+    high = (b[..., None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
+    scale = (low | high.reshape(low.shape) << 4).astype(np.int32) - 32
+    third = (b[..., None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
+    bits = _two_bits(b[..., 32:96]) | third.reshape(*b.shape[:-1], 256) << 2
+    codes = 128 - (bits.astype(np.int32) - 4) * scale.repeat(16, axis=-1)
+    return codes, -half(b, 108).repeat(8, axis=-1), None
+
+
+def _digits(packed: Array, count: int) -> Array:
+    """Base-3 digits of bytes that are fractions of 256: first digits of all bytes first."""
+    powers = (3 ** np.arange(count, dtype=np.int32))[:, None]
+    digits = (packed[..., None, :] * powers & 255) * 3 >> 8
+    return digits.reshape(*packed.shape[:-1], -1)
+
+
+def _tq1_0(b: Array) -> Parts:
+    parts = _digits(b[..., :32], 5), _digits(b[..., 32:48], 5), _digits(b[..., 48:52], 4)
+    return np.concatenate(parts, axis=-1), half(b, 52).repeat(8, axis=-1), None
+
+
+def _tq2_0(b: Array) -> Parts:
+    return _two_bits(b[..., :64]), half(b, 64).repeat(8, axis=-1), None
+
+
 DECODE = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,
@@ -98,6 +161,13 @@ DECODE = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "IQ4_NL": _iq4_nl,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+    "IQ4_XS": _iq4_xs,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,

@@ -12,24 +12,15 @@ from runtime.backends.cpu.tile.spec import PIECES, activation_tile_nbytes
 
 def pack_weights(name: str, raw: Array) -> Array:
     """uint8 packed groups of the rows `raw` (uint8 [N, row bytes]); missing rows are zero."""
-    layout = format_of(name)
     n_groups = -(-len(raw) // ROWS)
     rows = np.zeros((n_groups * ROWS, raw.shape[1]), np.uint8)
     rows[: len(raw)] = raw
-    blocks = rows.reshape(n_groups, ROWS, -1, layout.source_bytes)
+    blocks = rows.reshape(n_groups, ROWS, -1, format_of(name).source_bytes)
     planes = PLANES[name](blocks.transpose(0, 2, 1, 3))  # [group, block, row, byte]
-    packed = np.concatenate(planes, axis=2)
-    if layout.levels:
-        _clear_missing(packed, name, len(raw))
-    return packed.reshape(-1)
-
-
-def _clear_missing(packed: Array, name: str, n_rows: int) -> None:
-    """Codes of Q8_0 are bytes + 128, so missing rows would not be zero by themselves."""
-    if name != "Q8_0" or n_rows % ROWS == 0:
-        return
-    codes = packed[-1, :, 2 * ROWS :].reshape(-1, 8, ROWS, 4)
-    codes[:, :, n_rows % ROWS :] = 0
+    for plane in planes:  # codes and scales of rows that are zero need not be zero bytes
+        plane[-1, :, :, len(raw) - len(rows) or ROWS :] = 0
+    flat = [np.ascontiguousarray(p).reshape(*p.shape[:2], -1) for p in planes]
+    return np.concatenate(flat, axis=2).reshape(-1)
 
 
 def pack_int8(q: Array, d: Array, columns: int) -> Array:

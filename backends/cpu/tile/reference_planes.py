@@ -1,30 +1,31 @@
 """The planes of a packed block of every format in numpy.
 
-b is uint8 [group, block, row, bytes of one row's block]; each step gives the planes in order.
+b is uint8 [group, block, row, bytes of one row's block]; each step gives planes in order, as arrays
+[group, block, plane, row, bytes of a value].
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from runtime.backends.cpu.tile.formats import ROWS
 from runtime.backends.cpu.tile.reference_formats import Array, six_bits
 
 
 def _flat(values: Array) -> Array:
-    """[group, block, row, bytes of one value] as one plane of bytes."""
-    return np.ascontiguousarray(values).reshape(*values.shape[:2], -1)
+    """[group, block, row, bytes of one value] as one plane."""
+    return np.ascontiguousarray(values).reshape(*values.shape[:2], 1, ROWS, -1)
 
 
 def _words(values: Array) -> Array:
     """[group, block, row, 4 * words] as word planes."""
     shape = values.shape
-    words = values.reshape(*shape[:3], shape[3] // 4, 4)
-    return _flat(words.transpose(0, 1, 3, 2, 4))
+    return values.reshape(*shape[:3], shape[3] // 4, 4).transpose(0, 1, 3, 2, 4)
 
 
 def _bytes(values: Array) -> Array:
     """[group, block, row, n] as n planes of one byte per row."""
-    return _flat(values.transpose(0, 1, 3, 2))
+    return values.transpose(0, 1, 3, 2)[..., None]
 
 
 def _fifth_bits(values: Array) -> Array:
@@ -96,6 +97,55 @@ def _q6_k(b: Array) -> list[Array]:
     return planes
 
 
+def _mxfp4(b: Array) -> list[Array]:
+    return [_flat(b[..., :1]), _words(b[..., 1:])]
+
+
+def _nvfp4(b: Array) -> list[Array]:
+    return [_bytes(np.where(b[..., :4] == 0x7F, 0, b[..., :4] & 0x7F)), _words(b[..., 4:])]
+
+
+def _iq4_xs(b: Array) -> list[Array]:
+    planes = [_flat(b[..., :2])]
+    low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
+    high = (b[..., 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8)) & 3
+    scales = (low | high.reshape(low.shape) << 4) - np.uint8(32)
+    for j in range(4):
+        planes.append(_bytes(scales[..., 2 * j : 2 * j + 2]))
+        planes.append(_words(b[..., 8 + 32 * j : 40 + 32 * j]))
+    return planes
+
+
+def _q2_k(b: Array) -> list[Array]:
+    planes = [_flat(b[..., 80:82]), _flat(b[..., 82:])]
+    for h in range(2):
+        planes.append(_bytes(b[..., 8 * h : 8 * h + 8]))
+        planes.append(_words(b[..., 16 + 32 * h : 48 + 32 * h]))
+    return planes
+
+
+def _q3_k(b: Array) -> list[Array]:
+    low = np.concatenate([b[..., 96:104] & 15, b[..., 96:104] >> 4], axis=-1)
+    high = (b[..., None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
+    scale = 32 - (low | high.reshape(low.shape) << 4).astype(np.int32)
+    scale = (np.abs(scale) | np.where(scale < 0, 128, 0)).astype(np.uint8)
+    planes = [_flat(b[..., 108:])]
+    for h in range(2):
+        planes.append(_bytes(scale[..., 8 * h : 8 * h + 8]))
+        planes.append(_words(b[..., 32 + 32 * h : 64 + 32 * h]))
+        bits = b[..., :32] >> 4 * h & 15
+        planes.append(_words(bits[..., :16] | bits[..., 16:] << 4))
+    return planes
+
+
+def _tq1_0(b: Array) -> list[Array]:
+    return [_flat(b[..., 52:]), _words(b[..., :52])]
+
+
+def _tq2_0(b: Array) -> list[Array]:
+    return [_flat(b[..., 64:]), _words(b[..., :64])]
+
+
 PLANES = {
     "F32": _values,
     "F16": _values,
@@ -106,6 +156,13 @@ PLANES = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "IQ4_NL": _q4_0,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
+    "IQ4_XS": _iq4_xs,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,

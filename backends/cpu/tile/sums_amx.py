@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.cpu.tile import registers
+from runtime.backends.cpu.tile.dots import half_sums
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.problem import Problem
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS, Q_BYTES, SIDE_BYTES
@@ -33,10 +34,15 @@ class AmxScratch:
     """
 
     def __init__(self, p: Problem) -> None:
-        self.record = CODES + LINE * (p.layout.scales + int(p.layout.minimum))
+        self.record = CODES + LINE * (p.layout.scales + minima(p))
         self.weights = p.code.stack(STRETCH // 32 * self.record)
         self.sums = p.code.stack(MAX_TILES * SUMS)
         self.dots = p.code.stack(len(DOT) * SUMS)
+
+
+def minima(p: Problem) -> int:
+    """Vectors of a record that follow its scales."""
+    return (1 if p.layout.minimum else 0) + (2 if p.layout.half_minima else 0)
 
 
 @dataclass(frozen=True)
@@ -122,9 +128,25 @@ def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
         result.append(code.fma(value, scale, total))
     if not p.layout.minimum:
         return result
+    if p.layout.half_minima:
+        return _with_half_minima(p, g, result)
     minimum = code.load(code.at(g.record, CODES + LINE), kind, LINE)
     row_sums = code.at(g.side, 4 * AMX_COLUMNS)
     return [
         code.fma(minimum, code.load_splat(code.at(row_sums, 4 * c), F32), total)
         for c, total in enumerate(result)
     ]
+
+
+def _with_half_minima(p: Problem, g: _Group, sums: list[Any]) -> list[Any]:
+    code, kind = p.code, vec(F32, ROWS)
+    unit = code.load(code.at(g.record, CODES + LINE), kind, LINE)
+    places = [code.at(g.record, CODES + LINE * i) for i in (2, 3)]
+    halves = tuple(code.load(place, vec(I32, ROWS), LINE) for place in places)
+    result = []
+    for c, total in enumerate(sums):
+        starts = [code.at(g.side, 4 * (which * AMX_COLUMNS + c)) for which in (3, 4)]
+        value = code.b.sitofp(half_sums(code, halves, starts), kind)
+        value = code.b.fmul(value, code.load_splat(code.at(g.side, 4 * c), F32))
+        result.append(code.fma(value, unit, total))
+    return result

@@ -50,7 +50,9 @@ def _dequantised(p: Problem, block: Block, w: int) -> list[Any]:
     code, n = p.code, p.code.lanes
     scale = block.scales[w * len(block.scales) // 8]
     shift = block.minimum
-    if shift is None:
+    if block.halves:
+        shift = code.b.fmul(shift, code.b.sitofp(block.halves[w // 4], scale.type))
+    elif shift is None:
         shift = code.b.fmul(scale, code.fill(F32, -float(p.layout.offset)))
     lanes = code.b.bitcast(block.words[w](), vec(I32, n))
     result = []

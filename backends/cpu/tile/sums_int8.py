@@ -2,7 +2,8 @@
 
 For every block of 32 (or half block, where the format has a scale for 16) and every column:
     acc = fma(float(dot) * d, scale, acc), then acc = fma(minimum, s, acc) where there is one,
-in block order. `dot` is exact; d and s = d * sum(q) come with the activations.
+in block order. Minima of halves are added as fma(float(sum of m * sum(q)) * d, unit, acc).
+`dot` is exact; d and s = d * sum(q) come with the activations.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import Any
 
 from runtime.backends.cpu.tile.blocks import Sums, by_part, over_blocks, zeros
 from runtime.backends.cpu.tile.codes import Block
-from runtime.backends.cpu.tile.dots import dot_words
+from runtime.backends.cpu.tile.dots import dot_words, half_sums
 from runtime.backends.cpu.tile.problem import Part, Problem
 from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES
-from runtime.backends.cpu.tile.vector import F32, vec
+from runtime.backends.cpu.tile.vector import F32, Code, vec
 
 # Side data of a block, [5][columns]: scale, scale * sum(q), and -8 * sum(q) of all and each half.
 _D, _S, _C, _C_LOW = range(4)
@@ -96,6 +97,8 @@ def _one_block(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[
         picked = [b.words[part * words : (part + 1) * words] for b in blocks]
         dots = dot_words(p.code, p.layout, picked, p.spec.columns, word, correction)
         sums = _scaled(p, dots, [b.scales[part] for b in blocks], x, sums)
+    if p.layout.half_minima:
+        return _with_half_minima(p, blocks, x, sums)
     return _with_minimum(p, blocks, x, sums) if p.layout.minimum else sums
 
 
@@ -116,3 +119,20 @@ def _with_minimum(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> li
         s = p.code.load_splat(x.side(_S, c), F32)
         result.append(p.code.fma(blocks[g].minimum, s, total))
     return result
+
+
+def _with_half_minima(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[Any]:
+    code, result = p.code, []
+    units = [minimum_unit(code, b) for b in blocks]
+    for i, total in enumerate(sums):
+        g, c = divmod(i, p.spec.columns)
+        both = half_sums(code, blocks[g].halves, [x.side(_C_LOW + h, c) for h in range(2)])
+        value = code.b.sitofp(both, vec(F32, code.lanes))
+        value = code.b.fmul(value, code.load_splat(x.side(_D, c), F32))
+        result.append(code.fma(value, units[g], total))
+    return result
+
+
+def minimum_unit(code: Code, block: Block) -> Any:
+    """What `half_sums` is multiplied with: minus an eighth of the minimum."""
+    return code.b.fmul(block.minimum, code.fill(F32, -0.125))

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from runtime.backends.cpu.tile.codes import Block, Rows, Word, moved, nibbles, with_bits
+from runtime.backends.cpu.tile.codes import (
+    Block,
+    Rows,
+    Word,
+    both_halves,
+    every_byte,
+    looked_up,
+    moved,
+    nibble_words,
+    nibbles,
+    two_bit_words,
+    with_bits,
+)
 from runtime.backends.cpu.tile.formats import LINE, ROWS
-from runtime.backends.cpu.tile.vector import F32, I8, I32, const
+from runtime.backends.cpu.tile.unpack_small import IQ4_CODES
+from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, const, vec
 
 
 def _q4_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
@@ -88,10 +101,138 @@ def _q6_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
     return blocks
 
 
+def _iq4_xs(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    blocks = []
+    for i in range(2):
+        words = nibble_words(rows, base, 2 * ROWS + 4 * i * LINE)
+        scale = rows.code.b.fmul(rows.byte(base, i * ROWS, signed=True), head[0])
+        blocks.append(Block(looked_up(rows, words, IQ4_CODES), [scale]))
+    return blocks
+
+
+def _q2_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    """128 elements: block i has bits 2i of all planes. A code is two bits times four of scale."""
+    code, (d, d_min) = rows.code, head
+    b, blocks = code.b, []
+    for i in range(4):
+        both = [rows.integer(base, (2 * i + half) * ROWS) for half in range(2)]
+        scales = [both_halves(code, b.and_(v, code.fill(I32, 15))) for v in both]
+        words = two_bit_words(rows, base, 8 * ROWS, i)
+        products = [_scaled(code, word, scales[w // 4]) for w, word in enumerate(words)]
+        steps = tuple(b.lshr(v, code.fill(I32, 4)) for v in both)
+        blocks.append(Block(products, [d], b.fneg(d_min), steps))
+    return blocks
+
+
+def _scaled(code: Code, word: Word, factor: Any) -> Word:
+    """Codes times a factor of their row, in both 16-bit halves of a lane; products are bytes."""
+
+    def emit() -> Any:
+        codes = word()
+        return code.b.bitcast(code.b.mul(code.b.bitcast(codes, factor.type), factor), codes.type)
+
+    return emit
+
+
+def _q3_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    """128 elements: block i has bits 2i of eight planes, and bit i or 4 + i of four others.
+
+    A weight is (u - 4) * scale * d with u of three bits, so an element has the integer
+    scale * (u - 4), of which all but -4 * -32 are signed bytes: codes are its negative + 128 and
+    the float scale is -d.
+    """
+    code, (d,) = rows.code, head
+    blocks = []
+    for i in range(4):
+        turned = [_Turned(code, rows.integer(base, (2 * i + h) * ROWS, True)) for h in range(2)]
+        words = two_bit_words(rows, base, 8 * ROWS, i)
+        thirds = [_third_bits(rows, base, i, w) for w in range(8)]
+        full = [with_bits(code, *both) for both in zip(words, thirds, strict=True)]
+        products = [turned[w // 4].applied(word) for w, word in enumerate(full)]
+        blocks.append(Block(products, [code.b.fneg(d)]))
+    return blocks
+
+
+def _third_bits(rows: Rows, base: Any, i: int, w: int) -> Callable[[], Any]:
+    """Bit i (words 0..3) or 4 + i (words 4..7) of plane w % 4, in place of bit 2."""
+    offset, left = 8 * ROWS + 8 * LINE, 2 - i - 4 * (w // 4)
+    return lambda: moved(rows.code, rows.word(base, offset, w % 4), left, 4)
+
+
+class _Turned:
+    """(u - 4) * s + 128 of bytes u in 0..7, for s in -32..32 of each row.
+
+    With a = |s| no product u * a leaves its byte. For s > 0 the code is u * a + 128 - 4 * a, for
+    s < 0 it is 255 less u * a + 127 - 4 * a, which turns all bits over.
+    """
+
+    def __init__(self, code: Code, packed: Any) -> None:
+        """packed: int32 of a signed byte, a in its low six bits."""
+        b = self.b = code.b
+        size = b.and_(packed, code.fill(I32, 63))
+        sign = b.ashr(packed, code.fill(I32, 31))
+        shift = b.sub(b.add(sign, code.fill(I32, 128)), b.shl(size, code.fill(I32, 2)))
+        self.factor = both_halves(code, size)
+        self.shift, self.sign = every_byte(code, shift), b.bitcast(sign, vec(I8, 4 * code.lanes))
+
+    def applied(self, word: Word) -> Word:
+        """The codes of a word of three-bit numbers."""
+        b = self.b
+
+        def emit() -> Any:
+            product = b.mul(b.bitcast(word(), self.factor.type), self.factor)
+            shifted = b.add(b.bitcast(product, self.sign.type), self.shift)
+            return b.xor(shifted, self.sign)
+
+        return emit
+
+
+def _tq2_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    return [Block(two_bit_words(rows, base, 0, i), head) for i in range(4)]
+
+
+def _tq1_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    """Digit j of eight planes is block j; the digits of four planes, then of one, follow."""
+    places = [(w, j) for j in range(5) for w in range(8)]
+    places += [(8 + w, j) for j in range(5) for w in range(4)]
+    places += [(12, j) for j in range(4)]
+    words = [_digit(rows, base, plane, j) for plane, j in places]
+    return [Block(words[i : i + 8], head) for i in range(0, 64, 8)]
+
+
+def _digit(rows: Rows, base: Any, plane: int, j: int) -> Word:
+    """Base-3 digit j of every byte of a plane: bytes are fractions of 256, first digits first."""
+    code, kind = rows.code, vec(I16, 2 * rows.code.lanes)
+    b, low = code.b, code.fill(I16, 255, kind.count)
+
+    def digit(fraction: Any) -> Any:
+        if j:
+            power = code.fill(I16, 3**j, kind.count)
+            fraction = b.and_(b.mul(fraction, power), low)
+        return b.mul(fraction, code.fill(I16, 3, kind.count))
+
+    def emit() -> Any:
+        packed = rows.word(base, 0, plane)
+        pairs, eight = b.bitcast(packed, kind), code.fill(I16, 8, kind.count)
+        even = b.lshr(digit(b.and_(pairs, low)), eight)
+        odd = b.and_(digit(b.lshr(pairs, eight)), code.fill(I16, 0xFF00, kind.count))
+        return b.bitcast(b.or_(even, odd), packed.type)
+
+    return emit
+
+
 # Where the float16 values of a block's header are.
-HEADERS = {"Q4_K": (0, 2 * ROWS), "Q5_K": (0, 2 * ROWS), "Q6_K": (0,)}
+HEADERS = {
+    **dict.fromkeys(("Q2_K", "Q4_K", "Q5_K"), (0, 2 * ROWS)),
+    **dict.fromkeys(("Q3_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"), (0,)),
+}
 STEPS = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_XS": _iq4_xs,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
 }

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cpu.tile.codes import Block, Rows, Word, five_bit_words, nibble_words
-from runtime.backends.cpu.tile.formats import IQ4_VALUES, ROWS
-from runtime.backends.cpu.tile.lookup import lookup
+from runtime.backends.cpu.tile.codes import (
+    Block,
+    Rows,
+    Word,
+    five_bit_words,
+    looked_up,
+    nibble_words,
+    nibbles,
+)
+from runtime.backends.cpu.tile.formats import E2M1_VALUES, IQ4_VALUES, ROWS
+from runtime.backends.cpu.tile.vector import F32, I32, Code, vec
+
+IQ4_CODES = [v + 128 for v in IQ4_VALUES]
+_E2M1_CODES = [v + 16 for v in E2M1_VALUES]
 
 
 def _q8_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
@@ -35,11 +46,44 @@ def _q5_1(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
 
 
 def _iq4_nl(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
-    def looked_up(word: Word) -> Word:
-        return lambda: lookup(rows.code, word(), [v + 128 for v in IQ4_VALUES])
-
-    words = [looked_up(word) for word in nibble_words(rows, base, 2 * ROWS)]
+    words = looked_up(rows, nibble_words(rows, base, 2 * ROWS), IQ4_CODES)
     return [Block(words, [rows.f16(base, 0)])]
+
+
+def _mxfp4(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    words = looked_up(rows, nibble_words(rows, base, ROWS), _E2M1_CODES)
+    return [Block(words, [_half_power(rows.code, rows.integer(base, 0))])]
+
+
+def _half_power(code: Code, e: Any) -> Any:
+    """2^(e - 128) for e in 0..255: E8M0 powers of two, halved as the values are doubled.
+
+    As bits (e - 1) << 23, or the denormals (e + 1) << 21, which are smaller except for e < 2.
+    """
+    b = code.b
+    usual = b.shl(b.sub(e, code.fill(I32, 1)), code.fill(I32, 23))
+    tiny = b.shl(b.add(e, code.fill(I32, 1)), code.fill(I32, 21))
+    larger = b.select(b.icmp_signed(">", usual, tiny), usual, tiny)
+    return b.bitcast(larger, vec(F32, code.lanes))
+
+
+def _nvfp4(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    """Every 16 elements have two words: eight elements in the low nibbles, eight in the high."""
+    blocks = []
+    for i in range(2):
+        parts, scales = [], []
+        for j in (2 * i, 2 * i + 1):
+            for high in (False, True):
+                parts += nibbles(rows, base, 4 * ROWS, range(2 * j, 2 * j + 2), high)
+            scales.append(_half_e4m3(rows.code, rows.integer(base, j * ROWS)))
+        blocks.append(Block(looked_up(rows, parts, _E2M1_CODES), scales))
+    return blocks
+
+
+def _half_e4m3(code: Code, bits: Any) -> Any:
+    """Half the float of four exponent bits (bias 7) and three of mantissa, denormals included."""
+    value = code.b.bitcast(code.b.shl(bits, code.fill(I32, 20)), vec(F32, code.lanes))
+    return code.b.fmul(value, code.fill(F32, 2.0**119))
 
 
 STEPS = {
@@ -49,4 +93,6 @@ STEPS = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "IQ4_NL": _iq4_nl,
+    "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
 }

@@ -14,7 +14,7 @@ from runtime.ops.registry import OPS
 ROWS, LIVE = 5, 3
 SHAPES = ((1, 1), (8, 2), (60, 8), (128, 8), (1024, 10), (37, 37), (16, 16), (33, 17))  # experts, k
 SCORINGS, WIDTHS = ("softmax", "sigmoid", "softmax_topk"), (1, 4, 8, 16)
-PLAIN = ("top_k", "take", "softmax", "sigmoid", "normalize", "expert_sum")
+PLAIN = ("top_k", "take", "softmax", "sigmoid", "normalize", "expert_sum", "row_scale")
 THREADS = (1, 2, 3)
 
 
@@ -68,12 +68,16 @@ def router(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     rows, n = x.shape
     ids, weights = Fenced(rows, k, dtype=np.int32), Fenced(rows, k)
+    tiles, n_tiles = Fenced(rows * k, 2, dtype=np.int32), Fenced(1, 2, dtype=np.int32)
     run(
         Kernel.of("router", scoring=scoring, normalize=normalize), isa, threads,
-        logits=Fenced.of(x, n + 3), ids=ids, weights=weights, live=live, n_experts=n, k=k,
-        logits_stride=n + 3, scale=scale,
+        logits=Fenced.of(x, n + 3), ids=ids, weights=weights, tiles=tiles, n_tiles=n_tiles,
+        live=live, n_experts=n, k=k, logits_stride=n + 3, scale=scale,
     )  # fmt: skip
     assert ids.strays(live) == 0 and weights.strays(live) == 0, "router wrote outside its rows"
+    assert tiles.strays(live * k) == 0 and n_tiles.values.view(np.int64)[0, 0] == live * k
+    wanted = np.stack([ids.values[:live].ravel(), np.arange(live * k)], axis=1)
+    assert np.array_equal(tiles.values[: live * k], wanted), "every choice is a tile"
     return ids.values[:live].copy(), weights.values[:live].copy()
 
 
@@ -217,13 +221,17 @@ def test_expert_group_of_one_popular_expert():
     assert expert_group(ids, 8, 6, 21, 4, 2) == tiles_of(ids, 8, 6)
 
 
-def expert_sum(y, weights, add, live: int, threads: int, isa: str = ISAS[0]) -> np.ndarray:
+def expert_sum(
+    y, weights, add, live: int, threads: int, isa: str = ISAS[0], shared=None, gate=None
+) -> np.ndarray:  # fmt: skip
     rows, k, n = y.shape
     out = Fenced(rows, n, n + 3)
+    terms = {"shared": (shared, n + 2), "gate": (gate, 3), "add": (add, n + 5)}
+    places = {name: 0 if x is None else Fenced.of(x, m) for name, (x, m) in terms.items()}
     run(
         Kernel.of("expert_sum"), isa, threads, y=Fenced.of(y.reshape(rows, -1)),
-        weights=Fenced.of(weights), out=out, add=0 if add is None else Fenced.of(add, n + 5),
-        live=live, n=n, k=k, out_stride=n + 3, add_stride=n + 5,
+        weights=Fenced.of(weights), out=out, live=live, n=n, k=k, out_stride=n + 3, **places,
+        **{f"{name}_stride": m for name, (_, m) in terms.items()},
     )  # fmt: skip
     assert out.strays(live) == 0, "expert_sum wrote outside its rows"
     return out.values[:live].copy()
@@ -245,6 +253,31 @@ def test_expert_sum(rng, k, n, residual):
         assert expert_sum(y, weights, add, LIVE, threads).tobytes() == first.tobytes()
     alone = expert_sum(y[1:2], weights[1:2], None if add is None else add[1:2], 1, 1)
     assert alone.tobytes() == first[1:2].tobytes()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_expert_sum_with_a_shared_expert(rng, gated, residual):
+    """The bits of the kernels expert_sum, sigmoid, row_scale and add, one after the other."""
+    k, n = 3, 101
+    y = rng.standard_normal((ROWS, k, n)).astype(np.float32)
+    weights = rng.random((ROWS, k)).astype(np.float32)
+    shared, add = (rng.standard_normal((ROWS, n)).astype(np.float32) for _ in range(2))
+    gate = rng.standard_normal((ROWS, 1)).astype(np.float32)
+    scaled = Fenced.of(shared)
+    if gated:
+        run(
+            Kernel.of("row_scale"), threads=2, x=Fenced.of(shared),
+            factors=Fenced.of(by_rows("sigmoid", gate), 5), out=scaled, live=ROWS, n=n, x_stride=n,
+            factors_stride=5, out_stride=n,
+        )  # fmt: skip
+    wanted = expert_sum(y, weights, None, ROWS, 1) + scaled.values + (add if residual else 0)
+    for threads in THREADS:
+        found = expert_sum(
+            y, weights, add if residual else None, LIVE, threads, shared=shared,
+            gate=gate if gated else None,
+        )  # fmt: skip
+        assert found.tobytes() == wanted[:LIVE].tobytes()
 
 
 def test_expert_sum_adds_in_the_order_of_ranks():

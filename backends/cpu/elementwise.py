@@ -41,7 +41,7 @@ def swiglu_oai(lower: Lowering, node: Tensor) -> None:
     )  # fmt: skip
 
 
-@lowers("silu", "sigmoid", "softmax", "normalize")
+@lowers("silu", "sigmoid", "softplus", "softmax", "normalize")
 def unary(lower: Lowering, node: Tensor) -> None:
     """Rows of x."""
     address, n, live, stride = lower.rows(node.inputs[0])
@@ -58,4 +58,15 @@ def scale(lower: Lowering, node: Tensor) -> None:
     lower.emit(
         "scale", node, x=address, out=lower.write(node), live=live, n=n, x_stride=stride,
         out_stride=n, factor=float_bits(node.attrs["factor"]),
+    )  # fmt: skip
+
+
+@lowers("row_scale")
+def row_scale(lower: Lowering, node: Tensor) -> None:
+    """Rows of x, each times a number of its own."""
+    address, n, live, stride = lower.rows(node.inputs[0])
+    factors, _, _, factors_stride = lower.rows(node.inputs[1])
+    lower.emit(
+        "row_scale", node, x=address, factors=factors, out=lower.write(node), live=live, n=n,
+        x_stride=stride, factors_stride=factors_stride, out_stride=n,
     )  # fmt: skip

@@ -19,8 +19,29 @@ def fuse_sums(graph: Graph, options: Options) -> Graph:
             if fused.op == "linear" and not (vector and fused.attrs.get("bias")):
                 attrs = {**fused.attrs, "bias" if vector else "add": True}
                 return node_of("linear", (*fused.inputs, new[other]), node, **attrs)
-            if fused.op == "expert_sum" and not vector and len(fused.inputs) == 2:
-                return node_of("expert_sum", (*fused.inputs, new[other]), node, add=True)
+            if fused.op == "expert_sum" and not vector:
+                grown = _one_more_term(node, fused, new[other])
+                if grown is not None:
+                    return grown
         return Tensor(node.op, new, node.shape, node.dtype, node.attrs, node.name)
 
     return rewrite(graph, {"add": add})
+
+
+def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
+    """An expert sum plus a shared expert or a residual, added in the order of the model.
+
+    A shared expert may be scaled by the sigmoid of one number per token.
+    """
+    terms = total.attrs.get("terms", ())
+    gated = term.op == "row_scale" and term.inputs[1].op == "sigmoid"
+    if not terms and gated:
+        x, opening = term.inputs
+        added, terms = (x, opening.inputs[0]), ("shared", "gate")
+    elif not terms or terms[-1] != "add":
+        added, terms = (term,), (*terms, "add")
+    elif terms == ("add",):
+        added, terms = (term,), ("shared", "add")
+    else:
+        return None
+    return node_of("expert_sum", (*total.inputs, *added), node, terms=terms)

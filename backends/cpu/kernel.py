@@ -33,26 +33,9 @@ class Kernel:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.constants)])
 
 
-# Arguments of the kernels that the tile emitter writes; all others are in signatures.py.
-TILE_SIGNATURES: dict[str, tuple[str, ...]] = {
-    "matmul": (
-        "w",
-        "x",
-        "out",
-        "out_stride",
-        "bias",
-        "add",
-        "add_stride",
-        "live",
-        "n_rows",
-        "n_inner",
-    ),
-}
-TILE_SIGNATURES["matmul_id"] = (*TILE_SIGNATURES["matmul"], "tiles", "n_tiles", "expert_stride")
-
-
 def arguments_of(name: str) -> tuple[str, ...]:
     """Names of a kernel's arguments in the order of its table."""
     from runtime.backends.cpu.signatures import SIGNATURES
+    from runtime.backends.cpu.tile.spec import KERNEL_ARGS
 
-    return TILE_SIGNATURES.get(name) or SIGNATURES[name]
+    return KERNEL_ARGS.get(name) or SIGNATURES[name]

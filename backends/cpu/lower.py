@@ -23,8 +23,8 @@ RULES: dict[str, Rule] = {}
 # Nodes that only exist after the passes of passes.py.
 DEVICE_OPS = frozenset({
     "pack", "rms_norm_pack", "swiglu_pack", "linear", "qkv_post", "router", "router_ids",
-    "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id", "sigmoid_gate_pack",
-    "gated_norm_pack",
+    "router_tiles", "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id",
+    "sigmoid_gate_pack", "gated_norm_pack",
 })  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class Lowering:
         self.calls: list[Call] = []
         self.counts: dict[tuple[str, int], int] = {}
         self.scratch_nbytes = 0
-        self.router_ids: dict[Tensor, Buffer] = {}
+        self.router_results: dict[Tensor, dict[str, Buffer]] = {}
         self._buffers: dict[Tensor, Buffer] = {}
         self._fixed: dict[tuple[str, str], Buffer] = {}
         self._counts = Buffer("count", "counts", 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.backends.cpu.lower import Lowering, lowers
+from runtime.backends.cpu.plan import Share
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.signatures import float_bits, packed_nbytes
 from runtime.ops.tensor import Tensor
@@ -40,7 +41,7 @@ def swiglu_pack(lower: Lowering, node: Tensor) -> None:
     lower.emit(
         "swiglu_pack", node, tile | act, gate=address, up=up_address,
         out=lower.write(node, nbytes), live=live, n=n, gate_stride=gate_stride,
-        up_stride=up_stride, **bounds,
+        up_stride=up_stride, **bounds, share=Share(n, ("gate", "up", "out")),
     )  # fmt: skip
 
 
@@ -90,4 +91,5 @@ def linear(lower: Lowering, node: Tensor) -> None:
         out=lower.write(node), out_stride=rows,
         bias=0 if bias is None else lower.weight(bias, "vector"),
         add=add_address, add_stride=add_stride, live=live, n_rows=rows, n_inner=inner,
+        share=Share(rows, ("out", "add")),
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.backends.cpu.lower import Lowering, Out, lowers
 from runtime.backends.cpu.matmul import activation
-from runtime.backends.cpu.plan import Buffer, Ref
+from runtime.backends.cpu.plan import Buffer, Ref, Share
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.signatures import float_bits, packed_tile_nbytes
 from runtime.backends.cpu.tile.formats import packed_nbytes
@@ -19,9 +19,9 @@ def tile_capacity(choices: int, experts: int, width: int) -> int:
 
 
 def _tiles(lower: Lowering, tiles: Tensor) -> tuple[Ref, Ref, int]:
-    """Records, live count and capacity of an expert_tiles node."""
+    """Records, live count and capacity of an expert_tiles or router_tiles node."""
     buffer, attrs = lower.result(tiles), tiles.attrs
-    capacity = tile_capacity(tiles.inputs[0].size, attrs["experts"], attrs["C"])
+    capacity = tile_capacity(tiles.size, attrs["experts"], attrs["C"])
     return Ref(buffer, HEADER), Ref(buffer), capacity
 
 
@@ -48,22 +48,26 @@ def take(lower: Lowering, node: Tensor) -> None:
 
 @lowers("router")
 def router(lower: Lowering, node: Tensor) -> None:
-    """Scores to the chosen experts and their weights; the ids are a second result."""
+    """Scores to the chosen experts and their weights; ids and tiles are further results."""
     (scores,) = node.inputs
     address, n, live, stride = lower.rows(scores)
     ids = Buffer("arena", f"{node.name}.ids", node.nbytes)
+    tiles = Buffer("arena", f"{node.name}.tiles", HEADER + 8 * node.size)
+    records = Out(Ref(tiles, HEADER)) if node.attrs["tiles"] else 0
     constants = {"scoring": node.attrs["scoring"], "normalize": node.attrs["normalize"]}
     lower.emit(
         "router", node, constants, logits=address, ids=Out(Ref(ids)), weights=lower.write(node),
-        live=live, n_experts=n, k=node.attrs["k"], logits_stride=stride, scale=float_bits(1.0),
+        tiles=records, n_tiles=Out(Ref(tiles)) if node.attrs["tiles"] else 0, live=live,
+        n_experts=n, k=node.attrs["k"], logits_stride=stride,
+        scale=float_bits(node.attrs["scale"]),
     )  # fmt: skip
-    lower.router_ids[node] = ids
+    lower.router_results[node] = {"router_ids": ids, "router_tiles": tiles}
 
 
-@lowers("router_ids")
-def router_ids(lower: Lowering, node: Tensor) -> None:
-    """No instruction: the router wrote them."""
-    lower.alias(node, lower.router_ids[node.inputs[0]])
+@lowers("router_ids", "router_tiles")
+def router_result(lower: Lowering, node: Tensor) -> None:
+    """No call: the router wrote it."""
+    lower.alias(node, lower.router_results[node.inputs[0]][node.op])
 
 
 @lowers("expert_tiles")
@@ -115,29 +119,36 @@ def swiglu_pack_rows(lower: Lowering, node: Tensor) -> None:
 @lowers("linear_id")
 def linear_id(lower: Lowering, node: Tensor) -> None:
     """Each tile times the weights of its expert."""
-    packed, w, tiles = node.inputs
+    packed, w, tiles, *bias = node.inputs
     records, count, _ = _tiles(lower, tiles)
     rows, inner = int(w.shape[1]), int(w.shape[2])
+    every = node.attrs["every"]
     constants = {
         "format": tile_format(w.dtype), "columns": packed.attrs["C"],
         "activations": packed.attrs["kind"]
     }  # fmt: skip
     lower.emit(
         "matmul_id", node, constants, w=lower.weight(w, "packed"), x=lower.read(packed),
-        out=lower.write(node), out_stride=rows, bias=0, add=0, add_stride=0,
+        out=lower.write(node), out_stride=rows,
+        bias=lower.weight(bias[0], "vector") if bias else 0, add=0, add_stride=0,
         live=lower.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,
-        expert_stride=packed_nbytes(tile_format(w.dtype), rows, inner),
+        expert_stride=packed_nbytes(tile_format(w.dtype), rows, inner), bias_stride=rows,
+        every=every, share=Share(rows, ("out",)) if every else None,
     )  # fmt: skip
 
 
 @lowers("expert_sum")
 def expert_sum(lower: Lowering, node: Tensor) -> None:
-    """Weighted sum over ranks, plus a residual where there is one."""
-    y, weights, *add = node.inputs
-    n = int(y.shape[2])
-    add_address, add_stride = (lower.rows(add[0])[0], lower.rows(add[0])[3]) if add else (0, 0)
+    """Weighted sum over ranks, plus a shared expert and a residual where there are."""
+    y, weights, *rest = node.inputs
+    n, terms = int(y.shape[2]), dict(zip(node.attrs.get("terms", ()), rest, strict=True))
+    places: dict[str, int | Ref] = {}
+    for name in ("shared", "gate", "add"):
+        places[name], places[f"{name}_stride"] = 0, 0
+        if name in terms:
+            places[name], _, _, places[f"{name}_stride"] = lower.rows(terms[name])
     lower.emit(
         "expert_sum", node, y=lower.read(y), weights=lower.read(weights), out=lower.write(node),
-        add=add_address, live=lower.live(node), n=n, k=int(y.shape[1]), out_stride=n,
-        add_stride=add_stride,
+        live=lower.live(node), n=n, k=int(y.shape[1]), out_stride=n, **places,
+        share=Share(n, ("y", "shared", "add", "out")),
     )  # fmt: skip

@@ -85,7 +85,7 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
         packed = pack("pack", (x,), x, C=width, kind=kind)
         return node_of("linear", (packed, w), node)
 
-    def matmul_id(node: Tensor, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    def matmul_id(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
         kind = activation_kind(w, options)
         width = expert_columns(ids.size, int(w.shape[0]), kind, options)
         key = ("tiles", ids, width)
@@ -93,8 +93,12 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
             made[key] = node_of(
                 "expert_tiles", (ids,), ids, dtype=I32, C=width, experts=int(w.shape[0])
             )
-        divisor = int(ids.shape[1]) if x.ndim == 2 else 1
-        packed = pack("pack_rows", (x, made[key]), x, C=width, kind=kind, divisor=divisor)
-        return node_of("linear_id", (packed, w, made[key]), node)
+        each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
+        if width == 1:  # tiles find their row: nothing has to be gathered
+            packed, every = pack("pack", (x,), x, C=1, kind=kind), each
+        else:
+            packed = pack("pack_rows", (x, made[key]), x, C=width, kind=kind, divisor=each)
+            every = 0
+        return node_of("linear_id", (packed, w, made[key], *bias), node, every=every)
 
     return rewrite(graph, {"matmul": matmul, "matmul_id": matmul_id})

@@ -47,8 +47,10 @@ _FILES: dict[str, dict[str, str]] = {
     "elementwise": {
         **dict.fromkeys(("add", "mul", "swiglu"), "x y out live n x_stride y_stride out_stride"),
         **dict.fromkeys(("silu", "sigmoid", "exp", "log"), "x out live n x_stride out_stride"),
+        "softplus": "x out live n x_stride out_stride",
         **dict.fromkeys(("softmax", "normalize"), "x out live n x_stride out_stride"),
         "scale": "x out live n x_stride out_stride factor",
+        "row_scale": "x factors out live n x_stride factors_stride out_stride",
         "swiglu_oai": "x y out live n x_stride y_stride out_stride alpha limit",
     },
     "moe": {

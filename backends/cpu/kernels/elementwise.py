@@ -161,6 +161,10 @@ def build_log():
     return _unary(helper(lambda x: s.log(x)))
 
 
+def build_softplus():
+    return _unary(helper(lambda x: s.softplus(x)))
+
+
 def build_scale():
     def scale(x, out, live, n, x_stride, out_stride, factor, thread, n_threads):
         units, by = (n + 15) // 16, s.splat(s.float_of(factor))
@@ -174,6 +178,24 @@ def build_scale():
             at += stop - first
 
     return scale
+
+
+def build_row_scale():
+    def row_scale(
+        x, factors, out, live, n, x_stride, factors_stride, out_stride, thread, n_threads
+    ):
+        units = (n + 15) // 16
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            by = s.splat(s.load_f32(factors + row * factors_stride * 4))
+            for unit in range(first, stop):
+                i = unit * 16
+                result = get(x + row * x_stride * 4, i, n, 0) * by
+                put(out + row * out_stride * 4, i, n, result)
+            at += stop - first
+
+    return row_scale
 
 
 def _by_row(work):
@@ -202,7 +224,9 @@ KERNELS = {
     "sigmoid": build_sigmoid,
     "exp": build_exp,
     "log": build_log,
+    "softplus": build_softplus,
     "softmax": build_softmax,
     "normalize": build_normalize,
     "scale": build_scale,
+    "row_scale": build_row_scale,
 }

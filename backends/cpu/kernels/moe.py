@@ -2,16 +2,16 @@
 
 Choosing is parallel over tokens: rank after rank is the best score behind the one before it in
 one order (larger first, then lower index), found in a pass over the scores, so nothing is stored.
-`expert_group` is a counting sort by one thread; `expert_sum` is parallel over (token x units of 16
-elements).
+`expert_group` is a counting sort by one thread; `expert_sum` is parallel over units of a row, of
+all tokens alike, as the rows of the matmuls before it.
 """
 
 from __future__ import annotations
 
 from . import emit as e
 from . import simd as s
-from .elementwise import exp_sum, get, piece, put, row_sum
-from .rows import helper, share
+from .elementwise import exp_sum, get, put, row_sum
+from .rows import helper, share, share_of_row
 
 _NOTHING, _NAN = -(2**31), float("nan")
 _FIRST = (2**31 - 1) << 32  # before every place: a key above all, and the lowest index
@@ -131,11 +131,23 @@ def build_router(scoring, normalize):
     """Experts are chosen by logit: different logits can have equal scores in float32.
 
     The weights have the bits of the kernels softmax (or sigmoid), take, normalize and scale.
+    With `tiles` not 0 every choice is a tile of one column, in order: [expert, output row].
     """
     score = _scores(scoring)
 
-    def router(logits, ids, weights, live, n_experts, k, logits_stride, scale, thread, n_threads):
+    @helper
+    def one_tile_each(tiles, ids, first, k):
+        for i in range(first, first + k):
+            s.store_i32(tiles + i * 8, s.load_i32(ids + i * 4))
+            s.store_i32(tiles + i * 8 + 4, i)
+
+    def router(
+        logits, ids, weights, tiles, n_tiles, live, n_experts, k, logits_stride, scale, thread,
+        n_threads,
+    ):  # fmt: skip
         factor = s.float_of(scale)
+        if tiles != 0 and thread == 0:
+            s.store_i64(n_tiles, s.load_i64(live) * k)
         first, last = share(s.load_i64(live), thread, n_threads)
         for row in range(first, last):
             x = logits + row * logits_stride * 4
@@ -146,6 +158,8 @@ def build_router(scoring, normalize):
                 divide(own, k, row_sum(own, k))
             for rank in range(k):
                 s.store_f32(own + rank * 4, s.load_f32(own + rank * 4) * factor)
+            if tiles != 0:
+                one_tile_each(tiles, ids, row * k, k)
 
     return router
 
@@ -202,6 +216,8 @@ def build_expert_group(C):
 
 
 def build_expert_sum():
+    """Terms in order: experts by rank, `shared` times sigmoid of its `gate`, `add`; 0: without."""
+
     @helper
     def weighted(y, weights, i, n, k):
         value = get(y, i, n, 0) * s.splat(s.load_f32(weights))
@@ -210,18 +226,24 @@ def build_expert_sum():
             value = s.fma(get(y + rank * n * 4, i, n, 0), weight, value)
         return value
 
-    def expert_sum(y, weights, out, add, live, n, k, out_stride, add_stride, thread, n_threads):
-        units = (n + 15) // 16
-        at, last = share(s.load_i64(live) * units, thread, n_threads)
-        while at < last:
-            row, first, stop = piece(at, last, units)
-            for unit in range(first, stop):
-                i = unit * 16
+    def expert_sum(
+        y, weights, shared, gate, add, out, live, n, k, shared_stride, gate_stride, add_stride,
+        out_stride, thread, n_threads,
+    ):  # fmt: skip
+        first, last = share_of_row(n, thread, n_threads)
+        for row in range(s.load_i64(live)):
+            factor = s.f32(1)
+            if gate != 0:
+                opening = s.load_f32(gate + row * gate_stride * 4)
+                factor = s.f32(1) / (s.f32(1) + s.exp_f32(-opening))
+            for i in range(first, last, 16):
                 value = weighted(y + row * k * n * 4, weights + row * k * 4, i, n, k)
+                if shared != 0:
+                    extra = get(shared + row * shared_stride * 4, i, n, 0)
+                    value = value + extra * s.splat(factor)
                 if add != 0:
                     value = value + get(add + row * add_stride * 4, i, n, 0)
                 put(out + row * out_stride * 4, i, n, value)
-            at += stop - first
 
     return expert_sum
 

@@ -8,8 +8,9 @@ The last three let a tile start its integer dot product from the correction for 
 Kind "split": n/32 blocks [3][C][32] bfloat16, three pieces that add up to the float32 value: each
 is the leading eight bits of what is left.
 
-Parallel over (tile x units of 32 or 16 elements), so one row keeps every thread busy; each thread
-computes a row's norm for itself, in the same order. Columns without a row are zeros.
+Parallel over (tile x units of 32 or 16 elements), so one row keeps every thread busy; swiglu_pack
+over units alone, of all tiles alike, so that a thread packs what its own matmul rows gave. Each
+thread computes a row's norm for itself, in the same order. Columns without a row are zeros.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .pack_columns import (
     column_packer,
     layout,
 )
-from .rows import inverse_rms, share
+from .rows import inverse_rms, share, share_of_row
 
 
 def build_pack(C, kind):
@@ -69,22 +70,20 @@ def build_rms_norm_pack(C, kind):
 
 def build_swiglu_pack(C, kind, act):
     column = column_packer(C, kind, SWIGLU[act])
-    units_of, tile_bytes, piece = layout(C, kind)
+    _, tile_bytes, _ = layout(C, kind)
+    unit = UNITS[kind]
 
     def swiglu_pack(
         gate, up, out, live, n, gate_stride, up_stride, alpha, limit, thread, n_threads
     ):
-        rows, units = s.load_i64(live), units_of(n)
-        slope, bound = s.float_of(alpha), s.float_of(limit)
-        at, last = share((rows + C - 1) // C * units, thread, n_threads)
-        while at < last:
-            tile, first, stop = piece(at, last, units)
+        rows, slope, bound = s.load_i64(live), s.float_of(alpha), s.float_of(limit)
+        first, last = share_of_row(n, thread, n_threads)
+        for tile in range((rows + C - 1) // C):
             for c in range(C):
                 row = tile * C + c
                 g, u = gate + row * gate_stride * 4, up + row * up_stride * 4
-                target = out + tile * tile_bytes(n)
-                column(row < rows, (g, u, slope, bound), target, c, first, stop, n)
-            at += stop - first
+                target, stop = out + tile * tile_bytes(n), (last + unit - 1) // unit
+                column(row < rows, (g, u, slope, bound), target, c, first // unit, stop, n)
 
     return swiglu_pack
 

@@ -6,6 +6,8 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
+from runtime.backends.cpu.signatures import SHARE_UNIT
+
 from . import emit as e
 from . import simd as s
 
@@ -17,6 +19,13 @@ helper = njit(nogil=True, error_model="numpy", boundscheck=False, inline="always
 def share(n, thread, n_threads):
     """The contiguous range of `n` items that belongs to a thread."""
     return n * thread // n_threads, n * (thread + 1) // n_threads
+
+
+@helper
+def share_of_row(n, thread, n_threads):
+    """Elements first..end-1 of rows of n that belong to a thread: see Share in plan.py."""
+    first, end = share((n + SHARE_UNIT - 1) // SHARE_UNIT, thread, n_threads)
+    return first * SHARE_UNIT, min(end * SHARE_UNIT, n)
 
 
 @s.operation(s.f32, s.i64, s.i64)

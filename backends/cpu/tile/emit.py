@@ -47,7 +47,9 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
     if spec.needs_amx and isa_name != "amx":
         raise OpError(f"{spec} needs the instruction set amx, not {isa_name}")
     problem = load_problem(code, spec)
-    over = (_over_choices if spec.columns == 1 else _over_records) if spec.indirect else _over_tokens
+    over = (
+        (_over_choices if spec.columns == 1 else _over_records) if spec.indirect else _over_tokens
+    )
     if spec.needs_amx:
         tiles = split if spec.activations == "split" else amx
         registers.configure(code, tiles.shapes(problem))

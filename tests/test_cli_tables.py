@@ -12,6 +12,7 @@ from types import MappingProxyType, SimpleNamespace
 import pytest
 from fake_model import DEMO, CommandLine, FakeModel, needs_demo
 
+from runtime import traffic
 from runtime.cli import facts
 from runtime.cli.output import bar, bars, count, size, table
 from runtime.gguf.reader import open_gguf
@@ -57,10 +58,9 @@ class TestBench:
         assert (decode["n_prompt"], decode["n_gen"], decode["n_depth"]) == (0, 4, 16)
         assert len(prompt["samples_ns"]) == len(prompt["samples_ts"]) == 3
         file = open_gguf(DEMO)
-        macs = facts.macs_per_token(file)
-        assert prompt["gmac_per_s"] == pytest.approx(macs * prompt["avg_ts"] / 1e9)
-        nbytes = facts.active_bytes(file, ("f16", "f16"), 18)
-        assert decode["bandwidth_share"] == pytest.approx(nbytes * decode["avg_ts"] / 2e9)
+        token = traffic.of_file(file, ("f16", "f16"), 18)
+        assert prompt["gmac_per_s"] == pytest.approx(token.macs * prompt["avg_ts"] / 1e9)
+        assert decode["bandwidth_share"] == pytest.approx(token.nbytes * decode["avg_ts"] / 2e9)
 
     def test_csv_has_one_quoted_line_per_test(self, invoke):
         text = invoke(*self.ARGS, "-o", "csv", model=FakeModel()).stdout
@@ -151,32 +151,16 @@ class FakeFile:
 
 
 class TestFacts:
-    SHAPES = MappingProxyType(
-        {
-            "token_embd.weight": (100, 8),
-            "blk.0.attn_q.weight": (8, 8),
-            "blk.0.attn_norm.weight": (8,),
-            "blk.0.ffn_up_exps.weight": (4, 16, 8),
-        }
-    )
-    EXPERTS = MappingProxyType({"unknown.expert_count": 4, "unknown.expert_used_count": 1})
-
-    def test_a_tied_embedding_is_read_as_the_output(self):
-        file = FakeFile(self.SHAPES, **self.EXPERTS)
-        assert facts.active_bytes(file, ("f16", "f16"), 10) == 800 + 64 + 8 + 128
-        assert facts.macs_per_token(file) == 64 + 128
-
-    def test_an_embedding_beside_an_output_is_only_looked_up(self):
-        file = FakeFile({**self.SHAPES, "output.weight": (100, 8)}, **self.EXPERTS)
-        assert facts.active_bytes(file, ("f16", "f16"), 10) == 800 + 64 + 8 + 128
-        assert facts.macs_per_token(file) == 64 + 128
+    SHAPES = MappingProxyType({"token_embd.weight": (100, 8), "blk.0.attn_q.weight": (8, 8)})
 
     @needs_demo
-    def test_the_cache_counts_by_its_types(self):
+    def test_memory_is_weights_pages_and_state(self):
         file = open_gguf(DEMO)
-        f16, q8 = (facts.kv_bytes_per_token(file, kind) for kind in ("f16", "q8_0"))
-        mixed = facts.active_bytes(file, ("q8_0", "f16"), 100)
-        assert mixed - facts.active_bytes(file, ("f16", "f16"), 0) == 100 * (f16 + q8) / 2
+        f16, q8 = (facts.memory(file, kind) for kind in ("f16", "q8_0"))
+        assert f16.weights == file.tensors_nbytes and f16.state == 0
+        assert f16.page * 34 == q8.page * 64, "f16 takes 2 bytes a value, q8_0 34 for 32"
+        assert f16.of(33) - f16.of(32) == f16.page and f16.of(64) == f16.of(33)
+        assert facts.memory(FakeFile(self.SHAPES), "f16") is None
 
     @pytest.mark.parametrize(
         ("metadata", "name"),

@@ -16,7 +16,6 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime.cli import facts
 from runtime.cli.options import precision_options
 from runtime.cli.output import note
 
@@ -80,16 +79,21 @@ class Result:
         """Of a decode: bytes that its tokens had to read per second, over what memory gives."""
         if not self.test.n_gen or not self.bandwidth:
             return None
-        context = self.test.n_depth + self.test.n_gen // 2
-        nbytes = facts.active_bytes(self.model.file, self.kv_types, context)
-        return nbytes * mean(self.speeds) / self.bandwidth
+        return self._traffic().nbytes * mean(self.speeds) / self.bandwidth
 
     @property
     def gmac_per_s(self) -> float | None:
         """Of a prompt: 1e9 multiplications of weights per second."""
         if not self.test.n_prompt:
             return None
-        return facts.macs_per_token(self.model.file) * mean(self.speeds) / 1e9
+        return self._traffic().macs * mean(self.speeds) / 1e9
+
+    def _traffic(self) -> Any:
+        """What a token moves in the middle of the test."""
+        from runtime import traffic
+
+        context = self.test.n_depth + self.test.n_gen // 2
+        return traffic.of_file(self.model.file, self.kv_types, context)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
+
+from runtime.ops import PAGE
 
 # general.file_type -> name, as llama.cpp prints it
 _FILE_TYPES = {
@@ -95,57 +98,32 @@ def bytes_by(file: Any, what: str) -> dict[str, float]:
     return dict(found)
 
 
-def active_bytes(file: Any, kv_types: tuple[str, str], context: int) -> float:
-    """Bytes that one decoded token has to read after `context` tokens.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a model's weights, of one page of its KV cache, and of a sequence's state."""
 
-    All weights but an embedding that is only looked up; of experts the share that is used; and
-    the KV cache.
+    weights: int
+    page: int
+    state: int
+
+    def of(self, context: int) -> int:
+        """Bytes of the weights and one sequence of `context` tokens."""
+        return self.weights + -(-context // PAGE) * self.page + self.state
+
+
+def memory(file: Any, kv_type: str) -> Memory | None:
+    """What the model of an open file needs with K and V of one type.
+
+    None for an architecture that cannot be run, or one whose heads the type does not fit.
     """
-    weights = sum(t.nbytes * _used(file, t.name) for t in file.tensors.values())
-    cache = sum((kv_bytes_per_token(file, kind) or 0) / 2 for kind in kv_types)
-    return weights + context * cache
-
-
-def macs_per_token(file: Any) -> float:
-    """Multiplications of weights that one token of a prompt takes.
-
-    The output matrix does not count: only a prompt's last token meets it.
-    """
-    return sum(
-        math.prod(t.shape) * _used(file, t.name)
-        for t in file.tensors.values()
-        if len(t.shape) > 1 and role(t.name) not in ("embedding", "output")
-    )
-
-
-def _used(file: Any, name: str) -> float:
-    """The share of a tensor that one token reads."""
-    if role(name) == "embedding":
-        # without an output matrix of its own the embedding serves as one
-        return float(name == "token_embd.weight" and "output.weight" not in file.tensors)
-    if role(name) != "experts":
-        return 1.0
-    keys = (f"{file.get('general.architecture')}.expert_{key}" for key in ("used_count", "count"))
-    used, experts = (file.get(key) for key in keys)
-    return used / experts if used and experts else 1.0
-
-
-def kv_bytes_per_token(file: Any, kv_type: str) -> int | None:
-    """Bytes of KV cache one token takes; None for an architecture that cannot be run.
-
-    `kv_type` is one type's name, used for K and V.
-    """
+    from runtime.backends.cpu.attention import page_nbytes
     from runtime.errors import Error
-    from runtime.models.registry import build
-    from runtime.ops.dtypes import DTYPES, nbytes_for
+    from runtime.traffic import token_step
 
     try:
-        layers = build(file).layers.attention.values()
+        _, step = token_step(file, (kv_type, kv_type))
+        page = sum(page_nbytes(leaf) for leaf in (*step.k.values(), *step.v.values()))
     except Error:
         return None
-    dtype = DTYPES[kv_type]
-    return sum(
-        nbytes_for(dtype, (layer.kv_heads, dim))
-        for layer in layers
-        for dim in (layer.k_dim, layer.v_dim)
-    )
+    state = sum(leaf.nbytes for leaf in (*step.conv.values(), *step.delta.values()))
+    return Memory(file.tensors_nbytes, page, state)

@@ -111,18 +111,17 @@ def _tensor_table(tensors: Sequence[Any]) -> str:
 
 
 def _memory(file: Any, contexts: Sequence[int]) -> list[dict[str, int]]:
-    """Bytes of weights and KV cache at each context, by KV type."""
+    """Bytes of weights, KV cache and recurrent state at each context, by KV type."""
     from runtime.ops.rounding import KV_TYPES
 
     trained = file.get(f"{file.get('general.architecture')}.context_length")
     if not contexts:
         most = trained if isinstance(trained, int) else _CONTEXTS[-1]
         contexts = sorted({*(n for n in _CONTEXTS if n < most), most})
-    each = {kind: facts.kv_bytes_per_token(file, kind) for kind in KV_TYPES}
-    weights = file.tensors_nbytes
+    found = {kind: facts.memory(file, kind) for kind in KV_TYPES}
+    known = {kind: memory for kind, memory in found.items() if memory is not None}
     return [
-        {"context": n, **{kind: weights + n * per for kind, per in each.items() if per is not None}}
-        for n in contexts
+        {"context": n, **{kind: memory.of(n) for kind, memory in known.items()}} for n in contexts
     ]
 
 
@@ -134,7 +133,9 @@ def _memory_table(file: Any, contexts: Sequence[int]) -> str:
     header = ("context", *(f"KV {kind}" for kind in kinds))
     lines = [(str(row["context"]), *(size(row[kind]) for kind in kinds)) for row in rows]
     text = table(lines, header, right=",".join(header))
-    return f"memory for the weights and one sequence of that length\n{text}"
+    memory = facts.memory(file, kinds[0])
+    state = f", {size(memory.state)} of it recurrent state" if memory and memory.state else ""
+    return f"memory for the weights and one sequence of that length{state}\n{text}"
 
 
 def _shown(value: Any) -> str:

@@ -1,20 +1,24 @@
 """What DEBUG shows and VALIDATE checks while a model runs.
 
-DEBUG=1 one line per plan, 2 a table of its rows with time and GB/s, 3 the plan with its buffers,
-4 the graph. VALIDATE=1 runs each row alone, compares it with the reference backend, and stops at
-the first that differs.
+DEBUG=1 one line per plan; 2 a table of each step with time, bytes and share of memory bandwidth,
+where rows of the plan that do the same in different layers are one line; 3 every row for itself,
+and the plan with its buffers; 4 the graph. VALIDATE=1 runs each row alone, compares it with the
+reference backend, stops at the first that differs, and says so when none did.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
-from collections import defaultdict
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.errors import BackendError
+from runtime.errors import BackendError, Error
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -39,29 +43,77 @@ def run_inspected(
     if validate:
         return _validate(model, program, inputs, live)
     (rows, *_), nanoseconds = program.profile(inputs, live)
-    _print_times(program.plan, nanoseconds, live)
+    _show_times(model, program.plan, nanoseconds, inputs, live, level)
     return rows
 
 
-def _print_times(plan: Any, nanoseconds: np.ndarray, live: Mapping[str, int]) -> None:
-    """A table of rows of the plan by time, largest first; rows of the same calls are one line."""
-    from rich.console import Console
-    from rich.table import Table
+def _show_times(
+    model: Model, plan: Any, nanoseconds: np.ndarray, inputs: Mapping[str, np.ndarray],
+    live: Mapping[str, int], level: int,
+) -> None:  # fmt: skip
+    """The table of a step: rows that do the same together, or each for itself from level 3."""
+    from runtime.step_table import draw, lines, merged
+    from runtime.traffic import LiveStep
 
-    total: dict[str, list[float]] = defaultdict(lambda: [0, 0, 0])
-    for instruction, spent in zip(plan.instructions, nanoseconds, strict=True):
-        row = total[str(instruction)]
-        for i, value in enumerate((1, spent, instruction.nbytes)):
-            row[i] += value
-    table = Table(title=f"step of {live['tokens']} tokens, {nanoseconds.sum() / 1e6:.2f} ms")
-    for name in ("calls of a row", "rows", "µs", "share", "GB/s"):
-        table.add_column(name, justify="left" if name.startswith("calls") else "right")
-    everything = max(1, int(nanoseconds.sum()))
-    for name, (count, spent, nbytes) in sorted(total.items(), key=lambda item: -item[1][1]):
-        rate = f"{nbytes / max(1, spent):.1f}"
-        share = f"{100 * spent / everything:.1f} %"
-        table.add_row(name, str(int(count)), f"{spent / 1e3:.1f}", share, rate)
-    Console(stderr=True, width=110).print(table)
+    step = LiveStep.of(model.file, inputs, live)
+    found = lines(plan, nanoseconds, step)
+    tokens, spent = live["tokens"], nanoseconds.sum() / 1e6
+    title = f"step of {tokens} token{'s' * (tokens != 1)}, context {max(step.lengths)}"
+    draw(
+        found if level >= 3 else merged(found),
+        f"{title}, {spent:.2f} ms",
+        _bandwidth(model.threads),
+    )
+
+
+@functools.cache
+def _bandwidth(threads: int) -> float | None:
+    """Bytes per second that memory gives to as many threads; None where it cannot be measured."""
+    from runtime.backends.cpu.bandwidth import read_bandwidth
+
+    try:
+        return read_bandwidth(threads)
+    except Error:
+        return None
+
+
+@dataclass
+class _Tally:
+    """What VALIDATE compared so far."""
+
+    steps: int = 0
+    results: int = 0
+    worst: float = 0.0
+    name: str = ""
+    sound: bool = True
+
+    def add(self, name: str, error: float) -> None:
+        self.results += 1
+        self.sound = self.sound and math.isfinite(error)
+        if error >= self.worst:
+            self.worst, self.name = error, name
+
+    def report(self) -> None:
+        """One line when all is well; what is wrong has been said where it was found."""
+        if self.sound and self.results:
+            plural = "s" * (self.steps != 1)
+            print(
+                f"VALIDATE: {self.results} results of {self.steps} step{plural} agree with the "
+                f"reference (largest NMSE {self.worst:.1e}, {self.name})",
+                file=sys.stderr,
+            )
+
+
+def _tally(model: Model) -> _Tally:
+    """The model's tally, which reports when the model is closed or the program ends."""
+    if model.validated is None:
+        tally = _Tally()
+        model.validated = weakref.finalize(model, tally.report)
+        _tallies[model] = tally
+    return _tallies[model]
+
+
+_tallies: weakref.WeakKeyDictionary[Model, _Tally] = weakref.WeakKeyDictionary()
 
 
 def _validate(
@@ -72,6 +124,8 @@ def _validate(
     expected = reference.program(model.graph(live["tokens"], max(1, live["outputs"])))
     expected.run(inputs, live)
     tolerance = _TOLERANCE[model.backend.options.activations]  # type: ignore[attr-defined]
+    tally = _tally(model)
+    tally.steps += 1
 
     def compare(n: int, results: list[tuple[Any, np.ndarray]]) -> None:
         for tensor, got in results:
@@ -82,9 +136,12 @@ def _validate(
                 want = want[inputs["output_rows"]]  # rows were picked early in this plan
             rows = got[: len(want)].reshape(want.shape)
             if not np.isfinite(rows).all() and np.isfinite(want).all():
+                tally.sound = False
                 raise BackendError(f"VALIDATE: {tensor.name} (row {n}) is not finite")
             error = float(((rows - want) ** 2).sum() / max(1e-30, float((want**2).sum())))
+            tally.add(tensor.name, error)
             if error > tolerance:
+                tally.sound = False
                 row = program.plan.instructions[n]
                 raise BackendError(
                     f"VALIDATE: {tensor.name} (row {n}, {row}) differs from the reference: "

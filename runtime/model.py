@@ -17,16 +17,16 @@ from runtime.backends.base import Backend, Program, Progress, open_backend
 from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.errors import OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
+from runtime.memory import pages, slots
 from runtime.memory.budget import CacheSize, choose
 from runtime.memory.pages import BlockTable, PagePool
-from runtime.memory.slots import SlotPool
+from runtime.memory.slots import Recurrent, SlotPool
 from runtime.models import registry
 from runtime.models.step import Step
 from runtime.ops import PAGE, Graph
 from runtime.ops.rounding import KV_TYPES
 from runtime.session import Session
 
-SLOTS_PER_SEQUENCE = 2  # recurrent state of a sequence, and of a snapshot or fork
 _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
 
 
@@ -72,7 +72,9 @@ class Model:
         threads: int | None, activations: str, sequences: int, progress: bool | Progress,
     ) -> None:  # fmt: skip
         self.file = file
-        self._lock = threading.RLock()  # one step at a time: they share buffers and pages
+        # One step at a time: they share buffers and pages. Whatever changes who holds pages and
+        # slots waits too, so that nothing a step reads or writes is given away meanwhile.
+        self.lock = threading.RLock()
         self._closed = False
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self.kv_types = parse_kv_type(kv_type)
@@ -82,8 +84,8 @@ class Model:
         step = self._step_inputs(1, 1)
         pages = [self.backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
         self._pool = PagePool(self._size.pages, pages)
-        self.slots = SlotPool(self._slot_count)
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.slots = SlotPool(self._size.slots)
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()  # sessions and snapshots
         self._load_weights(progress)
 
     @property
@@ -121,16 +123,16 @@ class Model:
 
     def _step_inputs(self, tokens: int, outputs: int) -> Step:
         return Step.capacity(
-            tokens, outputs, -(-self.context // PAGE), self._size.pages, self._slot_count,
+            tokens, outputs, -(-self.context // PAGE), self._size.pages, self._size.slots,
             self._architecture.layers, self.kv_types, self._architecture.positions_per_token,
         )  # fmt: skip
 
     def session(self) -> Session:
         """An empty sequence."""
-        self._check_open()
-        session = Session(self, BlockTable(self._pool, self.context))
-        self._sessions.add(session)
-        return session
+        with self.lock:
+            self._check_open()
+            state = Recurrent(self.slots) if self._size.slots else None
+            return Session(self, [], BlockTable(self._pool, self.context), state)
 
     def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
         """Logits of a fresh sequence, float32 [len(ids), vocabulary]; no BOS is added."""
@@ -143,16 +145,24 @@ class Model:
         """Evaluate new tokens of several sessions together, as one ragged batch.
 
         One float32 [n, vocabulary] per session, in order: all its new tokens ("all"), the last
-        one ("last") or none ("none"). The bits do not depend on what else is in the batch.
+        one ("last") or none ("none"). The bits do not depend on what else is in the batch. An
+        error, of whatever kind, leaves every session as it was.
         """
         for session, _ in batch:
             if session.model is not self:
                 raise OptionError("a session can only be evaluated by the model that made it")
         new = [(session, token_ids(ids)) for session, ids in batch]
-        with self._lock:
+        with self.lock:
             self._check_open()
             check(new, logits, self.vocab_size, self.context)
-            return self._step(new, logits)
+            lengths = [len(session) for session, _ in new]
+            try:
+                _reserve(new)
+                return self._step(new, logits)
+            except BaseException:
+                for (session, _), length in zip(new, lengths, strict=True):
+                    session.cut_to(length)
+                raise
 
     def _step(self, batch: list[tuple[Session, list[int]]], logits: str) -> list[np.ndarray]:
         counts = {"all": len, "last": lambda ids: 1, "none": lambda ids: 0}[logits]
@@ -182,9 +192,9 @@ class Model:
 
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""
-        with self._lock:
-            for session in list(self._sessions):
-                session.close()
+        with self.lock:
+            for holder in list(self.holders):
+                holder.close()
             self._closed = True
             self.backend.close()
             if self.validated is not None:
@@ -205,22 +215,11 @@ class Model:
         self.close()
 
     def _run(self, ubatch: Ubatch) -> np.ndarray:
-        for piece in ubatch.pieces:
-            piece.session.table.reserve(piece.start, piece.start + len(piece.ids))
-        live = {
-            "tokens": ubatch.tokens, "outputs": ubatch.outputs, "sequences": len(ubatch.pieces)
-        }  # fmt: skip
         program = self.program(ubatch.tokens, ubatch.outputs)
-        inputs = ubatch.inputs()
-        before = [piece.session.slot for piece in ubatch.pieces]
-        after = [self.slots.writable(slot) for slot in before] if self._slot_count else before
-        inputs["slot_in"], inputs["slot_out"] = np.int32(before), np.int32(after)
-        rows = self._execute(program, inputs, live)
-        for piece, old, new in zip(ubatch.pieces, before, after, strict=True):
-            piece.session.tokens.extend(piece.ids)
-            piece.session.slot = new
-            if new != old:
-                self.slots.release(old)
+        inputs = ubatch.inputs(self._architecture.positions_per_token)
+        rows = self._execute(program, inputs, ubatch.live)
+        for piece in ubatch.pieces:
+            piece.finish()
         return rows
 
     def _execute(
@@ -251,13 +250,13 @@ class Model:
             print(f"{tokens} tokens: {str(program.plan).splitlines()[0]}", file=sys.stderr)
 
     def _choose_size(self, context: int | None, sequences: int) -> CacheSize:
-        layers = self._architecture.layers
-        self._slot_count = SLOTS_PER_SEQUENCE * sequences if layers.recurrent else 0
-        step = Step.capacity(1, 1, 1, 1, 1, layers, self.kv_types)
-        pages = (*step.k.values(), *step.v.values())
-        page = sum(self.backend.state_page_nbytes(leaf) for leaf in pages)
-        weights = self.file.tensors_nbytes
-        return choose(context, self._architecture.p.context, sequences, page, weights)
+        step = Step.capacity(1, 1, 1, 1, 1, self._architecture.layers, self.kv_types)
+        page, slot = (
+            sum(self.backend.state_page_nbytes(leaf) for group in groups for leaf in group.values())
+            for groups in ((step.k, step.v), (step.conv, step.delta))
+        )
+        weights, trained = self.file.tensors_nbytes, self._architecture.p.context
+        return choose(context, trained, sequences, page, weights, slot)
 
     def _load_weights(self, progress: bool | Progress) -> None:
         from runtime.progress import reporter
@@ -273,6 +272,16 @@ class Model:
         """Graphs that between them use every kernel this model can need."""
         sizes = [(1, 1), (4, 1), (4, 4), (8, 1), (8, 8), (16, 1), (16, 8), (16, 16)]
         return [self.graph(t, r) for t, r in sizes]
+
+
+def _reserve(batch: Sequence[tuple[Session, list[int]]]) -> None:
+    """Memory for all tokens of a step; MemoryLimitError and nothing is taken."""
+    states = [(s.state, s, ids) for s, ids in batch if s.state is not None]
+    for state, session, ids in states:
+        if len(ids) > 1 and state.place == len(session):
+            state.keep(message_end=True)
+    slots.reserve([state for state, _, _ in states])
+    pages.reserve((s.table, s.evaluated, len(s) + len(ids)) for s, ids in batch)
 
 
 def parse_kv_type(text: str) -> tuple[str, str]:

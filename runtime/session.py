@@ -1,4 +1,4 @@
-"""Session: one sequence of tokens and its place in the KV cache."""
+"""Session: one sequence of tokens and its place in the cache. Snapshot: a session held still."""
 
 from __future__ import annotations
 
@@ -9,75 +9,184 @@ import numpy as np
 
 from runtime.errors import OptionError
 from runtime.memory.pages import BlockTable
-from runtime.memory.slots import NONE
+from runtime.memory.slots import Recurrent
 
 if TYPE_CHECKING:
     from runtime.model import Model
 
 
-class Session:
-    """Tokens already evaluated, in order. Made by `model.session()`, continued by `eval`.
+class _Sequence:
+    """Tokens, the pages of their keys and values, and their recurrent state, until closed."""
 
-    Sessions of one model share its weights and its pool of cache pages; `fork` shares pages too.
-    """
+    _what = ""
 
     def __init__(
-        self, model: Model, table: BlockTable, tokens: Sequence[int] = (), slot: int = NONE
+        self, model: Model, tokens: Sequence[int], table: BlockTable, state: Recurrent | None
     ) -> None:
         self._closed = True  # until everything is set: __del__ may come at any time
         self.model = model
-        self.tokens: list[int] = list(tokens)
-        self._table = table
-        self.slot = slot  # of recurrent state after `tokens`
+        self._table, self._state = table, state
+        self.tokens = tokens
         self._closed = False
+        model.holders.add(self)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def table(self) -> BlockTable:
-        """Pages of this sequence; OptionError once the session is closed."""
-        if self._closed:
-            raise OptionError("this session is closed; make a new one with model.session()")
+        """Pages of this sequence; OptionError once it is closed."""
+        self.check_open()
         return self._table
 
-    def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
-        """Evaluate `ids` after what is there; float32 [len(ids), vocabulary] of the new tokens.
-
-        logits: "all" rows, "last" for [1, vocabulary], "none" for [0, vocabulary].
-        """
-        return self.model.step([(self, ids)], logits=logits)[0]
-
-    def fork(self) -> Session:
-        """A second session that continues from here; pages are shared until one writes."""
-        slot = self.model.slots.share(self.slot)
-        return Session(self.model, self.table.fork(), self.tokens, slot)
-
-    def rewind(self, n: int) -> None:
-        """Drop the last n tokens; OptionError when there are fewer."""
-        if not 0 <= n <= len(self.tokens):
-            raise OptionError(f"cannot rewind {n} tokens of a session of {len(self.tokens)}")
-        if n:
-            del self.tokens[-n:]
-            self.table.truncate(len(self.tokens))
+    @property
+    def state(self) -> Recurrent | None:
+        """Recurrent state, of models that have such layers."""
+        return self._state
 
     def close(self) -> None:
-        """Give its pages back; the session cannot be used afterwards."""
-        if not self._closed:
-            self._table.truncate(0)
-            self.model.slots.release(self.slot)
-            self._closed = True
+        """Give its memory back; it cannot be used afterwards. Closing twice is once."""
+        with self.model.lock:
+            if not self._closed:
+                self._closed = True
+                self._table.truncate(0)
+                if self._state is not None:
+                    self._state.close()
 
-    def __repr__(self) -> str:
-        state = ", closed" if self._closed else ""
-        return f"<Session {len(self.tokens)} of {self.model.context} tokens{state}>"
+    def _parts(self) -> tuple[BlockTable, Recurrent | None]:
+        """Pages and state, held once more."""
+        self.check_open()
+        return self._table.fork(), None if self._state is None else self._state.fork()
 
-    def __enter__(self) -> Session:
+    def check_open(self) -> None:
+        """OptionError once it is closed."""
+        if self._closed:
+            raise OptionError(f"this {self._what}")
+
+    def __enter__(self):
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
+        # No lock here: a collection may come in the middle of anything, in any thread.
         if not getattr(self, "_closed", True):
-            self.close()
+            self._table.abandon()
+            if self._state is not None:
+                self._state.abandon()
+
+
+class Snapshot(_Sequence):
+    """A session as it was, to go back to with `session.restore`. Made by `session.snapshot()`.
+
+    It shares pages and state with the session and costs what the session changes afterwards: one
+    page, and one slot of recurrent state. It outlives the session, not the model; `close` (or
+    `with`, or forgetting it) gives its memory back.
+    """
+
+    _what = "snapshot is closed; make a new one with session.snapshot()"
+    tokens: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"<Snapshot of {len(self)} tokens{', closed' if self._closed else ''}>"
+
+
+class Session(_Sequence):
+    """Tokens already evaluated, in order. Made by `model.session()`, continued by `eval`.
+
+    Sessions of one model share its weights and its pools of memory. Calls from several threads
+    come one after the other.
+    """
+
+    _what = "session is closed; make a new one with model.session()"
+    tokens: list[int]
+
+    @property
+    def evaluated(self) -> int:
+        """How many tokens the next step need not evaluate: all, or after a rewind of a model
+        with recurrent layers those up to the last state that was kept."""
+        return len(self.tokens) if self._state is None else self._state.place
+
+    def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
+        """Evaluate `ids` after what is there; float32 [len(ids), vocabulary] of the new tokens.
+
+        logits: "all" rows, "last" for [1, vocabulary], "none" for [0, vocabulary]. An error, of
+        whatever kind, leaves the session as it was.
+        """
+        return self.model.step([(self, ids)], logits=logits)[0]
+
+    def fork(self) -> Session:
+        """A second session that continues from here; memory is shared until one writes."""
+        with self.model.lock:
+            return Session(self.model, list(self.tokens), *self._parts())
+
+    def snapshot(self) -> Snapshot:
+        """This session as it is now, exactly; nothing is copied but the list of tokens."""
+        with self.model.lock:
+            return Snapshot(self.model, tuple(self.tokens), *self._parts())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continue from a snapshot of this or another session of the same model.
+
+        What the session held is given back. OptionError, and nothing has changed, for a closed
+        snapshot or one of another model.
+        """
+        with self.model.lock:
+            self.check_open()
+            if not isinstance(snapshot, Snapshot):
+                raise OptionError(
+                    f"restore takes a snapshot made by session.snapshot(), not {snapshot!r:.60}"
+                )
+            if snapshot.model is not self.model:
+                raise OptionError(_foreign(snapshot.model, self.model))
+            table, state = snapshot._parts()
+            self._release()
+            self._table, self._state, self.tokens = table, state, list(snapshot.tokens)
+
+    def rewind(self, n: int) -> None:
+        """Drop the last n tokens; OptionError when there are fewer.
+
+        In a model with recurrent layers the state goes back to the nearest place before that is
+        kept (see runtime.memory.slots); the next step evaluates the tokens from there again. The
+        bits are those of a session that never went further.
+        """
+        with self.model.lock:
+            self.check_open()
+            if not 0 <= n <= len(self.tokens):
+                raise OptionError(f"cannot rewind {n} tokens of a session of {len(self.tokens)}")
+            self.cut_to(len(self.tokens) - n)
+
+    def cut_to(self, length: int) -> None:
+        """Drop what is past `length` tokens, the remains of a step that failed included."""
+        del self.tokens[length:]
+        self._table.truncate(length)
+        if self._state is not None:
+            self._state.rewind(length)
+
+    def _release(self) -> None:
+        self._table.truncate(0)
+        if self._state is not None:
+            self._state.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        return f"<Session {len(self.tokens)} of {self.model.context} tokens{state}>"
+
+
+def _foreign(theirs: Model, ours: Model) -> str:
+    """Why a snapshot cannot be restored: one line that names the first difference."""
+    for what, a, b in (
+        ("model", theirs.file.path, ours.file.path),
+        ("kv_type", ",".join(theirs.kv_types), ",".join(ours.kv_types)),
+        ("device", theirs.backend.name, ours.backend.name),
+    ):
+        if a != b:
+            return (
+                f"the snapshot is of {what} {a}, this session of {what} {b}; snapshots only "
+                "restore in sessions of the model that made them"
+            )
+    return (
+        "the snapshot is of another load of this model; snapshots only restore in sessions of "
+        "the model that made them"
+    )

@@ -11,6 +11,8 @@ from pathlib import Path
 from runtime.errors import MemoryLimitError
 from runtime.ops import PAGE
 
+SLOTS_PER_SEQUENCE = 20  # its state, its checkpoints, and room for snapshots and forks of it
+_LEAST_SLOTS = 2  # without room for one more, nothing can be forked or kept
 _SHARE = 0.9  # of what is free: the rest is for activations, text and the system
 
 
@@ -58,38 +60,53 @@ def _windows_memory() -> int | None:
 
 @dataclass(frozen=True)
 class CacheSize:
-    """The context a sequence may have, and the pages of all sequences together."""
+    """The context a sequence may have; pages and slots of all sequences together."""
 
     context: int
     pages: int
+    slots: int = 0
 
 
 def choose(
-    context: int | None, trained: int, sequences: int, page_nbytes: int, weights: int
-) -> CacheSize:
-    """Context and pages: `context` if given, else the trained one, or what fits in memory.
+    context: int | None, trained: int, sequences: int, page_nbytes: int, weights: int,
+    slot_nbytes: int = 0,
+) -> CacheSize:  # fmt: skip
+    """Context, pages and slots: `context` if given, else the trained one, or what fits in memory.
 
-    `page_nbytes` is a page of all layers, `weights` what the model itself will take. Sequences
-    share one pool: room for as many full contexts as asked for and fit, at least one.
+    `page_nbytes` is a page of all layers, `weights` what the model itself will take, `slot_nbytes`
+    the recurrent state of one sequence (0: the model has none). Sequences share one pool: room
+    for as many full contexts as asked for and fit, at least one. Slots come first, in a quarter
+    of the budget; they count in full, though the system gives memory only to those ever used.
     MemoryLimitError says what would fit.
     """
-    free = available_memory()
+    free, page_nbytes = available_memory(), max(1, page_nbytes)
     budget = sys.maxsize if free is None else max(0, int((free - weights) * _SHARE))
-    most = budget // page_nbytes * PAGE
+    slots = _slots(sequences, budget, slot_nbytes)
+    state = slots * slot_nbytes
+    most = max(0, budget - state) // page_nbytes * PAGE
     if context is not None and context > most:
+        also = f" and {gib(state)} of recurrent state" if state else ""
         raise MemoryLimitError(
-            f"context={context} needs {gib(-(-context // PAGE) * page_nbytes)} of KV cache, and "
-            f"{gib(budget)} is free beside the model: at most context={most} fits "
+            f"context={context} needs {gib(-(-context // PAGE) * page_nbytes)} of KV cache{also}, "
+            f"and {gib(budget)} is free beside the model: at most context={most} fits "
             "(a smaller kv_type such as 'q8_0' fits more)"
         )
     wanted = context or min(trained, most)
     if wanted < 1:
+        also = f" beside {gib(state)} of recurrent state" if state else ""
         raise MemoryLimitError(
             f"the model takes {gib(weights)} and {gib(free or 0)} of memory is free: "
-            "no room is left for a KV cache; use a smaller or more quantised model"
+            f"no room is left for a KV cache{also}; use a smaller or more quantised model"
         )
     each = -(-wanted // PAGE)
-    return CacheSize(wanted, max(each, min(each * sequences, budget // page_nbytes)))
+    pages = max(each, min(each * sequences, (budget - state) // page_nbytes))
+    return CacheSize(wanted, pages, slots)
+
+
+def _slots(sequences: int, budget: int, slot_nbytes: int) -> int:
+    if not slot_nbytes:
+        return 0
+    return max(_LEAST_SLOTS, min(SLOTS_PER_SEQUENCE * sequences, budget // 4 // slot_nbytes))
 
 
 def gib(nbytes: float) -> str:

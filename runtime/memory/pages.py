@@ -7,7 +7,8 @@ same ones. A page that several sequences hold is never written: the writer takes
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -24,59 +25,79 @@ class PagePool:
         self._arrays = arrays
         self._holders = np.zeros(count, np.int32)
         self._free = list(range(count - 1, -1, -1))
+        self._abandoned: deque[np.ndarray] = deque()
 
     @property
     def free(self) -> int:
         """Pages that no sequence holds."""
+        self._collect()
         return len(self._free)
+
+    def need(self, n: int) -> None:
+        """MemoryLimitError unless n pages are free."""
+        if len(self._free) < n and self.free < n:
+            raise MemoryLimitError(
+                f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in use; "
+                "close sessions or snapshots, or load the model with a larger `sequences` or a "
+                "smaller `context`"
+            )
 
     def allocate(self) -> int:
         """A page with one holder; MemoryLimitError when all are held."""
         with self._lock:
-            if not self._free:
-                raise MemoryLimitError(
-                    f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in "
-                    "use; close sessions, or load the model with a larger `sequences` or a smaller "
-                    "`context`"
-                )
+            self.need(1)
             page = self._free.pop()
             self._holders[page] = 1
             return page
 
-    def share(self, pages: Sequence[int]) -> None:
-        """One more holder for each."""
+    def share(self, pages: np.ndarray) -> None:
+        """One more holder for each of these different pages."""
         with self._lock:
-            for page in pages:
-                self._holders[page] += 1
+            self._holders[pages] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """One holder less for each; a page without holders is free again."""
+    def release(self, pages: np.ndarray) -> None:
+        """One holder less for each of these different pages; those without holders are free."""
         with self._lock:
-            for page in pages:
-                self._holders[page] -= 1
-                if self._holders[page] == 0:
-                    self._free.append(page)
+            self._holders[pages] -= 1
+            self._free.extend(pages[self._holders[pages] == 0].tolist())
+
+    def abandon(self, pages: np.ndarray) -> None:
+        """`release` at the next opportunity: safe where a garbage collection may call."""
+        self._abandoned.append(pages)
 
     def is_shared(self, page: int) -> bool:
         """Whether more than one sequence holds it."""
         return bool(self._holders[page] > 1)
 
+    def copies(self, writers: Counter[int]) -> int:
+        """How many copies it takes that each page has `writers[page]` writers on their own."""
+        return sum(min(n, int(self._holders[page]) - 1) for page, n in writers.items())
+
     def own(self, page: int) -> int:
-        """A page with the same content that only the caller holds: itself, or a copy."""
+        """A page with the same content that only the caller holds: itself, or a copy.
+
+        MemoryLimitError leaves everything as it was.
+        """
         if not self.is_shared(page):
             return page
-        copy = self.allocate()
-        for array in self._arrays:
-            array[copy] = array[page]
-        self.release([page])
-        return copy
+        with self._lock:
+            copy = self.allocate()
+            for array in self._arrays:
+                array[copy] = array[page]
+            self._holders[page] -= 1
+            return copy
+
+    def _collect(self) -> None:
+        with self._lock:
+            while self._abandoned:
+                self.release(self._abandoned.popleft())
 
 
 class BlockTable:
     """The pages of one sequence of at most `capacity` tokens, as kernels read them."""
 
     def __init__(self, pool: PagePool, capacity: int) -> None:
-        self._pool = pool
+        self.pool = pool
         self._row = np.zeros(-(-capacity // PAGE), np.int32)
         self._used = 0
 
@@ -88,30 +109,72 @@ class BlockTable:
     def reserve(self, start: int, stop: int) -> None:
         """Make places start..stop-1 writable: new pages, and copies of shared ones.
 
-        MemoryLimitError leaves the table as it was, apart from copies already made.
+        MemoryLimitError leaves everything as it was.
         """
-        for index in range(start // PAGE, -(-stop // PAGE)):
-            if index < self._used:
-                self._row[index] = self._pool.own(int(self._row[index]))
-            else:
-                self._row[index] = self._pool.allocate()
-                self._used = index + 1
+        reserve([(self, start, stop)])
+
+    def writable(self, start: int, stop: int) -> bool:
+        """Whether places start..stop-1 have pages that nobody else holds."""
+        return -(-stop // PAGE) <= self._used and not any(
+            self.pool.is_shared(page) for page in self._row[start // PAGE : -(-stop // PAGE)]
+        )
+
+    def wanted(self, start: int, stop: int) -> tuple[np.ndarray, int]:
+        """Pages of places start..stop-1 that are there, and how many are still to come."""
+        end = -(-stop // PAGE)
+        return self._row[start // PAGE : min(end, self._used)], max(0, end - self._used)
+
+    def take(self, start: int, stop: int) -> None:
+        """As `reserve`, where it is known that there are pages enough."""
+        for index in range(start // PAGE, min(self._used, -(-stop // PAGE))):
+            self._row[index] = self.pool.own(int(self._row[index]))
+        for index in range(self._used, -(-stop // PAGE)):
+            self._row[index] = self.pool.allocate()
+            self._used = index + 1
 
     def slots(self, start: int, stop: int) -> np.ndarray:
         """int32 slot (page * PAGE + offset) of places start..stop-1."""
-        places = np.arange(start, stop)
-        return self._row[places // PAGE] * PAGE + (places % PAGE).astype(np.int32)
+        places = np.arange(start, stop, dtype=np.int32)
+        return self._row[places // PAGE] * PAGE + places % PAGE
+
+    def slot(self, place: int) -> int:
+        """The slot of one place."""
+        return int(self._row[place // PAGE]) * PAGE + place % PAGE
 
     def truncate(self, length: int) -> None:
         """Give back pages past `length` tokens."""
         keep = -(-length // PAGE)
         if keep < self._used:
-            self._pool.release([int(p) for p in self._row[keep : self._used]])
+            self.pool.release(self._row[keep : self._used].copy())
             self._used = keep
+
+    def abandon(self) -> None:
+        """Give back all pages, whenever the pool is next asked."""
+        self.pool.abandon(self.row.copy())
+        self._used = 0
 
     def fork(self) -> BlockTable:
         """The same pages, held once more."""
-        other = BlockTable(self._pool, 0)
+        other = BlockTable(self.pool, 0)
         other._row, other._used = self._row.copy(), self._used
-        self._pool.share([int(p) for p in self.row])
+        self.pool.share(self.row)
         return other
+
+
+def reserve(requests: Iterable[tuple[BlockTable, int, int]]) -> None:
+    """Make places start..stop-1 of several tables (of one pool) writable, or change nothing.
+
+    MemoryLimitError when there are not pages enough for all of them.
+    """
+    requests = [r for r in requests if not r[0].writable(r[1], r[2])]
+    if not requests:
+        return
+    pool = requests[0][0].pool
+    new, writers = 0, Counter[int]()
+    for table, start, stop in requests:
+        held, missing = table.wanted(start, stop)
+        writers.update(held.tolist())
+        new += missing
+    pool.need(new + pool.copies(writers))
+    for table, start, stop in requests:
+        table.take(start, stop)

@@ -83,7 +83,17 @@ def _which(built: Built, name: str) -> str:
 
 
 def _reference(name: str, case: Case, built: Built) -> np.ndarray:
-    return OPS[name].reference(*[v.copy() for v in built.values], **case.attrs)
+    return _reference_and_slots(name, case, built)[0]
+
+
+def _reference_and_slots(
+    name: str, case: Case, built: Built
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The result, and what it leaves in the slots of each such state."""
+    values = [v.copy() for v in built.values]
+    result = OPS[name].reference(*values, **case.attrs)
+    slots = [k for k, (leaf, _) in built.states.items() if leaf.attrs["kind"] == "slots"]
+    return result, {key: values[int(key[1:])] for key in slots}
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> float:
@@ -117,11 +127,13 @@ def test_reference_backend(name: str, case: Case):
     backend = ReferenceBackend(built.file())
     for leaf, value in built.states.values():
         backend.state(leaf)[:] = value
-    want = _reference(name, case, built)
+    want, slots = _reference_and_slots(name, case, built)
     got = backend.program(built.graph).run(built.inputs, built.live())
     if name == "kv_write":
         got = [backend.state(built.states["x1"][0])]
     assert _error(got[0], want) <= case.tolerance
+    for key, value in slots.items():
+        assert _error(backend.state(built.states[key][0]), value) <= case.tolerance
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +153,19 @@ def test_cpu_backend(name: str, case: Case, threads: int):
         pytest.skip("a view has no kernel")
     backend = CpuBackend(built.file(), threads=threads, activations="f32")
     for key, (leaf, value) in built.states.items():
-        backend.state(leaf)[:] = from_plain(value, leaf, _which(built, key))
+        if leaf.attrs["kind"] == "slots":
+            backend.state(leaf)[:] = value.reshape(len(value), -1).view(np.uint8)
+        else:
+            backend.state(leaf)[:] = from_plain(value, leaf, _which(built, key))
     program = backend.bind(backend.plan(built.graph, guarded=True))
     program.poison()
     got = program.run(built.inputs, built.live())
     damaged = program.damaged()
-    want = _reference(name, case, built)
+    want, slots = _reference_and_slots(name, case, built)
     if name == "kv_write":
         leaf = built.states["x1"][0]
         got = [to_plain(backend.state(leaf), leaf, "k")]
+    left = {key: backend.state(built.states[key][0]).copy() for key in slots}
     backend.close()
     assert not damaged, f"{name} wrote past the end of {damaged}"
     assert np.isfinite(got[0]).all(), f"{name} left results unwritten"
@@ -157,6 +173,8 @@ def test_cpu_backend(name: str, case: Case, threads: int):
         np.testing.assert_array_equal(got[0], want)
     else:
         assert _error(got[0], want) <= case.tolerance
+    for key, value in slots.items():
+        assert _error(left[key].view(np.float32).reshape(value.shape), value) <= case.tolerance
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "q8_0"])

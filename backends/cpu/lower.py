@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {}
 DEVICE_OPS = frozenset({
     "pack", "rms_norm_pack", "swiglu_pack", "linear", "qkv_post", "router", "router_ids",
     "router_tiles", "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id",
-    "sigmoid_gate_pack", "gated_norm_pack",
+    "sigmoid_gate_pack", "gated_norm_pack", "conv_post", "delta_step",
 })  # fmt: skip
 
 
@@ -234,6 +234,7 @@ VIEWS = frozenset(name for name, op in OPS.items() if op.view)
 def _load_rules() -> None:
     from runtime.backends.cpu import (  # noqa: F401
         attention,
+        delta,
         elementwise,
         matmul,
         moe,

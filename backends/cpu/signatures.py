@@ -53,9 +53,23 @@ _FILES: dict[str, dict[str, str]] = {
         "row_scale": "x factors out live n x_stride factors_stride out_stride",
         "swiglu_oai": "x y out live n x_stride y_stride out_stride alpha limit",
     },
+    "short_conv": {
+        "l2_norm": "x out live heads n x_stride head_stride eps",
+        **dict.fromkeys(
+            ("short_conv", "conv_post"),
+            "x w state slot_bytes runs slot_in slot_out out live channels taps block x_stride "
+            "norm_first norm_end eps scratch scratch_bytes",
+        ),
+    },
+    "delta": {
+        "gated_delta": "q k v decay beta q_stride k_stride v_stride decay_stride beta_stride dt a "
+        "state slot_bytes runs slot_in slot_out out live heads key_heads dk dv tiled scale scratch "
+        "scratch_bytes",
+    },
     "moe": {
         "router": "logits ids weights tiles n_tiles live n_experts k logits_stride scale",
         "expert_group": "ids tiles n_tiles live n_experts k scratch",
+        "expert_bias": "y bias ids out live n y_stride out_stride",
         "expert_sum": "y weights shared gate add out live n k shared_stride gate_stride "
         "add_stride out_stride",
         "top_k": "x out live n k x_stride",
@@ -87,6 +101,7 @@ CONSTANTS: dict[str, dict[str, tuple]] = {
     "attention": {"k_type": _KV_TYPES, "v_type": _KV_TYPES},
     "router": {"scoring": ("softmax", "sigmoid", "softmax_topk"), "normalize": (False, True)},
     "expert_group": {"C": _PACKING["C"]},
+    "gated_delta": {"gates": ("given", "raw")},
 }
 
 SHARE_UNIT = 32  # elements: what is divided alike between threads is divided in whole units
@@ -94,6 +109,10 @@ SHARE_UNIT = 32  # elements: what is divided alike between threads is divided in
 PAGE = 32  # tokens in a page of the KV cache
 MAX_HEAD_DIM = 1024
 ATTENTION_ROWS = 8  # query rows of a register block of attention; tokens of a tile
+MAX_TAPS = 64  # of a short convolution
+CONV_BLOCK = 128  # channels that a short convolution takes together, where heads do not say
+DELTA_COLUMNS = 64  # columns of a recurrent state that a thread takes together at most
+DELTA_VECTORS = 896  # bytes of its scratch before the copy of these columns; see kernels/delta.py
 ATTENTION_BLOCKS = 4  # register blocks that attention takes through the pages together
 
 # A plan is a table of rows of int64: kernel address, address of its arguments, flags.
@@ -117,17 +136,6 @@ def float_bits(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
-def packed_nbytes(rows: int, n: int, C: int, kind: str) -> int:
-    """Bytes of packed activations of `rows` rows of `n` values in tiles of `C` columns."""
-    return -(-rows // C) * packed_tile_nbytes(n, C, kind)
-
-
-def packed_tile_nbytes(n: int, C: int, kind: str) -> int:
-    """Bytes of one tile of packed activations: see kernels/pack.py for its layout."""
-    used = n // 32 * C * {"int8": 52, "split": 192}[kind] if kind != "f32" else n * C * 4
-    return -(-used // 64) * 64
-
-
 def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
     """Bytes of one KV head's K or V in one page of 32 tokens.
 
@@ -140,6 +148,16 @@ def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
             )
         return PAGE * head_dim // 32 * 34
     return PAGE * head_dim * (4 if kv_type == "f32" else 2)
+
+
+def conv_scratch_nbytes(block: int, taps: int) -> int:
+    """Bytes of scratch that each thread of a short convolution needs: the filters of a block."""
+    return -(-block // 16) * taps * 64
+
+
+def delta_scratch_nbytes(dk: int) -> int:
+    """Bytes of scratch that each thread of `gated_delta` needs."""
+    return DELTA_VECTORS + dk * DELTA_COLUMNS * 4
 
 
 def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: int) -> int:

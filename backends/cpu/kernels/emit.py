@@ -242,19 +242,33 @@ _LOG = [
 ]
 
 
+def _log_series(b: ir.IRBuilder, t: Value, n: Value, fused: bool) -> Value:
+    """log(1 + t) + n ln 2 for t in the range of the polynomial and whole n."""
+    square = b.fmul(t, t)
+    value = b.fmul(b.fmul(horner(b, t, _LOG, fused), t), square)
+    value = fma(b, n, floats(_LN2_LOW), value, fused)
+    value = fma(b, square, floats(-0.5), value, fused)
+    return fma(b, n, floats(_LN2_HIGH), b.fadd(t, value), fused)
+
+
 def log(b: ir.IRBuilder, x: Value, fused: bool) -> Value:
     """Natural logarithm within 2 ulp; -inf for 0 and subnormals, NaN below 0, inf for inf."""
     bits = b.bitcast(x, wide(i32))
     shifted = b.sub(bits, ints(0x3F3504F3))  # the mantissa lands in [sqrt(1/2), sqrt(2))
     n = b.sitofp(b.ashr(shifted, ints(23)), wide(f32))
     mantissa = b.add(b.and_(shifted, ints(0x007FFFFF)), ints(0x3F3504F3))
-    t = b.fsub(b.bitcast(mantissa, wide(f32)), floats(1.0))
-    square = b.fmul(t, t)
-    value = b.fmul(b.fmul(horner(b, t, _LOG, fused), t), square)
-    value = fma(b, n, floats(_LN2_LOW), value, fused)
-    value = fma(b, square, floats(-0.5), value, fused)
-    value = fma(b, n, floats(_LN2_HIGH), b.fadd(t, value), fused)
+    value = _log_series(b, b.fsub(b.bitcast(mantissa, wide(f32)), floats(1.0)), n, fused)
     value = b.select(b.fcmp_ordered("<", x, floats(2.0**-126)), floats(-math.inf), value)
     bad = b.fcmp_unordered("<", x, floats(0.0))
     value = b.select(bad, floats(math.nan), value)
     return b.select(b.fcmp_ordered("==", x, floats(math.inf)), x, value)
+
+
+def softplus(b: ir.IRBuilder, x: Value, fused: bool) -> Value:
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|) within 4 ulp; NaN stays NaN."""
+    power = exp(b, b.fneg(absolute(b, x)), fused)  # in [0, 1]
+    large = b.fcmp_ordered(">", power, floats(math.sqrt(2) - 1))
+    half = b.fmul(b.fsub(power, floats(1.0)), floats(0.5))  # 1 + power = 2 (1 + half)
+    t = b.select(large, half, power)
+    n = b.select(large, floats(1.0), floats(0.0))
+    return b.fadd(larger(b, x, floats(0.0)), _log_series(b, t, n, fused))

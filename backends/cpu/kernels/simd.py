@@ -278,6 +278,7 @@ exp = operation(f32x16, f32x16)(lambda b, x: e.exp(b, x, FUSED))
 log = operation(f32x16, f32x16)(lambda b, x: e.log(b, x, FUSED))
 sigmoid = operation(f32x16, f32x16)(lambda b, x: e.sigmoid(b, x, FUSED))
 silu = operation(f32x16, f32x16)(lambda b, x: e.silu(b, x, FUSED))
+softplus = operation(f32x16, f32x16)(lambda b, x: e.softplus(b, x, FUSED))
 
 
 @operation(i32x16, i32x16, i64)

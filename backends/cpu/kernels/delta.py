@@ -1,0 +1,152 @@
+"""The gated delta rule (Yang et al. 2024), token by token, with the state of a head in the cache.
+
+Parallel over (value head x 16 columns of its state), each thread with neighbouring ones: columns
+of S [dk, dv] never meet, so their bits are the same whoever computes them and with how many
+beside. A thread takes up to 64 columns at a time through all tokens of a sequence, in a copy of
+32 KiB (dk = 128) that stays in the first level of the cache. Rows are added in order.
+
+With g = exp(decay), S^T k after the decay is g (S^T k) before it. So one pass over S does the
+update of a token, its read-out, and S^T k for the token behind it: two multiply-adds for the two
+sums, one and a product for the update, while S is read and written once.
+"""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.signatures import DELTA_VECTORS
+
+from . import simd as s
+from .delta_passes import WIDEST, read_keys, update
+from .elementwise import get, put
+from .rows import helper, share
+
+_TOKENS = 16  # whose gates are computed together
+_WIDEST = WIDEST
+
+# Byte offsets in the scratch of a thread: gates of some tokens, vectors of one token, then S.
+_GATES, _BETAS, _ERROR, _READ, _SUMS, _COPY = 0, 64, 128, 384, 640, DELTA_VECTORS
+
+
+@helper
+def column(x, stride, n, target):
+    """n floats `stride` bytes apart and zeros behind them, as a vector at an address."""
+    for i in range(16):
+        s.store_f32(target + i * 4, s.load_f32(x + i * stride) if i < n else s.f32(0))
+
+
+@helper
+def given_decay(x, head, dt, a):
+    """The logarithm of a decay as it is."""
+    return x
+
+
+@helper
+def given_beta(x):
+    return x
+
+
+@helper
+def raw_decay(x, head, dt, a):
+    """a softplus(x + dt) of a head; an address 0 stands for no dt."""
+    if dt != 0:
+        x = x + s.splat(s.load_f32(dt + head * 4))
+    return s.softplus(x) * s.splat(s.load_f32(a + head * 4))
+
+
+@helper
+def raw_beta(x):
+    return s.sigmoid(x)
+
+
+@helper
+def clear(state, nbytes):
+    for i in range(0, nbytes, 64):
+        s.store(state + i, s.splat(s.f32(0)))
+
+
+@helper
+def width_of(columns, left):
+    """How many columns to take together: of those of a thread, and left in the head."""
+    width, most = _WIDEST, min(columns, left)
+    while width > 16 and width > most:
+        width //= 2
+    return min(width, most)
+
+
+@helper
+def error_of(v, n, decay, beta, mine):
+    """beta (v - g S^T k) of n columns, the update of a token."""
+    for i in range(0, n, 16):
+        sums = s.load(mine + _SUMS + i * 4)
+        error = s.fma(s.splat(-decay), sums, get(v, i, n, 0))
+        s.store(mine + _ERROR + i * 4, error * s.splat(beta))
+
+
+@helper
+def read_out(out, n, scale, mine):
+    for i in range(0, n, 16):
+        put(out, i, n, s.load(mine + _READ + i * 4) * scale)
+
+
+def _build(log_decay, beta_of):
+    @helper
+    def gates(decay, decay_stride, beta, beta_stride, token, count, head, dt, a, mine):
+        """g and beta of the next tokens."""
+        some = min(_TOKENS, count)
+        column(decay + (token * decay_stride + head) * 4, decay_stride * 4, some, mine + _GATES)
+        column(beta + (token * beta_stride + head) * 4, beta_stride * 4, some, mine + _BETAS)
+        s.store(mine + _GATES, s.exp(log_decay(s.load(mine + _GATES), head, dt, a)))
+        s.store(mine + _BETAS, beta_of(s.load(mine + _BETAS)))
+
+    def gated_delta(
+        q, k, v, decay, beta, q_stride, k_stride, v_stride, decay_stride, beta_stride, dt, a,
+        state, slot_bytes, runs, slot_in, slot_out, out, live, heads, key_heads, dk, dv, tiled,
+        scale, scratch, scratch_bytes, thread, n_threads,
+    ):  # fmt: skip
+        mine, units = scratch + thread * scratch_bytes, (dv + 15) // 16
+        factor = s.splat(s.float_of(scale))
+        for sequence in range(s.load_i64(live)):
+            first, count = s.load_i32(runs + sequence * 8), s.load_i32(runs + sequence * 8 + 4)
+            origin = s.load_i32(slot_in + sequence * 4)
+            result = state + s.load_i32(slot_out + sequence * 4) * slot_bytes
+            at, last = share(heads * units, thread, n_threads)
+            while at < last:
+                head, start = at // units, at % units * 16
+                n = width_of((last - at) * 16, dv - start)
+                at += (n + 15) // 16
+                place, row = (head * dk * dv + start) * 4, (n + 15) // 16 * 64
+                source, source_row = state + origin * slot_bytes + place, dv * 4
+                if origin < 0:
+                    clear(mine + _COPY, dk * row)
+                    source, source_row = mine + _COPY, row
+                key = head % key_heads if tiled != 0 else head // (heads // key_heads)
+                query = q + (first * q_stride + key * dk) * 4
+                key = k + (first * k_stride + key * dk) * 4
+                read_keys(source, source_row, key, dk, n, mine + _SUMS)
+                for token in range(first, first + count):
+                    left, i = first + count - token, (token - first) % _TOKENS
+                    if i == 0:
+                        gates(
+                            decay, decay_stride, beta, beta_stride, token, left, head, dt, a, mine
+                        )
+                    g, by = s.load_f32(mine + _GATES + i * 4), s.load_f32(mine + _BETAS + i * 4)
+                    error_of(v + (token * v_stride + head * dv + start) * 4, n, g, by, mine)
+                    target, target_row, following = mine + _COPY, row, key + k_stride * 4
+                    if left == 1:
+                        target, target_row, following = result + place, dv * 4, key
+                    update(
+                        source, source_row, target, target_row, dk, n, g, key, mine + _ERROR,
+                        query, following, mine + _READ, mine + _SUMS,
+                    )  # fmt: skip
+                    read_out(out + ((token * heads + head) * dv + start) * 4, n, factor, mine)
+                    source, source_row = target, target_row
+                    key, query = following, query + q_stride * 4
+
+    return gated_delta
+
+
+def build_gated_delta(gates):
+    given = gates == "given"
+    return _build(*((given_decay, given_beta) if given else (raw_decay, raw_beta)))
+
+
+KERNELS = {"gated_delta": build_gated_delta}

@@ -1,0 +1,130 @@
+"""The two passes of the gated delta rule over some columns of a state, unrolled.
+
+`n` columns of S [dk, dv] are taken, a multiple of 16 that is one of the widths, or less than 16;
+a row is `row` bytes behind the one before it. Sums add the rows in order, one after the other, in a
+lane for each column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from . import emit as e
+from . import simd as s
+from .attention_block import number
+from .target import chosen
+
+_UNROLL = 4  # rows
+# Widths in vectors of 16 columns: two sums of each and as many updates fill the registers.
+_WIDTHS = {16: (4, 2, 1), 8: (1,), 4: (1,)}[chosen().lanes]
+WIDEST = _WIDTHS[0] * e.LANES  # columns
+
+
+class _Columns:
+    """How a pass reads and writes its columns of a row: some vectors, or part of one."""
+
+    def __init__(self, vectors: int, mask: Any = None) -> None:
+        self.vectors, self.mask = range(vectors), mask
+
+    def load(self, b: ir.IRBuilder, address: Any, j: int) -> Any:
+        at = e.offset(b, address, 64 * j)
+        if self.mask is None:
+            return e.load(b, at, e.wide(e.f32), 4)
+        given = [e.pointer(b, at, e.wide(e.f32)), ir.Constant(e.i32, 4), self.mask, e.floats(0.0)]
+        return e.intrinsic_call(b, "llvm.masked.load.v16f32.p0", e.wide(e.f32), given)
+
+    def store(self, b: ir.IRBuilder, value: Any, address: Any, j: int) -> None:
+        at = e.offset(b, address, 64 * j)
+        if self.mask is None:
+            e.store(b, value, at, 4)
+            return
+        given = [value, e.pointer(b, at, e.wide(e.f32)), ir.Constant(e.i32, 4), self.mask]
+        e.intrinsic_call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), given)
+
+    def sums(self, b: ir.IRBuilder) -> list:
+        """Running sums, zero at first; LLVM keeps them in registers."""
+        return [cgutils.alloca_once_value(b, e.floats(0.0)) for _ in self.vectors]
+
+
+def _fitting(b: ir.IRBuilder, n: Any, emit: Callable[[_Columns], None], widths: tuple) -> None:
+    """emit for as many columns as n says."""
+    if not widths:
+        places = ir.Constant(e.wide(e.i32), list(range(e.LANES)))
+        emit(_Columns(1, b.icmp_signed("<", places, e.splat(b, b.trunc(n, e.i32)))))
+        return
+    with b.if_else(b.icmp_signed(">=", n, number(widths[0] * e.LANES))) as (yes, no):
+        with yes:
+            emit(_Columns(widths[0]))
+        with no:
+            _fitting(b, n, emit, widths[1:])
+
+
+def _each_row(b: ir.IRBuilder, rows: Any, body: Callable[[Any], None]) -> None:
+    """body(i) for all rows in order, unrolled."""
+    whole = b.and_(rows, number(-_UNROLL))
+    for start, stop, step in ((number(0), whole, _UNROLL), (whole, rows, 1)):
+        with cgutils.for_range_slice(b, start, stop, number(step), e.i64) as (i, _):
+            for j in range(step):
+                body(b.add(i, number(j)) if j else i)
+
+
+def _broadcast(b: ir.IRBuilder, address: Any, i: Any) -> Any:
+    return e.splat(b, e.load(b, b.add(address, b.shl(i, number(2))), e.f32, 4))
+
+
+def _add(b: ir.IRBuilder, sums: list, j: int, factor: Any, value: Any) -> None:
+    b.store(e.fma(b, factor, value, b.load(sums[j]), s.FUSED), sums[j])
+
+
+def _leave(b: ir.IRBuilder, sums: list, address: Any) -> None:
+    for j, value in enumerate(sums):
+        e.store(b, b.load(value), e.offset(b, address, 64 * j), 4)
+
+
+@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
+def read_keys(b, state, row, k, dk, n, result):
+    """S^T k as whole vectors at `result`."""
+
+    def emit(columns: _Columns) -> None:
+        sums = columns.sums(b)
+
+        def body(i):
+            at, key = b.add(state, b.mul(i, row)), _broadcast(b, k, i)
+            for j in columns.vectors:
+                _add(b, sums, j, key, columns.load(b, at, j))
+
+        _each_row(b, dk, body)
+        _leave(b, sums, result)
+
+    _fitting(b, n, emit, _WIDTHS)
+
+
+@s.operation(s.void, *[s.i64] * 6, s.f32, *[s.i64] * 6)
+def update(
+    b, source, row, target, target_row, dk, n, decay, k, error, q, next_k, result, next_result
+):  # fmt: skip
+    """S * decay + k error^T from source to target; of that S^T q and S^T next_k as vectors."""
+
+    def emit(columns: _Columns) -> None:
+        outputs, sums, factor = columns.sums(b), columns.sums(b), e.splat(b, decay)
+        errors = [e.load(b, e.offset(b, error, 64 * j), e.wide(e.f32), 4) for j in columns.vectors]
+
+        def body(i):
+            at, there = b.add(source, b.mul(i, row)), b.add(target, b.mul(i, target_row))
+            key, query, following = (_broadcast(b, x, i) for x in (k, q, next_k))
+            for j in columns.vectors:
+                value = b.fmul(columns.load(b, at, j), factor)
+                value = e.fma(b, key, errors[j], value, s.FUSED)
+                columns.store(b, value, there, j)
+                _add(b, outputs, j, query, value)
+                _add(b, sums, j, following, value)
+
+        _each_row(b, dk, body)
+        _leave(b, outputs, result)
+        _leave(b, sums, next_result)
+
+    _fitting(b, n, emit, _WIDTHS)

@@ -110,5 +110,5 @@ def test_yarn_model_differs_from_plain_and_agrees_with_the_reference(tmp_path: P
 
 def test_unknown_architecture_lists_what_there_is(tmp_path: Path):
     path = write_model(tmp_path / "m.gguf", Sizes("qwen4"))
-    with pytest.raises(ModelError, match="supported are llama, qwen2, qwen3, qwen3moe"):
+    with pytest.raises(ModelError, match="supported are gpt-oss, llama, qwen2, qwen3, qwen35"):
         runtime.load(path)

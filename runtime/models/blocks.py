@@ -1,26 +1,85 @@
-"""Blocks that several architectures share. Shapes: T tokens, H heads, d head size."""
+"""Blocks that several architectures share. Shapes: T tokens, H heads, K KV heads, d head size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from runtime import ops
-from runtime.models.step import Step, Weights
+from runtime.errors import ModelError
+from runtime.models.keys import Keys
+from runtime.models.rotary import Rotary
+from runtime.models.step import CacheLayer, Step, Weights
 from runtime.ops.tensor import Tensor
+
+SWIGLU_ALPHA = 1.702  # of the clamped SwiGLU
 
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Heads, KV heads and head size; `qk_norm` asks for RMS norms on queries and keys."""
+    """Heads, KV heads and head sizes of attention, and what it has beside the plain form.
+
+    qk_norm: RMS norms on queries and keys. gated: the output of each head is multiplied by the
+    sigmoid of a gate that lies behind its query. window: only so many last places are seen, 0 for
+    all. sinks: each head has a logit that takes a share of the softmax.
+    """
 
     heads: int
     kv_heads: int
     dim: int
+    v_dim: int
     eps: float
-    rope_style: str
+    rope_style: str = "neox"
     qk_norm: bool = False
-    v_dim: int = 0
+    gated: bool = False
     window: int = 0
+    sinks: bool = False
+
+    @staticmethod
+    def read(
+        keys: Keys, hidden: int, eps: float, rope_style: str = "neox", qk_norm: bool = False,
+        gated: bool = False, sinks: bool = False,
+    ) -> AttentionSizes:  # fmt: skip
+        """From metadata; ModelError where heads do not divide."""
+        heads = keys.count("attention.head_count")
+        kv_heads = keys.count("attention.head_count_kv", heads)
+        if heads % kv_heads:
+            raise ModelError(
+                f"{keys.source}: {heads} heads do not divide into {kv_heads} KV heads: the "
+                "metadata contradicts itself"
+            )
+        dim = keys.count("attention.key_length", hidden // heads)
+        v_dim = keys.count("attention.value_length", dim)
+        return AttentionSizes(
+            heads, kv_heads, dim, v_dim, eps, rope_style, qk_norm, gated, sinks=sinks
+        )
+
+    @property
+    def cache(self) -> CacheLayer:
+        """What one layer keeps of a token."""
+        return CacheLayer(self.kv_heads, self.dim, self.v_dim)
+
+
+def embedding(w: Weights, step: Step, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
+    """The table of all tokens, and the rows of this step's, [T, hidden]."""
+    table = w("token_embd.weight", vocabulary, hidden)
+    return table, ops.get_rows(table, step.tokens, name="embedding")
+
+
+def angles(step: Step, rotary: Rotary) -> Tensor:
+    """cos and sin of this step's positions, [T, half, 2]; M-RoPE picks a position per frequency."""
+    inv_freq = ops.constant("inv_freq", rotary.inv_freq)
+    if step.positions.ndim == 1:
+        return ops.rope_angles(step.positions, inv_freq, magnitude=rotary.magnitude)
+    components = ops.constant("rope_components", rotary.components)
+    return ops.rope_angles(step.positions, inv_freq, components, magnitude=rotary.magnitude)
+
+
+def logits(w: Weights, step: Step, x: Tensor, table: Tensor, eps: float) -> Tensor:
+    """[R, vocabulary] of the wanted rows; without an output matrix the embedding serves as one."""
+    x = ops.select_rows(x, step.output_rows)  # [R, hidden]
+    x = ops.rms_norm(x, w("output_norm.weight", x.shape[1]), eps=eps, name="output_norm")
+    head = w.optional("output.weight", *table.shape)
+    return ops.matmul(x, table if head is None else head, name="logits")
 
 
 def linear(w: Weights, name: str, x: Tensor, rows: int, label: str) -> Tensor:
@@ -35,10 +94,13 @@ def attention(
 ) -> Tensor:
     """Causal self-attention with grouped KV heads, rotary positions and a paged cache."""
     at, H, K, d = f"blk.{layer}", size.heads, size.kv_heads, size.dim
-    q = ops.split_heads(linear(w, f"{at}.attn_q", x, H * d, f"{at}.q"), H)  # [T, H, d]
+    gate, width = None, d + size.v_dim if size.gated else d
+    q = ops.split_heads(linear(w, f"{at}.attn_q", x, H * width, f"{at}.q"), H)  # [T, H, width]
+    if size.gated:
+        gate = ops.slice_(q, axis=2, start=d, stop=width)
+        q = ops.slice_(q, axis=2, start=0, stop=d)
     k = ops.split_heads(linear(w, f"{at}.attn_k", x, K * d, f"{at}.k"), K)  # [T, K, d]
-    v_dim = size.v_dim or d
-    v = ops.split_heads(linear(w, f"{at}.attn_v", x, K * v_dim, f"{at}.v"), K)
+    v = ops.split_heads(linear(w, f"{at}.attn_v", x, K * size.v_dim, f"{at}.v"), K)
     if size.qk_norm:
         q = ops.rms_norm(q, w(f"{at}.attn_q_norm.weight", d), eps=size.eps, name=f"{at}.q_norm")
         k = ops.rms_norm(k, w(f"{at}.attn_k_norm.weight", d), eps=size.eps, name=f"{at}.k_norm")
@@ -47,39 +109,28 @@ def attention(
     keys, values = step.k[layer], step.v[layer]
     keys = ops.kv_write(k, keys, step.slots, which="k", kv=keys.dtype.name)
     values = ops.kv_write(v, values, step.slots, which="v", kv=values.dtype.name)
+    sinks = (w(f"{at}.attn_sinks.weight", H),) if size.sinks else ()
     y = ops.attention(
-        q, keys, values, step.table, step.sequences, step.places,
+        q, keys, values, step.table, step.sequences, step.places, *sinks,
         scale=d**-0.5, window=size.window, name=f"{at}.attention",
-    )  # [T, H, d]  # fmt: skip
+    )  # [T, H, v_dim]  # fmt: skip
+    if gate is not None:
+        y = ops.mul(y, ops.sigmoid(gate), name=f"{at}.gated")
     hidden = x.shape[-1]
     return linear(w, f"{at}.attn_output", ops.merge_heads(y), hidden, f"{at}.attn_out")
 
 
+def swiglu(gate: Tensor, up: Tensor, label: str, limit: float = 0.0) -> Tensor:
+    """silu(gate) * up (Shazeer 2020); clamped as in gpt-oss where there is a limit."""
+    if limit:
+        return ops.swiglu_oai(gate, up, alpha=SWIGLU_ALPHA, limit=limit, name=label)
+    return ops.mul(ops.silu(gate), up, name=label)
+
+
 def swiglu_ffn(w: Weights, layer: int, x: Tensor, inner: int) -> Tensor:
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x))."""
     at = f"blk.{layer}"
     gate = linear(w, f"{at}.ffn_gate", x, inner, f"{at}.gate")  # [T, inner]
     up = linear(w, f"{at}.ffn_up", x, inner, f"{at}.up")
-    product = ops.mul(ops.silu(gate), up, name=f"{at}.swiglu")
+    product = swiglu(gate, up, f"{at}.swiglu")
     return linear(w, f"{at}.ffn_down", product, x.shape[-1], f"{at}.ffn_out")
-
-
-def moe_ffn(
-    w: Weights, layer: int, x: Tensor, experts: int, used: int, inner: int, normalize: bool
-) -> Tensor:
-    """The `used` best of `experts` SwiGLU networks per token, weighted by softmax scores."""
-    at, hidden = f"blk.{layer}", x.shape[-1]
-    scores = ops.matmul(x, w(f"{at}.ffn_gate_inp.weight", experts, hidden), name=f"{at}.scores")
-    shares = ops.softmax(scores, name=f"{at}.shares")  # [T, experts]
-    ids = ops.top_k(shares, k=used, name=f"{at}.experts")  # [T, used]
-    weights = ops.take(shares, ids, name=f"{at}.expert_weights")
-    if normalize:
-        weights = ops.normalize(weights, name=f"{at}.expert_weights")
-    gate = w(f"{at}.ffn_gate_exps.weight", experts, inner, hidden)
-    up = w(f"{at}.ffn_up_exps.weight", experts, inner, hidden)
-    down = w(f"{at}.ffn_down_exps.weight", experts, hidden, inner)
-    g = ops.matmul_id(x, gate, ids, name=f"{at}.gate")  # [T, used, inner]
-    u = ops.matmul_id(x, up, ids, name=f"{at}.up")
-    product = ops.mul(ops.silu(g), u, name=f"{at}.swiglu")
-    y = ops.matmul_id(product, down, ids, name=f"{at}.down")  # [T, used, hidden]
-    return ops.expert_sum(y, weights, name=f"{at}.ffn_out")

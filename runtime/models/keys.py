@@ -46,6 +46,14 @@ class Keys:
                     f"(only {neutral}); this model cannot be run correctly yet"
                 )
 
+    def refuse_experts(self) -> None:
+        """ModelError when the file has experts and its architecture none."""
+        if experts := self.count("expert_count", 0, least=0):
+            raise ModelError(
+                f"{self.source}: {self.architecture}.expert_count = {experts} is not implemented "
+                f"for architecture {self.architecture!r}"
+            )
+
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number from `least` to LARGEST."""
         value = self._get(key, default)
@@ -66,6 +74,26 @@ class Keys:
                 f"{self.source}: {self.architecture}.{key} = {value!r} must be a finite number"
             )
         return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(
+                f"{self.source}: {self.architecture}.{key} = {value!r} must be true or false"
+            )
+        return value
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers from 0 (or of flags, as 0 and 1); empty where it is missing."""
+        values = self.metadata.get(f"{self.architecture}.{key}", ())
+        whole = hasattr(values, "__len__") and not isinstance(values, str)
+        found = tuple(int(v) if float(v).is_integer() else -1 for v in values) if whole else (-1,)
+        if min(found, default=0) < 0:
+            raise ModelError(
+                f"{self.source}: {self.architecture}.{key} must be a list of whole numbers from 0"
+            )
+        return found
 
     def text(self, key: str, default: str) -> str:
         """A string."""

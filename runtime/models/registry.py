@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from runtime import ops
 from runtime.errors import ModelError
-from runtime.models.decoder import Decoder, Hyperparameters, Variant
+from runtime.models import decoder, hybrid
+from runtime.models.decoder import Decoder
+from runtime.models.gpt_oss import GptOss
+from runtime.models.hybrid import Hybrid
 from runtime.models.keys import LARGEST, Keys
 from runtime.models.step import Layers, Step, Weights
 
@@ -28,26 +32,42 @@ class Architecture(Protocol):
     def graph(self, step: Step) -> ops.Graph: ...
 
 
-VARIANTS: dict[str, Variant] = {
-    "llama": Variant(rope_style="normal"),
-    "qwen2": Variant(),
-    "qwen3": Variant(qk_norm=True),
-    "qwen3moe": Variant(qk_norm=True, experts=True),
+# name -> how its file is read, and what is different about it
+MODELS: dict[str, tuple[Callable[[Keys, Weights, int, Any], Architecture], Any]] = {
+    "llama": (Decoder.read, decoder.Variant(rope_style="normal")),
+    "qwen2": (Decoder.read, decoder.Variant()),
+    "qwen3": (Decoder.read, decoder.Variant(qk_norm=True)),
+    "qwen3moe": (Decoder.read, decoder.Variant(qk_norm=True, experts=True)),
+    "qwen3next": (Hybrid.read, hybrid.Variant("grouped", experts=True)),
+    "qwen35": (Hybrid.read, hybrid.Variant("tiled")),
+    "qwen35moe": (Hybrid.read, hybrid.Variant("tiled", experts=True)),
+    "gpt-oss": (GptOss.read, None),
 }
 
 
 def build(file: Any) -> Architecture:
     """The model of an open GGUF file; ModelError names an unknown architecture and the known."""
     name, source = file.architecture, str(file.path)
-    if name not in VARIANTS:
+    if name not in MODELS:
         raise ModelError(
             f"{source}: architecture {name!r} is not supported; "
-            f"supported are {', '.join(sorted(VARIANTS))}"
+            f"supported are {', '.join(sorted(MODELS))}"
         )
-    variant, keys = VARIANTS[name], Keys(file.metadata, name, source)
-    weights = Weights(file.tensors, source)
-    parameters = Hyperparameters.read(keys, vocabulary_size(file, keys), variant)
-    return Decoder(parameters, weights, variant)
+    read, variant = MODELS[name]
+    keys, weights = Keys(file.metadata, name, source), Weights(file.tensors, source)
+    check_blocks(keys, weights)
+    return read(keys, weights, vocabulary_size(file, keys), variant)
+
+
+def check_blocks(keys: Keys, w: Weights) -> None:
+    """ModelError where the metadata counts layers that the file has no tensors of."""
+    told = keys.count("block_count") - keys.count("nextn_predict_layers", 0, least=0)
+    numbers = {name.split(".")[1] for name in w.tensors if name.startswith("blk.")}
+    if told > len(numbers):
+        raise ModelError(
+            f"{keys.source}: {keys.architecture}.block_count says {told} layers, but the file has "
+            f"tensors of {len(numbers)}; the file is incomplete"
+        )
 
 
 def vocabulary_size(file: Any, keys: Keys) -> int:

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from runtime.errors import ModelError
 from runtime.models.keys import Keys
+from runtime.ops import rope_components
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Frequencies [dims / 2] float32, and the magnitude that cos and sin are scaled by."""
+    """Frequencies [dims / 2] float32, and the magnitude that cos and sin are scaled by.
+
+    components: int32 [dims / 2], which of a token's positions a frequency takes (M-RoPE).
+    """
 
     inv_freq: np.ndarray
     magnitude: float = 1.0
+    components: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class RotarySizes:
+    """Rotated dimensions of a head, base of the frequencies, `rope.dimension_sections`."""
+
+    dims: int
+    base: float
+    scaling: Scaling
+    sections: tuple[int, ...] = ()
+
+    @staticmethod
+    def read(keys: Keys, dim: int, context: int, truncate: bool = True) -> RotarySizes:
+        """From metadata, for heads of `dim`; ModelError where it contradicts itself."""
+        dims = keys.count("rope.dimension_count", dim)
+        base = keys.number("rope.freq_base", 10000.0)
+        sections = keys.counts("rope.dimension_sections")
+        problems = {
+            f"rope.dimension_count {dims} of a head of {dim}": dims > dim or dims % 2,
+            f"rope.freq_base {base} must be above 1": base <= 1,
+            f"rope.dimension_sections {list(sections)} of {dims // 2} frequencies": sections
+            and (len(sections) > 4 or sum(sections) != dims // 2),
+        }
+        for message, wrong in problems.items():
+            if wrong:
+                raise ModelError(f"{keys.source}: {message}: the metadata contradicts itself")
+        return RotarySizes(dims, base, Scaling.read(keys, context, truncate), sections)
+
+    @property
+    def positions_per_token(self) -> int:
+        """Four with M-RoPE: time, height, width and one more; else one."""
+        return 4 if any(self.sections[1:]) else 1
+
+    def rotary(self, factors: np.ndarray | None = None) -> Rotary:
+        """Frequencies, stretched as the file says; `factors` [dims / 2] divide them (llama3)."""
+        plain = rotary(self.dims, self.base, self.scaling, factors)
+        if self.positions_per_token == 1:
+            return plain
+        return replace(plain, components=rope_components(self.sections, self.dims // 2, True))
 
 
 @dataclass(frozen=True)
@@ -36,7 +80,7 @@ class Scaling:
     truncate: bool = True
 
     @staticmethod
-    def read(keys: Keys, context: int) -> Scaling:
+    def read(keys: Keys, context: int, truncate: bool = True) -> Scaling:
         """From metadata; ModelError for a kind that is not implemented."""
         legacy = keys.number("rope.scale_linear", 1.0)
         kind = keys.text("rope.scaling.type", "linear" if legacy != 1.0 else "none")
@@ -57,6 +101,7 @@ class Scaling:
             keys.number("rope.scaling.yarn_ext_factor", 1.0),
             keys.number("rope.scaling.attn_factor", 1.0)
             * keys.number("rope.scaling.yarn_attn_factor", 1.0),
+            truncate,
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from runtime import ops
 from runtime.errors import ModelError
 from runtime.ops.dtypes import DTYPES, F32
-from runtime.ops.tensor import Shape, Tensor
+from runtime.ops.tensor import Runs, Shape, Tensor
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Weights:
                 + "; the file is incomplete or of another architecture"
             )
         have: Shape = tuple(self.tensors[name].shape)
-        if have != shape:
+        if have != shape and (1, *have) != shape:  # a matrix of one row may be stored as a vector
             raise ModelError(
                 f"{self.source}: tensor {name!r} has shape {list(have)}, "
                 f"but the hyperparameters ask for {list(shape)}"
@@ -143,6 +143,13 @@ class Weights:
         if name not in self._made:
             self._made[name] = ops.weight(name, shape, self.tensors[name].dtype)
         return self._made[name]
+
+    def rows(self, name: str, part: str, runs: Runs, *shape: int) -> Tensor:
+        """These runs of rows of the matrix `name` of `shape`, in their order, called `part`."""
+        whole = self(name, *shape)
+        count = sum(stop - start for start, stop in runs)
+        made = ops.weight(name, (*shape[:-2], count, shape[-1]), whole.dtype, runs, part)
+        return self._made.setdefault(made.name, made)
 
     def optional(self, name: str, *shape: int) -> Tensor | None:
         """The weight, or None where the file has none."""

@@ -1,0 +1,79 @@
+"""gpt-oss (OpenAI 2025): attention with sinks, a sliding window in every other layer, experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from runtime import ops
+from runtime.models import blocks
+from runtime.models.experts import SOFTMAX_OF_CHOSEN, Experts, moe_ffn
+from runtime.models.keys import Keys
+from runtime.models.rotary import RotarySizes
+from runtime.models.step import Layers, Step, Weights
+
+LIMIT = 7.0  # of the clamped SwiGLU, not in the files
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Sizes and constants of one model, as its file gives them."""
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    context: int
+    window: int
+    eps: float
+    attention: blocks.AttentionSizes
+    rotary: RotarySizes
+    experts: Experts
+
+    @staticmethod
+    def read(keys: Keys, vocabulary: int) -> Hyperparameters:
+        """From metadata; ModelError for what is missing, contradictory or not implemented."""
+        keys.refuse_unknown()
+        hidden, context = keys.count("embedding_length"), keys.count("context_length")
+        eps = keys.number("attention.layer_norm_rms_epsilon")
+        size = blocks.AttentionSizes.read(keys, hidden, eps, sinks=True)
+        return Hyperparameters(
+            keys.count("block_count"), hidden, vocabulary, context,
+            keys.count("attention.sliding_window"), eps, size,
+            # Files have no key for it; the model's YaRN does not round its range of dimensions.
+            RotarySizes.read(keys, size.dim, context, truncate=False),
+            Experts.read(keys, SOFTMAX_OF_CHOSEN, LIMIT),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GptOss:
+    """A model of this family: `graph(step)` is everything a step computes."""
+
+    p: Hyperparameters
+    w: Weights
+    positions_per_token: ClassVar[int] = 1
+
+    @staticmethod
+    def read(keys: Keys, w: Weights, vocabulary: int, variant: Any) -> GptOss:
+        """The model of a file; there is one variant."""
+        return GptOss(Hyperparameters.read(keys, vocabulary), w)
+
+    @property
+    def layers(self) -> Layers:
+        """KV heads and sizes, layer by layer."""
+        return Layers(dict.fromkeys(range(self.p.layers), self.p.attention.cache))
+
+    def graph(self, step: Step) -> ops.Graph:
+        """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
+        p, w = self.p, self.w
+        table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        angles = blocks.angles(step, p.rotary.rotary())
+        sizes = (replace(p.attention, window=p.window), p.attention)  # sliding, full, sliding, ...
+        for i in range(p.layers):
+            at = f"blk.{i}"
+            h = ops.rms_norm(x, w(f"{at}.attn_norm.weight", p.hidden), eps=p.eps)
+            mixed = blocks.attention(w, step, i, h, angles, sizes[i % 2])
+            x = ops.add(x, mixed, name=f"{at}.x")
+            h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
+            x = ops.add(x, moe_ffn(w, i, h, p.experts), name=f"{at}.out")
+        return ops.Graph((blocks.logits(w, step, x, table, p.eps),), "gpt-oss")

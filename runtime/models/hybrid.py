@@ -1,0 +1,128 @@
+"""Hybrid decoders: gated delta-net layers with a gated full-attention layer now and then.
+
+Qwen3-Next (Qwen team 2025), Qwen3.5 and what uses their layers; what differs between them is a row
+of the registry: the order of the value heads, experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from runtime import ops
+from runtime.models import blocks
+from runtime.models.delta import DeltaSizes, delta_net
+from runtime.models.experts import Experts, moe_ffn
+from runtime.models.keys import Keys
+from runtime.models.recurrence import recurrent_layers
+from runtime.models.rotary import RotarySizes
+from runtime.models.step import Layers, Step, Weights
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an architecture of this family does differently."""
+
+    order: str  # of the value heads
+    experts: bool = False
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Sizes and constants of one model, as its file gives them.
+
+    recurrent: which of the layers are delta-net layers. blocks: all the file counts; those behind
+    the layers predict further tokens (NextN) and take no part in a step.
+    """
+
+    recurrent: tuple[bool, ...]
+    blocks: int
+    hidden: int
+    vocabulary: int
+    context: int
+    inner: int
+    eps: float
+    attention: blocks.AttentionSizes
+    rotary: RotarySizes
+    delta: DeltaSizes
+    experts: Experts | None
+
+    @staticmethod
+    def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hyperparameters:
+        """From metadata; ModelError for what is missing, contradictory or not implemented."""
+        keys.refuse_unknown("expert_shared_count")
+        eps = keys.number("attention.layer_norm_rms_epsilon")
+        count, hidden = keys.count("block_count"), keys.count("embedding_length")
+        context = keys.count("context_length")
+        size = blocks.AttentionSizes.read(keys, hidden, eps, qk_norm=True, gated=True)
+        if not variant.experts:
+            keys.refuse_experts()
+        layers = count - keys.count("nextn_predict_layers", 0, least=0)
+        return Hyperparameters(
+            recurrent_layers(keys, w, layers), count, hidden, vocabulary, context,
+            keys.count("feed_forward_length", 0, least=0), eps, size,
+            RotarySizes.read(keys, size.dim, context), DeltaSizes.read(keys, eps, variant.order),
+            Experts.read(keys) if variant.experts else None,
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> int:
+        """Layers of a step."""
+        return len(self.recurrent)
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A model of this family: `graph(step)` is everything a step computes."""
+
+    p: Hyperparameters
+    w: Weights
+
+    @staticmethod
+    def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hybrid:
+        """The model of a file."""
+        return Hybrid(Hyperparameters.read(keys, w, vocabulary, variant), w)
+
+    @property
+    def positions_per_token(self) -> int:
+        """Four with M-RoPE, else one."""
+        return self.p.rotary.positions_per_token
+
+    @property
+    def layers(self) -> Layers:
+        """What each layer remembers: keys and values, or a recurrent state."""
+        kinds = dict(enumerate(self.p.recurrent))
+        return Layers(
+            {i: self.p.attention.cache for i, recurrent in kinds.items() if not recurrent},
+            {i: self.p.delta.state for i, recurrent in kinds.items() if recurrent},
+        )
+
+    @property
+    def nextn(self) -> Mapping[str, Any]:
+        """The file's tensors of the blocks behind the layers, by name."""
+        ahead = tuple(f"blk.{i}." for i in range(self.p.layers, self.p.blocks))
+        return {name: t for name, t in self.w.tensors.items() if name.startswith(ahead)}
+
+    def graph(self, step: Step) -> ops.Graph:
+        """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
+        p, w = self.p, self.w
+        table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        angles = blocks.angles(step, p.rotary.rotary())
+        for i, recurrent in enumerate(p.recurrent):
+            at = f"blk.{i}"
+            h = ops.rms_norm(x, w(f"{at}.attn_norm.weight", p.hidden), eps=p.eps)
+            if recurrent:
+                mixed = delta_net(w, step, i, h, p.delta)
+            else:
+                mixed = blocks.attention(w, step, i, h, angles, p.attention)
+            x = ops.add(x, mixed, name=f"{at}.x")
+            h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
+            x = ops.add(x, self.ffn(i, h), name=f"{at}.out")
+        return ops.Graph((blocks.logits(w, step, x, table, p.eps),), "hybrid")
+
+    def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
+        """One network, or the best of many; a model with experts may have layers without."""
+        if self.p.experts is None or f"blk.{layer}.ffn_gate.weight" in self.w.tensors:
+            return blocks.swiglu_ffn(self.w, layer, x, self.p.inner)
+        return moe_ffn(self.w, layer, x, self.p.experts)

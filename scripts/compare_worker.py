@@ -26,13 +26,14 @@ class Ours:
 
     def prompt(self, ids: list[int]) -> None:
         """All ids in one evaluation of a fresh session, logits of the last."""
-        self.model.session().eval(ids, logits="last")
+        with self.model.session() as session:
+            session.eval(ids, logits="last")
 
     def decode(self, ids: list[int]) -> None:
         """The ids one by one in a fresh session, logits of each."""
-        session = self.model.session()
-        for token in ids:
-            session.eval([token], logits="last")
+        with self.model.session() as session:
+            for token in ids:
+                session.eval([token], logits="last")
 
 
 class Peer:
@@ -62,15 +63,19 @@ class Peer:
         }
 
     def prompt(self, ids: list[int]) -> None:
-        """All ids in one batch with an empty cache, logits of the last."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        """All ids in one batch with an empty memory, logits of the last."""
+        self._forget()
         self._run(ids)
 
     def decode(self, ids: list[int]) -> None:
-        """The ids one by one with an empty cache, logits of each."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        """The ids one by one with an empty memory, logits of each."""
+        self._forget()
         for token in ids:
             self._run([token])
+
+    def _forget(self) -> None:
+        """Empty the KV cache and, of hybrid models, the recurrent state: it starts from zeros."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
 
     def _run(self, ids: list[int]) -> None:
         tokens = (self.lib.llama_token * len(ids))(*ids)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
+from fake_model import FakeModel
 from gguf_files import gguf_bytes
 
+import runtime
+
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "compare_peer.py"
+WORKER = "compare_worker.py"
 STAND_IN = """
 import json, sys
 sys.stdin.readline()
@@ -34,6 +39,57 @@ def script() -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def worker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compare_worker", SCRIPT.parent / WORKER)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class FakeLibrary:
+    """The calls of llama.cpp that a run makes, by name."""
+
+    __version__, llama_token = "0", ctypes.c_int32
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            self.called.append(name)
+            known = {"llama_log_callback": arguments[:1], "llama_print_system_info": (b"",)}
+            given = {"llama_decode": 0, "llama_batch_get_one": arguments}
+            return known[name][0] if name in known else given.get(name, SimpleNamespace())
+
+        return call
+
+
+def test_the_peer_forgets_before_every_run(worker: ModuleType, monkeypatch) -> None:
+    """Recurrent state would otherwise go on from the last run."""
+    library = FakeLibrary()
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
+    peer = worker.Peer("m.gguf", 2, 64)
+    library.called.clear()
+    peer.prompt([1, 2, 3])
+    peer.decode([1, 2])
+    steps = [name for name in library.called if name in ("llama_memory_clear", "llama_decode")]
+    assert (
+        steps
+        == ["llama_memory_clear", "llama_decode"] + ["llama_memory_clear"] + ["llama_decode"] * 2
+    )
+
+
+def test_ours_gives_its_session_back_after_every_run(worker: ModuleType, monkeypatch) -> None:
+    model = FakeModel()
+    monkeypatch.setattr(runtime, "load", lambda *_, **options: model, raising=False)
+    ours = worker.Ours("m.gguf", 2, 64)
+    ours.prompt([1, 2, 3])
+    ours.decode([1, 2])
+    assert model.evals == [3, "closed", 1, 1, "closed"]
 
 
 def run(script: ModuleType, folder: Path, fail: str, *options: str):

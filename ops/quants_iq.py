@@ -37,7 +37,8 @@ def set_codebooks(source: Callable[[str], np.ndarray]) -> None:
     _sources[:] = [source]
 
 
-def _book(name: str) -> np.ndarray:
+def code_book(name: str) -> np.ndarray:
+    """The book of a format (float32 [entries, group]); ModelError when there is no source."""
     if not _sources:
         raise ModelError(f"{name} needs its code book; import runtime.gguf, which provides it")
     return _sources[0](name)
@@ -77,13 +78,13 @@ def _iq2_xxs(block: np.ndarray) -> np.ndarray:
     codes, rest = fields(words[..., 0], 8, 4), words[..., 1]
     scale = f32(block["d"]) * (f32(rest >> 28) + np.float32(0.5)) * np.float32(0.25)
     signs = _signs_of(_EVEN_SIGNS[fields(rest, 7, 4)])
-    return spread(scale, _book("iq2_xxs")[codes].reshape(signs.shape) * signs)
+    return spread(scale, code_book("iq2_xxs")[codes].reshape(signs.shape) * signs)
 
 
 @decodes(dt.IQ2_XS, d=(F16_FIELD, 1), qs=(U16_FIELD, 32), scales=(U8_FIELD, 8))
 def _iq2_xs(block: np.ndarray) -> np.ndarray:
     codes, signs = block["qs"] & 511, _signs_of(_EVEN_SIGNS[block["qs"] >> 9])
-    values = _book("iq2_xs")[codes].reshape(signs.shape) * signs
+    values = code_book("iq2_xs")[codes].reshape(signs.shape) * signs
     return spread(_quarter_scales(block), values)
 
 
@@ -98,7 +99,7 @@ def _iq2_xs(block: np.ndarray) -> np.ndarray:
 def _iq2_s(block: np.ndarray) -> np.ndarray:
     codes = block["qs"] | fields(block["qh"], 2, 4).reshape(-1, 32).astype(np.uint16) << 8
     signs = _signs_of(block["signs"])
-    return spread(_quarter_scales(block), _book("iq2_s")[codes].reshape(signs.shape) * signs)
+    return spread(_quarter_scales(block), code_book("iq2_s")[codes].reshape(signs.shape) * signs)
 
 
 def _quarter_scales(block: np.ndarray) -> np.ndarray:
@@ -111,7 +112,7 @@ def _quarter_scales(block: np.ndarray) -> np.ndarray:
 def _iq3_xxs(block: np.ndarray) -> np.ndarray:
     scale = f32(block["d"]) * (f32(block["rest"] >> 28) + np.float32(0.5)) * np.float32(0.5)
     signs = _signs_of(_EVEN_SIGNS[fields(block["rest"], 7, 4)])
-    return spread(scale, _book("iq3_xxs")[block["qs"]].reshape(signs.shape) * signs)
+    return spread(scale, code_book("iq3_xxs")[block["qs"]].reshape(signs.shape) * signs)
 
 
 @decodes(
@@ -126,7 +127,7 @@ def _iq3_s(block: np.ndarray) -> np.ndarray:
     codes = block["qs"] | bits(block["qh"]).astype(np.uint16) << 8
     scale = f32(block["d"]) * (1 + 2 * f32(fields(block["scales"], 4, 2).reshape(-1, 8)))
     signs = _signs_of(block["signs"])
-    return spread(scale, _book("iq3_s")[codes].reshape(signs.shape) * signs)
+    return spread(scale, code_book("iq3_s")[codes].reshape(signs.shape) * signs)
 
 
 @decodes(dt.IQ1_S, d=(F16_FIELD, 1), qs=(U8_FIELD, 32), qh=(U16_FIELD, 8))
@@ -135,7 +136,7 @@ def _iq1_s(block: np.ndarray) -> np.ndarray:
     codes = block["qs"] | fields(qh, 3, 4).reshape(-1, 32) << 8
     scale = f32(block["d"]) * (2 * f32(qh >> 12 & 7) + 1)
     delta = np.where(qh >> 15, -_DELTA, _DELTA)[..., None]
-    return spread(scale, _book("iq1_s")[codes].reshape(-1, 8, 32) + delta)
+    return spread(scale, code_book("iq1_s")[codes].reshape(-1, 8, 32) + delta)
 
 
 @decodes(dt.IQ1_M, qs=(U8_FIELD, 32), qh=(U8_FIELD, 16), scales=(U16_FIELD, 4))
@@ -147,4 +148,4 @@ def _iq1_m(block: np.ndarray) -> np.ndarray:
     scale = d[:, None] * (2 * f32(fields(words, 3, 4).reshape(-1, 16)) + 1)
     codes = block["qs"] | fields(qh, 3, 2, step=4).reshape(-1, 32).astype(np.uint16) << 8
     delta = np.where(fields(qh >> 3, 1, 2, step=4).reshape(-1, 32), -_DELTA, _DELTA)
-    return spread(scale, _book("iq1_s")[codes] + delta[..., None])
+    return spread(scale, code_book("iq1_s")[codes] + delta[..., None])

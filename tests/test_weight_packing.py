@@ -53,10 +53,10 @@ def test_several_matrices_and_wide_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_packing_grows_a_matrix_by_at_most_four_per_cent(name: str) -> None:
+def test_packing_grows_a_matrix_by_at_most_a_sixteenth(name: str) -> None:
     layout, n_inner = format_of(name), 4096
     source = n_inner // layout.block * layout.source_bytes * 1024
-    assert packed_nbytes(name, 1024, n_inner) <= 1.04 * source
+    assert packed_nbytes(name, 1024, n_inner) <= 17 / 16 * source
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -74,5 +74,5 @@ def test_reference_reads_blocks_as_gguf_does(name: str) -> None:
 def test_lengths_that_cut_a_block_are_refused() -> None:
     with pytest.raises(Error, match=r"Q4_K.*300.*256"):
         packed_nbytes("Q4_K", 16, 300)
-    with pytest.raises(Error, match=r"no matmul tile.*IQ2_XS"):
-        packed_nbytes("IQ2_XS", 16, 256)
+    with pytest.raises(Error, match=r"no matmul tile.*Q1_0"):
+        packed_nbytes("Q1_0", 16, 256)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu import isa, objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
@@ -24,7 +25,7 @@ QUANTISED = tuple(name for name in NAMES if name not in FLOATS)
 _HALVES = {
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)},
-    **dict.fromkeys(("MXFP4", "NVFP4"), ()),
+    **dict.fromkeys(("MXFP4", "NVFP4", "IQ1_M"), ()),
 }
 
 
@@ -91,6 +92,10 @@ def random_rows(name: str, n_rows: int, n_inner: int, seed: int = 0) -> Array:
         scale = rng.uniform(-0.02, 0.02, (n_rows, n_blocks, 1)).astype(np.float16)
         scale[0] = 0
         blocks[..., at : at + 2] = scale.view(np.uint8)
+    if name == "IQ1_M":  # its float16 is spread over the top bits of four words
+        words = blocks[..., 48:56].view("<u2")
+        bits = rng.uniform(-0.02, 0.02, (n_rows, n_blocks, 1)).astype(np.float16).view(np.uint16)
+        words[:] = words & 0x0FFF | (bits >> np.arange(0, 16, 4, dtype=np.uint16)) << 12
     if name == "MXFP4":
         blocks[..., 0] = rng.integers(110, 124, (n_rows, n_blocks))
         blocks[0, :, 0] = np.arange(n_blocks) % 3  # the denormal ones

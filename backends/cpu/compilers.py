@@ -21,7 +21,7 @@ from runtime.ops.errors import BackendError
 
 _PROGRAM = (
     "import json, sys; sys.path[:0] = json.loads(sys.argv.pop(1)); "
-    "from runtime.backends.cpu.compilers import serve; serve(sys.argv[1])"
+    "import runtime.gguf; from runtime.backends.cpu.compilers import serve; serve(sys.argv[1])"
 )
 _SECONDS = 300  # no kernel takes a tenth of it; a hung compiler must not hang the user
 

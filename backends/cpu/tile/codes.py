@@ -53,6 +53,12 @@ class Rows:
         widen = code.b.sext if signed else code.b.zext
         return widen(value, vec(I32, code.lanes))
 
+    def pair(self, base: Any, offset: int) -> Any:
+        """Two bytes per row, as int32."""
+        code, step = self.code, self._rows(2)
+        value = code.load(code.at(base, offset, step), vec(I16, code.lanes))
+        return code.b.zext(value, vec(I32, code.lanes))
+
     def word(self, base: Any, offset: int, w: int) -> Any:
         """Word w of a plane: four bytes per row."""
         code, step = self.code, self._rows(4)

@@ -10,7 +10,8 @@ each: a header, then chunks of 32 to 128 elements. Planes of a block, for 16 row
 Formats of 4 to 8 bits are stored as unsigned codes; a weight is (code - offset) * scale, plus a
 minimum where the format has one. Codes of table formats are the table's values plus the offset. In
 Q2_K and Q3_K a code is made of the stored bits and the scale of its 16 elements, so that a whole
-block of 256 has one float scale. Float formats have no blocks: [K][16] values, for BF16
+block of 256 has one float scale. The code book formats (IQ1 to IQ3) keep their indices, with eight
+sign bits for eight elements. Float formats have no blocks: [K][16] values, for BF16
 [ceil(K/2)][16] pairs of neighbours.
 
 Source layouts: the GGUF specification (ggml-common.h names the fields d, m, qh, ql, scales).
@@ -77,6 +78,13 @@ _TABLE = {
         Format("TQ2_0", 256, 66, 32, 128, 8 * LINE, 3, 1),
         Format("IQ4_XS", 256, 136, 32, 64, 32 + 8 * LINE, 256, 128),
         Format("Q2_K", 256, 84, 64, 128, 8 * ROWS + 8 * LINE, 46, minimum=True, half_minima=True),
+        Format("IQ1_S", 256, 50, 32, 32, LINE + 2 * ROWS, 26, 16),
+        Format("IQ1_M", 256, 56, 32, 32, LINE + 3 * ROWS, 26, 16, scales=2),
+        Format("IQ2_XXS", 256, 66, 32 + LINE, 32, 2 * LINE, 256, 128),
+        Format("IQ2_XS", 256, 74, 32 + LINE, 32, 2 * LINE + ROWS, 256, 128, scales=2),
+        Format("IQ2_S", 256, 82, 32, 32, 2 * LINE + 2 * ROWS, 256, 128, scales=2),
+        Format("IQ3_XXS", 256, 98, 32 + LINE, 32, 3 * LINE, 256, 128),
+        Format("IQ3_S", 256, 110, 32 + LINE, 32, 3 * LINE + ROWS, 256, 128),
         Format("Q3_K", 256, 110, 32, 128, 8 * ROWS + 12 * LINE, 256, 128),
         Format("Q4_K", 256, 144, 64, 64, 64 + 8 * LINE, 16, minimum=True),
         Format("Q5_K", 256, 176, 64 + 8 * LINE, 64, 64 + 8 * LINE, 32, minimum=True),

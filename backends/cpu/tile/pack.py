@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.cpu.isa import isa
-from runtime.backends.cpu.tile import pack_large, pack_small
+from runtime.backends.cpu.tile import pack_books, pack_large, pack_small
 from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
 from runtime.backends.cpu.tile.pack_row import Row
 from runtime.backends.cpu.tile.vector import I1, I8, Code, const, ir, vec
 
-STEPS = {**pack_small.STEPS, **pack_large.STEPS}
+STEPS = {**pack_small.STEPS, **pack_large.STEPS, **pack_books.STEPS}
 PACK_ARGS = (
     "src",  # rows of GGUF blocks
     "dst",  # packed groups

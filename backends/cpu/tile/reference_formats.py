@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.cpu.tile import reference_books
 from runtime.backends.cpu.tile.formats import E2M1_VALUES, IQ4_VALUES
 
 Array = np.ndarray[Any, Any]
@@ -171,4 +172,5 @@ DECODE = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    **reference_books.DECODE,
 }

@@ -6,8 +6,11 @@ b is uint8 [group, block, row, bytes of one row's block]; each step gives planes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from runtime.backends.cpu.tile import reference_books
 from runtime.backends.cpu.tile.formats import ROWS
 from runtime.backends.cpu.tile.reference_formats import Array, six_bits
 
@@ -146,6 +149,11 @@ def _tq2_0(b: Array) -> list[Array]:
     return [_flat(b[..., 64:]), _words(b[..., :64])]
 
 
+def _book(name: str) -> Callable[[Array], list[Array]]:
+    kinds = {"words": _words, "bytes": _bytes, "pairs": _flat}
+    return lambda b: [kinds[kind](plane) for kind, plane in reference_books.bytes_of(name, b)]
+
+
 PLANES = {
     "F32": _values,
     "F16": _values,
@@ -166,4 +174,5 @@ PLANES = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    **{name: _book(name) for name in reference_books.DECODE},
 }

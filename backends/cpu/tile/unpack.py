@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cpu.tile import unpack_large, unpack_small
+from runtime.backends.cpu.tile import unpack_books, unpack_large, unpack_small
 from runtime.backends.cpu.tile.codes import Block, Rows
 
-_STEPS = {**unpack_small.STEPS, **unpack_large.STEPS}
+_STEPS = {**unpack_small.STEPS, **unpack_large.STEPS, **unpack_books.STEPS}
+_HEADERS = {**unpack_large.HEADERS, **unpack_books.HEADERS}
 
 
 def unpack(name: str, rows: Rows, head: list[Any], chunk: Any, number: Any) -> list[Block]:
@@ -21,4 +22,4 @@ def unpack(name: str, rows: Rows, head: list[Any], chunk: Any, number: Any) -> l
 
 def header(name: str, rows: Rows) -> list[Any]:
     """Values that all chunks of a block share: its float scales, for blocks of 256."""
-    return [rows.f16(rows.base, at) for at in unpack_large.HEADERS.get(name, ())]
+    return [rows.f16(rows.base, at) for at in _HEADERS.get(name, ())]

@@ -38,16 +38,16 @@ def qkv_post(lower: Lowering, node: Tensor) -> None:
         raise Declined("head sizes of k and v differ")
     optional = dict(zip(node.attrs["optional"], rest, strict=True))
     attrs, angles = node.attrs, optional.get("angles")
-    norms = {
-        name: lower.weight(optional[name], "vector") if name in optional else 0
+    q_norm, k_norm = (
+        lower.weight(optional[name], "vector") if name in optional else 0
         for name in ("q_norm", "k_norm")
-    }
+    )
     qa, q_stride, q_head_stride = lower.heads(q)
     (ka, _, live, ks), (va, _, _, vs) = (lower.tokens(x) for x in (k, v))
     constants = {name: attrs[name] for name in ("style", "k_type", "v_type")}
     lower.emit(
         "qkv_post", node, constants, q=qa, k=ka, v=va, q_stride=q_stride,
-        q_head_stride=q_head_stride, k_stride=ks, v_stride=vs, **norms,
+        q_head_stride=q_head_stride, k_stride=ks, v_stride=vs, q_norm=q_norm, k_norm=k_norm,
         eps=float_bits(attrs["eps"]), angles=lower.read(angles) if angles else 0,
         half=int(angles.shape[1]) if angles else 0, q_out=lower.write(node),
         q_out_stride=int(q.shape[1] * q.shape[2]),

@@ -53,9 +53,7 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(
-    devices: str, file: Any, threads: int | None, activations: str, pack: bool = True
-) -> Backend:
+def open_backend(devices: str, file: Any, threads: int | None, activations: str) -> Backend:
     """The backend named by `devices`: "cpu", "reference" or "null[:N]".
 
     `file` is an open GGUF file; OptionError names what is known for anything else.

@@ -8,7 +8,7 @@ import numpy as np
 from kernel_calls import ISAS, Fenced, run
 
 from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.signatures import packed_tile_nbytes
+from runtime.backends.cpu.tile.spec import activation_tile_nbytes
 
 
 class Packed:
@@ -17,7 +17,7 @@ class Packed:
     def __init__(self, rows: int, n: int, C: int, kind: str) -> None:
         self.rows, self.n, self.C, self.kind = rows, n, C, kind
         self.tiles = -(-rows // C)
-        self.tile_nbytes = packed_tile_nbytes(n, C, kind)
+        self.tile_nbytes = activation_tile_nbytes(C, kind, n)
         self.memory = Fenced(1, self.tiles * self.tile_nbytes // 4, dtype=np.int32)
 
     def check(self) -> None:

@@ -54,7 +54,7 @@ def test_no_copies_and_few_ops(model: Model):
     plan = _plan(model, 1, 1)
     layers = model._architecture.p.layers
     assert plan.copies() == 0
-    assert len(plan.instructions) <= layers * (19 if "moe" in model.architecture else 13) + 6
+    assert len(plan.instructions) <= layers * (11 if "moe" in model.architecture else 9) + 3
 
 
 def test_calls_of_a_row_need_no_barrier(model: Model):

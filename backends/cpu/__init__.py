@@ -49,6 +49,7 @@ class CpuBackend:
         self.weights = WeightStore(file, self._library, self._team)
         self._file = file
         self._states: dict[str, np.ndarray] = {}
+        self._plans: dict[str, Plan] = {}
         self._programs: dict[str, Program] = {}
         self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
 
@@ -69,8 +70,11 @@ class CpuBackend:
         return page_nbytes(leaf)
 
     def plan(self, graph: Graph, guarded: bool = False) -> Plan:
-        """The plan of a graph, not yet bound to memory."""
-        return lower(graph, self.options, guarded)
+        """The plan of a graph, not yet bound to memory; equal graphs give the same plan."""
+        key = f"{graph.key()} {guarded}"
+        if key not in self._plans:
+            self._plans[key] = lower(graph, self.options, guarded)
+        return self._plans[key]
 
     def program(self, graph: Graph) -> Program:
         """The program of a graph, from the cache where an equal graph was seen before."""
@@ -122,6 +126,7 @@ class CpuBackend:
         """End the threads."""
         self._team.close()
         self._programs.clear()
+        self._plans.clear()
 
     def _fixed(self, buffer: Buffer) -> int:
         if buffer.kind == "state":

@@ -8,7 +8,7 @@ from runtime.ops.tensor import Tensor
 
 
 def fuse_sums(graph: Graph, options: Options) -> Graph:
-    """linear + bias + residual and expert sum + residual in one instruction."""
+    """Products with biases and residuals, and the sums over experts, in one call each."""
 
     def add(node: Tensor, *new: Tensor) -> Tensor:
         for product, other in ((0, 1), (1, 0)):
@@ -25,7 +25,14 @@ def fuse_sums(graph: Graph, options: Options) -> Graph:
                     return grown
         return Tensor(node.op, new, node.shape, node.dtype, node.attrs, node.name)
 
-    return rewrite(graph, {"add": add})
+    def expert_bias(node: Tensor, y: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+        old = node.inputs[0]
+        fits = y.op == "linear_id" and only_user(graph, old) and bias.op == "weight"
+        if fits and len(y.inputs) == 3 and old.inputs[2].inputs[0] is node.inputs[2]:
+            return node_of("linear_id", (*y.inputs, bias), node, **y.attrs)
+        return Tensor(node.op, (y, bias, ids), node.shape, node.dtype, node.attrs, node.name)
+
+    return rewrite(graph, {"add": add, "expert_bias": expert_bias})
 
 
 def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cpu.lower import Lowering, lowers
+from runtime.backends.cpu.lower import Lowering, Out, lowers
 from runtime.backends.cpu.plan import Share
 from runtime.backends.cpu.rewrite import tile_format
-from runtime.backends.cpu.signatures import float_bits, packed_nbytes
+from runtime.backends.cpu.signatures import float_bits
+from runtime.backends.cpu.tile.spec import activations_nbytes
 from runtime.ops.tensor import Tensor
+
+
+def packed(lower: Lowering, node: Tensor, rows: int, n: int) -> tuple[dict[str, Any], Out]:
+    """Constants of the kernel that packs `rows` rows of `n` for a node, and where to."""
+    columns, kind = node.attrs["C"], node.attrs["kind"]
+    out = lower.write(node, activations_nbytes(rows, n, columns, kind))
+    return {"C": columns, "kind": kind}, out
 
 
 @lowers("pack")
 def pack(lower: Lowering, node: Tensor) -> None:
     """Rows of float32 to tiles of C columns."""
     address, n, live, stride = lower.rows(node.inputs[0])
-    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
-    nbytes = packed_nbytes(node.inputs[0].size // n, n, **tile)
-    lower.emit(
-        "pack", node, tile, x=address, out=lower.write(node, nbytes), live=live, n=n,
-        x_stride=stride,
-    )  # fmt: skip
+    tile, out = packed(lower, node, node.inputs[0].size // n, n)
+    lower.emit("pack", node, tile, x=address, out=out, live=live, n=n, x_stride=stride)
 
 
 def activation(node: Tensor) -> tuple[dict[str, str], dict[str, int]]:
@@ -35,13 +39,12 @@ def swiglu_pack(lower: Lowering, node: Tensor) -> None:
     gate, up = node.inputs
     address, n, live, gate_stride = lower.rows(gate)
     up_address, _, _, up_stride = lower.rows(up)
-    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
-    nbytes = packed_nbytes(gate.size // n, n, **tile)
+    tile, out = packed(lower, node, gate.size // n, n)
     act, bounds = activation(node)
     lower.emit(
         "swiglu_pack", node, tile | act, gate=address, up=up_address,
-        out=lower.write(node, nbytes), live=live, n=n, gate_stride=gate_stride,
-        up_stride=up_stride, **bounds, share=Share(n, ("gate", "up", "out")),
+        out=out, live=live, n=n, gate_stride=gate_stride, up_stride=up_stride, **bounds,
+        share=Share(n, ("gate", "up", "out")),
     )  # fmt: skip
 
 
@@ -49,11 +52,10 @@ def _gated(lower: Lowering, node: Tensor, x: Tensor, gate: Tensor, **more: Any) 
     """A pack of [T, heads, d] as rows of heads * d; only the gate's heads may lie apart."""
     address, n, live, stride = lower.tokens(x)
     gate_address, gate_stride, gate_head_stride = lower.heads(gate)
-    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
-    nbytes = packed_nbytes(x.size // n, n, **tile)
+    tile, out = packed(lower, node, x.size // n, n)
     lower.emit(
-        node.op, node, tile, x=address, gate=gate_address, out=lower.write(node, nbytes),
-        live=live, n=n, head_dim=int(x.shape[2]), x_stride=stride, gate_stride=gate_stride,
+        node.op, node, tile, x=address, gate=gate_address, out=out, live=live, n=n,
+        head_dim=int(x.shape[2]), x_stride=stride, gate_stride=gate_stride,
         gate_head_stride=gate_head_stride, **more,
     )  # fmt: skip
 
@@ -75,19 +77,18 @@ def gated_norm_pack(lower: Lowering, node: Tensor) -> None:
 @lowers("linear")
 def linear(lower: Lowering, node: Tensor) -> None:
     """All tiles times one weight, plus a bias and a residual where there are."""
-    packed, w, *extra = node.inputs
+    x, w, *extra = node.inputs
     bias = extra.pop(0) if node.attrs.get("bias") else None
     add = extra.pop(0) if node.attrs.get("add") else None
     constants = {
-        "format": tile_format(w.dtype), "columns": packed.attrs["C"],
-        "activations": packed.attrs["kind"]
+        "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
     }  # fmt: skip
     rows, inner = (int(n) for n in w.shape)
     add_address, add_stride = (0, 0) if add is None else (lower.rows(add)[0], lower.rows(add)[3])
     # The count of live rows is that of the packed input's first axes.
     live = lower.live(node, node.size // rows // int(node.shape[0]) if node.ndim > 1 else 1)
     lower.emit(
-        "matmul", node, constants, w=lower.weight(w, "packed"), x=lower.read(packed),
+        "matmul", node, constants, w=lower.weight(w, "packed"), x=lower.read(x),
         out=lower.write(node), out_stride=rows,
         bias=0 if bias is None else lower.weight(bias, "vector"),
         add=add_address, add_stride=add_stride, live=live, n_rows=rows, n_inner=inner,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from runtime.backends.cpu.lower import Lowering, Out, lowers
-from runtime.backends.cpu.matmul import activation
+from runtime.backends.cpu.matmul import activation, packed
 from runtime.backends.cpu.plan import Buffer, Ref, Share
 from runtime.backends.cpu.rewrite import tile_format
-from runtime.backends.cpu.signatures import float_bits, packed_tile_nbytes
+from runtime.backends.cpu.signatures import float_bits
 from runtime.backends.cpu.tile.formats import packed_nbytes
 from runtime.ops.tensor import Tensor
 
@@ -92,10 +92,9 @@ def pack_rows(lower: Lowering, node: Tensor) -> None:
     x, tiles = node.inputs
     address, n, _, stride = lower.rows(x)
     records, count, capacity = _tiles(lower, tiles)
-    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    tile, out = packed(lower, node, capacity * node.attrs["C"], n)
     lower.emit(
-        "pack_rows", node, tile, x=address, tiles=records,
-        out=lower.write(node, capacity * packed_tile_nbytes(n, **tile)), n_tiles=count, n=n,
+        "pack_rows", node, tile, x=address, tiles=records, out=out, n_tiles=count, n=n,
         x_stride=stride, divisor=node.attrs["divisor"],
     )  # fmt: skip
 
@@ -107,33 +106,42 @@ def swiglu_pack_rows(lower: Lowering, node: Tensor) -> None:
     address, n, _, gate_stride = lower.rows(gate)
     up_address, _, _, up_stride = lower.rows(up)
     records, count, capacity = _tiles(lower, tiles)
-    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    tile, out = packed(lower, node, capacity * node.attrs["C"], n)
     act, bounds = activation(node)
     lower.emit(
-        "swiglu_pack_rows", node, tile | act, gate=address, up=up_address, tiles=records,
-        out=lower.write(node, capacity * packed_tile_nbytes(n, **tile)), n_tiles=count, n=n,
-        gate_stride=gate_stride, up_stride=up_stride, **bounds,
+        "swiglu_pack_rows", node, tile | act, gate=address, up=up_address, tiles=records, out=out,
+        n_tiles=count, n=n, gate_stride=gate_stride, up_stride=up_stride, **bounds,
     )  # fmt: skip
 
 
 @lowers("linear_id")
 def linear_id(lower: Lowering, node: Tensor) -> None:
     """Each tile times the weights of its expert."""
-    packed, w, tiles, *bias = node.inputs
+    x, w, tiles, *bias = node.inputs
     records, count, _ = _tiles(lower, tiles)
     rows, inner = int(w.shape[1]), int(w.shape[2])
     every = node.attrs["every"]
     constants = {
-        "format": tile_format(w.dtype), "columns": packed.attrs["C"],
-        "activations": packed.attrs["kind"]
+        "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
     }  # fmt: skip
     lower.emit(
-        "matmul_id", node, constants, w=lower.weight(w, "packed"), x=lower.read(packed),
+        "matmul_id", node, constants, w=lower.weight(w, "packed"), x=lower.read(x),
         out=lower.write(node), out_stride=rows,
         bias=lower.weight(bias[0], "vector") if bias else 0, add=0, add_stride=0,
         live=lower.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,
         expert_stride=packed_nbytes(tile_format(w.dtype), rows, inner), bias_stride=rows,
         every=every, share=Share(rows, ("out",)) if every else None,
+    )  # fmt: skip
+
+
+@lowers("expert_bias")
+def expert_bias(lower: Lowering, node: Tensor) -> None:
+    """Rows of y, each plus the bias of its expert."""
+    y, bias, ids = node.inputs
+    address, n, live, stride = lower.rows(y)
+    lower.emit(
+        "expert_bias", node, y=address, bias=lower.weight(bias, "vector"), ids=lower.read(ids),
+        out=lower.write(node), live=live, n=n, y_stride=stride, out_stride=n,
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from runtime.backends.cpu.lower import Lowering, lowers
-from runtime.backends.cpu.signatures import float_bits, packed_nbytes
+from runtime.backends.cpu.matmul import packed
+from runtime.backends.cpu.signatures import float_bits
 from runtime.ops.tensor import Tensor
 
 
@@ -23,9 +24,8 @@ def rms_norm_pack(lower: Lowering, node: Tensor) -> None:
     """Norm of a row, then its tiles for matmuls."""
     x, w = node.inputs
     address, n, live, stride = lower.rows(x)
-    tile = {"C": node.attrs["C"], "kind": node.attrs["kind"]}
+    tile, out = packed(lower, node, x.size // n, n)
     lower.emit(
-        "rms_norm_pack", node, tile, x=address, w=lower.weight(w, "vector"),
-        out=lower.write(node, packed_nbytes(x.size // n, n, **tile)), live=live, n=n,
-        x_stride=stride, eps=float_bits(node.attrs["eps"]),
+        "rms_norm_pack", node, tile, x=address, w=lower.weight(w, "vector"), out=out, live=live,
+        n=n, x_stride=stride, eps=float_bits(node.attrs["eps"]),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from . import emit as e
 from . import simd as s
-from .elementwise import exp_sum, get, put, row_sum
+from .elementwise import exp_sum, get, piece, put, row_sum
 from .rows import helper, share, share_of_row
 
 _NOTHING, _NAN = -(2**31), float("nan")
@@ -215,6 +215,22 @@ def build_expert_group(C):
     return expert_group
 
 
+def build_expert_bias():
+    def expert_bias(y, bias, ids, out, live, n, y_stride, out_stride, thread, n_threads):
+        units = (n + 15) // 16
+        at, last = share(s.load_i64(live) * units, thread, n_threads)
+        while at < last:
+            row, first, stop = piece(at, last, units)
+            own = bias + s.load_i32(ids + row * 4) * n * 4
+            for unit in range(first, stop):
+                i = unit * 16
+                value = get(y + row * y_stride * 4, i, n, 0) + get(own, i, n, 0)
+                put(out + row * out_stride * 4, i, n, value)
+            at += stop - first
+
+    return expert_bias
+
+
 def build_expert_sum():
     """Terms in order: experts by rank, `shared` times sigmoid of its `gate`, `add`; 0: without."""
 
@@ -253,5 +269,6 @@ KERNELS = {
     "take": build_take,
     "router": build_router,
     "expert_group": build_expert_group,
+    "expert_bias": build_expert_bias,
     "expert_sum": build_expert_sum,
 }

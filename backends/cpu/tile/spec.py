@@ -76,8 +76,13 @@ class TileSpec:
         return KERNEL_ARGS["matmul_id" if self.indirect else "matmul"]
 
 
+def activations_nbytes(rows: int, n_inner: int, columns: int, activations: str) -> int:
+    """Bytes of `rows` tokens in tiles of packed activations."""
+    return -(-rows // columns) * activation_tile_nbytes(columns, activations, n_inner)
+
+
 def activation_tile_nbytes(columns: int, activations: str, n_inner: int) -> int:
-    """Bytes of one tile of packed activations of `columns` tokens."""
+    """Bytes of one tile of packed activations of `columns` tokens; layouts: kernels/pack.py."""
     if activations == "int8":
         each = n_inner // 32 * (Q_BYTES + SIDE_BYTES)
     else:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import MemoryLimitError
 from runtime.memory import budget
-from runtime.memory.pages import BlockTable, PagePool
+from runtime.memory.pages import BlockTable, PagePool, reserve
 from runtime.ops import PAGE
 
 
@@ -46,6 +46,27 @@ def test_exhaustion_says_what_to_do():
     table = BlockTable(pool, 4 * PAGE)
     with pytest.raises(MemoryLimitError, match=r"all 2 pages .* close sessions"):
         table.reserve(0, 3 * PAGE)
+
+
+def test_several_sequences_reserve_all_or_nothing():
+    pool, _ = _pool(7)
+    tables = [BlockTable(pool, 8 * PAGE) for _ in range(2)]
+    tables[0].reserve(0, PAGE + 1)
+    fork = tables[0].fork()
+    with pytest.raises(MemoryLimitError, match="all 7 pages"):
+        reserve([(tables[0], PAGE + 1, PAGE + 2), (tables[1], 0, 5 * PAGE)])
+    assert pool.free == 5 and list(fork.row) == list(tables[0].row) and not len(tables[1].row)
+    # Of two that write to a page they share, the second may keep it: five pages are enough.
+    reserve([(t, PAGE + 1, PAGE + 2) for t in (tables[0], fork)] + [(tables[1], 0, 4 * PAGE)])
+    assert pool.free == 0 and fork.row[0] == tables[0].row[0] and fork.row[1] != tables[0].row[1]
+
+
+def test_a_forgotten_table_gives_its_pages_back():
+    pool, _ = _pool()
+    table = BlockTable(pool, 4 * PAGE)
+    table.reserve(0, 2 * PAGE)
+    table.abandon()
+    assert pool.free == 8
 
 
 def test_slots_follow_the_table():
@@ -97,7 +118,19 @@ def test_choose_takes_what_fits(monkeypatch: pytest.MonkeyPatch):
     size = budget.choose(None, 100_000, 4, page_nbytes=1000, weights=1000)
     assert size.context == 90 * PAGE and size.pages == 90
     small = budget.choose(None, 5 * PAGE, 4, page_nbytes=1000, weights=1000)
-    assert small.context == 5 * PAGE and small.pages == 20
+    assert small.context == 5 * PAGE and small.pages == 4 * (5 + 16)
+
+
+def test_slots_take_their_share(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(budget, "available_memory", lambda: 1000 + 100 * 1000)
+    size = budget.choose(None, 100_000, 4, page_nbytes=1000, weights=1000, slot_nbytes=5000)
+    assert size == budget.CacheSize((90 - 4 * 5) * PAGE, 70, 4)
+    many = budget.choose(None, PAGE, 2, page_nbytes=1000, weights=1000, slot_nbytes=10)
+    assert many.slots == 2 * budget.SLOTS_PER_SEQUENCE
+    with pytest.raises(MemoryLimitError, match=r"of KV cache and 78\.1 KiB of recurrent state,"):
+        budget.choose(50 * PAGE, 100, 1, page_nbytes=1000, weights=1000, slot_nbytes=40_000)
+    with pytest.raises(MemoryLimitError, match=r"no room is left for a KV cache beside 97\.7 KiB"):
+        budget.choose(None, 100, 1, page_nbytes=1000, weights=1000, slot_nbytes=50_000)
 
 
 def test_too_large_a_context_says_what_fits(monkeypatch: pytest.MonkeyPatch):

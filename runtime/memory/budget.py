@@ -12,6 +12,7 @@ from runtime.errors import MemoryLimitError
 from runtime.ops import PAGE
 
 SLOTS_PER_SEQUENCE = 20  # its state, its checkpoints, and room for snapshots and forks of it
+_SPARE_PAGES = 16  # of a sequence: its snapshots and forks each have a last page of their own
 _LEAST_SLOTS = 2  # without room for one more, nothing can be forked or kept
 _SHARE = 0.9  # of what is free: the rest is for activations, text and the system
 
@@ -75,8 +76,9 @@ def choose(
 
     `page_nbytes` is a page of all layers, `weights` what the model itself will take, `slot_nbytes`
     the recurrent state of one sequence (0: the model has none). Sequences share one pool: room
-    for as many full contexts as asked for and fit, at least one. Slots come first, in a quarter
-    of the budget; they count in full, though the system gives memory only to those ever used.
+    for as many full contexts as asked for and fit, at least one, and for the last pages of
+    snapshots. Slots come first, in a quarter of the budget. Pages and slots count in full, though
+    the system gives memory only to those ever used.
     MemoryLimitError says what would fit.
     """
     free, page_nbytes = available_memory(), max(1, page_nbytes)
@@ -99,8 +101,8 @@ def choose(
             f"no room is left for a KV cache{also}; use a smaller or more quantised model"
         )
     each = -(-wanted // PAGE)
-    pages = max(each, min(each * sequences, (budget - state) // page_nbytes))
-    return CacheSize(wanted, pages, slots)
+    pages = min((each + _SPARE_PAGES) * sequences, (budget - state) // page_nbytes)
+    return CacheSize(wanted, max(each, pages), slots)
 
 
 def _slots(sequences: int, budget: int, slot_nbytes: int) -> int:

@@ -1,0 +1,367 @@
+"""Sessions of models with recurrent layers: forks, snapshots, rewinds and cuts change no bits."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_models import Sizes, write_model
+from tiny_hybrid import EXTRA, TinyHybrid
+
+import runtime
+from runtime import model as engine
+from runtime.errors import MemoryLimitError, OptionError
+from runtime.memory.slots import CHECKPOINTS, NONE, SPACING, Recurrent, SlotPool, reserve
+from runtime.model import Model
+
+DEVICES = ["reference"]
+
+
+def load(path: Path, device: str, **options) -> Model:
+    return runtime.load(path, devices=device, context=256, sequences=2, **options)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(engine.registry, "build", TinyHybrid)
+    folder = tmp_path_factory.mktemp("sessions")
+    yield write_model(folder / "hybrid.gguf", Sizes(layers=2), replace=EXTRA)
+    patch.undo()
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def model(request: pytest.FixtureRequest, path: Path) -> Iterator[Model]:
+    with load(path, request.param) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return np.random.default_rng(3).integers(0, 80, 150).tolist()
+
+
+@pytest.fixture(scope="module")
+def whole(model: Model, prompt: list[int]) -> np.ndarray:
+    return model.eval(prompt)
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(model: Model) -> Iterator[None]:
+    yield
+    gc.collect()
+    assert model.slots.free == model.slots.count and model._pool.free == model._pool.count
+
+
+def same(model: Model, got: np.ndarray, want: np.ndarray) -> None:
+    """The same bits; on the reference, whose sums are numpy's, the same numbers."""
+    if model.backend.name.startswith("reference"):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    else:
+        np.testing.assert_array_equal(got, want)
+
+
+def test_the_state_matters(model: Model, prompt: list[int], whole: np.ndarray):
+    """Else nothing below could fail: the last logits depend on what only the state remembers."""
+    other = model.eval([prompt[0] + 1, *prompt[1:]])
+    assert np.abs(other[-1] - whole[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+def test_cuts(model: Model, prompt: list[int], whole: np.ndarray, piece: int):
+    with model.session() as session:
+        rows = [session.eval(prompt[i : i + piece]) for i in range(0, len(prompt), piece)]
+    same(model, np.concatenate(rows), whole)
+
+
+def test_batch_with_other_sequences(model: Model, prompt: list[int], whole: np.ndarray):
+    others = [np.random.default_rng(n).integers(0, 80, n).tolist() for n in (1, 9, 33)]
+    sessions = [model.session() for _ in range(4)]
+    first = model.step([(s, ids[:1]) for s, ids in zip(sessions, [*others, prompt], strict=True)])
+    same(model, first[3], whole[:1])
+    rest = model.step([
+        (s, ids[1:]) for s, ids in zip(sessions, [*others, prompt], strict=True) if ids[1:]
+    ])  # fmt: skip
+    same(model, rest[2], whole[1:])
+    same(model, rest[1], model.eval(others[2])[1:])
+    for session in sessions:
+        session.close()
+
+
+def test_fork_shares_and_then_parts(model: Model, prompt: list[int], whole: np.ndarray):
+    with model.session() as session:
+        session.eval(prompt[:77])
+        child, grandchild = session.fork(), session.fork().fork()
+        rows = model.step([(session, [1, 2]), (child, prompt[77:]), (grandchild, prompt[77:99])])
+        same(model, rows[1], whole[77:])
+        same(model, rows[2], whole[77:99])
+        same(model, rows[0], model.eval([*prompt[:77], 1, 2])[77:])
+        child.close()
+        same(model, grandchild.eval(prompt[99:]), whole[99:])
+        grandchild.close()
+
+
+@pytest.mark.parametrize("n", [1, 10, 60, 100])
+def test_rewind(model: Model, prompt: list[int], whole: np.ndarray, n: int):
+    with model.session() as session:
+        session.eval(prompt[:64])
+        for token in prompt[64:100]:
+            session.eval([token], "none")
+        session.rewind(n)
+        assert session.tokens == prompt[: 100 - n] and session.evaluated <= 100 - n
+        same(model, session.eval(prompt[100 - n :]), whole[100 - n :])
+        assert session.tokens == prompt and session.evaluated == 150
+
+
+def test_rewind_twice_and_forks_of_what_is_not_evaluated_yet(
+    model: Model, prompt: list[int], whole: np.ndarray
+):
+    with model.session() as session:
+        for token in prompt[:50]:
+            session.eval([token], "none")
+        session.rewind(5)
+        session.rewind(4)
+        child, snapshot = session.fork(), session.snapshot()
+        same(model, session.eval(prompt[41:60]), whole[41:60])
+        same(model, child.eval(prompt[41:42]), whole[41:42])
+        child.restore(snapshot)
+        same(model, child.eval(prompt[41:44], "last"), whole[43:44])
+        child.close()
+        snapshot.close()
+
+
+def test_rewind_in_a_batch(model: Model, prompt: list[int], whole: np.ndarray):
+    first, second = model.session(), model.session()
+    model.step([(first, prompt[:70]), (second, prompt[:90])], "none")
+    second.rewind(35)
+    rows = model.step([(first, prompt[70:71]), (second, prompt[55:58])])
+    same(model, rows[0], whole[70:71])
+    same(model, rows[1], whole[55:58])
+    first.close()
+    second.close()
+
+
+def test_rewind_finds_message_ends(model: Model, prompt: list[int]):
+    with model.session() as session:
+        session.eval(prompt[:30])
+        for token in prompt[30:40]:
+            session.eval([token], "none")
+        session.eval(prompt[40:60])
+        session.rewind(25)
+        assert session.evaluated == 30
+    with model.session() as session:
+        session.eval(prompt[:30])
+        session.eval(prompt[30:60])
+        session.rewind(30)
+        assert session.evaluated == 30
+
+
+def test_a_chain_of_snapshots(model: Model, prompt: list[int], whole: np.ndarray):
+    """Ten of one sequence at once, restored in any order, some after the session has ended."""
+    session = model.session()
+    snapshots = []
+    for at in range(0, 100, 10):
+        session.eval(prompt[at : at + 10], "none")
+        snapshots.append(session.snapshot())
+    for i in (9, 0, 4, 4, 7):
+        session.restore(snapshots[i])
+        at = 10 * (i + 1)
+        assert len(session) == at == len(snapshots[i])
+        same(model, session.eval(prompt[at : at + 3]), whole[at : at + 3])
+    session.close()
+    with model.session() as other:
+        other.eval([5, 6, 7])
+        other.restore(snapshots[2])
+        same(model, other.eval(prompt[30:]), whole[30:])
+        assert other.tokens == prompt
+    for snapshot in snapshots:
+        snapshot.close()
+
+
+def test_snapshot_of_nothing(model: Model, prompt: list[int], whole: np.ndarray):
+    with model.session() as session, session.snapshot() as empty:
+        session.eval([1, 2, 3])
+        session.restore(empty)
+        assert len(session) == 0
+        same(model, session.eval(prompt), whole)
+
+
+def test_what_cannot_be_restored(model: Model, path: Path, prompt: list[int], whole: np.ndarray):
+    with model.session() as session:
+        session.eval(prompt[:20])
+        snapshot = session.snapshot()
+        device = "reference" if model.backend.name.startswith("reference") else "cpu"
+        for options, message in (
+            ({"kv_type": "f32"}, "of kv_type f16,f16, this session of kv_type f32,f32"),
+            ({}, "of another load of this model"),
+        ):
+            with load(path, device, **options) as other, other.session() as foreign:
+                foreign.eval([1, 2])
+                with pytest.raises(OptionError, match=message) as caught:
+                    foreign.restore(snapshot)
+                assert "\n" not in str(caught.value) and foreign.tokens == [1, 2]
+        with pytest.raises(OptionError, match=r"made by session.snapshot\(\), not 3"):
+            session.restore(3)  # type: ignore[arg-type]
+        snapshot.close()
+        snapshot.close()
+        with pytest.raises(OptionError, match="this snapshot is closed"):
+            session.restore(snapshot)
+        same(model, session.eval(prompt[20:]), whole[20:])
+    for use in (session.snapshot, session.fork, lambda: session.rewind(0)):
+        with pytest.raises(OptionError, match="this session is closed"):
+            use()
+    with pytest.raises(OptionError, match="this session is closed"):
+        session.restore(snapshot)
+
+
+def test_a_model_that_closes_ends_its_snapshots(path: Path):
+    with load(path, "reference") as other:
+        session = other.session()
+        session.eval([1, 2])
+        snapshot = session.snapshot()
+    with pytest.raises(OptionError, match="closed"):
+        session.restore(snapshot)
+
+
+def _fill(model: Model) -> tuple[list, list]:
+    """Sessions and snapshots that hold every slot."""
+    holders = []
+    while model.slots.free:
+        session = model.session()
+        session.eval([1])
+        holders.append(session)
+    return holders, [s.snapshot() for s in holders]
+
+
+def test_no_slot_left_changes_nothing(model: Model, prompt: list[int], whole: np.ndarray):
+    session = model.session()
+    session.eval(prompt[:20])
+    holders, snapshots = _fill(model)
+    free, tokens = model._pool.free, list(session.tokens)
+    with pytest.raises(MemoryLimitError, match=r"slots of recurrent state are in use; close"):
+        model.step([(session, prompt[20:30]), (holders[0], [3])])
+    assert model._pool.free == free and session.tokens == tokens and holders[0].tokens == [1]
+    assert model.slots.free == 0
+    for other in (*holders[1:], *snapshots):
+        other.close()
+    same(model, session.eval(prompt[20:]), whole[20:])
+    same(model, holders[0].eval([3]), model.eval([1, 3])[1:])
+    session.close()
+    holders[0].close()
+
+
+def test_checkpoints_give_way(model: Model, prompt: list[int], whole: np.ndarray):
+    """A session that keeps states of its past never stops another one."""
+    with model.session() as session:
+        for at in range(0, 150, 15):
+            session.eval(prompt[at : at + 15], "none")
+        assert len(session.state.checkpoints) > 1
+        holders = [model.session() for _ in range(model.slots.count - 1)]
+        for holder in holders:
+            holder.eval([1])
+        assert model.slots.free == 0 and len(session.state.checkpoints) <= 1
+        session.rewind(10)
+        same(model, session.eval(prompt[140:]), whole[140:])
+        for holder in holders:
+            holder.close()
+
+
+def test_no_page_left_changes_nothing(model: Model, prompt: list[int], whole: np.ndarray):
+    filler = [model.session() for _ in range(7)]
+    model.step([(s, [n] * 190) for n, s in enumerate(filler)], "none")
+    session, other = model.session(), model.session()
+    session.eval(prompt[:100], "none")
+    child = session.fork()
+    free, slots = model._pool.free, model.slots.free
+    assert free == 48 - 7 * 6 - 4
+    with pytest.raises(MemoryLimitError, match="pages of the KV cache"):
+        model.step([(child, prompt[100:101]), (session, prompt[100:]), (other, [1])])
+    assert (model._pool.free, model.slots.free) == (free, slots)
+    assert [len(s) for s in (child, session, other)] == [100, 100, 0]
+    same(model, child.eval(prompt[100:120]), whole[100:120])
+    for holder in (*filler, other):
+        holder.close()
+    same(model, session.eval(prompt[100:]), whole[100:])
+    session.close()
+    child.close()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_a_step_that_breaks_changes_nothing(
+    model: Model, prompt: list[int], whole: np.ndarray, monkeypatch, first: bool
+):
+    """Interrupted before or after the device has written, in a decode step and in a prompt."""
+    execute = model._execute
+
+    def broken(*arguments):
+        if not first:
+            execute(*arguments)
+        raise KeyboardInterrupt
+
+    with model.session() as session:
+        session.eval(prompt[:40], "none")
+        session.eval(prompt[40:41], "none")
+        for ids in (prompt[41:42], prompt[41:60]):
+            monkeypatch.setattr(model, "_execute", broken)
+            with pytest.raises(KeyboardInterrupt):
+                session.eval(ids)
+            monkeypatch.setattr(model, "_execute", execute)
+            assert session.tokens == prompt[:41]
+        same(model, session.eval(prompt[41:]), whole[41:])
+
+
+def test_threads(model: Model, prompt: list[int], whole: np.ndarray):
+    """Steps, forks, snapshots, rewinds and ends of many threads at once."""
+    base = model.session()
+    base.eval(prompt[:40], "none")
+
+    def work(seed: int) -> None:
+        child = base.fork()
+        with child.snapshot() as snapshot:
+            child.eval([seed, seed + 1], "none")
+            child.rewind(1)
+            child.restore(snapshot)
+        same(model, child.eval(prompt[40 : 45 + seed]), whole[40 : 45 + seed])
+        if seed % 2:
+            child.close()  # the others are forgotten
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(8)))
+    base.close()
+
+
+def test_snapshots_are_quick(model: Model, prompt: list[int]):
+    with model.session() as session:
+        session.eval(prompt, "none")
+        start = time.perf_counter()
+        with session.snapshot() as snapshot:
+            session.restore(snapshot)
+        assert time.perf_counter() - start < 0.015
+
+
+def test_checkpoints_thin_out_from_the_end():
+    pool = SlotPool(20)
+    state = Recurrent(pool)
+    for place in range(1, 2001):
+        state.begin()
+        state.end(place)
+    places = [c.place for c in state.checkpoints]
+    gaps = np.diff([*places, 2000])
+    assert len(places) == CHECKPOINTS and places[-1] > 2000 - SPACING - 1
+    assert (gaps[:-1] >= SPACING).all() and gaps[0] >= 4 * gaps[-2]
+    assert pool.free == 20 - CHECKPOINTS - 1
+    state.close()
+    assert pool.free == 20
+
+
+def test_slots_are_reserved_together():
+    pool = SlotPool(3)
+    states = [Recurrent(pool) for _ in range(4)]
+    with pytest.raises(MemoryLimitError, match="all 3 slots"):
+        reserve(states)
+    assert pool.free == 3 and all(s.slot == NONE for s in states)

@@ -11,6 +11,7 @@ import pytest
 from kernel_calls import ISAS, Fenced, library, run
 from packed_rows import Packed, pack
 
+import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime import ops
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.kernels.compile import compile_kernel

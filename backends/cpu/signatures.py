@@ -93,6 +93,8 @@ CONSTANTS: dict[str, dict[str, tuple]] = {
         "format": (
             *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
             *("q4_k", "q5_k", "q6_k", "iq4_nl"),
+            *("mxfp4", "nvfp4", "iq4_xs", "q2_k", "q3_k", "tq1_0", "tq2_0"),
+            *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"),
         ),
     },
     "rope": {"style": ("neox", "normal")},

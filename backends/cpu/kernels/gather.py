@@ -7,25 +7,11 @@ as the format's reference does, in float32, product before sum.
 
 from __future__ import annotations
 
+from . import gather_blocks as blocks
 from . import simd as s
+from .gather_books import book_block
+from .gather_values import f16_at, iq4_value, put
 from .rows import helper, share
-
-# IQ4_NL's 16 values (ggml-common.h, kvalues_iq4nl) as bytes of two words, lowest first.
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_IQ4_LOW, _IQ4_HIGH = (
-    int.from_bytes(bytes(v & 255 for v in half), "little", signed=True)
-    for half in (_IQ4[:8], _IQ4[8:])
-)
-
-
-@helper
-def f16_at(address):
-    return s.half_of(s.load_u16(address))
-
-
-@helper
-def put(out, i, value):
-    s.store_f32(out + i * 4, value)
 
 
 @helper
@@ -93,12 +79,6 @@ def q5_1_block(at, out):
         low, high = fifth_bits(at + 4, i)
         put(out, i, d * s.f32(byte & 15 | low) + m)
         put(out, i + 16, d * s.f32(byte >> 4 | high) + m)
-
-
-@helper
-def iq4_value(code):
-    word = _IQ4_LOW if code < 8 else _IQ4_HIGH
-    return s.f32(((word >> ((code & 7) * 8) & 255) ^ 128) - 128)
 
 
 @helper
@@ -173,11 +153,24 @@ _FORMATS = {
     "q4_k": (q4_k_block, 256, 144),
     "q5_k": (q5_k_block, 256, 176),
     "q6_k": (q6_k_block, 256, 210),
+    "mxfp4": (blocks.mxfp4_block, 32, 17),
+    "nvfp4": (blocks.nvfp4_block, 64, 36),
+    "iq4_xs": (blocks.iq4_xs_block, 256, 136),
+    "q2_k": (blocks.q2_k_block, 256, 84),
+    "q3_k": (blocks.q3_k_block, 256, 110),
+    "tq1_0": (blocks.tq1_0_block, 256, 54),
+    "tq2_0": (blocks.tq2_0_block, 256, 66),
 }
+# The formats of code books have 256 elements: bytes.
+_BOOKS = {"iq1_s": 50, "iq1_m": 56, "iq2_xxs": 66, "iq2_xs": 74, "iq2_s": 82}
+_BOOKS |= {"iq3_xxs": 98, "iq3_s": 110}
 
 
 def build_get_rows(format):
-    decode, elements, nbytes = _FORMATS[format]
+    if format in _BOOKS:
+        decode, elements, nbytes = book_block(format), 256, _BOOKS[format]
+    else:
+        decode, elements, nbytes = _FORMATS[format]
 
     def get_rows(table, ids, out, live, n, row_bytes, out_stride, thread, n_threads):
         blocks = n // elements

@@ -32,7 +32,7 @@ def lines(plan: Any, nanoseconds: np.ndarray, step: LiveStep) -> list[Line]:
     return [
         Line(
             _counted(_kernel(c.kernel) for c in row.calls),
-            _counted(_subject(c) for c in row.calls),
+            ", ".join(dict.fromkeys(_subject(c) for c in row.calls)),
             1, int(spent), sum(step.nbytes(c) for c in row.calls),
         )
         for row, spent in zip(plan.instructions, nanoseconds, strict=True)

@@ -63,7 +63,7 @@ def test_lines_count_what_a_row_moves():
     plan = SimpleNamespace(instructions=[Instruction((call, call)), Instruction((call,))])
     step = LiveStep({"tokens": 1}, (1,), (0, 0))
     found = step_table.lines(plan, np.array([20, 10]), step)
-    assert found[0] == Line("2 matmul Q4_0", "2 blk.4.w", 1, 20, 10000)
+    assert found[0] == Line("2 matmul Q4_0", "blk.4.w", 1, 20, 10000)
     assert found[1] == Line("matmul Q4_0", "blk.4.w", 1, 10, 5000)
 
 

@@ -11,11 +11,16 @@ from small_models import Sizes, write_model
 import runtime
 from runtime import ops, traffic
 from runtime.backends.cpu.plan import Buffer, Call
+from runtime.cli import facts
 from runtime.gguf.reader import open_gguf
 from runtime.ops.dtypes import F16, F32
 from runtime.traffic import LiveStep
 
 KV = ("f16", "f16")
+SIZES = [
+    Sizes(),
+    *(Sizes(name, experts=6, used=2, inner=32) for name in ("qwen3moe", "qwen35moe", "qwen3next")),
+]
 
 
 def moved(path: Path, context: int = 0, kv: tuple[str, str] = KV) -> traffic.Traffic:
@@ -75,7 +80,20 @@ def test_recurrent_state_is_read_and_written():
     assert (found.state, found.weights, found.kv) == (2 * 3 * 16 * 4, 16 * 4 * 4 + 16 * 4, 0)
 
 
-@pytest.mark.parametrize("size", [Sizes(), Sizes("qwen3moe", experts=6, used=2, inner=32)])
+@pytest.mark.parametrize("name", ["qwen35", "qwen3next"])
+def test_memory_and_traffic_of_hybrid_models(tmp_path: Path, name: str):
+    """Of three layers in four a state, of the fourth a cache; one slot is read and one written."""
+    size = Sizes(name, layers=4, interval=4, experts=6 if name == "qwen3next" else 0)
+    file = open_gguf(write_model(tmp_path / "m.gguf", size))
+    keys, values = size.key_heads * size.k_dim, size.value_heads * size.v_dim
+    state = 3 * 4 * ((size.taps - 1) * (2 * keys + values) + values * size.k_dim)
+    found, memory = traffic.of_file(file, KV, 10), facts.memory(file, "f16")
+    assert found.state == 2 * state and found.kv == 10 * 2 * 2 * size.kv_heads * size.dim
+    assert memory is not None and memory.state == state
+    assert memory.of(64) == file.tensors_nbytes + state + 64 * 2 * 2 * size.kv_heads * size.dim
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.architecture)
 def test_calls_of_a_plan_add_up_to_the_token(tmp_path: Path, size: Sizes):
     """Rows of the instruction table read every weight of the graph, and as much of each."""
     path = write_model(tmp_path / "m.gguf", size)

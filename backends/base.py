@@ -33,11 +33,14 @@ class Backend(Protocol):
     name: str
 
     def state(self, leaf: Tensor) -> np.ndarray:
-        """Memory of a state leaf, first axis = pages, made on first use and kept."""
+        """Memory of a state leaf, made on first use, zero, and kept; first axis = pages or slots.
+
+        Rows are copied to share a page's past, so everything a page holds is in its row.
+        """
         ...
 
     def state_page_nbytes(self, leaf: Tensor) -> int:
-        """Bytes of one page of a state leaf on this device."""
+        """Bytes of one page, or of one slot, of a state leaf on this device."""
         ...
 
     def program(self, graph: Graph) -> Program:

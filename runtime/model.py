@@ -18,7 +18,7 @@ from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.errors import OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.memory import pages, slots
-from runtime.memory.budget import CacheSize, choose
+from runtime.memory.budget import CacheSize, Memory, choose
 from runtime.memory.pages import BlockTable, PagePool
 from runtime.memory.slots import Recurrent, SlotPool
 from runtime.models import registry
@@ -249,12 +249,28 @@ class Model:
         if debug() >= 1 and hasattr(program, "plan"):
             print(f"{tokens} tokens: {str(program.plan).splitlines()[0]}", file=sys.stderr)
 
-    def _choose_size(self, context: int | None, sequences: int) -> CacheSize:
+    def memory(self) -> Memory:
+        """Bytes of weights, of a page of KV cache and of a sequence's state, on this device."""
+        page, state = self._state_nbytes()
+        size = self._size
+        return Memory(self.file.tensors_nbytes, page, state, size.pages, size.slots)
+
+    def state_nbytes_per_sequence(self) -> int:
+        """Bytes of the recurrent state of one sequence; each token reads and writes them all."""
+        return self._state_nbytes()[1]
+
+    def _state_nbytes(self) -> tuple[int, int]:
+        """Bytes of a page and of a slot, all layers together."""
         step = Step.capacity(1, 1, 1, 1, 1, self._architecture.layers, self.kv_types)
+        pages, slots = (step.k, step.v), (step.conv, step.delta)
         page, slot = (
             sum(self.backend.state_page_nbytes(leaf) for group in groups for leaf in group.values())
-            for groups in ((step.k, step.v), (step.conv, step.delta))
+            for groups in (pages, slots)
         )
+        return page, slot
+
+    def _choose_size(self, context: int | None, sequences: int) -> CacheSize:
+        page, slot = self._state_nbytes()
         weights, trained = self.file.tensors_nbytes, self._architecture.p.context
         return choose(context, trained, sequences, page, weights, slot)
 

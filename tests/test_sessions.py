@@ -19,7 +19,7 @@ from runtime.errors import MemoryLimitError, OptionError
 from runtime.memory.slots import CHECKPOINTS, NONE, SPACING, Recurrent, SlotPool, reserve
 from runtime.model import Model
 
-DEVICES = ["reference"]
+DEVICES = ["reference", "cpu"]
 
 
 def load(path: Path, device: str, **options) -> Model:

@@ -18,7 +18,7 @@ from runtime.backends.cpu.plan import Buffer, Plan
 from runtime.backends.cpu.program import Program
 from runtime.backends.cpu.rewrite import Options
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
-from runtime.backends.cpu.weights import WeightStore, aligned_empty
+from runtime.backends.cpu.weights import ALIGNMENT, WeightStore, aligned_empty
 from runtime.ops.errors import BackendError, OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -54,19 +54,23 @@ class CpuBackend:
         self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
 
     def state(self, leaf: Tensor) -> np.ndarray:
-        """uint8 [pages, bytes of a page] of a cache leaf, zero-filled, on first use."""
+        """uint8 [pages or slots, bytes of one] of a state leaf, zero-filled, on first use.
+
+        The system gives memory to what is written, so room never used costs nothing.
+        """
         if leaf.name not in self._states:
             shape = (int(leaf.shape[0]), self.state_page_nbytes(leaf))
             try:
-                self._states[leaf.name] = np.zeros(shape, np.uint8)
+                self._states[leaf.name] = aligned_zeros(shape[0] * shape[1]).reshape(shape)
             except MemoryError:
                 raise BackendError(
-                    f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes"
+                    f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes; load the model with "
+                    "a smaller `context` or fewer `sequences`"
                 ) from None
         return self._states[leaf.name]
 
     def state_page_nbytes(self, leaf: Tensor) -> int:
-        """Bytes of one page of all KV heads of a layer."""
+        """Bytes of one page of all KV heads of a layer, or of one slot."""
         return page_nbytes(leaf)
 
     def plan(self, graph: Graph, guarded: bool = False) -> Plan:
@@ -133,6 +137,13 @@ class CpuBackend:
             assert buffer.tensor is not None, "a state buffer has its tensor"
             return self.state(buffer.tensor).ctypes.data
         return self.weights.address(buffer)
+
+
+def aligned_zeros(nbytes: int) -> np.ndarray:
+    """uint8 [nbytes], zero, starting at a cache line; untouched until it is used."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]
 
 
 def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:

@@ -68,6 +68,28 @@ class CacheSize:
     slots: int = 0
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a model takes: its weights, one page of KV cache (PAGE tokens of all layers), the
+    recurrent state of one sequence (0 where there is none); and how many pages and slots of
+    state there is room for."""
+
+    weights: int
+    page: int
+    state: int
+    pages: int
+    slots: int
+
+    @property
+    def kv_per_token(self) -> float:
+        """Bytes of KV cache of one token."""
+        return self.page / PAGE
+
+    def of(self, context: int) -> int:
+        """Bytes of the weights and one sequence of `context` tokens."""
+        return self.weights + -(-context // PAGE) * self.page + self.state
+
+
 def choose(
     context: int | None, trained: int, sequences: int, page_nbytes: int, weights: int,
     slot_nbytes: int = 0,

@@ -27,9 +27,8 @@ class Part:
 # Groups whose sums advance together, by columns: enough independent sums to hide the latency of
 # a float addition, and few enough to stay in registers.
 _GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
-# With one column the groups are streams of memory: eight are read a third faster than one, and
-# four where chunks are large, with more asked for ahead (measured). Narrow registers leave no room.
-_LARGE_CHUNK, _GROUPS_LARGE = 128, 4
+# With one column the groups are streams of memory: eight are read a third faster than one
+# (measured). Narrow registers leave no room for so many.
 _GROUPS_SPLIT = {1: 1, 4: 4, 8: 4, 16: 4}  # four registers hold sums
 _GROUPS_INT8 = {1: 8, 4: 2, 8: 2, 16: 1}
 _GROUPS_CODES = {1: 4, 4: 2, 8: 1}
@@ -64,8 +63,6 @@ class Problem:
         if self.spec.activations == "int8":
             if self.spec.columns == 1 and self.code.lanes < ROWS:
                 return 1
-            if self.spec.columns == 1 and self.layout.chunk >= _LARGE_CHUNK:
-                return _GROUPS_LARGE
             return _GROUPS_INT8[self.spec.columns]
         return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]
 
@@ -79,7 +76,7 @@ class Problem:
         """Bytes between what is multiplied and what is asked from memory, in each stream."""
         if self.groups_at_once < 4:
             return 4096
-        return 3072 if self.layout.chunk >= _LARGE_CHUNK else 1024
+        return 2048 if self.groups_at_once == 8 else 1024
 
     def record(self, tile: Any, entry: Any) -> Any:
         """Entry 0 (expert) or 1 + column (output row) of a tile's record, as int64."""

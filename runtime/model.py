@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ class Model:
         self._pool = PagePool(self._size.pages, pages)
         self.slots = SlotPool(self._size.slots)
         self.holders: weakref.WeakSet[Any] = weakref.WeakSet()  # sessions and snapshots
-        self._load_weights(progress)
+        self._progress = progress
+        self._load_weights()
 
     @property
     def context(self) -> int:
@@ -238,7 +240,9 @@ class Model:
         t = bucket(tokens)
         r = next(r for r in (1, min(8, t), t) if r >= outputs)
         if (t, r) not in self._programs:
-            self._programs[t, r] = self.backend.program(self.graph(t, r))
+            graph = self.graph(t, r)
+            self._prepare([graph])
+            self._programs[t, r] = self.backend.program(graph)
             self._show_plan(t, self._programs[t, r])
         return self._programs[t, r]
 
@@ -274,15 +278,31 @@ class Model:
         weights, trained = self.file.tensors_nbytes, self._architecture.p.context
         return choose(context, trained, sequences, page, weights, slot)
 
-    def _load_weights(self, progress: bool | Progress) -> None:
+    def _load_weights(self) -> None:
+        self._programs: dict[tuple[int, int], Program] = {}
+        graphs = [self.graph(1, 1)]
+        if not self._prepare(graphs):
+            with self._reporter() as report:
+                self.backend.load(graphs, report)
+
+    def _prepare(self, graphs: list[Graph]) -> bool:
+        """Where kernels of these graphs have to be compiled, compile all there are in one go.
+
+        The kernels of a token alone are looked for when a model is loaded, which is quick; those
+        of a prompt with the first prompt, and are not found only where compiling was interrupted
+        or another model left its own. False: nothing was missing.
+        """
+        missing = getattr(self.backend, "missing", None)
+        if missing is None or not missing(graphs):
+            return False
+        with self._reporter() as report:
+            self.backend.load([*self.warm_graphs(), *graphs], report)
+        return True
+
+    def _reporter(self) -> AbstractContextManager[Progress | None]:
         from runtime.progress import reporter
 
-        self._programs: dict[tuple[int, int], Program] = {}
-        with reporter(progress) as report:
-            graphs = [self.graph(1, 1)]
-            if getattr(self.backend, "missing", lambda graphs: 0)(graphs):
-                graphs = self.warm_graphs()
-            self.backend.load(graphs, report)
+        return reporter(self._progress)
 
     def warm_graphs(self) -> list[Graph]:
         """Graphs that between them use every kernel this model can need."""

@@ -18,14 +18,17 @@ def rope_components(sections: Sequence[int], half: int, interleaved: bool) -> np
 
     int32 [half]. `sections` are the frequencies of each component: in turn and over again where
     they are fewer than `half` (Qwen2-VL), or `interleaved` (Qwen3-VL), where frequency i takes
-    component i % 3 while that one's section lasts, and the time after that.
+    component i % 3 while that one's section lasts, and the time after that. OpError for sections
+    that are negative or all empty.
     """
-    i = np.arange(half)
-    counts = np.array([*sections, 0, 0, 0, 0][:4])
+    need(0 < len(sections) <= 4, f"sections {list(sections)} must be one to four counts")
+    need(min(sections) >= 0 and sum(sections) > 0, f"sections {list(sections)} count nothing")
+    i, counts = np.arange(half), np.zeros(4, np.int64)
+    counts[: len(sections)] = sections
     if interleaved:
         return np.where(i < 3 * counts[i % 3], i % 3, 0).astype(np.int32)
-    in_turn = np.repeat(np.arange(4), counts)
-    return np.resize(in_turn, half).astype(np.int32)
+    ends = np.cumsum(counts)
+    return np.searchsorted(ends, i % ends[-1], side="right").astype(np.int32)
 
 
 def _angles_shape(

@@ -9,7 +9,6 @@ from runtime import ops
 from runtime.ops.dtypes import F32
 from runtime.ops.errors import OpError
 
-
 SECTIONS = [((11, 11, 10, 0), 32), ((24, 20, 20), 64), ((4, 2, 2, 0), 8), ((11, 11, 10, 0), 8)]
 
 

@@ -11,10 +11,12 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from fake_model import DEMO, CommandLine, FakeModel, needs_demo
+from gguf_files import gguf_bytes
 
 from runtime import traffic
 from runtime.cli import facts
 from runtime.cli.output import bar, bars, count, size, table
+from runtime.errors import ModelError
 from runtime.gguf.reader import open_gguf
 from runtime.ops.dtypes import DTYPES
 
@@ -121,7 +123,15 @@ class TestInspect:
         other = tmp_path / "other.gguf"
         other.write_bytes(data[:place] + b"other" + data[place + 5 :])
         result = invoke("inspect", other)
-        assert result.exit_code == 0 and "cannot run the architecture" in result.stdout
+        assert result.exit_code == 0 and "architecture 'other' is not supported" in result.stdout
+
+    def test_a_vocabulary_alone_is_shown(self, invoke, tmp_path):
+        path = tmp_path / "vocab.gguf"
+        words = {"general.architecture": "qwen3", "tokenizer.ggml.tokens": ["a", "b"]}
+        path.write_bytes(gguf_bytes(words, {}))
+        result = invoke("inspect", path)
+        assert result.exit_code == 0 and "bytes by type" not in result.stdout
+        assert "a vocabulary alone (2 tokens) and no weights to run" in result.stdout
 
 
 class FakeFile:
@@ -160,7 +170,8 @@ class TestFacts:
         assert f16.weights == file.tensors_nbytes and f16.state == 0
         assert f16.page * 34 == q8.page * 64, "f16 takes 2 bytes a value, q8_0 34 for 32"
         assert f16.of(33) - f16.of(32) == f16.page and f16.of(64) == f16.of(33)
-        assert facts.memory(FakeFile(self.SHAPES), "f16") is None
+        with pytest.raises(ModelError, match="architecture 'unknown' is not supported"):
+            facts.memory(FakeFile(self.SHAPES), "f16")
 
     @pytest.mark.parametrize(
         ("metadata", "name"),

@@ -111,19 +111,15 @@ class Memory:
         return self.weights + -(-context // PAGE) * self.page + self.state
 
 
-def memory(file: Any, kv_type: str) -> Memory | None:
+def memory(file: Any, kv_type: str) -> Memory:
     """What the model of an open file needs with K and V of one type.
 
-    None for an architecture that cannot be run, or one whose heads the type does not fit.
+    A `runtime.Error` says why a file cannot be run, or that its heads do not fit the type.
     """
     from runtime.backends.cpu.attention import page_nbytes
-    from runtime.errors import Error
     from runtime.traffic import token_step
 
-    try:
-        _, step = token_step(file, (kv_type, kv_type))
-        page = sum(page_nbytes(leaf) for leaf in (*step.k.values(), *step.v.values()))
-    except Error:
-        return None
+    _, step = token_step(file, (kv_type, kv_type))
+    page = sum(page_nbytes(leaf) for leaf in (*step.k.values(), *step.v.values()))
     state = sum(leaf.nbytes for leaf in (*step.conv.values(), *step.delta.values()))
     return Memory(file.tensors_nbytes, page, state)

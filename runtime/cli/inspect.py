@@ -90,12 +90,14 @@ def _sections(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> lis
         str(file.path),
         pairs(summary),
         table(metadata, ("metadata", "value")),
-        _tensor_table(tensors),
-        bars("bytes by type", facts.bytes_by(file, "type")),
-        bars("bytes by role", facts.bytes_by(file, "role")),
-        _memory_table(file, contexts),
     ]
-    return [part for part in parts if part]
+    if file.tensors:
+        parts += [
+            _tensor_table(tensors),
+            bars("bytes by type", facts.bytes_by(file, "type")),
+            bars("bytes by role", facts.bytes_by(file, "role")),
+        ]
+    return [*parts, _memory_table(file, contexts)]
 
 
 def _bits(file: Any) -> float:
@@ -110,32 +112,46 @@ def _tensor_table(tensors: Sequence[Any]) -> str:
     return table(rows, ("tensor", "type", "shape", "size", "offset"), right="size,offset")
 
 
-def _memory(file: Any, contexts: Sequence[int]) -> list[dict[str, int]]:
-    """Bytes of weights, KV cache and recurrent state at each context, by KV type."""
+def _needs(file: Any) -> tuple[dict[str, facts.Memory], str]:
+    """What the model needs by KV type, for those it can be run with, and why not with others."""
+    from runtime.arguments import check_has_weights
+    from runtime.errors import Error
     from runtime.ops.rounding import KV_TYPES
 
+    found, reason = {}, ""
+    for kind in KV_TYPES:
+        try:
+            check_has_weights(file)
+            found[kind] = facts.memory(file, kind)
+        except Error as error:
+            reason = str(error)
+    return found, reason
+
+
+def _memory(
+    file: Any, contexts: Sequence[int], needs: Mapping[str, facts.Memory]
+) -> list[dict[str, int]]:
+    """Bytes of weights, KV cache and recurrent state at each context, by KV type."""
     trained = file.get(f"{file.get('general.architecture')}.context_length")
     if not contexts:
         most = trained if isinstance(trained, int) else _CONTEXTS[-1]
         contexts = sorted({*(n for n in _CONTEXTS if n < most), most})
-    found = {kind: facts.memory(file, kind) for kind in KV_TYPES}
-    known = {kind: memory for kind, memory in found.items() if memory is not None}
     return [
-        {"context": n, **{kind: memory.of(n) for kind, memory in known.items()}} for n in contexts
+        {"context": n, **{kind: memory.of(n) for kind, memory in needs.items()}} for n in contexts
     ]
 
 
 def _memory_table(file: Any, contexts: Sequence[int]) -> str:
-    rows = _memory(file, contexts)
-    kinds = [kind for kind in rows[0] if kind != "context"]
-    if not kinds:
-        return "memory: this version cannot run the architecture, so its cache is not known"
-    header = ("context", *(f"KV {kind}" for kind in kinds))
-    lines = [(str(row["context"]), *(size(row[kind]) for kind in kinds)) for row in rows]
+    needs, reason = _needs(file)
+    if not needs:
+        return f"memory: not known, because this file cannot be run\n{reason}"
+    header = ("context", *(f"KV {kind}" for kind in needs))
+    rows = _memory(file, contexts, needs)
+    lines = [(str(row["context"]), *(size(row[kind]) for kind in needs)) for row in rows]
     text = table(lines, header, right=",".join(header))
-    memory = facts.memory(file, kinds[0])
-    state = f", {size(memory.state)} of it recurrent state" if memory and memory.state else ""
-    return f"memory for the weights and one sequence of that length{state}\n{text}"
+    state = next(iter(needs.values())).state
+    part = f", {size(state)} of it recurrent state" if state else ""
+    return f"memory for the weights and one sequence of that length{part}\n{text}"
 
 
 def _shown(value: Any) -> str:
@@ -175,5 +191,5 @@ def _as_json(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> Mapp
         ],
         "bytes_by_type": facts.bytes_by(file, "type"),
         "bytes_by_role": facts.bytes_by(file, "role"),
-        "memory": _memory(file, contexts),
+        "memory": _memory(file, contexts, _needs(file)[0]),
     }  # fmt: skip

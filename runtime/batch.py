@@ -65,11 +65,9 @@ class Ubatch:
         found = self._single_tokens() if single else self._any_tokens()
         found["table"] = self._table()
         places = found["places"]
-        found["positions"] = (
-            places
-            if components == 1
-            else np.broadcast_to(places[:, None], (len(places), components))
-        )
+        found["positions"] = places
+        if components > 1:  # of a text they are all the same
+            found["positions"] = places.repeat(components).reshape(-1, components)
         states = [p.session.state for p in self.pieces]
         if states[0] is not None:
             slots = [state.begin() for state in states if state is not None]
@@ -116,8 +114,11 @@ class Ubatch:
         return table
 
     def _runs(self) -> np.ndarray:
-        counts = np.array([len(p.ids) for p in self.pieces], np.int32)
-        return np.stack([np.cumsum(counts) - counts, counts], 1).astype(np.int32)
+        rows, at = [], 0
+        for p in self.pieces:
+            rows.append((at, len(p.ids)))
+            at += len(p.ids)
+        return np.array(rows, np.int32)
 
 
 def token_ids(ids: Iterable[int]) -> list[int]:

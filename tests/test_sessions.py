@@ -10,34 +10,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import Sizes, write_model
-from tiny_hybrid import EXTRA, TinyHybrid
+from small_models import NOVEL, write_model
 
 import runtime
-from runtime import model as engine
 from runtime.errors import MemoryLimitError, OptionError
 from runtime.memory.slots import CHECKPOINTS, NONE, SPACING, Recurrent, SlotPool, reserve
 from runtime.model import Model
 
-DEVICES = ["reference", "cpu"]
+MODELS = [
+    ("reference", "qwen35", "F32"), ("cpu", "qwen35", "F32"), ("cpu", "qwen35moe", "Q8_0"),
+    ("cpu", "qwen3next", "Q4_0"),
+]  # fmt: skip
 
 
 def load(path: Path, device: str, **options) -> Model:
     return runtime.load(path, devices=device, context=256, sequences=2, **options)
 
 
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
+def chosen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    device, name, kind = request.param
+    path = tmp_path_factory.mktemp("sessions") / "hybrid.gguf"
+    return write_model(path, NOVEL[name], kind), device
+
+
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(engine.registry, "build", TinyHybrid)
-    folder = tmp_path_factory.mktemp("sessions")
-    yield write_model(folder / "hybrid.gguf", Sizes(layers=2), replace=EXTRA)
-    patch.undo()
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def model(request: pytest.FixtureRequest, path: Path) -> Iterator[Model]:
-    with load(path, request.param) as loaded:
+def model(chosen: tuple[Path, str]) -> Iterator[Model]:
+    with load(*chosen) as loaded:
         yield loaded
 
 
@@ -191,16 +192,17 @@ def test_snapshot_of_nothing(model: Model, prompt: list[int], whole: np.ndarray)
         same(model, session.eval(prompt), whole)
 
 
-def test_what_cannot_be_restored(model: Model, path: Path, prompt: list[int], whole: np.ndarray):
+def test_what_cannot_be_restored(
+    model: Model, chosen: tuple[Path, str], prompt: list[int], whole: np.ndarray
+):
     with model.session() as session:
         session.eval(prompt[:20])
         snapshot = session.snapshot()
-        device = "reference" if model.backend.name.startswith("reference") else "cpu"
         for options, message in (
             ({"kv_type": "f32"}, "of kv_type f16,f16, this session of kv_type f32,f32"),
             ({}, "of another load of this model"),
         ):
-            with load(path, device, **options) as other, other.session() as foreign:
+            with load(*chosen, **options) as other, other.session() as foreign:
                 foreign.eval([1, 2])
                 with pytest.raises(OptionError, match=message) as caught:
                     foreign.restore(snapshot)
@@ -219,8 +221,8 @@ def test_what_cannot_be_restored(model: Model, path: Path, prompt: list[int], wh
         session.restore(snapshot)
 
 
-def test_a_model_that_closes_ends_its_snapshots(path: Path):
-    with load(path, "reference") as other:
+def test_a_model_that_closes_ends_its_snapshots(chosen: tuple[Path, str]):
+    with load(*chosen) as other:
         session = other.session()
         session.eval([1, 2])
         snapshot = session.snapshot()

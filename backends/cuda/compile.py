@@ -1,0 +1,128 @@
+"""Kernels to PTX to cubin, with no GPU and no driver. With `lowering.py`, all that knows numba.
+
+numba only compiles: its dispatcher, its arrays and its launches are never used. nvJitLink turns
+the PTX into code for one target and reports the registers and spills of each kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import types as python_types
+from typing import Any
+
+import numpy as np
+from cuda.core import Linker, LinkerOptions, ObjectCode
+from numba import cuda, types
+
+from runtime.backends.cpu.kernel import Kernel
+from runtime.ops.errors import BackendError
+
+from .catalogue import Compiled, declared
+from .intrinsic import Declared, Intrinsic
+from .lowering import TYPES, lowered
+from .targets import capability
+
+
+def compile_kernel(kernel: Kernel, target: str) -> Compiled:
+    """A kernel of the catalogue for one target of TARGETS."""
+    return compile_declared(declared(kernel), target)
+
+
+def compile_declared(kernel: Declared, target: str) -> Compiled:
+    """Any declared kernel. BackendError: double precision in it, or the linker's complaint."""
+    text = to_ptx(kernel, target)
+    code, log = _link(text, target)
+    registers, stack, spilled = _usage(kernel.name, log)
+    shared = _shared_nbytes(code, kernel.name)
+    return Compiled(kernel.name, code, kernel.entry, registers, spilled, stack, shared)
+
+
+def to_ptx(kernel: Declared, target: str) -> str:
+    """The kernel's PTX, its entry named `kernel.name`."""
+    major, minor = capability(target)
+    variant = (major, minor, "a") if target.endswith("a") else (major, minor)
+    bounds = kernel.entry.threads, kernel.entry.min_blocks or 1
+    compile_all: Any = cuda.compile_all  # type: ignore[attr-defined]
+    codes, _ = compile_all(
+        _rebound(kernel.function, 10 * major + minor, {}), _signature(kernel), device=False,
+        abi="numba", cc=variant, output="ptx", launch_bounds=bounds,
+    )  # fmt: skip
+    if len(codes) != 1 or not isinstance(codes[0], str):
+        raise BackendError(f"kernel {kernel.name} uses operations that numba links from CUDA C++")
+    text = codes[0]
+    found = re.search(r"\.visible \.entry (\w+)\(", text)
+    assert found, "numba's PTX has one entry"
+    text = text.replace(found[1], kernel.name)
+    if ".f64" in text:
+        line = next(line.strip() for line in text.splitlines() if ".f64" in line)
+        raise BackendError(f"kernel {kernel.name} computes in double precision: {line}")
+    return text
+
+
+def _signature(kernel: Declared) -> Any:
+    kinds = [kind for _, kind in kernel.entry.arguments]
+    pointer = [TYPES[k.removesuffix("*")] for k in kinds]
+    pairs = zip(kinds, pointer, strict=True)
+    return types.void(*[types.CPointer(t) if k.endswith("*") else t for k, t in pairs])
+
+
+def _rebound(function: Any, capability: int, made: dict[Any, Any]) -> Any:
+    """The same code with every intrinsic and helper replaced by what numba compiles."""
+    if function in made:
+        return made[function]
+
+    def replaced(name: str, value: Any) -> Any:
+        if isinstance(value, Intrinsic):
+            return lowered(value, capability)
+        if isinstance(value, python_types.FunctionType):
+            inner = _rebound(value, capability, made)
+            return cuda.jit(device=True, inline="always")(inner)
+        if isinstance(value, float) and not isinstance(value, np.floating):
+            raise BackendError(
+                f"{function.__name__}: {name} = {value} is double: write f32({value})"
+            )
+        return value
+
+    code, scope = function.__code__, function.__globals__
+    names = {n: replaced(n, scope[n]) for n in code.co_names if n in scope}
+    cells = [
+        python_types.CellType(replaced(n, cell.cell_contents))
+        for n, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+    ]
+    made[function] = python_types.FunctionType(
+        code, names, function.__name__, function.__defaults__, tuple(cells)
+    )
+    return made[function]
+
+
+def _link(text: str, target: str) -> tuple[bytes, str]:
+    options = LinkerOptions(arch=target, ptxas_options=["-v"])
+    linker = Linker(ObjectCode.from_ptx(text.encode()), options=options)
+    try:
+        code = linker.link("cubin").code
+        log = linker.get_info_log() + linker.get_error_log()
+    finally:
+        linker.close()
+    return bytes(code), log.replace("\0", "")
+
+
+def _usage(name: str, log: str) -> tuple[int, int, int]:
+    """(registers, stack bytes, spilled bytes) from the linker's log."""
+    registers = re.search(r"Used (\d+) registers", log)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log)
+    if not registers or not frame:
+        raise BackendError(f"the linker's report on kernel {name} is not understood: {log[:200]!r}")
+    return int(registers[1]), int(frame[1]), int(frame[2])
+
+
+def _shared_nbytes(code: bytes, name: str) -> int:
+    """Size of the section of static shared memory in a cubin (an ELF file of 64 bits)."""
+    start, entry_size, count, names_index = struct.unpack_from("<Q10xHHH", code, 40)
+    headers = [struct.unpack_from("<IIQQQQ", code, start + i * entry_size) for i in range(count)]
+    names = headers[names_index][4]
+    for header in headers:
+        begin = names + header[0]
+        if code[begin : code.index(b"\0", begin)] == f".nv.shared.{name}".encode():
+            return header[5]
+    return 0

@@ -1,0 +1,142 @@
+"""Runs a kernel's own Python function as the GPU would, thread by thread, and finds its mistakes.
+
+Threads run in an order that can be permuted, and switch only where they wait for each other. A
+launch fails, naming the thread and the place, when
+
+    threads wait for others that will never come (a barrier or shuffle in a branch),
+    two threads touch the same shared memory without a barrier between them,
+    shared memory or a register is read before it was written,
+    an access is out of bounds or misaligned,
+    a copy begun by `copy_async16` is used before it was waited for.
+
+Not modelled: the order of global memory accesses of different threads, and numba's widening of
+integers beyond 64 bits. Integers are exact until a cast such as u32() wraps them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from runtime.ops.errors import BackendError
+
+from . import lanes
+from .intrinsic import Declared
+from .lanes import WARP, Block, Lane
+from .memory import Pointer, SharedMemory
+
+ORDERS = ("forward", "reverse", "random")
+_SHARED_NBYTES = 227 << 10  # what a block of compute capability 9.0 may have
+
+
+def launch(
+    kernel: Declared, grid: int | tuple[int, ...], *arguments: Any, order: str = "forward",
+    seed: int = 0, shared_nbytes: int = 0,
+) -> None:  # fmt: skip
+    """Run every block of the grid; arrays among `arguments` are read and written in place.
+
+    `order`: in which order blocks and ready threads take their turns ("random" by `seed`).
+    `shared_nbytes`: dynamic shared memory of each block.
+    BackendError says what the kernel did wrong.
+    """
+    if order not in ORDERS:
+        raise BackendError(f"order {order!r} is not one of {ORDERS}")
+    x, y, z, *_ = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)
+    sizes = x, y, z
+    values = bind(kernel, arguments)
+    turns = _turns(order, seed)
+    blocks = [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])]
+    with np.errstate(all="ignore"):
+        for index in turns(blocks):
+            _run_block(
+                kernel, Block(index, sizes, kernel.entry.threads), values, turns, shared_nbytes
+            )
+
+
+def bind(kernel: Declared, arguments: tuple[Any, ...]) -> list[Any]:
+    """Arguments as the kernel's function takes them. BackendError for a wrong number or kind."""
+    declared = kernel.entry.arguments
+    if len(arguments) != len(declared):
+        raise BackendError(f"{kernel.name} takes {len(declared)} arguments, not {len(arguments)}")
+    return [_bound(kind, name, a) for (name, kind), a in zip(declared, arguments, strict=True)]
+
+
+def _bound(kind: str, name: str, argument: Any) -> Any:
+    if kind.endswith("*"):
+        if not isinstance(argument, np.ndarray):
+            raise BackendError(f"{name} is a pointer: give it an array")
+        return Pointer(argument, kind.removesuffix("*"), name)
+    if isinstance(argument, np.ndarray):
+        raise BackendError(f"{name} is a {kind}, not an array")
+    return np.float32(argument) if kind == "f32" else int(argument)
+
+
+def _turns(order: str, seed: int) -> Callable[[list[Any]], list[Any]]:
+    generator = random.Random(seed)
+    if order == "random":
+        return lambda items: generator.sample(items, len(items))
+    return (lambda items: items[::-1]) if order == "reverse" else (lambda items: items)
+
+
+def _run_block(
+    kernel: Declared, block: Block, values: list[Any], turns: Callable, shared_nbytes: int
+) -> None:
+    from greenlet import greenlet
+
+    block.memory = SharedMemory(_SHARED_NBYTES)
+    block.dynamic = block.memory.reserve(shared_nbytes, 1024), shared_nbytes
+    block.epochs = [0] * -(-block.threads // WARP)
+    threads = [Lane(i, block) for i in range(block.threads)]
+    for lane in threads:
+        lane.greenlet = greenlet(lambda: kernel.function(*values))
+    while not all(lane.done for lane in threads):
+        ready = [lane for lane in threads if not lane.done and lane.waits is None]
+        for lane in turns(ready):
+            lanes.run(lane)
+        released = _release_warps(threads) + _release_block(threads)
+        if not ready and not released:
+            raise BackendError(_deadlock(kernel, threads))
+
+
+def _release_warps(threads: list[Lane]) -> int:
+    count = 0
+    for start in range(0, len(threads), WARP):
+        for group in _meetings(threads[start : start + WARP]):
+            lanes.release(group)
+            count += 1
+    return count
+
+
+def _meetings(warp: list[Lane]) -> Iterator[list[Lane]]:
+    """Groups of lanes of a warp whose operation is complete."""
+    groups: dict[Any, list[Lane]] = {}
+    for lane in warp:
+        if not lane.done and lane.waits and lane.waits[0] == "warp":
+            groups.setdefault((lane.waits[1], lane.waits[3]), []).append(lane)
+    present = sum(1 << lane.lane for lane in warp)
+    for (_, mask), group in groups.items():
+        if sum(1 << lane.lane for lane in group) == mask & present:
+            yield group
+
+
+def _release_block(threads: list[Lane]) -> int:
+    """All threads of the block at the same barrier; one that has ended never comes."""
+    meetings = {lane.waits[1] for lane in threads if lane.waits and lane.waits[0] == "block"}
+    waiting = sum(1 for lane in threads if lane.waits and lane.waits[0] == "block")
+    if waiting < len(threads) or len(meetings) != 1:
+        return 0
+    lanes.release(threads)
+    return 1
+
+
+def _deadlock(kernel: Declared, threads: list[Lane]) -> str:
+    places: dict[str, Lane] = {}
+    for lane in threads:
+        if lane.waits:
+            places.setdefault(lanes.place(lane).split(" waits ")[1], lane)
+    waiting = "; ".join(lanes.place(lane) for lane in places.values())
+    ended = sum(lane.done for lane in threads)
+    return f"{kernel.name}: deadlock: {waiting}; {ended} threads have ended"

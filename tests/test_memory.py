@@ -1,4 +1,4 @@
-"""Cache pages: sharing, copy on write, exhaustion; and the choice of a context."""
+"""Cache pages and slots: sharing, copy on write, exhaustion; and the choice of a context."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from runtime.errors import MemoryLimitError
 from runtime.memory import budget
 from runtime.memory.pages import BlockTable, PagePool, reserve
+from runtime.memory.slots import CHECKPOINTS, NONE, SPACING, Recurrent, SlotPool
+from runtime.memory.slots import reserve as reserve_slots
 from runtime.ops import PAGE
 
 
@@ -139,3 +141,26 @@ def test_too_large_a_context_says_what_fits(monkeypatch: pytest.MonkeyPatch):
         budget.choose(10_000_000, 100, 1, page_nbytes=1000, weights=1000)
     with pytest.raises(MemoryLimitError, match="no room is left"):
         budget.choose(None, 100, 1, page_nbytes=1000, weights=200_000)
+
+
+def test_checkpoints_thin_out_from_the_end():
+    pool = SlotPool(20)
+    state = Recurrent(pool)
+    for place in range(1, 2001):
+        state.begin()
+        state.end(place)
+    places = [c.place for c in state.checkpoints]
+    gaps = np.diff([*places, 2000])
+    assert len(places) == CHECKPOINTS and places[-1] > 2000 - SPACING - 1
+    assert (gaps[:-1] >= SPACING).all() and gaps[0] >= 4 * gaps[-2]
+    assert pool.free == 20 - CHECKPOINTS - 1
+    state.close()
+    assert pool.free == 20
+
+
+def test_slots_are_reserved_together():
+    pool = SlotPool(3)
+    states = [Recurrent(pool) for _ in range(4)]
+    with pytest.raises(MemoryLimitError, match="all 3 slots"):
+        reserve_slots(states)
+    assert pool.free == 3 and all(s.slot == NONE for s in states)

@@ -14,7 +14,6 @@ from small_models import NOVEL, write_model
 
 import runtime
 from runtime.errors import MemoryLimitError, OptionError
-from runtime.memory.slots import CHECKPOINTS, NONE, SPACING, Recurrent, SlotPool, reserve
 from runtime.model import Model
 
 MODELS = [
@@ -344,26 +343,3 @@ def test_snapshots_are_quick(model: Model, prompt: list[int]):
         with session.snapshot() as snapshot:
             session.restore(snapshot)
         assert time.perf_counter() - start < 0.015
-
-
-def test_checkpoints_thin_out_from_the_end():
-    pool = SlotPool(20)
-    state = Recurrent(pool)
-    for place in range(1, 2001):
-        state.begin()
-        state.end(place)
-    places = [c.place for c in state.checkpoints]
-    gaps = np.diff([*places, 2000])
-    assert len(places) == CHECKPOINTS and places[-1] > 2000 - SPACING - 1
-    assert (gaps[:-1] >= SPACING).all() and gaps[0] >= 4 * gaps[-2]
-    assert pool.free == 20 - CHECKPOINTS - 1
-    state.close()
-    assert pool.free == 20
-
-
-def test_slots_are_reserved_together():
-    pool = SlotPool(3)
-    states = [Recurrent(pool) for _ in range(4)]
-    with pytest.raises(MemoryLimitError, match="all 3 slots"):
-        reserve(states)
-    assert pool.free == 3 and all(s.slot == NONE for s in states)

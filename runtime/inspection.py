@@ -157,7 +157,10 @@ def _reference(model: Model) -> Any:
         from runtime.backends.reference import ReferenceBackend
 
         warn_of_nan(model)
-        model._shadow = ReferenceBackend(model.file)  # type: ignore[attr-defined]
+        shadow = ReferenceBackend(model.file)
+        step = model._step_inputs(1, 1)
+        model._pool.copy_too([shadow.state(x) for x in (*step.k.values(), *step.v.values())])
+        model._shadow = shadow  # type: ignore[attr-defined]
     return model._shadow  # type: ignore[attr-defined]
 
 

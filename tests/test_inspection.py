@@ -94,6 +94,20 @@ def test_validate_says_once_that_all_is_well(small: Path, monkeypatch, capsys):
     )
 
 
+def test_validate_follows_forks_and_rewinds(small: Path, monkeypatch, capsys):
+    """The shadow's cache is copied with the model's when a shared page is written."""
+    monkeypatch.setenv("VALIDATE", "1")
+    with runtime.load(small, threads=1, kv_type="f32") as model:
+        session = model.session()
+        session.eval(list(range(40)), "last")
+        child = session.fork()
+        child.eval([1, 2], "last")
+        session.eval([3], "last")
+        session.rewind(5)
+        session.eval([4], "last")
+    assert "results of 4 steps agree" in capsys.readouterr().err
+
+
 def test_validate_names_the_first_difference_and_nothing_else(small: Path, monkeypatch, capsys):
     monkeypatch.setenv("VALIDATE", "1")
     monkeypatch.setattr(inspection, "_TOLERANCE", {"int8": -1.0, "f32": -1.0})

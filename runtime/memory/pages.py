@@ -73,6 +73,10 @@ class PagePool:
         """How many copies it takes that each page has `writers[page]` writers on their own."""
         return sum(min(n, int(self._holders[page]) - 1) for page, n in writers.items())
 
+    def copy_too(self, arrays: Sequence[np.ndarray]) -> None:
+        """From now on a copied page is copied in these arrays too; first axis = page."""
+        self._arrays = [*self._arrays, *arrays]
+
     def own(self, page: int) -> int:
         """A page with the same content that only the caller holds: itself, or a copy.
 

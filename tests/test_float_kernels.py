@@ -1,4 +1,4 @@
-"""Norms, packed activations, embedding rows, rope and cache writes, on memory that is fenced."""
+"""Norms, packed activations and embedding rows, on memory that is fenced."""
 
 from __future__ import annotations
 
@@ -12,22 +12,16 @@ from kernel_calls import ISAS, Fenced, library, run
 from packed_rows import Packed, pack
 
 import runtime.gguf  # noqa: F401  (provides the code books)
-from runtime import ops
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.kernels.compile import compile_kernel
-from runtime.backends.cpu.pages import to_plain
-from runtime.backends.cpu.signatures import CONSTANTS, kv_block_nbytes
+from runtime.backends.cpu.signatures import CONSTANTS
 from runtime.backends.cpu.tile.reference_pack import pack_split
-from runtime.ops.attention import PAGE
 from runtime.ops.dtypes import DTYPES, nbytes_for
 from runtime.ops.errors import BackendError
 from runtime.ops.quants import dequantize
-from runtime.ops.registry import OPS
-from runtime.ops.rounding import KV_TYPES, round_to
 
 EPS = 1e-6
 NORM_LENGTHS = (1, 15, 16, 17, 63, 64, 100, 1024)
-STYLES = ("neox", "normal")
 
 
 def _kernels() -> list[Kernel]:
@@ -39,13 +33,7 @@ def _kernels() -> list[Kernel]:
         for kind in ("int8", "f32")
     ]
     silu = {"act": "silu"}
-    writes = [Kernel.of("kv_write", which=which, type=kind) for which in "kv" for kind in KV_TYPES]
-    posts = [
-        Kernel.of("qkv_post", style="neox", k_type="q8_0", v_type="f16"),
-        Kernel.of("qkv_post", style="none", k_type="f32", v_type="f32"),
-    ]
     rows = [Kernel.of("get_rows", format=name) for name in CONSTANTS["get_rows"]["format"]]
-    ropes = [Kernel.of("rope", style=style) for style in STYLES]
     moe = [
         each
         for kind in ("int8", "f32")
@@ -55,8 +43,8 @@ def _kernels() -> list[Kernel]:
             Kernel.of("swiglu_pack_rows", C=4, kind=kind, **silu),
         )
     ]
-    plain = [Kernel.of(n) for n in ("rms_norm", "swiglu", "gather_rows", "rope_angles")]
-    return [*packs, *split, *writes, *posts, *rows, *ropes, *moe, *plain]
+    plain = [Kernel.of(n) for n in ("rms_norm", "swiglu", "gather_rows")]
+    return [*packs, *split, *rows, *moe, *plain]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,7 +191,6 @@ def test_without_fused_multiply_add(rng):
     library("generic").prepare(
         [
             *(Kernel.of("get_rows", format=kind) for kind in ("f16", "bf16")),
-            *(Kernel.of("kv_write", which="k", type=kind) for kind in ("f16", "bf16")),
             *(Kernel.of("pack", C=4, kind="int8"), Kernel.of("rms_norm")),
         ]
     )
@@ -214,16 +201,6 @@ def test_without_fused_multiply_add(rng):
         raw = rng.integers(0, 256, (7, 128)).astype(np.uint8)
         raw[:, 1::2] &= 0xBF  # no NaN: what becomes of its payload is the processor's affair
         assert get_rows(kind, raw, 64, "generic").tobytes() == get_rows(kind, raw, 64).tobytes()
-        y = extreme_rows(rng)
-        assert write("k", kind, y, "generic").tobytes() == write("k", kind, y).tobytes()
-
-
-def extreme_rows(rng: np.random.Generator) -> np.ndarray:
-    """[6, 2, 32] with f16's subnormals, ties, overflow and specials."""
-    x = rng.standard_normal((6, 2, 32)) * 10.0 ** rng.integers(-9, 6, (6, 2, 32))
-    x[0, 0, :8] = 65504, 65519.996, 65520, -1e9, np.inf, -np.inf, 2**-25, 2**-24 * 1.5
-    x[1, 1, :4] = 1 + 2**-11, 1 + 3 * 2**-11, 2**-14 - 2**-25, -0.0
-    return x.astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", ["int8", "f32"])
@@ -293,136 +270,3 @@ def test_gather_rows(rng):
         live=3, n=37, x_stride=50, out_stride=40,
     )  # fmt: skip
     assert out.strays(3) == 0 and np.array_equal(out.values[:3], x[[6, 0, 6]])
-
-
-def test_rope_angles_far_away():
-    positions = np.array([[0], [1], [7], [40_000], [131_072], [1_000_000]], np.int32)
-    frequencies = (10_000.0 ** (-np.arange(20) / 20)).astype(np.float32)
-    out = Fenced(7, 40)
-    run(
-        Kernel.of("rope_angles"), threads=3, positions=Fenced.of(positions), out=out, live=6,
-        width=1, components=0, inv_freq=Fenced.of(frequencies[None]), half=20, mscale=1.25,
-    )  # fmt: skip
-    wanted = OPS["rope_angles"].reference(positions[:, 0], frequencies, magnitude=1.25)
-    assert out.strays(6) == 0
-    np.testing.assert_allclose(out.values[:6].reshape(6, 20, 2), wanted, rtol=6e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(("half", "dim"), [(16, 32), (20, 40), (8, 40), (64, 128), (24, 64)])
-def test_rope(rng, style, half, dim):
-    x = rng.standard_normal((4, 3 * dim)).astype(np.float32)
-    apart = np.full((4, 3, dim + 9), np.nan, np.float32)  # the heads of a view
-    apart[..., :dim] = x.reshape(4, 3, dim)
-    angles = rng.standard_normal((4, half, 2)).astype(np.float32)
-
-    def rotated(threads: int) -> np.ndarray:
-        out = Fenced(4, 3 * dim, 3 * dim + 1)
-        run(
-            Kernel.of("rope", style=style), threads=threads, x=apart, angles=angles, out=out,
-            live=3, n_heads=3, head_dim=dim, half=half, x_stride=3 * (dim + 9),
-            x_head_stride=dim + 9, out_stride=3 * dim + 1,
-        )  # fmt: skip
-        assert out.strays(3) == 0
-        return out.values[:3].reshape(3, 3, dim).copy()
-
-    wide = x[:3].reshape(3, 3, dim).astype(np.float64), angles[:3].astype(np.float64)
-    wanted = OPS["rope"].reference(*wide, style=style)
-    np.testing.assert_allclose(rotated(1), wanted, rtol=0, atol=1e-6)
-    assert rotated(2).tobytes() == rotated(1).tobytes()
-
-
-N_PAGES, SLOTS = 4, np.array([[70], [3], [127], [0], [33], [32]], np.int32)
-
-
-def page_memory(kind: str, heads: int, dim: int) -> Fenced:
-    memory = Fenced(1, N_PAGES * heads * kv_block_nbytes(kind, dim) // 4, dtype=np.int32)
-    memory.values[:] = 0
-    return memory
-
-
-def plain_pages(memory: Fenced, kind: str, heads: int, dim: int, which: str) -> np.ndarray:
-    """float32 [slots, heads, dim]."""
-    assert memory.strays(1) == 0
-    leaf = ops.state("pages", (N_PAGES, PAGE, heads, dim), DTYPES[kind])
-    raw = np.ascontiguousarray(memory.values).view(np.uint8).reshape(N_PAGES, -1)
-    return to_plain(raw, leaf, which).reshape(-1, heads, dim)
-
-
-def write(which: str, kind: str, x: np.ndarray, isa: str = ISAS[0], threads: int = 1) -> np.ndarray:
-    """All slots of pages after x[:, heads, dim] was written to SLOTS."""
-    rows, heads, dim = x.shape
-    memory = page_memory(kind, heads, dim)
-    run(
-        Kernel.of("kv_write", which=which, type=kind), isa, threads, pages=memory, live=rows,
-        x=Fenced.of(x.reshape(rows, -1), heads * dim + 3), slots=Fenced.of(SLOTS),
-        page_bytes=heads * kv_block_nbytes(kind, dim), n_kv_heads=heads, head_dim=dim,
-        x_stride=heads * dim + 3,
-    )  # fmt: skip
-    return plain_pages(memory, kind, heads, dim, which)
-
-
-@pytest.mark.parametrize("kind", KV_TYPES)
-@pytest.mark.parametrize("which", ["k", "v"])
-def test_kv_write(rng, which, kind):
-    for dim in (32, 128) if kind == "q8_0" else (32, 24, 40):
-        x = (rng.standard_normal((6, 2, dim)) * [[1e-7], [50]]).astype(np.float32)
-        wanted = np.zeros((N_PAGES * PAGE, 2, dim), np.float32)
-        wanted[SLOTS[:, 0]] = round_to(x, kind)
-        assert np.array_equal(write(which, kind, x), wanted)
-        assert np.array_equal(write(which, kind, x, threads=3), wanted)
-
-
-@pytest.mark.parametrize("kind", ["f16", "bf16"])
-def test_kv_write_rounds_to_nearest_even(rng, kind):
-    x = extreme_rows(rng)
-    assert np.array_equal(write("v", kind, x)[SLOTS[:, 0]], round_to(x, kind))
-
-
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("style", "dim", "half"), [("neox", 64, 24), ("neox", 256, 32),
-                                                    ("none", 64, 0)])  # fmt: skip
-def test_qkv_post(rng, style, dim, half, norm):
-    heads, kv_heads = 6, 2
-    types = ("q8_0", "f16") if style == "neox" else ("f32", "f32")
-    q, k, v = (rng.standard_normal((6, h, dim)).astype(np.float32) for h in (heads, 2, 2))
-    apart = np.concatenate([q, np.full_like(q, np.nan)], -1)  # a view of q and something else
-    weights = rng.standard_normal((2, 1, dim)).astype(np.float32)
-    angles = rng.standard_normal((6, half, 2)).astype(np.float32)
-
-    def post(threads: int) -> tuple[np.ndarray, ...]:
-        memory = [page_memory(kind, kv_heads, dim) for kind in types]
-        out = Fenced(7, heads * dim, heads * dim + 3)
-        run(
-            Kernel.of("qkv_post", style=style, k_type=types[0], v_type=types[1]), threads=threads,
-            **{n: Fenced.of(x.reshape(6, -1)) for n, x in (("k", k), ("v", v))}, q=apart,
-            q_stride=heads * 2 * dim, q_head_stride=2 * dim, k_stride=kv_heads * dim,
-            v_stride=kv_heads * dim, eps=EPS,
-            q_norm=Fenced.of(weights[0]) if norm else 0,
-            k_norm=Fenced.of(weights[1]) if norm else 0,
-            angles=angles, half=half, q_out=out, q_out_stride=heads * dim + 3, live=6,
-            k_pages=memory[0], v_pages=memory[1], slots=Fenced.of(SLOTS), n_heads=heads,
-            n_kv_heads=kv_heads, head_dim=dim,
-            k_page_bytes=kv_heads * kv_block_nbytes(types[0], dim),
-            v_page_bytes=kv_heads * kv_block_nbytes(types[1], dim),
-        )  # fmt: skip
-        assert out.strays(6) == 0
-        pages = zip(memory, types, "kv", strict=True)
-        written = [plain_pages(m, kind, kv_heads, dim, w)[SLOTS[:, 0]] for m, kind, w in pages]
-        return (out.values[:6].copy(), *written)
-
-    def wanted(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        y = rms_norm(x, w) if norm else x.astype(np.float64)
-        if style == "none":
-            return y
-        return OPS["rope"].reference(y, angles.astype(np.float64), style=style)
-
-    new_q, new_k, new_v = post(1)
-    np.testing.assert_allclose(new_q.reshape(q.shape), wanted(q, weights[0]), rtol=2e-6, atol=2e-6)
-    exact = wanted(k, weights[1]).astype(np.float32)
-    step = np.abs(exact).max() / 127 if types[0] == "q8_0" else 2e-6
-    np.testing.assert_allclose(new_k, round_to(exact, types[0]), rtol=2e-6, atol=step)
-    assert (np.abs(new_k - exact) <= 0.51 * step + 2e-6).all()
-    assert np.array_equal(new_v, round_to(v, types[1]))
-    for again, first in zip(post(3), post(1), strict=True):
-        assert again.tobytes() == first.tobytes()

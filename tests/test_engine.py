@@ -188,7 +188,7 @@ def test_what_a_step_refuses(model: Model):
     [
         ({"kv_type": "q3"}, "kv_type='q3' must be one of f32, f16"),
         ({"devices": "tpu"}, "devices='tpu' is not available"),
-        ({"threads": 0}, "threads=0 must be from 1"),
+        ({"threads": 0}, "threads=0 must be at least 1"),
         ({"activations": "int4"}, "activations='int4' must be"),
         ({"context": 0}, "context=0"),
         ({"context": 10**12}, "at most context="),

@@ -15,8 +15,9 @@ from small_models import Sizes, write_model
 
 import runtime
 from runtime import ops
+from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.lower import RULES, lower
-from runtime.backends.cpu.plan import Plan
+from runtime.backends.cpu.plan import Buffer, Call, Plan, make_rows
 from runtime.backends.cpu.program import TILE_TOKENS, attention_tiles
 from runtime.backends.cpu.rewrite import Options
 from runtime.model import Model
@@ -79,6 +80,38 @@ def test_rows_keep_the_order_of_dependent_calls(model: Model):
             missing = [b for b in call.reads if b.kind == "arena" and b not in written]
             assert not missing, f"{call.kernel} reads {missing} before anything wrote it"
             written.update(call.writes)
+
+
+def _call(reads: list[Buffer], writes: list[Buffer], divided: int = 0) -> Call:
+    node = ops.step_input("x", (1,))
+    own = frozenset((*reads, *writes)) if divided else frozenset()
+    return Call(Kernel.of("add"), {}, tuple(reads), tuple(writes), node, 0, divided, own)
+
+
+def test_what_joins_a_row():
+    """Independent calls, and those whose threads need what they made themselves; no others."""
+    a, b, c, d, e = (Buffer("arena", name, 64) for name in "abcde")
+    calls = [
+        _call([a], [b], 96), _call([a], [c], 96), _call([b, c], [d], 96),  # one division: row 0
+        _call([d], [e], 64),  # another division: row 1
+        _call([a], [Buffer("arena", "f", 64)]),  # depends on nothing: row 0
+        _call([e], [b], 96),  # reads what row 1 wrote: row 2
+        _call([c], [e]),  # overwrites what row 2 reads: row 3
+    ]  # fmt: skip
+    rows = [[calls.index(call) for call in row.calls] for row in make_rows(calls)]
+    assert rows == [[0, 1, 2, 4], [3], [5], [6]]
+
+
+def test_a_part_of_a_row_is_nobodys_own():
+    """A view that begins inside a row is divided at other places than the row itself."""
+    step = ops.step_input("x", (ops.Dim("tokens", 1), 64), ops.DTYPES["f32"])
+    w, half = (ops.weight(f"w{n}", (n, 64), ops.DTYPES["f32"]) for n in (128, 64))
+    both = ops.matmul(step, w)
+    parts = (ops.slice_(both, axis=1, start=64 * i, stop=64 * i + 64) for i in range(2))
+    gate, up = parts
+    out = ops.matmul(ops.mul(ops.silu(gate), up), half)
+    plan = lower(ops.Graph((out,)), Options(activations="f32"))
+    assert [len(row.calls) for row in plan.instructions] == [1, 1, 1, 1], str(plan)
 
 
 def test_buffers_that_live_together_do_not_overlap(model: Model):

@@ -61,11 +61,12 @@ class Lowering:
 
     def emit(
         self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
-        **arguments: int | Ref | Out,
+        skipped: int = 0, **arguments: int | Ref | Out,
     ) -> None:  # fmt: skip
         """Append a call; arguments are integers, Refs to read, or `Out(ref)` to write.
 
         share: how the kernel divides some of them between threads, where it promises something.
+        skipped: bytes of its buffers that it leaves alone, such as experts that nobody chose.
         """
         names = arguments_of(kernel)
         if set(names) != set(arguments):
@@ -80,7 +81,7 @@ class Lowering:
             Call(
                 Kernel.of(kernel, **(constants or {})), ordered,
                 tuple(dict.fromkeys(reads + updates)), tuple(dict.fromkeys(writes)), node,
-                sum(b.nbytes for b in {*reads, *writes} if b.kind != "state"),
+                sum(b.nbytes for b in {*reads, *writes} if b.kind != "state") - skipped,
                 share.length if share else 0, _own(share, ordered),
             )
         )  # fmt: skip

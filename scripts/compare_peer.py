@@ -27,6 +27,7 @@ from runtime.ops.errors import Error
 
 WORKER = Path(__file__).with_name("compare_worker.py")
 SIDES = ("peer", "ours")
+_BUSY = 0.7  # processes that want to run, on average over a minute
 
 
 class Side:
@@ -87,6 +88,16 @@ def introduce(side: Side, where: dict[str, Any], console: Console) -> dict[str, 
     head = f"{side.name}: {about['name']}, loaded in {about['seconds']:.1f} s"
     console.print(head, *about["details"], sep="\n  ", highlight=False)
     return about
+
+
+def warn_if_busy(console: Console) -> None:
+    """Say so when other programs are at work: threads that wait for one another suffer most."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > _BUSY:
+        console.print(
+            f"the machine is busy (load {load:.1f}): figures and ratios mean little",
+            style="yellow",
+        )
 
 
 def measure(
@@ -197,6 +208,7 @@ def main(
     if not tests or repetitions < 1 or threads < 1:
         raise click.UsageError("nothing to measure: -p or -n, -r and -t must be at least 1")
     console = Console(stderr=True)
+    warn_if_busy(console)
     pythons = {"peer": peer_python, "ours": sys.executable}
     sides: list[Side] = []
     try:
@@ -211,7 +223,9 @@ def main(
         report = {"file": str(file), "threads": threads, "sides": about, "tests": rows}
         print(json.dumps(report, indent=2))
     else:
-        Console().print(draw(f"{file.name}, {threads} threads", rows, sides))
+        out = Console()
+        title = f"{file.name}, {threads} threads"
+        (out if out.is_terminal else Console(width=110)).print(draw(title, rows, sides))
 
 
 if __name__ == "__main__":

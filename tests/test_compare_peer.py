@@ -118,6 +118,12 @@ def test_the_table_shows_both_sides(script: ModuleType, tmp_path: Path) -> None:
     assert "prompt 16" in alone and "peer" not in alone
 
 
+def test_a_busy_machine_is_told(script: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    for load, told in ((3.0, True), (0.2, False)):
+        monkeypatch.setattr(script.os, "getloadavg", lambda load=load: (load, 0, 0), raising=False)
+        assert ("the machine is busy (load 3.0)" in run(script, tmp_path, "pass").stderr) is told
+
+
 def test_failures_are_one_line(script: ModuleType, tmp_path: Path) -> None:
     broken = run(script, tmp_path, 'reply = {"error": "KeyError: a\\nb"}')
     assert broken.exit_code == 1 and "Error: peer: KeyError: a b\n" in broken.output

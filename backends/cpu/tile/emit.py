@@ -17,7 +17,7 @@ from typing import Any
 
 from runtime.backends.cpu.isa import isa
 from runtime.backends.cpu.signatures import SHARE_UNIT
-from runtime.backends.cpu.tile import amx, registers, split
+from runtime.backends.cpu.tile import amx, registers, split, staged
 from runtime.backends.cpu.tile.blocks import by_groups
 from runtime.backends.cpu.tile.formats import ROWS
 from runtime.backends.cpu.tile.problem import Part, Problem, Span, load_problem
@@ -55,6 +55,8 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
         registers.configure(code, tiles.shapes(problem))
         over(problem, tiles.segment_of(problem))
         registers.release(code)
+    elif spec.activations == "int8" and spec.columns == staged.COLUMNS:
+        over(problem, staged.segment_of(problem))
     else:
         over(problem, _segment)
     if problem.past_caches is not None:

@@ -28,13 +28,13 @@ def sums_int8(p: Problem, parts: list[Part], x: Any) -> Sums:
     start = zeros(p, parts)
     # Dots and sums of 16 vectors each do not fit the registers: the sums, touched once in a
     # block, wait in memory.
-    waiting = _Waiting(p, start) if len(start) > _SUMS_IN_REGISTERS else None
+    waiting = _on_stack(p, start) if len(start) > _SUMS_IN_REGISTERS else None
 
     def body(blocks: list[Block], number: Any, sums: list[Any]) -> list[Any]:
-        place = _X(p, x, sides, number)
+        place = X(p, x, sides, number)
         if waiting is None:
-            return _one_block(p, blocks, place, sums)
-        waiting.put(_one_block(p, blocks, place, waiting.get()))
+            return one_block(p, blocks, place, sums)
+        waiting.put(one_block(p, blocks, place, waiting.get()))
         return []
 
     if waiting is None:
@@ -43,15 +43,18 @@ def sums_int8(p: Problem, parts: list[Part], x: Any) -> Sums:
     return by_part(p, waiting.get())
 
 
-class _Waiting:
-    """Sums kept on the stack."""
+def _on_stack(p: Problem, start: list[Any]) -> Waiting:
+    waiting = Waiting(p, len(start), p.code.stack(4 * p.code.lanes * len(start)))
+    waiting.put(start)
+    return waiting
 
-    def __init__(self, p: Problem, start: list[Any]) -> None:
-        self.code, self.kind = p.code, start[0].type
-        self.step = 4 * p.code.lanes
-        self.place = p.code.stack(self.step * len(start))
-        self.count = len(start)
-        self.put(start)
+
+class Waiting:
+    """`count` sums kept in memory at `place`."""
+
+    def __init__(self, p: Problem, count: int, place: Any) -> None:
+        self.code, self.kind = p.code, vec(F32, p.code.lanes)
+        self.step, self.place, self.count = 4 * p.code.lanes, place, count
 
     def get(self) -> list[Any]:
         """The sums as they are now."""
@@ -64,7 +67,7 @@ class _Waiting:
             self.code.store(total, self.code.at(self.place, self.step * i), self.step)
 
 
-class _X:
+class X:
     """Addresses in one block of a tile of packed activations."""
 
     def __init__(self, p: Problem, quants: Any, sides: Any, number: Any) -> None:
@@ -81,7 +84,7 @@ class _X:
         return self.code.at(self.sides, 4 * (which * self.columns + column))
 
 
-def _one_block(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[Any]:
+def one_block(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[Any]:
     """Add one block of 32 to the sums (flat: parts outside, columns inside)."""
     parts = p.layout.scales
     words = 8 // parts
@@ -102,7 +105,7 @@ def _one_block(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[
     return _with_minimum(p, blocks, x, sums) if p.layout.minimum else sums
 
 
-def _scaled(p: Problem, dots: Any, scales: list[Any], x: _X, sums: list[Any]) -> list[Any]:
+def _scaled(p: Problem, dots: Any, scales: list[Any], x: X, sums: list[Any]) -> list[Any]:
     code, result = p.code, []
     for i, total in enumerate(sums):
         g, c = divmod(i, p.spec.columns)
@@ -112,7 +115,7 @@ def _scaled(p: Problem, dots: Any, scales: list[Any], x: _X, sums: list[Any]) ->
     return result
 
 
-def _with_minimum(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[Any]:
+def _with_minimum(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[Any]:
     result = []
     for i, total in enumerate(sums):
         g, c = divmod(i, p.spec.columns)
@@ -121,7 +124,7 @@ def _with_minimum(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> li
     return result
 
 
-def _with_half_minima(p: Problem, blocks: list[Block], x: _X, sums: list[Any]) -> list[Any]:
+def _with_half_minima(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[Any]:
     code, result = p.code, []
     units = [minimum_unit(code, b) for b in blocks]
     for i, total in enumerate(sums):

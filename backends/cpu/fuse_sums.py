@@ -40,6 +40,7 @@ def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
 
     A shared expert may be scaled by the sigmoid of one number per token.
     """
+    added: tuple[Tensor, ...]
     terms = total.attrs.get("terms", ())
     gated = term.op == "row_scale" and term.inputs[1].op == "sigmoid"
     if not terms and gated:

@@ -7,6 +7,7 @@ says which kernel, with which arguments; rows, buffers and memory are decided he
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from runtime.backends.cpu.kernel import Kernel, arguments_of
 from runtime.backends.cpu.passes import prepare
@@ -61,7 +62,7 @@ class Lowering:
 
     def emit(
         self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
-        skipped: int = 0, **arguments: int | Ref | Out,
+        skipped: int = 0, **arguments: Any,
     ) -> None:  # fmt: skip
         """Append a call; arguments are integers, Refs to read, or `Out(ref)` to write.
 

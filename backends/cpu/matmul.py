@@ -27,7 +27,7 @@ def pack(lower: Lowering, node: Tensor) -> None:
     lower.emit("pack", node, tile, x=address, out=out, live=live, n=n, x_stride=stride)
 
 
-def activation(node: Tensor) -> tuple[dict[str, str], dict[str, int]]:
+def activation(node: Tensor) -> tuple[dict[str, str], dict[str, Any]]:
     """Which SwiGLU a node computes: the constant of its kernel, and two of its arguments."""
     alpha, limit = (float_bits(node.attrs.get(name, 0.0)) for name in ("alpha", "limit"))
     return {"act": "oai" if "alpha" in node.attrs else "silu"}, {"alpha": alpha, "limit": limit}

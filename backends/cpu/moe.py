@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from runtime.backends.cpu.lower import Lowering, Out, lowers
 from runtime.backends.cpu.matmul import activation, packed
 from runtime.backends.cpu.plan import Buffer, Ref, Share
@@ -151,7 +153,7 @@ def expert_sum(lower: Lowering, node: Tensor) -> None:
     """Weighted sum over ranks, plus a shared expert and a residual where there are."""
     y, weights, *rest = node.inputs
     n, terms = int(y.shape[2]), dict(zip(node.attrs.get("terms", ()), rest, strict=True))
-    places: dict[str, int | Ref] = {}
+    places: dict[str, Any] = {}
     for name in ("shared", "gate", "add"):
         places[name], places[f"{name}_stride"] = 0, 0
         if name in terms:

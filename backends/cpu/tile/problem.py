@@ -29,6 +29,7 @@ class Part:
 _GROUPS_FLOAT = {1: 4, 4: 4, 8: 2}
 # With one column the groups are streams of memory: eight are read a third faster than one
 # (measured). Narrow registers leave no room for so many.
+_LARGEST = 128  # elements of a chunk whose code, for several groups, stays in its cache
 _GROUPS_SPLIT = {1: 1, 4: 4, 8: 4, 16: 4}  # four registers hold sums
 _GROUPS_INT8 = {1: 8, 4: 2, 8: 2, 16: 1}
 _GROUPS_CODES = {1: 4, 4: 2, 8: 1}
@@ -61,7 +62,7 @@ class Problem:
         if self.spec.activations == "split":
             return _GROUPS_SPLIT[self.spec.columns]
         if self.spec.activations == "int8":
-            if self.spec.columns == 1 and self.code.lanes < ROWS:
+            if self.spec.columns == 1 and (self.code.lanes < ROWS or self.layout.chunk > _LARGEST):
                 return 1
             return _GROUPS_INT8[self.spec.columns]
         return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]

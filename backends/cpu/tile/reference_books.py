@@ -132,7 +132,7 @@ def bytes_of(name: str, b: Array) -> list[tuple[str, Array]]:
     part = parts(name, b)
     index, scale = part["index"], part["scale"].astype(np.uint8)
     nibbles = scale[..., ::2] | scale[..., 1::2] << 4
-    planes = [("pairs", part["d"].astype(np.float16).view(np.uint8))]
+    planes: list[tuple[str, Array]] = [("pairs", part["d"].astype(np.float16).view(np.uint8))]
     if name in ("IQ2_XXS", "IQ3_XXS", "IQ3_S"):
         planes.append(("words", nibbles))
     if name == "IQ2_XS":

@@ -53,11 +53,6 @@ class _Sequence:
                 if self._state is not None:
                     self._state.close()
 
-    def _parts(self) -> tuple[BlockTable, Recurrent | None]:
-        """Pages and state, held once more."""
-        self.check_open()
-        return self._table.fork(), None if self._state is None else self._state.fork()
-
     def check_open(self) -> None:
         """OptionError once it is closed."""
         if self._closed:
@@ -119,12 +114,16 @@ class Session(_Sequence):
     def fork(self) -> Session:
         """A second session that continues from here; memory is shared until one writes."""
         with self.model.lock:
-            return Session(self.model, list(self.tokens), *self._parts())
+            table = self.table.fork()
+            state = None if self._state is None else self._state.fork()
+            return Session(self.model, list(self.tokens), table, state)
 
     def snapshot(self) -> Snapshot:
         """This session as it is now, exactly; nothing is copied but the list of tokens."""
         with self.model.lock:
-            return Snapshot(self.model, tuple(self.tokens), *self._parts())
+            table = self.table.fork()
+            state = None if self._state is None else self._state.still()
+            return Snapshot(self.model, tuple(self.tokens), table, state)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot of this or another session of the same model.
@@ -140,9 +139,19 @@ class Session(_Sequence):
                 )
             if snapshot.model is not self.model:
                 raise OptionError(_foreign(snapshot.model, self.model))
-            table, state = snapshot._parts()
-            self._release()
-            self._table, self._state, self.tokens = table, state, list(snapshot.tokens)
+            table = snapshot.table.fork()
+            if self._state is not None and snapshot.state is not None:
+                self._state.restore(snapshot.state, self._kept_of(snapshot.tokens))
+            self._table.truncate(0)
+            self._table, self.tokens = table, list(snapshot.tokens)
+
+    def _kept_of(self, tokens: Sequence[int]) -> int:
+        """The last place of a checkpoint up to which these tokens are the session's own."""
+        places = [c.place for c in self._state.checkpoints] if self._state is not None else []
+        for place in reversed(places):
+            if place <= len(tokens) and tuple(self.tokens[:place]) == tokens[:place]:
+                return place
+        return 0
 
     def rewind(self, n: int) -> None:
         """Drop the last n tokens; OptionError when there are fewer.
@@ -163,11 +172,6 @@ class Session(_Sequence):
         self._table.truncate(length)
         if self._state is not None:
             self._state.rewind(length)
-
-    def _release(self) -> None:
-        self._table.truncate(0)
-        if self._state is not None:
-            self._state.close()
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""

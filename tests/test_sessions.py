@@ -183,6 +183,35 @@ def test_a_chain_of_snapshots(model: Model, prompt: list[int], whole: np.ndarray
         snapshot.close()
 
 
+def test_a_restored_session_has_a_past(model: Model, prompt: list[int], whole: np.ndarray):
+    """States kept before a snapshot serve rewinds behind it, where the tokens are the same."""
+    with model.session() as session, model.session() as other:
+        session.eval(prompt[:40], "none")
+        session.eval(prompt[40:80], "none")
+        other.eval([*prompt[:30], 1, 2], "none")
+        other.eval([3, 4], "none")
+        with session.snapshot() as snapshot:
+            session.eval(prompt[80:], "none")
+            session.restore(snapshot)
+            other.restore(snapshot)
+        session.rewind(20)
+        other.rewind(20)
+        assert session.evaluated == 40 and other.evaluated == 0
+        same(model, session.eval(prompt[60:]), whole[60:])
+        same(model, other.eval(prompt[60:]), whole[60:])
+
+
+def test_snapshots_take_a_slot_each(model: Model, prompt: list[int]):
+    with model.session() as session:
+        snapshots = []
+        for at in range(0, 120, 4):
+            session.eval(prompt[at : at + 4], "none")
+            snapshots.append(session.snapshot())
+        assert model.slots.count - model.slots.free <= 30 + 1
+        for snapshot in snapshots:
+            snapshot.close()
+
+
 def test_snapshot_of_nothing(model: Model, prompt: list[int], whole: np.ndarray):
     with model.session() as session, session.snapshot() as empty:
         session.eval([1, 2, 3])

@@ -192,11 +192,27 @@ class Recurrent:
 
     def fork(self) -> Recurrent:
         """The same state and checkpoints, held once more."""
-        other = Recurrent(self.pool, self.pool.share(self.slot), self.place)
+        other = self.still()
         for checkpoint in self.checkpoints:
             self.pool.share(checkpoint.slot)
         other.checkpoints = list(self.checkpoints)
         return other
+
+    def still(self) -> Recurrent:
+        """The same state without its past, for a snapshot: it takes one slot however long kept.
+
+        The place becomes a checkpoint: who snapshots it or forks from it may well come back.
+        """
+        self.keep(message_end=True)
+        return Recurrent(self.pool, self.pool.share(self.slot), self.place)
+
+    def restore(self, other: Recurrent, same: int) -> None:
+        """Go on from the state of `other`; checkpoints of the first `same` tokens stay."""
+        slot = self.pool.share(other.slot)
+        self.rewind(min(same, other.place))
+        self.pool.release(self.slot)
+        self.slot, self.place = slot, other.place
+        self.keep(message_end=True)
 
     def close(self) -> None:
         """Give back every slot."""

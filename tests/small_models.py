@@ -207,11 +207,14 @@ def metadata(size: Sizes) -> dict[str, Any]:
 def write_model(
     path: Path, size: Sizes | None = None, kind: str = "F32", extra: dict[str, Any] | None = None,
     without: tuple[str, ...] = (), replace: dict[str, np.ndarray] | None = None,
+    without_key: str = "",
 ) -> Path:  # fmt: skip
     """Write a model with matrices of type `kind`; `extra` overrides metadata keys."""
     size = size or Sizes()
     writer = gguf.GGUFWriter(path, size.architecture)
-    for key, value in {**metadata(size), **(extra or {})}.items():
+    keys = {**metadata(size), **(extra or {})}
+    keys.pop(without_key, None)
+    for key, value in keys.items():
         name = key if "." in key and key.split(".")[0] in ("general", "tokenizer") else ""
         _add(writer, name or f"{size.architecture}.{key}", value)
     _add(writer, "tokenizer.ggml.model", "none")

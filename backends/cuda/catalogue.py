@@ -18,6 +18,7 @@ from .intrinsic import Declared, Entry
 # file of kernels/ -> kernel -> constant -> the values it may have
 _FILES: dict[str, dict[str, dict[str, tuple]]] = {
     "elementwise": {"swiglu": {}},
+    "matvec": {"matvec": {"format": ("Q8_0", "Q4_0"), "columns": (1, 2, 4, 8)}},
 }
 FILE_OF = {kernel: name for name, file in _FILES.items() for kernel in file}
 CONSTANTS = {kernel: values for file in _FILES.values() for kernel, values in file.items()}
@@ -42,7 +43,7 @@ class Compiled:
 
 def declared(kernel: Kernel) -> Declared:
     """The kernel's Python function and how it is launched. BackendError: no such kernel."""
-    _check(kernel)
+    check(kernel)
     module = importlib.import_module(f"{__package__}.kernels.{FILE_OF[kernel.name]}")
     return module.KERNELS[kernel.name](**dict(kernel.constants))
 
@@ -56,7 +57,8 @@ def every_kernel() -> list[Kernel]:
     return found
 
 
-def _check(kernel: Kernel) -> None:
+def check(kernel: Kernel) -> None:
+    """BackendError: no such kernel, or constants it does not have."""
     if kernel.name not in CONSTANTS:
         known = ", ".join(CONSTANTS)
         raise BackendError(f"no CUDA kernel is called {kernel.name!r}; there are {known}")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from runtime.backends.cpu.kernel import Kernel
 
-from .catalogue import Compiled, from_head, head
+from .catalogue import Compiled, check, from_head, head
 from .targets import capability
 
 # what the code of a kernel depends on besides its source; the extra `cuda` brings them
@@ -49,8 +49,11 @@ class Library:
         return self._kernels[kernel]
 
     def missing(self, kernels: Iterable[Kernel]) -> list[Kernel]:
-        """Those that would have to be compiled."""
-        return [k for k in dict.fromkeys(kernels) if k not in self._kernels and not self._read(k)]
+        """Those that would have to be compiled. BackendError: a kernel that is not there."""
+        fresh = [k for k in dict.fromkeys(kernels) if k not in self._kernels]
+        for kernel in fresh:
+            check(kernel)
+        return [k for k in fresh if not self._read(k)]
 
     def prepare(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
         """Have all ready, compiling what is missing; `progress(done, total, name)` while it lasts.

@@ -1,0 +1,158 @@
+"""Quantised weights times 1 to 8 columns of int8 activations: decode, where weights are read once.
+
+A block of threads owns ROWS neighbouring rows; its threads share the blocks of 32 values of those
+rows among them, one block a thread at a time, and sum up over warps at the end. Consecutive lanes
+read consecutive 16 bytes. Every sum over a block of 32 is exact (int32); a column's order of
+additions depends on the row length alone, never on the number of columns.
+
+Layouts: `layouts.py`. `x` and `meta` are the packed activations of `quantize`.
+"""
+
+from __future__ import annotations
+
+from runtime.backends.cuda.intrinsic import Declared
+from runtime.backends.cuda.intrinsics import (
+    bits_to_f32,
+    block_x,
+    constant,
+    dp2a,
+    dp4a,
+    dp4a_us,
+    entry,
+    f16_to_f32,
+    f32,
+    i32,
+    int_to_f32,
+    launch_next,
+    launch_wait,
+    load2,
+    load4,
+    registers,
+    shared,
+    shift_right,
+    shuffle_xor,
+    store,
+    stream4,
+    syncthreads,
+    thread_x,
+    u32,
+)  # fmt: skip
+
+WARPS = 4
+THREADS = 32 * WARPS
+
+
+def dot_q8_0(weights, quants, blocks, x, cell, start):
+    """start + the sum of 32 products; `quants` and `cell` count pieces of 16 bytes."""
+    a, b = stream4(weights, quants), stream4(weights, u32(quants + blocks))
+    v, w = load4(x, cell), load4(x, u32(cell + blocks))
+    t = dp4a(a[0], v[0], start)
+    t = dp4a(a[1], v[1], t)
+    t = dp4a(a[2], v[2], t)
+    t = dp4a(a[3], v[3], t)
+    t = dp4a(b[0], w[0], t)
+    t = dp4a(b[1], w[1], t)
+    t = dp4a(b[2], w[2], t)
+    return dp4a(b[3], w[3], t)
+
+
+def dot_q4_0(weights, quants, blocks, x, cell, start):
+    """The same of unsigned nibbles: low ones are the block's first half, high ones the second.
+
+    High nibbles stay in place, 16 times too large, and so does their sum, which is exact.
+    """
+    a = stream4(weights, quants)
+    v, w = load4(x, cell), load4(x, u32(cell + blocks))
+    t = dp4a_us(u32(a[0] & 0x0F0F0F0F), v[0], start)
+    h = dp4a_us(u32(a[0] & 0xF0F0F0F0), w[0], i32(0))
+    t = dp4a_us(u32(a[1] & 0x0F0F0F0F), v[1], t)
+    h = dp4a_us(u32(a[1] & 0xF0F0F0F0), w[1], h)
+    t = dp4a_us(u32(a[2] & 0x0F0F0F0F), v[2], t)
+    h = dp4a_us(u32(a[2] & 0xF0F0F0F0), w[2], h)
+    t = dp4a_us(u32(a[3] & 0x0F0F0F0F), v[3], t)
+    h = dp4a_us(u32(a[3] & 0xF0F0F0F0), w[3], h)
+    return i32(t + shift_right(h, 4))
+
+
+def no_offset(sums):
+    return i32(0)
+
+
+def offset_8(sums):
+    """-8 times the sum of a block's activations, of which `sums` holds the negated halves."""
+    return dp2a(sums, u32(0x0808), i32(0))
+
+
+# format -> pieces of 16 bytes in a block, its dot product, and where the sum starts
+FORMATS = {"Q8_0": (2, dot_q8_0, no_offset), "Q4_0": (1, dot_q4_0, offset_8)}
+
+
+def matvec(format: str, columns: int) -> Declared:
+    """out[c, row] = sum over k of weights[row, k] x[c, k].
+
+    `n_rows` rows of `blocks` blocks; `out` f32 [columns, out_stride].
+    """
+    PIECES, dot, offset = FORMATS[format]
+    ROWS = rows_of(format, columns)
+    COLUMNS = columns
+    N = ROWS * COLUMNS
+    accumulators, places, partial = (
+        registers("f32", N), registers("u32", ROWS), shared("f32", WARPS * N)
+    )  # fmt: skip
+
+    @entry(
+        "weights:u32* scales:u16* x:u32* meta:u32* out:f32* n_rows:u32 blocks:u32 out_stride:u32",
+        threads=THREADS,
+        min_blocks=8 if N <= 8 else 4,
+    )
+    def matvec(weights, scales, x, meta, out, n_rows, blocks, out_stride):
+        launch_next()
+        acc, row = accumulators(), places()
+        for r in range(ROWS):
+            row[r] = u32(min(u32(block_x() * ROWS + r), u32(n_rows - 1)) * blocks)
+        for n in range(N):
+            acc[n] = f32(0)
+        launch_wait()
+        b = thread_x()
+        while b < blocks:
+            for c in range(COLUMNS):
+                scale, sums = load2(meta, u32(c * blocks + b))
+                start = offset(sums)
+                for r in range(ROWS):
+                    i = u32(row[r] + b)
+                    total = dot(
+                        weights, u32(PIECES * row[r] + b), blocks, x, u32(2 * c * blocks + b), start
+                    )
+                    d = f16_to_f32(constant(scales, i)) * bits_to_f32(scale)
+                    acc[r * COLUMNS + c] += d * int_to_f32(total)
+            b = u32(b + THREADS)
+        reduce(acc, partial(), out, n_rows, out_stride)
+
+    def reduce(acc, sums, out, n_rows, out_stride):
+        for n in range(N):
+            value = acc[n]
+            value += shuffle_xor(value, 16)
+            value += shuffle_xor(value, 8)
+            value += shuffle_xor(value, 4)
+            value += shuffle_xor(value, 2)
+            value += shuffle_xor(value, 1)
+            if thread_x() & 31 == 0:
+                sums[u32((thread_x() >> 5) * N + n)] = value
+        syncthreads()
+        i = thread_x()
+        row = u32(block_x() * ROWS + i // COLUMNS)
+        if i < N and row < n_rows:
+            value = f32(0)
+            for w in range(WARPS):
+                value += sums[u32(w * N + i)]
+            store(out, u32((i % COLUMNS) * out_stride + row), value)
+
+    return matvec
+
+
+def rows_of(format: str, columns: int) -> int:
+    """Rows that a block of threads owns."""
+    return 2 if format == "Q8_0" or columns == 4 else 4
+
+
+KERNELS = {"matvec": matvec}

@@ -1,0 +1,73 @@
+"""How weights and activations lie in GPU memory, and packing them with numpy.
+
+A row is cut into blocks of 32 values along k. 16 bytes are a piece. Shapes, outermost first:
+
+    Q8_0  quants [row, half, block] pieces: 16 int8 of each half   scales f16 [row, block]
+    Q4_0  quants [row, block] pieces: low nibbles are the first    scales f16 [row, block]
+          half, high ones the second, value = nibble - 8
+    activations  x [column, half, block] pieces of int8
+                 meta [column, block] of (f32 scale, two int16: the negated sums of the halves)
+
+A piece of consecutive blocks lies beside the next, so the lanes of a warp read 512 bytes at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.ops.errors import BackendError
+
+BLOCK = 32  # values
+BLOCKS_PER = {"Q8_0": 1, "Q4_0": 1}  # blocks of 32 in a block of the file's format
+
+
+def pack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """GGUF blocks uint8 [rows, n, 34] -> quants uint8 [rows, 2, n, 16], scales uint16 [rows, n]."""
+    blocks = _checked(blocks, 34)
+    quants = blocks[..., 2:].reshape(*blocks.shape[:2], 2, 16).swapaxes(1, 2)
+    return np.ascontiguousarray(quants), _u16(blocks[..., :2])
+
+
+def pack_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """GGUF blocks uint8 [rows, n, 18] -> quants uint8 [rows, n, 16], scales uint16 [rows, n]."""
+    blocks = _checked(blocks, 18)
+    return np.ascontiguousarray(blocks[..., 2:]), _u16(blocks[..., :2])
+
+
+def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [columns, k] -> packed activations: x uint8 [columns, 2, n, 16], meta uint32.
+
+    Per block scale = max |x| / 127, values to the nearest integer; meta is [columns, n, 2]. The
+    last block is filled up with zeros.
+    """
+    columns, k = x.shape
+    padded = np.zeros((columns, -(-k // BLOCK) * BLOCK), np.float32)
+    padded[:, :k] = x
+    blocks = padded.reshape(columns, -1, 2, 16)
+    scales = np.abs(blocks).max((2, 3)) / np.float32(127)
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    quants = np.rint(blocks * inverse[..., None, None]).astype(np.int8)
+    sums = -quants.astype(np.int16).sum(3, dtype=np.int16)
+    meta = np.stack([scales.view(np.uint32), sums.view(np.uint32)[..., 0]], -1)
+    return np.ascontiguousarray(quants.swapaxes(1, 2)).view(np.uint8), meta
+
+
+def dequantized(x: np.ndarray, meta: np.ndarray) -> np.ndarray:
+    """The values of packed activations, float64 [columns, 32 n]: what kernels multiply with."""
+    columns, _, n, _ = x.shape
+    scales = meta[..., 0].copy().view(np.float32).astype(np.float64)
+    quants = x.view(np.int8).swapaxes(1, 2).reshape(columns, n, BLOCK)
+    return (quants * scales[..., None]).reshape(columns, -1)
+
+
+def _checked(blocks: np.ndarray, nbytes: int) -> np.ndarray:
+    if blocks.dtype != np.uint8 or blocks.ndim != 3 or blocks.shape[2] != nbytes:
+        raise BackendError(
+            f"weights to pack are uint8 [rows, blocks, {nbytes}], not {blocks.dtype} "
+            f"{list(blocks.shape)}"
+        )
+    return blocks
+
+
+def _u16(raw: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(raw).view(np.uint16)[..., 0]

@@ -1,0 +1,51 @@
+"""Calls of CUDA kernels on the simulator, and random weights in GGUF's block formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
+
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cuda.catalogue import declared
+from runtime.backends.cuda.simulator import launch
+from runtime.ops.dtypes import DTYPES
+from runtime.ops.quants import dequantize
+
+
+def simulate(name: str, grid: Any, *arguments: Any, constants: dict | None = None, **options: Any):
+    """Run a kernel of the catalogue; threads and blocks take turns in random order."""
+    kernel = declared(Kernel.of(name, **(constants or {})))
+    launch(kernel, grid, *arguments, **{"order": "random", "seed": 1} | options)
+
+
+def random_blocks(rng: np.random.Generator, format: str, rows: int, n: int) -> np.ndarray:
+    """uint8 [rows, n, bytes]: every quant equally likely, scales near 1/100."""
+    dtype = DTYPES[format.lower()]
+    blocks = rng.integers(0, 256, (rows, n, dtype.nbytes), dtype=np.uint8)
+    scales = rng.uniform(0.005, 0.02, (rows, n, 2)) * rng.choice([-1, 1], (rows, n, 2))
+    halves = scales.astype(np.float16).view(np.uint8)
+    first, places = {"Q4_K": (0, 4), "Q6_K": (208, 2)}.get(format, (0, 2))
+    blocks[..., first : first + places] = halves[..., :places]
+    return blocks
+
+
+def values(blocks: np.ndarray, format: str) -> np.ndarray:
+    """float64 [rows, k] of GGUF blocks."""
+    rows, n, _ = blocks.shape
+    dtype = DTYPES[format.lower()]
+    return dequantize(blocks, dtype, (rows, n * dtype.block)).astype(np.float64)
+
+
+def unset(*shape: int) -> np.ndarray:
+    """Outputs: NaN where a kernel writes nothing."""
+    return np.full(shape, np.nan, np.float32)
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Root of the mean squared error over that of the expected values."""
+    difference = found.astype(np.float64) - expected
+    return float(np.sqrt((difference**2).mean() / max((expected**2).mean(), 1e-300)))

@@ -1,0 +1,176 @@
+"""What every CUDA kernel must compile to, for the oldest target and for Hopper; needs no GPU.
+
+Double precision is refused when a kernel is compiled; here: no spills, registers within the
+family's budget, the instructions that the kernel exists for, and short inner loops.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cuda import sass
+from runtime.backends.cuda.catalogue import Compiled, every_kernel
+from runtime.backends.cuda.library import Library
+from runtime.backends.cuda.targets import TARGETS
+from runtime.ops.errors import BackendError
+
+if not (sys.platform == "linux" and platform.machine() == "x86_64"):
+    pytest.skip("CUDA kernels are compiled on Linux x86-64", allow_module_level=True)
+if importlib.util.find_spec("numba_cuda") is None or sass.find_disassembler() is None:
+    pytest.skip("the extra 'cuda' is not installed", allow_module_level=True)
+
+GATED = ("sm_80", "sm_90a")
+KERNELS = every_kernel()
+ROOT = Path(__file__).resolve().parents[1]
+
+# kernel -> (registers at most, opcodes that must be there, opcodes that must not)
+EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "swiglu": (32, ("LDG.E.128", "STG.E.128", "MUFU.EX2"), ()),
+    "matvec": (128, ("LDG.E.NA.128", "IDP.4A", "SHFL"), ("LDL", "STL")),
+}
+_PER_DP4A = 4.0  # instructions of the inner loop for each dp4a
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def compiled(cache: Path) -> dict[str, Library]:
+    """Every kernel for every gated target."""
+    libraries = {}
+    for target in GATED:
+        start = time.perf_counter()
+        libraries[target] = Library(target, cache)
+        libraries[target].prepare(KERNELS)
+        print(f"{len(KERNELS)} kernels for {target}: {time.perf_counter() - start:.1f} s")
+    return libraries
+
+
+@pytest.mark.parametrize("target", GATED)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_kernel_compiles_well(compiled: dict[str, Library], kernel: Kernel, target: str):
+    found = compiled[target].get(kernel)
+    registers, wanted, unwanted = EXPECTED[kernel.name]
+    assert found.spilled == 0 and found.stack == 0
+    assert found.registers <= registers
+    assert found.registers * found.entry.threads * max(found.entry.min_blocks, 1) <= 65536
+    instructions = sass.disassemble(found.code)
+    missing = [name for name in wanted if not sass.count(instructions, name)]
+    assert not missing, f"no {missing}"
+    assert not sass.count(instructions, "DADD", "DMUL", "DFMA", "F2F.F64", *unwanted)
+
+
+@pytest.mark.parametrize("target", GATED)
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("columns", [1, 2, 4, 8])
+def test_inner_loop_is_short(compiled, format: str, columns: int, target: str):
+    kernel = Kernel.of("matvec", format=format, columns=columns)
+    assert _inner_loop(compiled[target].get(kernel)).per("IDP.4A") <= _PER_DP4A
+
+
+def _inner_loop(found: Compiled) -> sass.Loop:
+    loops = [loop for loop in sass.loops(sass.disassemble(found.code)) if loop.count("IDP.4A")]
+    assert loops, "no loop with dp4a"
+    return max(loops, key=lambda loop: loop.count("IDP.4A"))
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t not in GATED])
+def test_other_targets_compile(target: str):
+    from runtime.backends.cuda.compile import compile_kernel
+
+    found = compile_kernel(Kernel.of("matvec", format="Q4_0", columns=1), target)
+    assert found.spilled == 0 and found.code[:4] == b"\x7fELF"
+
+
+def test_the_cache_is_read_without_the_toolchain(compiled: dict[str, Library], cache: Path):
+    """Everything for a target in well under a second, importing neither numba nor numba_cuda."""
+    code = (
+        "import sys, time; from pathlib import Path; "
+        "from runtime.backends.cuda.library import Library; "
+        "from runtime.backends.cuda.catalogue import every_kernel; start = time.perf_counter(); "
+        f"library = Library('sm_90a', Path({str(cache)!r})); "
+        "assert not library.missing(every_kernel()); "
+        "print(time.perf_counter() - start, "
+        "[m for m in ('numba', 'numba_cuda', 'llvmlite', 'cuda') if m in sys.modules])"
+    )
+    runs = [
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) for _ in range(3)
+    ]
+    assert all(run.split(" ", 1)[1].strip() == "[]" for run in runs)
+    assert min(float(run.split()[0]) for run in runs) < 0.3
+
+
+def test_any_toolchains_entries_serve_where_there_is_none(
+    compiled: dict[str, Library], cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("runtime.backends.cuda.library.toolchain_digest", lambda: "")
+    assert Library("sm_90a", cache).get(KERNELS[0]).code == compiled["sm_90a"].get(KERNELS[0]).code
+
+
+def test_without_the_toolchain_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"graph-runtime\[cuda\]"):
+        Library("sm_90a", None).get(KERNELS[0])
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_damaged_entry_is_compiled_again(
+    compiled, tmp_path: Path, damage: bytes | None, monkeypatch: pytest.MonkeyPatch
+):
+    kernel = Kernel.of("swiglu")
+    again = [(kernel, compiled["sm_90a"].get(kernel))]
+    monkeypatch.setattr("runtime.backends.cuda.compilers.compile_all", lambda *a: iter(again))
+    Library("sm_90a", tmp_path).get(kernel)
+    entry = next(tmp_path.rglob("*.cubin"))
+    good = entry.read_bytes()
+    entry.write_bytes(good[: len(good) // 2] if damage is None else damage)
+    assert Library("sm_90a", tmp_path).missing([kernel]) == [kernel]
+    assert Library("sm_90a", tmp_path).get(kernel).code
+    assert entry.read_bytes() == good
+
+
+def test_double_precision_is_refused():
+    from runtime.backends.cuda import intrinsics as i
+    from runtime.backends.cuda.compile import compile_declared
+
+    load, store = i.load, i.store
+
+    @i.entry("x:f32* out:f32*", threads=32)
+    def widened(x, out):
+        store(out, 0, load(x, 0) * 0.1)
+
+    with pytest.raises(BackendError, match=r"widened computes in double precision: .*f64"):
+        compile_declared(widened, "sm_80")
+
+
+def test_a_double_constant_is_named():
+    from runtime.backends.cuda import intrinsics as i
+    from runtime.backends.cuda.compile import compile_declared
+
+    factor, store = 0.1, i.store
+
+    @i.entry("out:f32*", threads=32)
+    def scaled(out):
+        store(out, 0, factor)
+
+    with pytest.raises(BackendError, match=r"factor = 0.1 is double: write f32\(0.1\)"):
+        compile_declared(scaled, "sm_80")
+
+
+def test_unknown_targets_and_kernels_are_named():
+    with pytest.raises(BackendError, match="no CUDA target 'sm_75': there are sm_80"):
+        Library("sm_75", None)
+    with pytest.raises(BackendError, match="no CUDA kernel is called 'matvek'; there are"):
+        Library("sm_80", None).get(Kernel.of("matvek"))
+    with pytest.raises(BackendError, match="columns is one of"):
+        Library("sm_80", None).get(Kernel.of("matvec", format="Q8_0", columns=3))

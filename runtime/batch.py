@@ -27,7 +27,7 @@ class Piece:
     ids: list[int]
     start: int
     wanted: range  # offsets in `ids` whose logits are asked for
-    message_end: bool = False  # the last of several tokens that were given together
+    message_end: bool = False  # of several tokens that were given together: the last, or near it
 
     def finish(self) -> None:
         """The step has ended: the session holds these tokens."""
@@ -187,7 +187,7 @@ def cut(
             if at < keep_at < stop:
                 stop = keep_at
             wanted = range(max(first_row - at, 0), stop - at)
-            end = stop == len(ids) and len(new) > 1
+            end = stop == keep_at or (stop == len(ids) and len(new) > 1)
             step.add(Piece(number, session, ids[at:stop], start + at, wanted, end))
             at = stop
             if at < len(ids):  # a session has one piece in a step

@@ -372,3 +372,45 @@ def test_snapshots_are_quick(model: Model, prompt: list[int]):
         with session.snapshot() as snapshot:
             session.restore(snapshot)
         assert time.perf_counter() - start < 0.015
+
+
+def test_what_a_model_says_of_its_memory(model: Model, small_model: Path):
+    memory, size = model.memory(), NOVEL["qwen35"]  # the others have the same state
+    channels = 2 * size.key_heads * size.k_dim + size.value_heads * size.v_dim
+    each = (size.taps - 1) * channels + size.value_heads * size.k_dim * size.v_dim
+    width = 8 if model.backend.name.startswith("reference") else 4
+    assert memory.state == model.state_nbytes_per_sequence() == 2 * each * width
+    assert memory.of(33) == memory.weights + 2 * memory.page + memory.state
+    assert (memory.slots, memory.pages) == (model.slots.count, model._pool.count)
+    with runtime.load(small_model, devices="null") as dense:
+        assert dense.state_nbytes_per_sequence() == 0 == dense.memory().slots
+
+
+def test_long_prompts_keep_states_on_their_way(chosen: tuple[Path, str]):
+    """At the ends of their steps, and shortly before the end, where the next message parts."""
+    path, device = chosen
+    if device == "reference":
+        pytest.skip("numpy takes its time, and the engine cuts prompts alike for every device")
+    ids = np.random.default_rng(1).integers(0, 80, 1100).tolist()
+    with runtime.load(path, context=1200, sequences=1) as model, model.session() as session:
+        with model.session() as cold:
+            whole = np.concatenate([cold.eval(ids[i : i + 300]) for i in range(0, 1100, 300)])
+        np.testing.assert_array_equal(session.eval(ids, "last"), whole[-1:])
+        for length, evaluated in ((1095, 1068), (1050, 1024), (700, 512), (400, 0)):
+            session.rewind(len(session) - length)
+            assert (len(session), session.evaluated) == (length, evaluated)
+        np.testing.assert_array_equal(session.eval(ids[400:600]), whole[400:600])
+
+
+def test_snapshots_of_a_model_without_recurrent_layers(small_model: Path, prompt: list[int]):
+    with runtime.load(small_model) as model, model.session() as session:
+        whole = model.eval(prompt)
+        session.eval(prompt[:70])
+        with session.snapshot() as snapshot:
+            session.eval([1, 2, 3])
+            session.restore(snapshot)
+        np.testing.assert_array_equal(session.eval(prompt[70:]), whole[70:])
+        session.rewind(100)
+        assert session.evaluated == 50
+        session.close()
+        assert model._pool.free == model._pool.count

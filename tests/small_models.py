@@ -37,8 +37,8 @@ class Sizes:
     interval: int = 2
     key_heads: int = 2
     value_heads: int = 4
-    k_dim: int = 32
-    v_dim: int = 16
+    k_dim: int = 16
+    v_dim: int = 32
     taps: int = 4
     fused: bool = False
 

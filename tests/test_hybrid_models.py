@@ -94,8 +94,8 @@ def test_layers_by_list_and_by_interval(tmp_path: Path):
     layers = build(runtime.gguf.open_gguf(path)).layers
     assert list(layers.attention) == [1] and list(layers.recurrent) == [0, 2]
     state = layers.recurrent[0]
-    assert (state.taps, state.channels, state.heads) == (4, 2 * 2 * 32 + 4 * 16, 4)
-    assert (state.k_dim, state.v_dim) == (32, 16)
+    assert (state.taps, state.channels, state.heads) == (4, 2 * 2 * 16 + 4 * 32, 4)
+    assert (state.k_dim, state.v_dim) == (16, 32)
 
 
 def test_a_layer_without_experts_among_others(tmp_path: Path):
@@ -151,7 +151,7 @@ def test_a_window_limits_what_even_layers_of_gpt_oss_see(tmp_path: Path):
         (DENSE, {"without_key": "ssm.state_size"}, r"key qwen35\.ssm\.state_size is missing"),
         (DENSE, {"extra": {"ssm.group_count": 3}}, "4 value heads over 3 key heads do not"),
         (DENSE, {"extra": {"ssm.inner_size": 66}}, "66 values over 4 value heads do not divide"),
-        (DENSE, {"extra": {"ssm.state_size": 64}}, r"'blk\.0\.attn_qkv.*\[192, 64\].*\[320, 64\]"),
+        (DENSE, {"extra": {"ssm.state_size": 64}}, r"'blk\.0\.attn_qkv.*\[192, 64\].*\[384, 64\]"),
         (DENSE, {"extra": {"full_attention_interval": 3}}, "makes layer 1 recurrent, but the file"),
         (DENSE, {"extra": {"full_attention_interval": 1}}, "makes layer 0 an attention layer, but"),
         (DENSE, {"extra": {"full_attention_interval": 0}}, "must be a whole number from 1"),

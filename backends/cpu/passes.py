@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.backends.cpu.fuse_attention import fuse_gate, fuse_qkv
-from runtime.backends.cpu.fuse_delta import fuse_gated_norm
+from runtime.backends.cpu.fuse_delta import fuse_delta, fuse_gated_norm
 from runtime.backends.cpu.fuse_ffn import fuse_packs, fuse_router
 from runtime.backends.cpu.fuse_sums import fuse_sums
 from runtime.backends.cpu.rewrite import Options, pack_inputs
@@ -13,7 +13,8 @@ from runtime.ops.tensor import Dim, Tensor
 
 # pass(graph, options) -> graph. The first is needed, the others only spare work.
 PASSES = (
-    pack_inputs, fuse_sums, fuse_gate, fuse_gated_norm, fuse_packs, fuse_qkv, fuse_router,
+    pack_inputs, fuse_delta, fuse_sums, fuse_gate, fuse_gated_norm, fuse_packs, fuse_qkv,
+    fuse_router,
 )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ ATTENTION_ROWS = 8  # query rows of a register block of attention; tokens of a t
 MAX_TAPS = 64  # of a short convolution
 CONV_BLOCK = 128  # channels that a short convolution takes together, where heads do not say
 DELTA_COLUMNS = 64  # columns of a recurrent state that a thread takes together at most
-DELTA_VECTORS = 896  # bytes of its scratch before the copy of these columns; see kernels/delta.py
+DELTA_VECTORS = 384  # bytes of its scratch before the copy of these columns; see kernels/delta.py
 ATTENTION_BLOCKS = 4  # register blocks that attention takes through the pages together
 
 # A plan is a table of rows of int64: kernel address, address of its arguments, flags.
@@ -153,8 +153,8 @@ def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
 
 
 def conv_scratch_nbytes(block: int, taps: int) -> int:
-    """Bytes of scratch that each thread of a short convolution needs: the filters of a block."""
-    return -(-block // 16) * taps * 64
+    """Bytes of scratch that each thread of a short convolution needs: filters and a zero row."""
+    return -(-block // 16) * (taps + 1) * 64
 
 
 def delta_scratch_nbytes(dk: int) -> int:

@@ -16,14 +16,13 @@ from runtime.backends.cpu.signatures import DELTA_VECTORS
 
 from . import simd as s
 from .delta_passes import WIDEST, read_keys, update
-from .elementwise import get, put
 from .rows import helper, share
 
 _TOKENS = 16  # whose gates are computed together
 _WIDEST = WIDEST
 
 # Byte offsets in the scratch of a thread: gates of some tokens, vectors of one token, then S.
-_GATES, _BETAS, _ERROR, _READ, _SUMS, _COPY = 0, 64, 128, 384, 640, DELTA_VECTORS
+_GATES, _BETAS, _SUMS, _COPY = 0, 64, 128, DELTA_VECTORS
 
 
 @helper
@@ -73,18 +72,10 @@ def width_of(columns, left):
 
 
 @helper
-def error_of(v, n, decay, beta, mine):
-    """beta (v - g S^T k) of n columns, the update of a token."""
-    for i in range(0, n, 16):
-        sums = s.load(mine + _SUMS + i * 4)
-        error = s.fma(s.splat(-decay), sums, get(v, i, n, 0))
-        s.store(mine + _ERROR + i * 4, error * s.splat(beta))
-
-
-@helper
-def read_out(out, n, scale, mine):
-    for i in range(0, n, 16):
-        put(out, i, n, s.load(mine + _READ + i * 4) * scale)
+def ask_for(address, nbytes):
+    """Fetch what will be read soon into the cache."""
+    for i in range(0, nbytes, 64):
+        s.prefetch(address + i)
 
 
 def _build(log_decay, beta_of):
@@ -103,7 +94,6 @@ def _build(log_decay, beta_of):
         scale, scratch, scratch_bytes, thread, n_threads,
     ):  # fmt: skip
         mine, units = scratch + thread * scratch_bytes, (dv + 15) // 16
-        factor = s.splat(s.float_of(scale))
         for sequence in range(s.load_i64(live)):
             first, count = s.load_i32(runs + sequence * 8), s.load_i32(runs + sequence * 8 + 4)
             origin = s.load_i32(slot_in + sequence * 4)
@@ -113,11 +103,11 @@ def _build(log_decay, beta_of):
                 head, start = at // units, at % units * 16
                 n = width_of((last - at) * 16, dv - start)
                 at += (n + 15) // 16
-                place, row = (head * dk * dv + start) * 4, (n + 15) // 16 * 64
-                source, source_row = state + origin * slot_bytes + place, dv * 4
+                place, copy, copy_row = head * dk * dv + start, mine + _COPY, (n + 15) // 16 * 64
+                source, source_row = state + origin * slot_bytes + place * 4, dv * 4
                 if origin < 0:
-                    clear(mine + _COPY, dk * row)
-                    source, source_row = mine + _COPY, row
+                    clear(copy, dk * copy_row)
+                    source, source_row = copy, copy_row
                 key = head % key_heads if tiled != 0 else head // (heads // key_heads)
                 query = q + (first * q_stride + key * dk) * 4
                 key = k + (first * k_stride + key * dk) * 4
@@ -129,15 +119,18 @@ def _build(log_decay, beta_of):
                             decay, decay_stride, beta, beta_stride, token, left, head, dt, a, mine
                         )
                     g, by = s.load_f32(mine + _GATES + i * 4), s.load_f32(mine + _BETAS + i * 4)
-                    error_of(v + (token * v_stride + head * dv + start) * 4, n, g, by, mine)
-                    target, target_row, following = mine + _COPY, row, key + k_stride * 4
+                    target, target_row, following = copy, copy_row, key + k_stride * 4
                     if left == 1:
-                        target, target_row, following = result + place, dv * 4, key
+                        target, target_row, following = result + place * 4, dv * 4, key
+                    value = v + (token * v_stride + head * dv + start) * 4
+                    ask_for(following + k_stride * 4, dk * 4)
+                    ask_for(query + q_stride * 4, dk * 4)
+                    ask_for(value + v_stride * 4, n * 4)
                     update(
-                        source, source_row, target, target_row, dk, n, g, key, mine + _ERROR,
-                        query, following, mine + _READ, mine + _SUMS,
+                        source, source_row, target, target_row, dk, n, g, by, key, value, query,
+                        following, mine + _SUMS, out + ((token * heads + head) * dv + start) * 4,
+                        s.float_of(scale),
                     )  # fmt: skip
-                    read_out(out + ((token * heads + head) * dv + start) * 4, n, factor, mine)
                     source, source_row = target, target_row
                     key, query = following, query + q_stride * 4
 

@@ -49,6 +49,11 @@ class _Columns:
         """Running sums, zero at first; LLVM keeps them in registers."""
         return [cgutils.alloca_once_value(b, e.floats(0.0)) for _ in self.vectors]
 
+    def leave(self, b: ir.IRBuilder, sums: list, address: Any) -> None:
+        """Running sums to memory, as whole vectors."""
+        for j in self.vectors:
+            e.store(b, b.load(sums[j]), e.offset(b, address, 64 * j), 4)
+
 
 def _fitting(b: ir.IRBuilder, n: Any, emit: Callable[[_Columns], None], widths: tuple) -> None:
     """emit for as many columns as n says."""
@@ -80,51 +85,54 @@ def _add(b: ir.IRBuilder, sums: list, j: int, factor: Any, value: Any) -> None:
     b.store(e.fma(b, factor, value, b.load(sums[j]), s.FUSED), sums[j])
 
 
-def _leave(b: ir.IRBuilder, sums: list, address: Any) -> None:
-    for j, value in enumerate(sums):
-        e.store(b, b.load(value), e.offset(b, address, 64 * j), 4)
-
-
-@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
-def read_keys(b, state, row, k, dk, n, result):
-    """S^T k as whole vectors at `result`."""
+@s.operation(s.void, *[s.i64] * 6)
+def read_keys(b, state, row, k, dk, n, sums):
+    """S^T k to `sums`."""
 
     def emit(columns: _Columns) -> None:
-        sums = columns.sums(b)
+        keys = columns.sums(b)
 
         def body(i):
             at, key = b.add(state, b.mul(i, row)), _broadcast(b, k, i)
             for j in columns.vectors:
-                _add(b, sums, j, key, columns.load(b, at, j))
+                _add(b, keys, j, key, columns.load(b, at, j))
 
         _each_row(b, dk, body)
-        _leave(b, sums, result)
+        columns.leave(b, keys, sums)
 
     _fitting(b, n, emit, _WIDTHS)
 
 
-@s.operation(s.void, *[s.i64] * 6, s.f32, *[s.i64] * 6)
+@s.operation(s.void, *[s.i64] * 6, *[s.f32] * 2, *[s.i64] * 6, s.f32)
 def update(
-    b, source, row, target, target_row, dk, n, decay, k, error, q, next_k, result, next_result
+    b, source, row, target, target_row, dk, n, decay, beta, k, v, q, next_k, sums, out, scale
 ):  # fmt: skip
-    """S * decay + k error^T from source to target; of that S^T q and S^T next_k as vectors."""
+    """S * decay + k error^T from source to target, and of that scale S^T q to `out`.
+
+    The error is beta (v - decay S^T k). S^T k is found at `sums`, and S^T next_k left there.
+    """
 
     def emit(columns: _Columns) -> None:
-        outputs, sums, factor = columns.sums(b), columns.sums(b), e.splat(b, decay)
-        errors = [e.load(b, e.offset(b, error, 64 * j), e.wide(e.f32), 4) for j in columns.vectors]
+        outputs, following, factor = columns.sums(b), columns.sums(b), e.splat(b, decay)
+        errors = []
+        for j in columns.vectors:
+            known = e.load(b, e.offset(b, sums, 64 * j), e.wide(e.f32), 4)
+            error = e.fma(b, b.fneg(factor), known, columns.load(b, v, j), s.FUSED)
+            errors.append(b.fmul(error, e.splat(b, beta)))
 
         def body(i):
             at, there = b.add(source, b.mul(i, row)), b.add(target, b.mul(i, target_row))
-            key, query, following = (_broadcast(b, x, i) for x in (k, q, next_k))
+            key, query, next_key = (_broadcast(b, x, i) for x in (k, q, next_k))
             for j in columns.vectors:
                 value = b.fmul(columns.load(b, at, j), factor)
                 value = e.fma(b, key, errors[j], value, s.FUSED)
                 columns.store(b, value, there, j)
                 _add(b, outputs, j, query, value)
-                _add(b, sums, j, following, value)
+                _add(b, following, j, next_key, value)
 
         _each_row(b, dk, body)
-        _leave(b, outputs, result)
-        _leave(b, sums, next_result)
+        for j in columns.vectors:
+            columns.store(b, b.fmul(b.load(outputs[j]), e.splat(b, scale)), out, j)
+        columns.leave(b, following, sums)
 
     _fitting(b, n, emit, _WIDTHS)

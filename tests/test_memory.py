@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import NOVEL, write_model
 
+import runtime
 from runtime.errors import MemoryLimitError
 from runtime.memory import budget
 from runtime.memory.pages import BlockTable, PagePool, reserve
@@ -164,3 +168,20 @@ def test_slots_are_reserved_together():
     with pytest.raises(MemoryLimitError, match="all 3 slots"):
         reserve_slots(states)
     assert pool.free == 3 and all(s.slot == NONE for s in states)
+
+
+@pytest.mark.parametrize("device, width", [("reference", 8), ("cpu", 4), ("null", 4)])
+def test_what_a_model_says_of_its_memory(tmp_path: Path, device: str, width: int):
+    size = NOVEL["qwen35"]
+    channels = 2 * size.key_heads * size.k_dim + size.value_heads * size.v_dim
+    each = (size.taps - 1) * channels + size.value_heads * size.k_dim * size.v_dim
+    with runtime.load(write_model(tmp_path / "m.gguf", size), devices=device) as model:
+        memory = model.memory()
+        assert memory.state == model.state_nbytes_per_sequence() == 2 * each * width
+        assert memory.of(PAGE + 1) == memory.weights + 2 * memory.page + memory.state
+        assert (memory.slots, memory.pages) == (model.slots.count, model._pool.count)
+
+
+def test_a_model_without_recurrent_layers_has_no_slots(small_model: Path):
+    with runtime.load(small_model, devices="null") as model:
+        assert model.state_nbytes_per_sequence() == 0 == model.memory().slots

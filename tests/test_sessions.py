@@ -374,18 +374,6 @@ def test_snapshots_are_quick(model: Model, prompt: list[int]):
         assert time.perf_counter() - start < 0.015
 
 
-def test_what_a_model_says_of_its_memory(model: Model, small_model: Path):
-    memory, size = model.memory(), NOVEL["qwen35"]  # the others have the same state
-    channels = 2 * size.key_heads * size.k_dim + size.value_heads * size.v_dim
-    each = (size.taps - 1) * channels + size.value_heads * size.k_dim * size.v_dim
-    width = 8 if model.backend.name.startswith("reference") else 4
-    assert memory.state == model.state_nbytes_per_sequence() == 2 * each * width
-    assert memory.of(33) == memory.weights + 2 * memory.page + memory.state
-    assert (memory.slots, memory.pages) == (model.slots.count, model._pool.count)
-    with runtime.load(small_model, devices="null") as dense:
-        assert dense.state_nbytes_per_sequence() == 0 == dense.memory().slots
-
-
 def test_long_prompts_keep_states_on_their_way(chosen: tuple[Path, str]):
     """At the ends of their steps, and shortly before the end, where the next message parts."""
     path, device = chosen

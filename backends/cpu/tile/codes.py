@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE
 from runtime.backends.cpu.tile.lookup import lookup
-from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, ir, vec
+from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, const, ir, vec
 
 Word = Callable[[], Any]  # emits the unpacking of one word: <4 * lanes x i8>
 
@@ -129,14 +129,20 @@ def five_bit_words(rows: Rows, base: Any, offset: int) -> list[Word]:
     return [with_bits(code, word, bits(w)) for w, word in enumerate(words)]
 
 
-def two_bit_words(rows: Rows, base: Any, offset: int, field: int) -> list[Word]:
-    """Eight words of two-bit codes: bits 2 * field of eight word planes."""
-    code = rows.code
+def two_bit_words(rows: Rows, offset: int, number: Any) -> list[Word]:
+    """Eight words of two-bit codes: 32 elements of a block of 256, the `number`th of them.
+
+    Every four of them share eight word planes, of which each has two bits of every byte.
+    """
+    code, b = rows.code, rows.code.b
+    shift = code.splat(b.trunc(code.times(b.and_(number, const(3)), 2), I32))
+    planes = code.at(rows.base, code.times(b.lshr(number, const(2)), 8 * LINE))
 
     def word(w: int) -> Word:
         def emit() -> Any:
-            plane = rows.word(base, offset, w)
-            return code.b.bitcast(moved(code, plane, -2 * field, 3), plane.type)
+            plane = rows.word(planes, offset, w)
+            moved = b.lshr(b.bitcast(plane, shift.type), shift)
+            return b.bitcast(b.and_(moved, code.fill(I32, 0x03030303)), plane.type)
 
         return emit
 

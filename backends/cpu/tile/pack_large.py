@@ -84,21 +84,18 @@ def _field(row: Row, offset: int, shift: int, mask: int) -> Any:
 def _q2_k(row: Row) -> None:
     row.f16(80, 0)
     row.f16(82, 2 * ROWS)
-    for half in range(2):
-        start = 4 * ROWS + half * (8 * ROWS + 8 * LINE)
-        for i in range(8):
-            row.byte(row.source_byte(8 * half + i), start + i * ROWS)
-        row.words(16 + 32 * half, start + 8 * ROWS, 8)
+    row.words(16, 4 * ROWS, 16)
+    for i in range(16):
+        row.byte(row.source_byte(i), 4 * ROWS + 16 * LINE + i * ROWS)
 
 
 def _q3_k(row: Row) -> None:
     row.f16(108, 0)
+    row.words(32, 2 * ROWS, 16)
     for half in range(2):
-        start = 2 * ROWS + half * (8 * ROWS + 12 * LINE)
-        for i in range(8):
-            row.byte(_turned_scale(row, 8 * half + i), start + i * ROWS)
-        row.words(32 + 32 * half, start + 8 * ROWS, 8)
-        _third_bits(row, half, start + 8 * ROWS + 8 * LINE)
+        _third_bits(row, half, 2 * ROWS + (16 + 4 * half) * LINE)
+    for i in range(16):
+        row.byte(_turned_scale(row, i), 2 * ROWS + 24 * LINE + i * ROWS)
 
 
 def _turned_scale(row: Row, i: int) -> Any:

@@ -120,11 +120,8 @@ def _iq4_xs(b: Array) -> list[Array]:
 
 
 def _q2_k(b: Array) -> list[Array]:
-    planes = [_flat(b[..., 80:82]), _flat(b[..., 82:])]
-    for h in range(2):
-        planes.append(_bytes(b[..., 8 * h : 8 * h + 8]))
-        planes.append(_words(b[..., 16 + 32 * h : 48 + 32 * h]))
-    return planes
+    ends = [_flat(b[..., 80:82]), _flat(b[..., 82:])]
+    return [*ends, _words(b[..., 16:80]), _bytes(b[..., :16])]
 
 
 def _q3_k(b: Array) -> list[Array]:
@@ -132,13 +129,11 @@ def _q3_k(b: Array) -> list[Array]:
     high = (b[..., None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
     scale = 32 - (low | high.reshape(low.shape) << 4).astype(np.int32)
     scale = (np.abs(scale) | np.where(scale < 0, 128, 0)).astype(np.uint8)
-    planes = [_flat(b[..., 108:])]
+    planes = [_flat(b[..., 108:]), _words(b[..., 32:96])]
     for h in range(2):
-        planes.append(_bytes(scale[..., 8 * h : 8 * h + 8]))
-        planes.append(_words(b[..., 32 + 32 * h : 64 + 32 * h]))
         bits = b[..., :32] >> 4 * h & 15
         planes.append(_words(bits[..., :16] | bits[..., 16:] << 4))
-    return planes
+    return [*planes, _bytes(scale)]
 
 
 def _tq1_0(b: Array) -> list[Array]:

@@ -84,7 +84,7 @@ def _over_parts(p: Problem, body: Callable[[Any], None]) -> None:
 def _unpack(p: Problem, s: _Scratch, base: Any, place: Any, span: Span) -> None:
     """Records of the elements of `span` of one group, from `place` on."""
     code, layout = p.code, p.layout
-    per_chunk = layout.chunk // 32
+    per_chunk, each = layout.chunk // 32, layout.packed_bytes // layout.chunks
 
     def block(k: Any, row: Any) -> None:
         number = code.b.udiv(k, const(layout.block))
@@ -95,7 +95,7 @@ def _unpack(p: Problem, s: _Scratch, base: Any, place: Any, span: Span) -> None:
 
         def chunk(j: Any) -> None:
             at = code.at(start, code.times(j, layout.chunk_bytes), layout.header)
-            prefetch(p, at, layout.chunk_bytes, row)
+            prefetch(p, code.at(start, code.times(j, each)), each, row)
             for i, one in enumerate(unpack(layout.name, rows, head, at, j)):
                 which = code.at(code.times(j, per_chunk), i)
                 _write(p, one, code.at(records, code.times(which, s.record), _bytes(p, row)))

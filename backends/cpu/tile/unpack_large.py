@@ -111,17 +111,14 @@ def _iq4_xs(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
 
 
 def _q2_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
-    """128 elements: block i has bits 2i of all planes. A code is two bits times four of scale."""
+    """A code is two bits times four bits of scale; a scale's byte has four of minimum above."""
     code, (d, d_min) = rows.code, head
-    b, blocks = code.b, []
-    for i in range(4):
-        both = [rows.integer(base, (2 * i + half) * ROWS) for half in range(2)]
-        scales = [both_halves(code, b.and_(v, code.fill(I32, 15))) for v in both]
-        words = two_bit_words(rows, base, 8 * ROWS, i)
-        products = [_scaled(code, word, scales[w // 4]) for w, word in enumerate(words)]
-        steps = tuple(b.lshr(v, code.fill(I32, 4)) for v in both)
-        blocks.append(Block(products, [d], b.fneg(d_min), steps))
-    return blocks
+    both = [rows.integer(base, half * ROWS) for half in range(2)]
+    scales = [both_halves(code, code.b.and_(v, code.fill(I32, 15))) for v in both]
+    words = two_bit_words(rows, 4 * ROWS, number)
+    products = [_scaled(code, word, scales[w // 4]) for w, word in enumerate(words)]
+    steps = tuple(code.b.lshr(v, code.fill(I32, 4)) for v in both)
+    return [Block(products, [d], code.b.fneg(d_min), steps)]
 
 
 def _scaled(code: Code, word: Word, factor: Any) -> Word:
@@ -135,28 +132,40 @@ def _scaled(code: Code, word: Word, factor: Any) -> Word:
 
 
 def _q3_k(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
-    """128 elements: block i has bits 2i of eight planes, and bit i or 4 + i of four others.
+    """A weight is (u - 4) * scale * d, where u has three bits.
 
-    A weight is (u - 4) * scale * d with u of three bits, so an element has the integer
-    scale * (u - 4), of which all but -4 * -32 are signed bytes: codes are its negative + 128 and
-    the float scale is -d.
+    The integers scale * (u - 4) are signed bytes, all but -4 * -32: codes are 128 less the
+    integer, and the float scale is -d.
     """
     code, (d,) = rows.code, head
-    blocks = []
-    for i in range(4):
-        turned = [_Turned(code, rows.integer(base, (2 * i + h) * ROWS, True)) for h in range(2)]
-        words = two_bit_words(rows, base, 8 * ROWS, i)
-        thirds = [_third_bits(rows, base, i, w) for w in range(8)]
-        full = [with_bits(code, *both) for both in zip(words, thirds, strict=True)]
-        products = [turned[w // 4].applied(word) for w, word in enumerate(full)]
-        blocks.append(Block(products, [code.b.fneg(d)]))
-    return blocks
+    turned = [_Turned(code, rows.integer(base, half * ROWS, True)) for half in range(2)]
+    words, thirds = two_bit_words(rows, 2 * ROWS, number), _third_bits(rows, number)
+    full = [with_bits(code, *both) for both in zip(words, thirds, strict=True)]
+    products = [turned[w // 4].applied(word) for w, word in enumerate(full)]
+    return [Block(products, [code.b.fneg(d)])]
 
 
-def _third_bits(rows: Rows, base: Any, i: int, w: int) -> Callable[[], Any]:
-    """Bit i (words 0..3) or 4 + i (words 4..7) of plane w % 4, in place of bit 2."""
-    offset, left = 8 * ROWS + 8 * LINE, 2 - i - 4 * (w // 4)
-    return lambda: moved(rows.code, rows.word(base, offset, w % 4), left, 4)
+def _third_bits(rows: Rows, number: Any) -> list[Callable[[], Any]]:
+    """The bits above two: every four blocks of 32 share four planes with two words in each.
+
+    Block i of the four has bit i of every byte (words 0..3) and bit 4 + i (words 4..7).
+    """
+    code, b, offset = rows.code, rows.code.b, 2 * ROWS + 16 * LINE
+    planes = code.at(rows.base, code.times(b.lshr(number, const(2)), 4 * LINE))
+    place = b.and_(number, const(3))
+
+    def bits(w: int) -> Callable[[], Any]:
+        turn = code.splat(b.trunc(b.sub(const(2 - 4 * (w // 4)), place), I32))
+
+        def emit() -> Any:
+            plane = b.bitcast(rows.word(planes, offset, w % 4), turn.type)
+            name = f"llvm.fshl.v{code.lanes}i32"
+            turned = code.intrinsic(name, turn.type, [plane, plane, turn])
+            return b.and_(turned, code.fill(I32, 0x04040404))
+
+        return emit
+
+    return [bits(w) for w in range(8)]
 
 
 class _Turned:
@@ -188,7 +197,7 @@ class _Turned:
 
 
 def _tq2_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
-    return [Block(two_bit_words(rows, base, 0, i), head) for i in range(4)]
+    return [Block(two_bit_words(rows, 2 * ROWS, number), head)]
 
 
 def _tq1_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:

@@ -38,17 +38,23 @@ def matmul_int8(name: str, raw: Array, q: Array, d: Array, fma: bool = True) -> 
         for part in range(parts):
             at = slice(32 * b + span * part, 32 * b + span * (part + 1))
             dot = q[:, at].astype(np.int32) @ w.codes[:, at].T
+            if w.halves is not None:
+                acc = fused(_less_minima(w, dot, q, b, fma), d[:, b, None], acc, fma)
+                continue
             value = dot.astype(np.float32) * d[:, b, None]
             acc = fused(value, w.scales[None, :, b, part], acc, fma)
-        if w.minimum is None:
-            continue
-        value, minimum = total[:, b, None], w.minimum[None, :, b]
-        if w.halves is not None:
-            sums = q[:, 32 * b : 32 * b + 32].reshape(n_tokens, 2, 16).sum(2, dtype=np.int32)
-            value = (-8 * sums @ w.halves[:, b].T).astype(np.float32) * d[:, b, None]
-            minimum = minimum * np.float32(-0.125)
-        acc = fused(minimum, value, acc, fma)
+        if w.minimum is not None and w.halves is None:
+            acc = fused(w.minimum[None, :, b], total[:, b, None], acc, fma)
     return acc
+
+
+def _less_minima(w: Codes, dot: Array, q: Array, b: int, fma: bool) -> Array:
+    """dot * scale of block b, less the minimum times the factors and sums of both halves."""
+    assert w.halves is not None and w.minimum is not None, "a format with minima of halves"
+    sums = q[:, 32 * b : 32 * b + 32].reshape(len(q), 2, 16).sum(2, dtype=np.int32)
+    both = (-8 * sums @ w.halves[:, b].T).astype(np.float32)
+    product = dot.astype(np.float32) * w.scales[None, :, b, 0]
+    return fused(both, (w.minimum[:, b] * np.float32(-0.125))[None], product, fma)
 
 
 def matmul_f32(name: str, raw: Array, x: Array, fma: bool = True) -> Array:

@@ -16,6 +16,7 @@ from runtime.backends.cpu.tile.dots import half_sums
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.problem import Problem
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS, Q_BYTES, SIDE_BYTES
+from runtime.backends.cpu.tile.sums_int8 import less_minimum
 from runtime.backends.cpu.tile.vector import F32, I32, const, vec
 
 STRETCH = 2048  # elements of K that are unpacked at a time; a multiple of every block
@@ -118,6 +119,8 @@ def _write(p: Problem, s: AmxScratch, g: _Group) -> None:
 
 def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
     """The float operations of `sums_int8`, in the same order."""
+    if p.layout.half_minima:
+        return _with_half_minima(p, s, g, sums)
     code, kind = p.code, vec(F32, ROWS)
     scale = code.load(code.at(g.record, CODES + LINE * g.part), kind, LINE)
     result = []
@@ -128,8 +131,6 @@ def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
         result.append(code.fma(value, scale, total))
     if not p.layout.minimum:
         return result
-    if p.layout.half_minima:
-        return _with_half_minima(p, g, result)
     minimum = code.load(code.at(g.record, CODES + LINE), kind, LINE)
     row_sums = code.at(g.side, 4 * AMX_COLUMNS)
     return [
@@ -138,15 +139,15 @@ def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
     ]
 
 
-def _with_half_minima(p: Problem, g: _Group, sums: list[Any]) -> list[Any]:
+def _with_half_minima(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
     code, kind = p.code, vec(F32, ROWS)
-    unit = code.load(code.at(g.record, CODES + LINE), kind, LINE)
+    scale, unit = (code.load(code.at(g.record, CODES + LINE * i), kind, LINE) for i in (0, 1))
     places = [code.at(g.record, CODES + LINE * i) for i in (2, 3)]
     halves = tuple(code.load(place, vec(I32, ROWS), LINE) for place in places)
     result = []
     for c, total in enumerate(sums):
+        dot = code.load(code.at(s.dots, SUMS * g.slot + LINE * c), vec(I32, ROWS), LINE)
         starts = [code.at(g.side, 4 * (which * AMX_COLUMNS + c)) for which in (3, 4)]
-        value = code.b.sitofp(half_sums(code, halves, starts), kind)
-        value = code.b.fmul(value, code.load_splat(code.at(g.side, 4 * c), F32))
-        result.append(code.fma(value, unit, total))
+        value = less_minimum(code, (dot, scale), (half_sums(code, halves, starts), unit))
+        result.append(code.fma(value, code.load_splat(code.at(g.side, 4 * c), F32), total))
     return result

@@ -2,7 +2,8 @@
 
 For every block of 32 (or half block, where the format has a scale for 16) and every column:
     acc = fma(float(dot) * d, scale, acc), then acc = fma(minimum, s, acc) where there is one,
-in block order. Minima of halves are added as fma(float(sum of m * sum(q)) * d, unit, acc).
+in block order. With minima of halves it is
+    acc = fma(fma(float(sum of m * sum(q)), unit, float(dot) * scale), d, acc).
 `dot` is exact; d and s = d * sum(q) come with the activations.
 """
 
@@ -99,9 +100,9 @@ def one_block(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[An
 
         picked = [b.words[part * words : (part + 1) * words] for b in blocks]
         dots = dot_words(p.code, p.layout, picked, p.spec.columns, word, correction)
+        if p.layout.half_minima:
+            return _with_half_minima(p, blocks, dots, x, sums)
         sums = _scaled(p, dots, [b.scales[part] for b in blocks], x, sums)
-    if p.layout.half_minima:
-        return _with_half_minima(p, blocks, x, sums)
     return _with_minimum(p, blocks, x, sums) if p.layout.minimum else sums
 
 
@@ -124,16 +125,23 @@ def _with_minimum(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> lis
     return result
 
 
-def _with_half_minima(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[Any]:
+def _with_half_minima(p: Problem, blocks: list[Block], dots: Any, x: X, sums: Any) -> list[Any]:
     code, result = p.code, []
     units = [minimum_unit(code, b) for b in blocks]
     for i, total in enumerate(sums):
         g, c = divmod(i, p.spec.columns)
         both = half_sums(code, blocks[g].halves, [x.side(_C_LOW + h, c) for h in range(2)])
-        value = code.b.sitofp(both, vec(F32, code.lanes))
-        value = code.b.fmul(value, code.load_splat(x.side(_D, c), F32))
-        result.append(code.fma(value, units[g], total))
+        d = code.load_splat(x.side(_D, c), F32)
+        value = less_minimum(code, (dots[g][c], blocks[g].scales[0]), (both, units[g]))
+        result.append(code.fma(value, d, total))
     return result
+
+
+def less_minimum(code: Code, dot: tuple[Any, Any], both: tuple[Any, Any]) -> Any:
+    """fma(float(both), unit, float(dot) * scale) of (dot, scale) and (both, unit)."""
+    kind = dot[1].type
+    product = code.b.fmul(code.b.sitofp(dot[0], kind), dot[1])
+    return code.fma(code.b.sitofp(both[0], kind), both[1], product)
 
 
 def minimum_unit(code: Code, block: Block) -> Any:

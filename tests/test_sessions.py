@@ -153,18 +153,16 @@ def test_rewind_finds_message_ends(model: Model, prompt: list[int]):
             session.eval([token], "none")
         session.eval(prompt[40:60])
         session.rewind(25)
-        assert session.evaluated == 30
-    with model.session() as session:
-        session.eval(prompt[:30])
-        session.eval(prompt[30:60])
-        session.rewind(30)
-        assert session.evaluated == 30
+        assert len(session) == 35 and session.evaluated == 30
+        session.rewind(5)
+        assert len(session) == session.evaluated == 30
 
 
 def test_a_chain_of_snapshots(model: Model, prompt: list[int], whole: np.ndarray):
     """Ten of one sequence at once, restored in any order, some after the session has ended."""
     session = model.session()
     snapshots = []
+    empty = session.snapshot()
     for at in range(0, 100, 10):
         session.eval(prompt[at : at + 10], "none")
         snapshots.append(session.snapshot())
@@ -173,13 +171,16 @@ def test_a_chain_of_snapshots(model: Model, prompt: list[int], whole: np.ndarray
         at = 10 * (i + 1)
         assert len(session) == at == len(snapshots[i])
         same(model, session.eval(prompt[at : at + 3]), whole[at : at + 3])
+    session.restore(empty)
+    assert len(session) == 0
+    same(model, session.eval(prompt[:9]), whole[:9])
     session.close()
     with model.session() as other:
         other.eval([5, 6, 7])
         other.restore(snapshots[2])
         same(model, other.eval(prompt[30:]), whole[30:])
         assert other.tokens == prompt
-    for snapshot in snapshots:
+    for snapshot in (empty, *snapshots):
         snapshot.close()
 
 
@@ -210,14 +211,6 @@ def test_snapshots_take_a_slot_each(model: Model, prompt: list[int]):
         assert model.slots.count - model.slots.free <= 30 + 1
         for snapshot in snapshots:
             snapshot.close()
-
-
-def test_snapshot_of_nothing(model: Model, prompt: list[int], whole: np.ndarray):
-    with model.session() as session, session.snapshot() as empty:
-        session.eval([1, 2, 3])
-        session.restore(empty)
-        assert len(session) == 0
-        same(model, session.eval(prompt), whole)
 
 
 def test_what_cannot_be_restored(
@@ -368,10 +361,13 @@ def test_threads(model: Model, prompt: list[int], whole: np.ndarray):
 def test_snapshots_are_quick(model: Model, prompt: list[int]):
     with model.session() as session:
         session.eval(prompt, "none")
-        start = time.perf_counter()
-        with session.snapshot() as snapshot:
-            session.restore(snapshot)
-        assert time.perf_counter() - start < 0.015
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with session.snapshot() as snapshot:
+                session.restore(snapshot)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 0.005
 
 
 def test_long_prompts_keep_states_on_their_way(chosen: tuple[Path, str]):

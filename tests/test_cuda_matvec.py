@@ -10,19 +10,32 @@ from runtime.backends.cuda import layouts
 from runtime.backends.cuda.kernels.matvec import rows_of
 from runtime.ops.errors import BackendError
 
-PACK = {"Q8_0": layouts.pack_q8_0, "Q4_0": layouts.pack_q4_0}
+PACK = {
+    "Q8_0": layouts.pack_q8_0,
+    "Q4_0": layouts.pack_q4_0,
+    "Q4_K": layouts.pack_q4_k,
+    "Q6_K": layouts.pack_q6_k,
+}
 
 
 def _matvec(blocks: np.ndarray, x: np.ndarray, format: str, stride: int = 0) -> np.ndarray:
     rows, columns = len(blocks), len(x)
     packed, meta = layouts.quantize(x)
     out = unset(columns, stride or rows)
-    n = packed.shape[2]
     planes = PACK[format](blocks)
     grid = -(-rows // rows_of(format, columns))
     constants = {"format": format, "columns": columns}
     simulate(
-        "matvec", grid, *planes, packed, meta, out, rows, n, stride or rows, constants=constants
+        "matvec",
+        grid,
+        *planes,
+        packed,
+        meta,
+        out,
+        rows,
+        packed.shape[2],
+        stride or rows,
+        constants=constants,
     )
     return out[:, :rows]
 
@@ -32,6 +45,7 @@ def _matvec(blocks: np.ndarray, x: np.ndarray, format: str, stride: int = 0) -> 
 def test_matvec_is_the_product(rng, format: str, shape: tuple[int, int, int]):
     rows, n, columns = shape
     block = layouts.BLOCKS_PER[format]
+    n = -(-n // block)
     blocks = random_blocks(rng, format, rows, n)
     x = rng.standard_normal((columns, n * block * 32)).astype(np.float32)
     expected = layouts.dequantized(*layouts.quantize(x)) @ values(blocks, format).T

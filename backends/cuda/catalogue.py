@@ -17,8 +17,12 @@ from .intrinsic import Declared, Entry
 
 # file of kernels/ -> kernel -> constant -> the values it may have
 _FILES: dict[str, dict[str, dict[str, tuple]]] = {
-    "elementwise": {"swiglu": {}},
-    "matvec": {"matvec": {"format": ("Q8_0", "Q4_0"), "columns": (1, 2, 4, 8)}},
+    "argmax": {"argmax_parts": {}, "argmax_merge": {}},
+    "elementwise": {"swiglu": {"packed": (False, True)}},
+    "norm": {"rms_norm": {"packed": (False, True)}},
+    "pack": {"quantize": {}},
+    "rope": {"rope_angles": {}, "rope": {"style": ("neox", "normal")}},
+    "matvec": {"matvec": {"format": ("Q8_0", "Q4_0", "Q4_K", "Q6_K"), "columns": (1, 2, 4, 8)}},
 }
 FILE_OF = {kernel: name for name, file in _FILES.items() for kernel in file}
 CONSTANTS = {kernel: values for file in _FILES.values() for kernel, values in file.items()}

@@ -5,6 +5,12 @@ A row is cut into blocks of 32 values along k. 16 bytes are a piece. Shapes, out
     Q8_0  quants [row, half, block] pieces: 16 int8 of each half   scales f16 [row, block]
     Q4_0  quants [row, block] pieces: low nibbles are the first    scales f16 [row, block]
           half, high ones the second, value = nibble - 8
+    Q4_K  quants [row, block] pieces as Q4_0, block = eighth     scales u16 [row, block]: scale
+          of the super-block, value = d s nibble - dmin m        and minimum, 6 bits each in a byte
+                                                                 supers [row, block / 8] f16 d, dmin
+    Q6_K  quants [row, block] pieces: low 4 bits as Q4_0         scales u16 [row, block]: int8 of
+          pairs [row, block] of 8 bytes: bits 4 and 5;           the first and the second half
+          word = half, bits 2 w + 8 j of value 4 w + j           supers f16 [row, block / 8]
     activations  x [column, half, block] pieces of int8
                  meta [column, block] of (f32 scale, two int16: the negated sums of the halves)
 
@@ -18,7 +24,12 @@ import numpy as np
 from runtime.ops.errors import BackendError
 
 BLOCK = 32  # values
-BLOCKS_PER = {"Q8_0": 1, "Q4_0": 1}  # blocks of 32 in a block of the file's format
+BLOCKS_PER = {
+    "Q8_0": 1,
+    "Q4_0": 1,
+    "Q4_K": 8,
+    "Q6_K": 8,
+}  # blocks of 32 in a block of the file's format
 
 
 def pack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -32,6 +43,50 @@ def pack_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """GGUF blocks uint8 [rows, n, 18] -> quants uint8 [rows, n, 16], scales uint16 [rows, n]."""
     blocks = _checked(blocks, 18)
     return np.ascontiguousarray(blocks[..., 2:]), _u16(blocks[..., :2])
+
+
+def pack_q4_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """GGUF blocks uint8 [rows, n, 144] -> quants uint8 [rows, 8 n, 16], scales uint16 [rows, 8 n],
+    supers uint32 [rows, n]."""
+    blocks = _checked(blocks, 144)
+    rows, n, _ = blocks.shape
+    groups = blocks[..., 16:].reshape(rows, n, 4, 32)
+    values = np.stack([groups & 15, groups >> 4], 3).reshape(rows, 8 * n, 32)
+    supers = np.ascontiguousarray(blocks[..., :4]).view(np.uint32)[..., 0]
+    return _nibble_pieces(values), _six_bit_scales(blocks[..., 4:16]), supers
+
+
+def _six_bit_scales(raw: np.ndarray) -> np.ndarray:
+    """The 8 scales and minima in 12 bytes [rows, n, 12], as uint16 [rows, 8 n]: scale | min << 8.
+
+    The first four of each are the low 6 bits of bytes 0 to 7; the last four have their low bits
+    in the nibbles of bytes 8 to 11 and their high bits above the first four.
+    """
+    first, second, third = raw[..., :4], raw[..., 4:8], raw[..., 8:]
+    scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], -1)
+    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6) << 4], -1)
+    both = scales.astype(np.uint16) | minima.astype(np.uint16) << 8
+    return np.ascontiguousarray(both.reshape(len(raw), -1))
+
+
+def pack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """GGUF blocks uint8 [rows, n, 210] -> quants uint8 [rows, 8 n, 16], pairs uint8 [rows, 8 n, 8],
+    scales uint16 [rows, 8 n], supers uint16 [rows, n]."""
+    blocks = _checked(blocks, 210)
+    rows, n, _ = blocks.shape
+    low = blocks[..., :128].reshape(rows, n, 2, 2, 32)
+    low = np.stack([low & 15, low >> 4], 3).reshape(rows, 8 * n, 32)
+    high = blocks[..., 128:192].reshape(rows, n, 2, 1, 32)
+    high = (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(rows, 8 * n, 2, 4, 4)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    pairs = np.bitwise_or.reduce(high << shifts, 3).reshape(rows, 8 * n, 8)
+    scales = _u16(blocks[..., 192:208].reshape(rows, 8 * n, 2))
+    return _nibble_pieces(low), pairs, scales, _u16(blocks[..., 208:])
+
+
+def _nibble_pieces(values: np.ndarray) -> np.ndarray:
+    """uint8 [..., 32] below 16 -> [..., 16]: the first half in the low nibbles."""
+    return values[..., :16] | values[..., 16:] << 4
 
 
 def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,3 +126,10 @@ def _checked(blocks: np.ndarray, nbytes: int) -> np.ndarray:
 
 def _u16(raw: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(raw).view(np.uint16)[..., 0]
+
+
+def turns_of(frequencies: np.ndarray) -> np.ndarray:
+    """float32 [half, 2]: frequency / 2 pi, and what its rounding left (for `rope_angles`)."""
+    turns = frequencies.astype(np.float64) / (2 * np.pi)
+    high = turns.astype(np.float32)
+    return np.stack([high, (turns - high).astype(np.float32)], -1)

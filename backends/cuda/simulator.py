@@ -15,6 +15,7 @@ integers beyond 64 bits. Integers are exact until a cast such as u32() wraps the
 
 from __future__ import annotations
 
+import contextvars
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -92,6 +93,7 @@ def _run_block(
     threads = [Lane(i, block) for i in range(block.threads)]
     for lane in threads:
         lane.greenlet = greenlet(lambda: kernel.function(*values))
+        lane.greenlet.gr_context = contextvars.copy_context()  # numpy's errstate is part of it
     while not all(lane.done for lane in threads):
         ready = [lane for lane in threads if not lane.done and lane.waits is None]
         for lane in turns(ready):

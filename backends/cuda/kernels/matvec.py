@@ -28,18 +28,14 @@ from runtime.backends.cuda.intrinsics import (
     load2,
     load4,
     registers,
-    shared,
     shift_right,
-    shuffle_xor,
-    store,
     stream4,
-    syncthreads,
     thread_x,
     u32,
 )  # fmt: skip
 
-WARPS = 4
-THREADS = 32 * WARPS
+from .matvec_k import THREADS, WARPS, matvec_k
+from .sums import store_row_sums
 
 
 def dot_q8_0(weights, quants, blocks, x, cell, start):
@@ -90,15 +86,15 @@ FORMATS = {"Q8_0": (2, dot_q8_0, no_offset), "Q4_0": (1, dot_q4_0, offset_8)}
 def matvec(format: str, columns: int) -> Declared:
     """out[c, row] = sum over k of weights[row, k] x[c, k].
 
-    `n_rows` rows of `blocks` blocks; `out` f32 [columns, out_stride].
+    `n_rows` rows of `blocks` blocks; `out` f32 [columns, out_stride]. Grid: rows / rows_of(...).
     """
+    if format not in FORMATS:
+        return matvec_k(format, rows_of(format, columns), columns)
     PIECES, dot, offset = FORMATS[format]
-    ROWS = rows_of(format, columns)
-    COLUMNS = columns
+    ROWS, COLUMNS = rows_of(format, columns), columns
     N = ROWS * COLUMNS
-    accumulators, places, partial = (
-        registers("f32", N), registers("u32", ROWS), shared("f32", WARPS * N)
-    )  # fmt: skip
+    accumulators, places = registers("f32", N), registers("u32", ROWS)
+    finish = store_row_sums(WARPS, ROWS, COLUMNS)
 
     @entry(
         "weights:u32* scales:u16* x:u32* meta:u32* out:f32* n_rows:u32 blocks:u32 out_stride:u32",
@@ -118,41 +114,20 @@ def matvec(format: str, columns: int) -> Declared:
             for c in range(COLUMNS):
                 scale, sums = load2(meta, u32(c * blocks + b))
                 start = offset(sums)
+                cell = u32(2 * c * blocks + b)
                 for r in range(ROWS):
-                    i = u32(row[r] + b)
-                    total = dot(
-                        weights, u32(PIECES * row[r] + b), blocks, x, u32(2 * c * blocks + b), start
-                    )
-                    d = f16_to_f32(constant(scales, i)) * bits_to_f32(scale)
+                    total = dot(weights, u32(PIECES * row[r] + b), blocks, x, cell, start)
+                    d = f16_to_f32(constant(scales, u32(row[r] + b))) * bits_to_f32(scale)
                     acc[r * COLUMNS + c] += d * int_to_f32(total)
             b = u32(b + THREADS)
-        reduce(acc, partial(), out, n_rows, out_stride)
-
-    def reduce(acc, sums, out, n_rows, out_stride):
-        for n in range(N):
-            value = acc[n]
-            value += shuffle_xor(value, 16)
-            value += shuffle_xor(value, 8)
-            value += shuffle_xor(value, 4)
-            value += shuffle_xor(value, 2)
-            value += shuffle_xor(value, 1)
-            if thread_x() & 31 == 0:
-                sums[u32((thread_x() >> 5) * N + n)] = value
-        syncthreads()
-        i = thread_x()
-        row = u32(block_x() * ROWS + i // COLUMNS)
-        if i < N and row < n_rows:
-            value = f32(0)
-            for w in range(WARPS):
-                value += sums[u32(w * N + i)]
-            store(out, u32((i % COLUMNS) * out_stride + row), value)
+        finish(acc, out, u32(block_x() * ROWS), n_rows, out_stride)
 
     return matvec
 
 
 def rows_of(format: str, columns: int) -> int:
     """Rows that a block of threads owns."""
-    return 2 if format == "Q8_0" or columns == 4 else 4
+    return 2 if format in ("Q8_0", "Q6_K") or columns == 4 else 4
 
 
 KERNELS = {"matvec": matvec}

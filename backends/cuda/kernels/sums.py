@@ -1,0 +1,96 @@
+"""Sums over the threads of a block, in an order that depends on the block's size alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runtime.backends.cuda.intrinsics import (
+    f32,
+    fmax,
+    shared,
+    shuffle_xor,
+    shuffle_xor_u32,
+    store,
+    syncthreads,
+    thread_x,
+    u32,
+)  # fmt: skip
+
+
+def warp_sum(value):
+    """The sum over a warp, in every lane."""
+    value += shuffle_xor(value, 16)
+    value += shuffle_xor(value, 8)
+    value += shuffle_xor(value, 4)
+    value += shuffle_xor(value, 2)
+    value += shuffle_xor(value, 1)
+    return value
+
+
+def warp_max(value):
+    """The largest value of a warp, in every lane."""
+    value = fmax(value, shuffle_xor(value, 16))
+    value = fmax(value, shuffle_xor(value, 8))
+    value = fmax(value, shuffle_xor(value, 4))
+    value = fmax(value, shuffle_xor(value, 2))
+    return fmax(value, shuffle_xor(value, 1))
+
+
+def block_sum(warps: int) -> Callable:
+    """A function of one value per thread: the sum over the block, in every thread; used once."""
+    partial = shared("f32", warps)
+
+    def total(value):
+        sums = partial()
+        value = warp_sum(value)
+        if thread_x() & 31 == 0:
+            sums[u32(thread_x() >> 5)] = value
+        syncthreads()
+        value = f32(0)
+        for w in range(warps):
+            value += sums[w]
+        return value
+
+    return total
+
+
+def store_row_sums(warps: int, rows: int, columns: int) -> Callable:
+    """The end of a matrix-vector kernel: sums of `rows` x `columns` registers over the block.
+
+    The function takes them, the output [columns, out_stride], the block's first row, the number
+    of rows, and out_stride.
+    """
+    count = rows * columns
+    partial = shared("f32", warps * count)
+
+    def finish(values, out, first, n_rows, out_stride):
+        sums = partial()
+        for n in range(count):
+            value = warp_sum(values[n])
+            if thread_x() & 31 == 0:
+                sums[u32((thread_x() >> 5) * count + n)] = value
+        syncthreads()
+        i = thread_x()
+        row = u32(first + i // columns)
+        if i < count and row < n_rows:
+            value = f32(0)
+            for w in range(warps):
+                value += sums[u32(w * count + i)]
+            store(out, u32((i % columns) * out_stride + row), value)
+
+    return finish
+
+
+def better(value, index, other_value, other_index):
+    """Whether the other pair wins: the larger value, the lower index among equals."""
+    return other_value > value or (other_value == value and other_index < index)
+
+
+def warp_best(value, index):
+    """The winning (value, index) of a warp, in every lane."""
+    for step in (16, 8, 4, 2, 1):
+        other = shuffle_xor(value, u32(step))
+        other_index = shuffle_xor_u32(index, u32(step))
+        if better(value, index, other, other_index):
+            value, index = other, other_index
+    return value, index

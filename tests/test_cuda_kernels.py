@@ -1,0 +1,129 @@
+"""Norm, rope, SwiGLU, int8 packing and argmax on the simulator against numpy, at odd sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cuda_calls import error, simulate, unset
+
+from runtime.backends.cuda import layouts
+from runtime.ops.norm import rms_norm as norm_op
+from runtime.ops.rope import rope as rope_op
+from runtime.ops.rope import rope_angles as angles_op
+
+rms_norm, rope, rope_angles = norm_op.reference, rope_op.reference, angles_op.reference
+EDGES = np.array([0, -0.0, 1e-30, -1e30, 1e30, 3e-39], np.float32)
+
+
+def _packed(columns: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    shape = (columns, 2, blocks, 16), (columns, blocks, 2)
+    return np.full(shape[0], 0xCD, np.uint8), np.full(shape[1], 0xCDCDCDCD, np.uint32)
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(1, 1), (3, 5), (2, 33)])
+def test_quantize_is_the_reference_bit_for_bit(rng, columns: int, blocks: int):
+    x = rng.standard_normal((columns, 32 * blocks)).astype(np.float32)
+    x[0, : len(EDGES)] = EDGES
+    x[-1, -32:] = 0
+    packed, meta = _packed(columns, blocks)
+    simulate("quantize", (-(-blocks // 32), columns), x, packed, meta, blocks)
+    expected, expected_meta = layouts.quantize(x)
+    np.testing.assert_array_equal(packed, expected)
+    np.testing.assert_array_equal(meta, expected_meta)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 4), (3, 36), (2, 1100)])
+def test_rms_norm(rng, rows: int, n: int):
+    x, w = rng.standard_normal((rows, n)).astype(np.float32), rng.random(n).astype(np.float32)
+    out = unset(rows, n)
+    simulate("rms_norm", rows, x, w, out, n // 4, 1e-6, constants={"packed": False})
+    expected = rms_norm(x.astype(np.float64), w.astype(np.float64), eps=1e-6)
+    assert error(out, expected) < 3e-7
+
+
+@pytest.mark.parametrize("n", [32, 1056])
+def test_rms_norm_packed(rng, n: int):
+    x, w = rng.standard_normal((2, n)).astype(np.float32), rng.random(n).astype(np.float32)
+    out = unset(2, n)
+    simulate("rms_norm", 2, x, w, out, n // 4, 1e-6, constants={"packed": False})
+    packed, meta = _packed(2, n // 32)
+    simulate("rms_norm", 2, x, w, packed, meta, n // 4, 1e-6, constants={"packed": True})
+    expected, expected_meta = layouts.quantize(out)
+    np.testing.assert_array_equal(packed, expected)
+    np.testing.assert_array_equal(meta, expected_meta)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 4), (2, 36), (3, 1056)])
+def test_swiglu(rng, rows: int, n: int):
+    gate, up = (4 * rng.standard_normal((2, rows, n))).astype(np.float32)
+    gate[0, :2] = -200, 200
+    out = unset(rows, n)
+    grid = (-(-n // 1024), rows)
+    simulate("swiglu", grid, gate, up, out, n // 4, constants={"packed": False})
+    wide = gate.astype(np.float64)
+    assert error(out, wide / (1 + np.exp(-wide)) * up) < 3e-7
+
+
+def test_swiglu_packed(rng):
+    gate, up = rng.standard_normal((2, 2, 96)).astype(np.float32)
+    out = unset(2, 96)
+    simulate("swiglu", (1, 2), gate, up, out, 24, constants={"packed": False})
+    packed, meta = _packed(2, 3)
+    simulate("swiglu", (1, 2), gate, up, packed, meta, 24, constants={"packed": True})
+    expected, expected_meta = layouts.quantize(out)
+    np.testing.assert_array_equal(packed, expected)
+    np.testing.assert_array_equal(meta, expected_meta)
+
+
+def test_rope_angles_hold_at_far_positions(rng):
+    positions = np.array([0, 1, 17, 40_003, 1_000_003], np.int32)
+    frequencies = (10_000.0 ** (-np.arange(67) / 67)).astype(np.float32)
+    out = unset(5, 67, 2)
+    turns = layouts.turns_of(frequencies)
+    simulate("rope_angles", (2, 5), positions, turns, out, 67, 1.25)
+    expected = rope_angles(positions, frequencies, magnitude=1.25)
+    assert abs(out - expected).max() < 5e-7
+
+
+@pytest.mark.parametrize("style", ["neox", "normal"])
+@pytest.mark.parametrize(("heads", "dim", "half"), [(2, 32, 16), (3, 40, 8), (1, 160, 80)])
+def test_rope(rng, style: str, heads: int, dim: int, half: int):
+    x = rng.standard_normal((2, heads, dim)).astype(np.float32)
+    angles = rng.standard_normal((2, half, 2)).astype(np.float32)
+    out = unset(2, heads, dim + 3)
+    strides = heads * dim, dim, heads * (dim + 3), dim + 3
+    simulate("rope", (heads, 2), x, angles, out, half, dim, *strides, constants={"style": style})
+    assert abs(out[..., :dim] - rope(x, angles, style=style)).max() < 1e-6
+    assert np.isnan(out[..., dim:]).all()
+
+
+def test_rope_in_place(rng):
+    x = rng.standard_normal((1, 2, 24)).astype(np.float32)
+    angles = rng.standard_normal((1, 8, 2)).astype(np.float32)
+    expected = rope(x, angles, style="neox")
+    simulate("rope", (2, 1), x, angles, x, 8, 24, 48, 24, 48, 24, constants={"style": "neox"})
+    assert abs(x - expected).max() < 1e-6
+
+
+def _argmax(x: np.ndarray, parts: int) -> np.ndarray:
+    rows, n = x.shape
+    best, ids = unset(rows, parts), np.zeros((rows, parts), np.uint32)
+    out = np.full(rows, 0xCDCDCDCD, np.uint32)
+    simulate("argmax_parts", (parts, rows), x, best, ids, n)
+    simulate("argmax_merge", rows, best, ids, out, parts)
+    return out
+
+
+@pytest.mark.parametrize(("n", "parts"), [(1, 1), (1000, 3), (77, 40)])
+def test_argmax(rng, n: int, parts: int):
+    x = rng.standard_normal((2, n)).astype(np.float32)
+    np.testing.assert_array_equal(_argmax(x, parts), x.argmax(1))
+
+
+def test_argmax_takes_the_first_of_equals_and_skips_nan():
+    x = np.zeros((4, 600), np.float32)
+    x[0, [7, 300, 599]] = 1
+    x[1], x[1, 500] = np.nan, -np.inf
+    x[2] = -np.inf
+    x[3] = np.nan
+    np.testing.assert_array_equal(_argmax(x, 3), [7, 500, 0, 0])

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
+sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
+
+from random_presets import PRESETS, Preset, Slot
 
 from runtime.gguf import open_gguf
 from runtime.gguf.writer import NewTensor, write_gguf
@@ -33,87 +36,16 @@ POOL_BYTES = 8 << 20  # random data per type and row length; tensors take pieces
 PIECE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Hyperparameters of one model, and which function lists its tensors."""
-
-    architecture: str
-    tensors: Callable[[Preset], list[Slot]]
-    layers: int
-    hidden: int
-    ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    context: int
-    rope_base: float
-    epsilon: float
-    tied: bool = True
-    llama3_rope: bool = False
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor of the model; `role` decides its type and values, `layer` its place in a mix."""
-
-    name: str
-    shape: tuple[int, ...]
-    role: str  # norm, matrix, more_bits, output, rope
-    layer: int = 0
-
-
-def transformer_tensors(preset: Preset) -> list[Slot]:
-    """Llama and Qwen 3 tensors, in the converter's order."""
-    p = preset
-    slots = [Slot("token_embd.weight", (p.vocab, p.hidden), "output" if p.tied else "matrix")]
-    if not p.tied:
-        slots.append(Slot("output.weight", (p.vocab, p.hidden), "output"))
-    slots.append(Slot("output_norm.weight", (p.hidden,), "norm"))
-    if p.llama3_rope:
-        slots.append(Slot("rope_freqs.weight", (p.head_dim // 2,), "rope"))
-    q, kv = p.heads * p.head_dim, p.kv_heads * p.head_dim
-    rows = [
-        ("attn_norm", (p.hidden,), "norm"),
-        ("attn_q", (q, p.hidden), "matrix"),
-        ("attn_k", (kv, p.hidden), "matrix"),
-        ("attn_v", (kv, p.hidden), "more_bits"),
-        ("attn_output", (p.hidden, q), "matrix"),
-        ("ffn_norm", (p.hidden,), "norm"),
-        ("ffn_gate", (p.ff, p.hidden), "matrix"),
-        ("ffn_up", (p.ff, p.hidden), "matrix"),
-        ("ffn_down", (p.hidden, p.ff), "more_bits"),
-    ]
-    if p.architecture == "qwen3":
-        rows += [(f"attn_{x}_norm", (p.head_dim,), "norm") for x in "qk"]
-    for layer in range(p.layers):
-        slots += [Slot(f"blk.{layer}.{n}.weight", shape, role, layer) for n, shape, role in rows]
-    return slots
-
-
-PRESETS = {
-    "qwen3-0.6b": Preset(
-        "qwen3", transformer_tensors, layers=28, hidden=1024, ff=3072, heads=16, kv_heads=8,
-        head_dim=128, vocab=151_936, context=40_960, rope_base=1e6, epsilon=1e-6,
-    ),
-    "llama-1b": Preset(
-        "llama", transformer_tensors, layers=16, hidden=2048, ff=8192, heads=32, kv_heads=8,
-        head_dim=64, vocab=128_256, context=131_072, rope_base=5e5, epsilon=1e-5, llama3_rope=True,
-    ),
-    "qwen3-4b": Preset(
-        "qwen3", transformer_tensors, layers=36, hidden=2560, ff=9728, heads=32, kv_heads=8,
-        head_dim=128, vocab=151_936, context=40_960, rope_base=1e6, epsilon=1e-6,
-    ),
-}  # fmt: skip
-
 # file type -> (type of most matrices, type of attn_v and ffn_down where a mix spends more bits)
 MIXES = {"Q4_K_M": (dt.Q4_K, dt.Q6_K), "Q5_K_M": (dt.Q5_K, dt.Q6_K)}
+MXFP4_MOE = "MXFP4_MOE"  # experts MXFP4, all other matrices Q8_0
+PLAIN_ROLES = ("norm", "rope", "router", "small", "bias", "decay", "pace")  # float32 in every file
 PLAIN = ("f32", "f16", "bf16")
 # llama_ftype numbers, for `general.file_type`; others are left out
 FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
     "Q4_K": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
-    "BF16": 32,
+    "BF16": 32, "MXFP4_MOE": 38,
 }  # fmt: skip
 WEIGHT_TYPES = [
     name.upper()
@@ -136,8 +68,11 @@ def more_bits(layer: int, layers: int) -> bool:
 
 def slot_type(slot: Slot, file_type: str, layers: int, output: DType | None) -> DType:
     """The type llama-quantize gives this tensor in a file of this type."""
-    if slot.role in ("norm", "rope"):
+    if slot.role in PLAIN_ROLES:
         return dt.F32
+    if file_type == MXFP4_MOE:
+        given = output if slot.role == "output" else None
+        return dt.MXFP4 if len(slot.shape) == 3 else given or dt.Q8_0
     base, better = MIXES.get(file_type) or (DTYPES[file_type.lower()],) * 2
     if slot.role == "output":
         return output or (base if base.name in (*PLAIN, "q8_0") else dt.Q6_K)
@@ -210,13 +145,26 @@ def llama3_factors(preset: Preset) -> np.ndarray:
     return (1 / ((1 - smooth) / 32 + smooth)).astype("<f4")
 
 
+def plain_values(slot: Slot, rng: np.random.Generator) -> np.ndarray:
+    """Values of a tensor that no file type quantises, near those of trained models."""
+    noise = rng.standard_normal(slot.shape)
+    if slot.role == "decay":  # -exp(A_log): rates at which a state fades
+        return -rng.uniform(1, 16, slot.shape)
+    if slot.role == "pace":
+        return rng.uniform(-6, -2, slot.shape)
+    scale, shift = {"norm": (0.1, 1.0), "bias": (0.1, 0.0)}.get(
+        slot.role, (1 / math.sqrt(slot.shape[-1]), 0.0)
+    )
+    return shift + scale * noise
+
+
 def new_tensor(slot: Slot, dtype: DType, preset: Preset, seed: int) -> NewTensor:
     """What to write for this slot."""
     if slot.role == "rope":
         return NewTensor.of(slot.name, slot.shape, dtype, llama3_factors(preset))
-    if slot.role == "norm":
-        noise = np.random.default_rng([seed, *slot.name.encode()]).standard_normal(slot.shape)
-        return NewTensor.of(slot.name, slot.shape, dtype, (1 + 0.1 * noise).astype("<f4"))
+    if slot.role in PLAIN_ROLES:
+        values = plain_values(slot, np.random.default_rng([seed, *slot.name.encode()]))
+        return NewTensor.of(slot.name, slot.shape, dtype, values.astype("<f4"))
     return NewTensor(slot.name, slot.shape, dtype, lambda: matrix_chunks(slot, dtype, seed))
 
 
@@ -226,15 +174,18 @@ def metadata_of(preset: Preset, name: str, file_type: str) -> dict[str, Any]:
         "block_count": preset.layers,
         "context_length": preset.context,
         "embedding_length": preset.hidden,
-        "feed_forward_length": preset.ff,
+        "feed_forward_length": preset.ff or (preset.experts.inner if preset.experts else 0),
         "attention.head_count": preset.heads,
         "attention.head_count_kv": preset.kv_heads,
         "attention.key_length": preset.head_dim,
         "attention.value_length": preset.head_dim,
         "attention.layer_norm_rms_epsilon": preset.epsilon,
         "rope.freq_base": preset.rope_base,
-        "rope.dimension_count": preset.head_dim,
+        "rope.dimension_count": preset.rotated or preset.head_dim,
         "vocab_size": preset.vocab,
+        **expert_keys(preset),
+        **delta_keys(preset),
+        **preset.more,
     }
     general = {
         "general.architecture": preset.architecture,
@@ -245,6 +196,29 @@ def metadata_of(preset: Preset, name: str, file_type: str) -> dict[str, Any]:
     if file_type in FILE_TYPES:
         general["general.file_type"] = FILE_TYPES[file_type]
     return general | {f"{preset.architecture}.{key}": value for key, value in values.items()}
+
+
+def expert_keys(preset: Preset) -> dict[str, Any]:
+    """Metadata of a mixture of experts."""
+    if not (e := preset.experts):
+        return {}
+    keys = {
+        "expert_count": e.count, "expert_used_count": e.used,
+        "expert_feed_forward_length": e.inner,
+    }  # fmt: skip
+    return keys | ({"expert_shared_feed_forward_length": e.shared} if e.shared else {})
+
+
+def delta_keys(preset: Preset) -> dict[str, Any]:
+    """Metadata of delta-net layers."""
+    if not (d := preset.delta):
+        return {}
+    return {
+        "ssm.conv_kernel": d.taps, "ssm.state_size": d.dim, "ssm.group_count": d.key_heads,
+        "ssm.time_step_rank": d.heads, "ssm.inner_size": d.heads * d.dim,
+        "full_attention_interval": d.interval,
+        "attention.recurrent_layers": [(i + 1) % d.interval != 0 for i in range(preset.layers)],
+    }  # fmt: skip
 
 
 def vocabulary_of(path: Path | None, preset: Preset) -> tuple[dict[str, Any], int]:
@@ -275,7 +249,8 @@ Examples:
   python scripts/make_random_model.py qwen3-0.6b Q4_K_M tiny.gguf --layers 2
   python scripts/make_random_model.py llama-1b F16 l.gguf --vocab-from real.gguf
 
-Presets and their sizes in Q4_0: qwen3-0.6b 358 MiB, llama-1b 730 MiB, qwen3-4b 2.1 GiB.
+Presets and their sizes in Q4_0: qwen3-0.6b 358 MiB, llama-1b 730 MiB, qwen3-4b 2.1 GiB,
+qwen35-0.8b 468 MiB, qwen35moe-mini 954 MiB, qwen3next-mini 960 MiB, gpt-oss-mini 940 MiB.
 Real models compute the same way, so speeds carry over; the text does not: it is noise.
 """
 
@@ -285,7 +260,7 @@ Real models compute the same way, so speeds carry over; the text does not: it is
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.argument("preset", type=click.Choice(list(PRESETS)))
-@click.argument("type", type=click.Choice([*MIXES, *WEIGHT_TYPES], case_sensitive=False))
+@click.argument("type", type=click.Choice([*MIXES, MXFP4_MOE, *WEIGHT_TYPES], case_sensitive=False))
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Number of layers (default: the preset's).")
 @click.option("--vocab-size", type=click.IntRange(1), help="Tokens (default: the preset's).")

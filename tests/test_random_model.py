@@ -12,7 +12,9 @@ import pytest
 from click.testing import CliRunner
 from gguf_files import small_file
 
+import runtime
 from runtime.gguf import GGUFFile, open_gguf
+from runtime.ops.tensor import stored_name
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_random_model.py"
 
@@ -67,6 +69,36 @@ def test_the_mix_spends_bits_where_llama_quantize_does(script: ModuleType) -> No
     assert kinds["token_embd.weight"] == kinds["blk.0.ffn_down.weight"] == "q6_k"
     assert kinds["blk.3.ffn_down.weight"] == kinds["blk.0.attn_q.weight"] == "q4_k"
     assert kinds["blk.5.attn_v.weight"] == "q6_k" and kinds["blk.5.attn_norm.weight"] == "f32"
+
+
+@pytest.mark.parametrize(
+    "preset", ["qwen35-0.8b", "qwen35moe-mini", "qwen3next-mini", "gpt-oss-mini"]
+)
+def test_presets_of_newer_models_load(script: ModuleType, tmp_path: Path, preset: str) -> None:
+    """Names, shapes and keys are what the model files ask for."""
+    small = ("--layers", "4", "--vocab-size", "300")
+    file = make(script, tmp_path / "m.gguf", preset, "MXFP4_MOE", *small)
+    with runtime.load(file.path, devices="null") as model:
+        assert model.architecture == script.PRESETS[preset].architecture
+        used = {stored_name(leaf) for leaf in model.graph(1).leaves("weight")}
+    assert used == set(file.tensors)
+    kinds = {len(t.shape): set() for t in file.tensors.values()}
+    for tensor in file.tensors.values():
+        kinds[len(tensor.shape)].add(tensor.dtype.name)
+    assert kinds[1] == {"f32"} and kinds.get(3, {"mxfp4"}) == {"mxfp4"} and "q8_0" in kinds[2]
+
+
+def test_qwen35_has_the_real_shapes(script: ModuleType) -> None:
+    preset = script.PRESETS["qwen35-0.8b"]
+    slots = {slot.name: slot for slot in preset.tensors(preset)}
+    kinds = {name: script.slot_type(s, "Q4_K_M", 24, None).name for name, s in slots.items()}
+    assert slots["blk.3.attn_q.weight"].shape == (2 * 8 * 256, 1024)
+    assert slots["blk.0.attn_qkv.weight"].shape == (3 * 16 * 128, 1024)
+    assert slots["blk.0.ssm_conv1d.weight"].shape == (3 * 16 * 128, 4)
+    assert "blk.2.attn_q.weight" not in slots and "blk.23.ssm_a" not in slots
+    assert kinds["blk.0.ssm_conv1d.weight"] == kinds["blk.0.ssm_a"] == "f32"
+    assert kinds["blk.0.ssm_alpha.weight"] == kinds["blk.4.attn_qkv.weight"] == "q4_k"
+    assert kinds["blk.0.attn_qkv.weight"] == "q6_k"
 
 
 def test_every_type_has_values_of_the_right_spread(script: ModuleType) -> None:

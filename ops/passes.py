@@ -11,7 +11,8 @@ from runtime.ops.tensor import Dim, Tensor
 # Ops whose result for one row depends on that row of their inputs alone.
 ROWWISE = frozenset({
     "add", "mul", "scale", "silu", "sigmoid", "rms_norm", "matmul", "matmul_id", "softmax", "top_k",
-    "take", "normalize", "expert_sum", "swiglu_oai", "l2_norm", "softplus", "row_scale",
+    "take", "normalize", "expert_sum", "expert_bias", "swiglu_oai", "l2_norm", "softplus",
+    "row_scale",
 })  # fmt: skip
 _ROW_VIEWS = ("reshape", "slice")  # of what lies behind the first axis
 
@@ -33,7 +34,12 @@ def _move_up(graph: Graph, select: Tensor) -> Graph:
     cone: set[Tensor] = set()
     for node in reversed(graph.nodes):
         inside = all(user in cone or user is select for user in graph.users[node])
-        if (node.op in ROWWISE or _view_of_rows(node)) and inside and graph.users[node] and _per_row(node, source):
+        if (
+            (node.op in ROWWISE or _view_of_rows(node))
+            and inside
+            and graph.users[node]
+            and _per_row(node, source)
+        ):
             cone.add(node)
     if source not in cone:
         return graph

@@ -104,6 +104,7 @@ def _build(log_decay, beta_of):
                 n = width_of((last - at) * 16, dv - start)
                 at += (n + 15) // 16
                 place, copy, copy_row = head * dk * dv + start, mine + _COPY, (n + 15) // 16 * 64
+                behind = at // units * dk * dv + at % units * 16  # where the next columns are
                 source, source_row = state + origin * slot_bytes + place * 4, dv * 4
                 if origin < 0:
                     clear(copy, dk * copy_row)
@@ -120,8 +121,10 @@ def _build(log_decay, beta_of):
                         )
                     g, by = s.load_f32(mine + _GATES + i * 4), s.load_f32(mine + _BETAS + i * 4)
                     target, target_row, following = copy, copy_row, key + k_stride * 4
+                    ahead = 0
                     if left == 1:
                         target, target_row, following = result + place * 4, dv * 4, key
+                        ahead = state + origin * slot_bytes + behind * 4 - source
                     value = v + (token * v_stride + head * dv + start) * 4
                     ask_for(following + k_stride * 4, dk * 4)
                     ask_for(query + q_stride * 4, dk * 4)
@@ -129,7 +132,7 @@ def _build(log_decay, beta_of):
                     update(
                         source, source_row, target, target_row, dk, n, g, by, key, value, query,
                         following, mine + _SUMS, out + ((token * heads + head) * dv + start) * 4,
-                        s.float_of(scale),
+                        s.float_of(scale), ahead,
                     )  # fmt: skip
                     source, source_row = target, target_row
                     key, query = following, query + q_stride * 4

@@ -77,6 +77,13 @@ def _broadcast(b: ir.IRBuilder, address: Any, i: Any) -> Any:
     return e.splat(b, e.load(b, b.add(address, b.shl(i, number(2))), e.f32, 4))
 
 
+def _prefetch(b: ir.IRBuilder, address: Any) -> None:
+    """Ask for the cache line at an address in the second level of the cache."""
+    arguments = [ir.Constant(e.i32, v) for v in (0, 2, 1)]
+    pointer = e.pointer(b, address, e.i8)
+    e.intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *arguments])
+
+
 def _add(b: ir.IRBuilder, sums: list, j: int, factor: Any, value: Any) -> None:
     b.store(e.fma(b, factor, value, b.load(sums[j]), s.FUSED), sums[j])
 
@@ -99,13 +106,14 @@ def read_keys(b, state, row, k, dk, n, sums):
     _fitting(b, n, emit, _WIDTHS)
 
 
-@s.operation(s.void, *[s.i64] * 6, *[s.f32] * 2, *[s.i64] * 6, s.f32)
+@s.operation(s.void, *[s.i64] * 6, *[s.f32] * 2, *[s.i64] * 6, s.f32, s.i64)
 def update(
-    b, source, row, target, target_row, dk, n, decay, beta, k, v, q, next_k, sums, out, scale
+    b, source, row, target, target_row, dk, n, decay, beta, k, v, q, next_k, sums, out, scale, ahead
 ):  # fmt: skip
     """S * decay + k error^T from source to target, and of that scale S^T q to `out`.
 
-    The error is beta (v - decay S^T k). S^T k is found at `sums`, and S^T next_k left there.
+    The error is beta (v - decay S^T k). S^T k is found at `sums`, and S^T next_k left there. What
+    lies `ahead` bytes behind the source is prefetched, unless that is 0.
     """
 
     def emit(columns: _Columns) -> None:
@@ -118,6 +126,9 @@ def update(
 
         def body(i):
             at, there = b.add(source, b.mul(i, row)), b.add(target, b.mul(i, target_row))
+            with b.if_then(b.icmp_signed("!=", ahead, number(0))):
+                for j in columns.vectors:
+                    _prefetch(b, e.offset(b, b.add(at, ahead), 64 * j))
             key, query, next_key = (_broadcast(b, x, i) for x in (k, q, next_k))
             for j in columns.vectors:
                 value = b.fmul(columns.load(b, at, j), factor)

@@ -57,7 +57,10 @@ def _after_conv(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     active = v.base
     channels = int(active.shape[1])
     for x in views:
-        if x.base is not active or x.layout.strides != (channels, int(x.shape[2]), 1):
+        token, *inner = x.layout.strides
+        if x.base is not active or inner != [int(x.shape[2]), 1]:
+            return None
+        if token != channels and x.shape[0] != 1:  # the stride of one token means nothing
             return None
     first, second = sorted(x.layout.offset for x in views[:2])
     dim, size = int(q.shape[2]), int(q.shape[1]) * int(q.shape[2])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import Sizes, write_model
+from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime import ops
@@ -29,6 +29,7 @@ ARCHITECTURES = {
     "qwen2": Sizes("qwen2"),
     "qwen3": Sizes("qwen3"),
     "qwen3moe": Sizes("qwen3moe", experts=6, inner=32),
+    **{name: NOVEL[name] for name in ("qwen35", "qwen35moe", "qwen3next", "gpt-oss")},
 }
 
 
@@ -53,9 +54,9 @@ def test_snapshot(model: Model, tokens: int):
 
 def test_no_copies_and_few_ops(model: Model):
     plan = _plan(model, 1, 1)
-    layers = model._architecture.p.layers
+    p = model._architecture.p
     assert plan.copies() == 0
-    assert len(plan.instructions) <= layers * (11 if "moe" in model.architecture else 9) + 3
+    assert len(plan.instructions) <= p.layers * (11 if p.experts else 9) + 3
 
 
 def test_calls_of_a_row_need_no_barrier(model: Model):

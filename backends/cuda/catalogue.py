@@ -23,6 +23,7 @@ _FILES: dict[str, dict[str, dict[str, tuple]]] = {
     "pack": {"quantize": {}},
     "rope": {"rope_angles": {}, "rope": {"style": ("neox", "normal")}},
     "matvec": {"matvec": {"format": ("Q8_0", "Q4_0", "Q4_K", "Q6_K"), "columns": (1, 2, 4, 8)}},
+    "tile": {"tile": {"format": ("Q8_0", "Q4_0")}},
 }
 FILE_OF = {kernel: name for name, file in _FILES.items() for kernel in file}
 CONSTANTS = {kernel: values for file in _FILES.values() for kernel, values in file.items()}

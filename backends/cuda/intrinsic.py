@@ -50,11 +50,14 @@ class Entry:
 
     `arguments`: (name, type) in order. `threads`: per block, fixed. `min_blocks`: blocks that
     must fit on a multiprocessor together, which bounds the registers (0: no bound).
+    `shared_nbytes`: dynamic shared memory of a block, to be allowed before a launch where it is
+    more than 48 KiB.
     """
 
     arguments: tuple[tuple[str, str], ...]
     threads: int
     min_blocks: int = 0
+    shared_nbytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the head of a cached kernel."""
@@ -62,13 +65,15 @@ class Entry:
             "arguments": [list(pair) for pair in self.arguments],
             "threads": self.threads,
             "min_blocks": self.min_blocks,
+            "shared_nbytes": self.shared_nbytes,
         }
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Entry:
         """The inverse of `to_json`."""
         arguments = tuple((name, kind) for name, kind in values["arguments"])
-        return Entry(arguments, values["threads"], values["min_blocks"])
+        sizes = (values[name] for name in ("threads", "min_blocks", "shared_nbytes"))
+        return Entry(arguments, *sizes)
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Declared:
 
 
 def entry(
-    arguments: str, threads: int, min_blocks: int = 0
+    arguments: str, threads: int, min_blocks: int = 0, shared_nbytes: int = 0
 ) -> Callable[[Callable[..., None]], Declared]:
     """Declare a kernel; `arguments` is "name:type name:type ...", in the function's order.
 
@@ -96,6 +101,7 @@ def entry(
         for name, kind in pairs:
             if kind.removesuffix("*") not in SCALARS:
                 raise BackendError(f"kernel {code.co_name}: argument {name} of unknown type {kind}")
-        return Declared(function, Entry(pairs, threads, min_blocks), code.co_name)  # type: ignore[arg-type]
+        how: Any = pairs, threads, min_blocks, shared_nbytes
+        return Declared(function, Entry(*how), code.co_name)
 
     return declare

@@ -35,12 +35,11 @@ _SHARED_NBYTES = 227 << 10  # what a block of compute capability 9.0 may have
 
 def launch(
     kernel: Declared, grid: int | tuple[int, ...], *arguments: Any, order: str = "forward",
-    seed: int = 0, shared_nbytes: int = 0,
+    seed: int = 0,
 ) -> None:  # fmt: skip
     """Run every block of the grid; arrays among `arguments` are read and written in place.
 
     `order`: in which order blocks and ready threads take their turns ("random" by `seed`).
-    `shared_nbytes`: dynamic shared memory of each block.
     BackendError says what the kernel did wrong.
     """
     if order not in ORDERS:
@@ -52,9 +51,8 @@ def launch(
     blocks = [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])]
     with np.errstate(all="ignore"):
         for index in turns(blocks):
-            _run_block(
-                kernel, Block(index, sizes, kernel.entry.threads), values, turns, shared_nbytes
-            )
+            block = Block(index, sizes, kernel.entry.threads)
+            _run_block(kernel, block, values, turns)
 
 
 def bind(kernel: Declared, arguments: tuple[Any, ...]) -> list[Any]:
@@ -82,13 +80,12 @@ def _turns(order: str, seed: int) -> Callable[[list[Any]], list[Any]]:
     return (lambda items: items[::-1]) if order == "reverse" else (lambda items: items)
 
 
-def _run_block(
-    kernel: Declared, block: Block, values: list[Any], turns: Callable, shared_nbytes: int
-) -> None:
+def _run_block(kernel: Declared, block: Block, values: list[Any], turns: Callable) -> None:
     from greenlet import greenlet
 
     block.memory = SharedMemory(_SHARED_NBYTES)
-    block.dynamic = block.memory.reserve(shared_nbytes, 1024), shared_nbytes
+    nbytes = kernel.entry.shared_nbytes
+    block.dynamic = block.memory.reserve(nbytes, 1024), nbytes
     block.epochs = [0] * -(-block.threads // WARP)
     threads = [Lane(i, block) for i in range(block.threads)]
     for lane in threads:

@@ -6,6 +6,8 @@ products that follow (rows are multiples of 32 then).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
     block_x,
@@ -29,7 +31,7 @@ _WARPS = 8
 _THREADS = 32 * _WARPS
 
 
-def _row_factor() -> object:
+def _row_factor() -> Callable:
     total = block_sum(_WARPS)
 
     def factor(x, base, pieces, eps):

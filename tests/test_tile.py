@@ -15,7 +15,7 @@ from runtime.backends.cpu.tile.reference import dequantised, matmul_f32, matmul_
 from runtime.errors import Error
 
 BEST = ISAS[0]
-SHAPES = ((1, 17, 32), (3, 15, 96), (9, 40, 256), (17, 1, 512))  # tokens, rows, inner
+SHAPES = ((1, 17, 32), (3, 1, 96), (9, 40, 256), (47, 33, 512))  # tokens, rows, inner
 
 
 def shapes(name: str) -> tuple[tuple[int, int, int], ...]:

@@ -56,7 +56,7 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
         over(problem, tiles.segment_of(problem))
         registers.release(code)
     elif spec.activations == "int8" and spec.columns == staged.COLUMNS:
-        over(problem, staged.segment_of(problem))
+        over(problem, staged.segment_of(problem, _segment))
     else:
         over(problem, _segment)
     if problem.past_caches is not None:

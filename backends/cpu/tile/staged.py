@@ -23,6 +23,11 @@ from runtime.backends.cpu.tile.vector import F32, I8, I32, const, vec
 
 COLUMNS = 8  # of the tiles that come here
 STRETCH = 256  # elements of K unpacked at a time; a multiple of every block
+# Fewer tiles than this lose more by the pauses of unpacking than they save (measured).
+_FEW, _FEW_OF_BOOKS = 6, 2
+_BOOKS = ("IQ1", "IQ2", "IQ3")
+
+Segment = Callable[[Problem, Any, Span, Span], None]  # (problem, weights, tiles, groups)
 
 
 class _Scratch:
@@ -36,12 +41,22 @@ class _Scratch:
         self.sums = p.code.stack(MAX_TILES * self.tile)
 
 
-def segment_of(p: Problem) -> Callable[[Problem, Any, Span, Span], None]:
-    """(problem, weights, tiles, groups): those groups by those tiles, at most MAX_TILES."""
+def segment_of(p: Problem, direct: Segment) -> Segment:
+    """(problem, weights, tiles, groups): those groups by those tiles, at most MAX_TILES.
+
+    Few tiles go to `direct`: it reads memory without a pause, which then takes the time.
+    """
     scratch = _Scratch(p)
 
     def segment(p: Problem, w: Any, tiles: Span, groups: Span) -> None:
-        by_groups(p, groups, lambda some: _some_groups(p, scratch, w, tiles, some))
+        count = p.code.b.sub(tiles[1], tiles[0])
+        enough = _FEW_OF_BOOKS if p.layout.name.startswith(_BOOKS) else _FEW
+        few = p.code.b.icmp_signed("<", count, const(enough))
+        with p.code.b.if_else(few) as (streamed, staged):
+            with streamed:
+                direct(p, w, tiles, groups)
+            with staged:
+                by_groups(p, groups, lambda some: _some_groups(p, scratch, w, tiles, some))
 
     return segment
 

@@ -106,6 +106,26 @@ def test_a_layer_without_experts_among_others(tmp_path: Path):
     assert nmse(logits(path), logits(path, "reference")) <= 1e-11
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
+def test_gate_and_up_of_experts_in_one_tensor(tmp_path: Path, kind: str):
+    parts, both, gone = tensors(MOE), {}, []
+    for layer in range(MOE.layers):
+        names = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up")]
+        fused = f"blk.{layer}.ffn_gate_up_exps.weight"
+        both[fused] = np.concatenate([parts[name] for name in names], 1)
+        gone += names
+    one = write_model(tmp_path / "one.gguf", MOE, kind, replace=both, without=tuple(gone))
+    two = write_model(tmp_path / "two.gguf", MOE, kind)
+    for devices in ("cpu", "reference"):
+        np.testing.assert_array_equal(logits(one, devices), logits(two, devices))
+
+
+def test_size_of_shared_experts_from_their_tensors(tmp_path: Path):
+    key = "expert_shared_feed_forward_length"
+    path = write_model(tmp_path / "m.gguf", MOE, without_key=key)
+    assert build(runtime.gguf.open_gguf(path)).p.experts.shared == MOE.inner
+
+
 @pytest.mark.parametrize(
     "extra",
     [
@@ -144,6 +164,13 @@ def test_a_window_limits_what_even_layers_of_gpt_oss_see(tmp_path: Path):
     assert not np.array_equal(one[19], other[19])
 
 
+@pytest.mark.parametrize("pattern, full", [(1, {0, 1}), (2, {1}), (3, set()), ([True, False], {1})])
+def test_pattern_of_windows(tmp_path: Path, pattern: object, full: set[int]):
+    extra = {"attention.sliding_window_pattern": pattern}
+    model = build(runtime.gguf.open_gguf(write_model(tmp_path / "m.gguf", OSS, extra=extra)))
+    assert {i for i, sliding in enumerate(model.p.sliding) if not sliding} == full
+
+
 @pytest.mark.parametrize(
     "size, change, message",
     [
@@ -176,6 +203,7 @@ def test_a_window_limits_what_even_layers_of_gpt_oss_see(tmp_path: Path):
             NOVEL["qwen3next-fused"], {"extra": {"ssm.state_size": 64}},
             r"'blk\.0\.ssm_in\.weight' has shape",
         ),
+        (OSS, {"extra": {"attention.sliding_window_pattern": "odd"}}, "list"),
         (OSS, {"without_key": "attention.sliding_window"}, "sliding_window is missing"),
         (OSS, {"without": ("blk.1.attn_sinks.weight",)}, "attn_sinks.* is missing"),
     ],

@@ -41,7 +41,7 @@ class Hyperparameters:
     experts: Experts | None
 
     @staticmethod
-    def read(keys: Keys, vocabulary: int, variant: Variant) -> Hyperparameters:
+    def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
         keys.refuse_unknown()
         hidden, context = keys.count("embedding_length"), keys.count("context_length")
@@ -53,7 +53,7 @@ class Hyperparameters:
             keys.count("block_count"), hidden, vocabulary, context,
             keys.count("feed_forward_length", 0 if variant.experts else None, least=0), eps, size,
             RotarySizes.read(keys, size.dim, context),
-            Experts.read(keys) if variant.experts else None,
+            Experts.read(keys, w) if variant.experts else None,
         )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ class Decoder:
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Decoder:
         """The model of a file."""
-        return Decoder(Hyperparameters.read(keys, vocabulary, variant), w)
+        return Decoder(Hyperparameters.read(keys, w, vocabulary, variant), w)
 
     @property
     def layers(self) -> Layers:

@@ -33,8 +33,11 @@ class Experts:
     limit: float = 0.0
 
     @staticmethod
-    def read(keys: Keys, gating: int = SOFTMAX, limit: float = 0.0) -> Experts:
-        """From metadata; ModelError for what is missing, contradictory or not implemented."""
+    def read(keys: Keys, w: Weights, gating: int = SOFTMAX, limit: float = 0.0) -> Experts:
+        """From metadata; ModelError for what is missing, contradictory or not implemented.
+
+        Some files leave out the sizes of shared experts, which are those of the tensors then.
+        """
         count, used = keys.count("expert_count"), keys.count("expert_used_count")
         if used > count:
             raise ModelError(
@@ -47,9 +50,11 @@ class Experts:
                 f"{keys.source}: {keys.architecture}.expert_gating_func = {chosen} is not "
                 "implemented; 1 (softmax), 2 (sigmoid) and 3 (softmax of the chosen) are"
             )
+        shared = next((t for n, t in w.tensors.items() if n.endswith("ffn_up_shexp.weight")), None)
+        found = int(shared.shape[0]) if shared is not None else 0
         return Experts(
             count, used, keys.count("expert_feed_forward_length"),
-            keys.count("expert_shared_feed_forward_length", 0, least=0), chosen,
+            keys.count("expert_shared_feed_forward_length", found, least=0), chosen,
             keys.flag("expert_weights_norm", True), keys.number("expert_weights_scale", 1.0) or 1.0,
             limit,
         )  # fmt: skip
@@ -60,10 +65,9 @@ def moe_ffn(w: Weights, layer: int, x: Tensor, e: Experts) -> Tensor:
     at = f"blk.{layer}"
     scores = linear(w, f"{at}.ffn_gate_inp", x, e.count, f"{at}.scores")  # [T, count]
     ids, weights = _choice(scores, e, at)
-    gate = _of_experts(w, f"{at}.ffn_gate", x, ids, (e.count, e.inner), f"{at}.gate")
-    up = _of_experts(w, f"{at}.ffn_up", x, ids, (e.count, e.inner), f"{at}.up")
+    gate, up = (_of_experts(w, at, part, x, ids, (e.count, e.inner)) for part in ("gate", "up"))
     inner = swiglu(gate, up, f"{at}.swiglu", e.limit)  # [T, used, inner]
-    y = _of_experts(w, f"{at}.ffn_down", inner, ids, (e.count, x.shape[-1]), f"{at}.down")
+    y = _of_experts(w, at, "down", inner, ids, (e.count, x.shape[-1]))
     y = ops.expert_sum(y, weights, name=f"{at}.ffn_out")
     return ops.add(y, _shared(w, at, x, e), name=f"{at}.ffn_all") if e.shared else y
 
@@ -84,13 +88,19 @@ def _choice(scores: Tensor, e: Experts, at: str) -> tuple[Tensor, Tensor]:
 
 
 def _of_experts(
-    w: Weights, name: str, x: Tensor, ids: Tensor, size: tuple[int, int], label: str
+    w: Weights, at: str, part: str, x: Tensor, ids: Tensor, size: tuple[int, int]
 ) -> Tensor:
     """x times the matrices of the chosen experts, plus their biases: [T, used, rows]."""
-    stored = w(f"{name}_exps.weight", *size, x.shape[-1])
-    y = ops.matmul_id(x, stored, ids, name=label)
-    bias = w.optional(f"{name}_exps.bias", *size)
-    return y if bias is None else ops.expert_bias(y, bias, ids, name=f"{label}+bias")
+    name, both = f"{at}.ffn_{part}_exps", f"{at}.ffn_gate_up_exps.weight"
+    if part != "down" and both in w.tensors:  # one tensor, the rows of gate before those of up
+        rows = size[1]
+        run = (0, rows) if part == "gate" else (rows, 2 * rows)
+        stored = w.rows(both, part, (run,), size[0], 2 * rows, x.shape[-1])
+    else:
+        stored = w(f"{name}.weight", *size, x.shape[-1])
+    y = ops.matmul_id(x, stored, ids, name=f"{at}.{part}")
+    bias = w.optional(f"{name}.bias", *size)
+    return y if bias is None else ops.expert_bias(y, bias, ids, name=f"{at}.{part}+bias")
 
 
 def _shared(w: Weights, at: str, x: Tensor, e: Experts) -> Tensor:

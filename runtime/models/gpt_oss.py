@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from runtime import ops
+from runtime.errors import ModelError
 from runtime.models import blocks
 from runtime.models.experts import SOFTMAX_OF_CHOSEN, Experts, moe_ffn
 from runtime.models.keys import Keys
@@ -13,13 +14,14 @@ from runtime.models.rotary import RotarySizes
 from runtime.models.step import Layers, Step, Weights
 
 LIMIT = 7.0  # of the clamped SwiGLU, not in the files
+PERIOD = 2  # of sliding and full layers, where a file does not say
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
     """Sizes and constants of one model, as its file gives them."""
 
-    layers: int
+    sliding: tuple[bool, ...]
     hidden: int
     vocabulary: int
     context: int
@@ -30,19 +32,24 @@ class Hyperparameters:
     experts: Experts
 
     @staticmethod
-    def read(keys: Keys, vocabulary: int) -> Hyperparameters:
+    def read(keys: Keys, w: Weights, vocabulary: int) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
         keys.refuse_unknown()
         hidden, context = keys.count("embedding_length"), keys.count("context_length")
         eps = keys.number("attention.layer_norm_rms_epsilon")
         size = blocks.AttentionSizes.read(keys, hidden, eps, sinks=True)
         return Hyperparameters(
-            keys.count("block_count"), hidden, vocabulary, context,
+            _sliding_layers(keys), hidden, vocabulary, context,
             keys.count("attention.sliding_window"), eps, size,
             # Files have no key for it; the model's YaRN does not round its range of dimensions.
             RotarySizes.read(keys, size.dim, context, truncate=False),
-            Experts.read(keys, SOFTMAX_OF_CHOSEN, LIMIT),
+            Experts.read(keys, w, SOFTMAX_OF_CHOSEN, LIMIT),
         )  # fmt: skip
+
+    @property
+    def layers(self) -> int:
+        """Layers of a step."""
+        return len(self.sliding)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class GptOss:
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Any) -> GptOss:
         """The model of a file; there is one variant."""
-        return GptOss(Hyperparameters.read(keys, vocabulary), w)
+        return GptOss(Hyperparameters.read(keys, w, vocabulary), w)
 
     @property
     def layers(self) -> Layers:
@@ -68,12 +75,25 @@ class GptOss:
         p, w = self.p, self.w
         table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
         angles = blocks.angles(step, p.rotary.rotary())
-        sizes = (replace(p.attention, window=p.window), p.attention)  # sliding, full, sliding, ...
-        for i in range(p.layers):
-            at = f"blk.{i}"
+        for i, sliding in enumerate(p.sliding):
+            at, size = f"blk.{i}", replace(p.attention, window=p.window if sliding else 0)
             h = ops.rms_norm(x, w(f"{at}.attn_norm.weight", p.hidden), eps=p.eps)
-            mixed = blocks.attention(w, step, i, h, angles, sizes[i % 2])
+            mixed = blocks.attention(w, step, i, h, angles, size)
             x = ops.add(x, mixed, name=f"{at}.x")
             h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, moe_ffn(w, i, h, p.experts), name=f"{at}.out")
         return ops.Graph((blocks.logits(w, step, x, table, p.eps),), "gpt-oss")
+
+
+def _sliding_layers(keys: Keys) -> tuple[bool, ...]:
+    """Which layers see a window alone: the first of two, unless the file has its own pattern."""
+    layers = keys.count("block_count")
+    listed = keys.counts("attention.sliding_window_pattern", PERIOD)
+    if len(listed) == 1:  # every so many layers, the last of them sees all
+        return tuple(i % listed[0] < listed[0] - 1 if listed[0] else True for i in range(layers))
+    if len(listed) < layers:
+        raise ModelError(
+            f"{keys.source}: attention.sliding_window_pattern has {len(listed)} entries, "
+            f"not {layers}"
+        )
+    return tuple(map(bool, listed[:layers]))

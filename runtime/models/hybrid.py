@@ -63,7 +63,7 @@ class Hyperparameters:
             recurrent_layers(keys, w, layers), count, hidden, vocabulary, context,
             keys.count("feed_forward_length", 0, least=0), eps, size,
             RotarySizes.read(keys, size.dim, context), DeltaSizes.read(keys, eps, variant.order),
-            Experts.read(keys) if variant.experts else None,
+            Experts.read(keys, w) if variant.experts else None,
         )  # fmt: skip
 
     @property

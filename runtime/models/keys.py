@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
+from operator import index
 from typing import Any
 
 from runtime.errors import ModelError
@@ -84,11 +85,14 @@ class Keys:
             )
         return value
 
-    def counts(self, key: str) -> tuple[int, ...]:
-        """A list of whole numbers from 0 (or of flags, as 0 and 1); empty where it is missing."""
-        values = self.metadata.get(f"{self.architecture}.{key}", ())
-        whole = hasattr(values, "__len__") and not isinstance(values, str)
-        found = tuple(int(v) if float(v).is_integer() else -1 for v in values) if whole else (-1,)
+    def counts(self, key: str, *default: int) -> tuple[int, ...]:
+        """A list of whole numbers from 0 (or of flags, as 0 and 1); one alone is a list of it."""
+        values = self.metadata.get(f"{self.architecture}.{key}", default)
+        values = values.tolist() if hasattr(values, "tolist") else values
+        try:
+            found = tuple(map(index, values if isinstance(values, list | tuple) else [values]))
+        except TypeError:
+            found = (-1,)
         if min(found, default=0) < 0:
             raise ModelError(
                 f"{self.source}: {self.architecture}.{key} must be a list of whole numbers from 0"

@@ -68,7 +68,7 @@ def embedding(w: Weights, step: Step, vocabulary: int, hidden: int) -> tuple[Ten
 def angles(step: Step, rotary: Rotary) -> Tensor:
     """cos and sin of this step's positions, [T, half, 2]; M-RoPE picks a position per frequency."""
     inv_freq = ops.constant("inv_freq", rotary.inv_freq)
-    if step.positions.ndim == 1:
+    if rotary.components is None:
         return ops.rope_angles(step.positions, inv_freq, magnitude=rotary.magnitude)
     components = ops.constant("rope_components", rotary.components)
     return ops.rope_angles(step.positions, inv_freq, components, magnitude=rotary.magnitude)

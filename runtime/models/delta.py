@@ -103,11 +103,11 @@ def _qkv_and_gate(w: Weights, at: str, x: Tensor, size: DeltaSizes) -> tuple[Ten
         return qkv, linear(w, f"{at}.attn_gate", x, size.heads * size.v_dim, f"{at}.z")
     # Older files: of each key head in turn its query, its key, its values, their gates.
     values = size.heads // size.key_heads * size.v_dim
-    q, k, v, z = _runs(size.key_heads, (size.k_dim, size.k_dim, values, values))
+    q, k, v, gates = _runs(size.key_heads, (size.k_dim, size.k_dim, values, values))
     rows = size.channels + size.heads * size.v_dim
     return (
         _part(w, f"{at}.ssm_in", rows, x, (*q, *k, *v), f"{at}.qkv"),
-        _part(w, f"{at}.ssm_in", rows, x, z, f"{at}.z"),
+        _part(w, f"{at}.ssm_in", rows, x, gates, f"{at}.z"),
     )
 
 
@@ -118,10 +118,10 @@ def _alpha_and_beta(w: Weights, at: str, x: Tensor, size: DeltaSizes) -> tuple[T
         return alpha, linear(w, f"{at}.ssm_beta", x, size.heads, f"{at}.beta")
     # Qwen3-Next: of each key head in turn the betas of its value heads, then their alphas.
     each = size.heads // size.key_heads
-    beta, alpha = _runs(size.key_heads, (each, each))
+    betas, alphas = _runs(size.key_heads, (each, each))
     return (
-        _part(w, f"{at}.ssm_ba", 2 * size.heads, x, alpha, f"{at}.alpha"),
-        _part(w, f"{at}.ssm_ba", 2 * size.heads, x, beta, f"{at}.beta"),
+        _part(w, f"{at}.ssm_ba", 2 * size.heads, x, alphas, f"{at}.alpha"),
+        _part(w, f"{at}.ssm_ba", 2 * size.heads, x, betas, f"{at}.beta"),
     )
 
 

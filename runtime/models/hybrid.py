@@ -32,12 +32,12 @@ class Variant:
 class Hyperparameters:
     """Sizes and constants of one model, as its file gives them.
 
-    recurrent: which of the layers are delta-net layers. blocks: all the file counts; those behind
+    recurrent: which of the layers are delta-net layers. stored: all blocks of the file; those behind
     the layers predict further tokens (NextN) and take no part in a step.
     """
 
     recurrent: tuple[bool, ...]
-    blocks: int
+    stored: int
     hidden: int
     vocabulary: int
     context: int
@@ -101,7 +101,7 @@ class Hybrid:
     @property
     def nextn(self) -> Mapping[str, Any]:
         """The file's tensors of the blocks behind the layers, by name."""
-        ahead = tuple(f"blk.{i}." for i in range(self.p.layers, self.p.blocks))
+        ahead = tuple(f"blk.{i}." for i in range(self.p.layers, self.p.stored))
         return {name: t for name, t in self.w.tensors.items() if name.startswith(ahead)}
 
     def graph(self, step: Step) -> ops.Graph:

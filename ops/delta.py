@@ -158,9 +158,9 @@ def gated_delta_chunked(
         S = np.array(state[source] if source >= 0 else np.zeros_like(state[0]), out.dtype)
         for start in range(first, first + count, chunk):
             at = slice(start, min(start + chunk, first + count))
-            tokens = [np.moveaxis(x[at], 1, 0) for x in (q[:, picked], k[:, picked], v)]
-            out_heads, S = _chunk(*tokens, decay[at].T, beta[at].T, S)
-            out[at] = np.moveaxis(out_heads, 0, 1) * scale
+            Q, K, V = (x.swapaxes(0, 1) for x in (q[at][:, picked], k[at][:, picked], v[at]))
+            read, S = _chunk(Q, K, V, decay[at].T, beta[at].T, S)
+            out[at] = read.swapaxes(0, 1) * scale
         state[target] = S
     return out
 

@@ -241,9 +241,11 @@ def test_forks_and_batches_have_the_bits_of_sequences_alone(size: Sizes, fuse: b
     device.close()
 
 
-def test_state_does_not_drift_in_512_steps():
+@pytest.mark.parametrize("shift", [0, -9], ids=["decay", "hardly any decay"])
+def test_state_does_not_drift_in_512_steps(shift: int):
     size = Sizes(2, 2, 128, 128)
     given, device = tokens(size, 512), Device(size, 2)
+    given["gates"][:, : size.heads] += shift
     slot = -1
     for t in range(512):
         device.step({key: x[t : t + 1] for key, x in given.items()}, (1, slot, 0))

@@ -32,8 +32,8 @@ class Variant:
 class Hyperparameters:
     """Sizes and constants of one model, as its file gives them.
 
-    recurrent: which of the layers are delta-net layers. stored: all blocks of the file; those behind
-    the layers predict further tokens (NextN) and take no part in a step.
+    recurrent: which of the layers are delta-net layers. stored: all blocks of the file; those
+    behind the layers predict further tokens (NextN) and take no part in a step.
     """
 
     recurrent: tuple[bool, ...]

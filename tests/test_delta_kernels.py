@@ -204,8 +204,8 @@ def test_bits_of_plain_parts_in_any_pieces_on_any_threads(size: Sizes):
     plain.close()
 
 
-def test_fused_kernels_of_a_layer():
-    size = SIZES[0]
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_fused_kernels_of_a_layer(size: Sizes):
     device = Device(size)
     names = [str(kernel) for kernel in device.plan.kernels()]
     assert names == ["conv_post", "gated_delta-gates=raw"]

@@ -57,11 +57,9 @@ def _after_conv(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     active = v.base
     channels = int(active.shape[1])
     for x in views:
-        token, *inner = x.layout.strides
-        if x.base is not active or inner != [int(x.shape[2]), 1]:
-            return None
-        if token != channels and x.shape[0] != 1:  # the stride of one token means nothing
-            return None
+        dense = zip(x.shape, x.layout.strides, (channels, int(x.shape[2]), 1), strict=True)
+        if x.base is not active or any(s != want for n, s, want in dense if n != 1):
+            return None  # the stride of an axis of length 1 means nothing
     first, second = sorted(x.layout.offset for x in views[:2])
     dim, size = int(q.shape[2]), int(q.shape[1]) * int(q.shape[2])
     if second != first + size or first % dim:

@@ -15,6 +15,7 @@ import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.kernels.compile import compile_kernel
 from runtime.backends.cpu.signatures import CONSTANTS
+from runtime.backends.cpu.tile.reference import quantise_activations
 from runtime.backends.cpu.tile.reference_pack import pack_split
 from runtime.ops.dtypes import DTYPES, nbytes_for
 from runtime.ops.errors import BackendError
@@ -103,11 +104,21 @@ def check_blocks(packed: Packed, x: np.ndarray) -> None:
     quants, side = packed.blocks()
     blocks = x.reshape(len(x), -1, 32)
     peak = np.abs(blocks).max(-1)
-    d = np.where(peak < 1e-30, 0, peak / np.float32(127)).astype(np.float32)
     live, wide = slice(0, len(x)), quants.astype(np.int64)
-    assert np.array_equal(side[live, :, 0].view(np.float32), d)
-    error = np.abs(wide[live] * d[..., None].astype(np.float64) - blocks)
-    assert (error <= 0.50001 * d[..., None] + 1e-30).all()
+    d = side[live, :, 0].view(np.float32)
+    finest = np.where(peak < 1e-30, 0, peak / np.float32(127)).astype(np.float32)
+    assert (np.abs(d - finest) <= 0.03 * finest).all() and not d[peak < 1e-30].any()
+
+    def error(q: np.ndarray, d: np.ndarray) -> np.ndarray:
+        return ((q * d[..., None].astype(np.float64) - blocks) ** 2).sum(-1)
+
+    best, scale = quantise_activations(
+        np.where(peak[..., None] < 1e-30, 0, blocks).reshape(x.shape)
+    )
+    found, reference = error(wide[live], d), error(best.reshape(blocks.shape), scale)
+    assert (found <= 1.0001 * reference + 1e-30).all(), "another scale rounds better"
+    plain = np.rint(blocks / np.where(finest > 0, finest, 1)[..., None])
+    assert (found <= 1.0001 * error(plain, finest) + 1e-30).all()
     assert np.array_equal(
         side[live, :, 1].view(np.float32), d * wide[live].sum(-1).astype(np.float32)
     )

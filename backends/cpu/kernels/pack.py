@@ -3,7 +3,8 @@
 A tile is C consecutive rows (the matmul's columns). Kind "f32": [n][C] float32. Kind "int8": n/32
 blocks [C][32] int8, then n/32 blocks of side data [5][C] of four bytes each:
     d (f32 scale) | d * sum(q) (f32) | -8 * sum(q) | -8 * sum(q[:16]) | -8 * sum(q[16:])   (int32)
-with d = max|x| / 127 and q = x * (1/d) to the nearest even; a block below 1e-30 counts as zero.
+with q = x / d to the nearest even and d near max|x| / 127 such that the squared error is small (see
+`quantise`); a block below 1e-30 counts as zero.
 The last three let a tile start its integer dot product from the correction for unsigned weights.
 Kind "split": n/32 blocks [3][C][32] bfloat16, three pieces that add up to the float32 value: each
 is the leading eight bits of what is left.

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.backends.cpu.tile.formats import format_of
 from runtime.backends.cpu.tile.reference_formats import DECODE, Array
-from runtime.backends.cpu.tile.spec import PIECES
+from runtime.backends.cpu.tile.spec import PIECES, STRETCHES
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,21 @@ def dequantised(name: str, raw: Array, fma: bool = True) -> Array:
 
 
 def quantise_activations(x: Array) -> tuple[Array, Array]:
-    """int8 [T, K] and scales float32 [T, K / 32]: d = max|x| / 127, q = round-to-even(x / d)."""
+    """int8 [T, K] and scales float32 [T, K / 32].
+
+    q = round-to-even(x / d) for the d among max|x| / 127 * STRETCHES that rounds best; the scale is
+    then sum(x q) / sum(q^2), the best one for these q.
+    """
     blocks = x.reshape(len(x), -1, 32)
-    d = (np.abs(blocks).max(2) / np.float32(127)).astype(np.float32)
-    safe = np.where(d == 0, np.float32(1), d)[..., None]
-    q = np.where(d[..., None] == 0, 0, np.rint(blocks / safe)).astype(np.int8)
-    return q.reshape(x.shape), d
+    finest = (np.abs(blocks).max(2, keepdims=True) / np.float32(127)).astype(np.float32)
+    safe = np.where(finest == 0, np.float32(1), finest)
+    tried = np.stack([np.rint(blocks / (safe * np.float32(f))) for f in STRETCHES])
+    each = safe * np.float32(STRETCHES)[:, None, None, None]
+    best = ((tried * each - blocks) ** 2).sum(3).argmin(0)
+    q = np.take_along_axis(tried, best[None, ..., None], 0)[0]
+    q = np.where(finest == 0, 0, q)
+    d = (blocks * q).sum(2) / np.maximum(1, (q * q).sum(2))
+    return q.reshape(x.shape).astype(np.int8), d.astype(np.float32)
 
 
 def fused(x: Array, y: Array, z: Array, fma: bool = True) -> Array:

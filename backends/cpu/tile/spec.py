@@ -30,6 +30,7 @@ KERNEL_ARGS = {"matmul": MATMUL_ARGS, "matmul_id": MATMUL_ARGS + INDIRECT_ARGS}
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values
+STRETCHES = (1.0, 1.005, 1.01, 1.015)  # of the scale max|x| / 127 of a block: all are tried
 PIECES = 3  # bfloat16 values that add up to one float32 activation
 TILE_ALIGN = 64
 

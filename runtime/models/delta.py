@@ -51,6 +51,13 @@ class DeltaSizes:
             keys.count("ssm.conv_kernel", least=2), eps, order,
         )  # fmt: skip
 
+    def check(self, w: Weights, layer: int) -> None:
+        """ModelError unless the small tensors of a layer have these sizes."""
+        at = f"blk.{layer}"
+        w(f"{at}.ssm_a", self.heads)
+        w(f"{at}.ssm_norm.weight", self.v_dim)
+        w(f"{at}.ssm_conv1d.weight", self.channels, self.taps)
+
     @property
     def channels(self) -> int:
         """Channels of the convolution: all queries, then all keys, then all values."""

@@ -51,7 +51,7 @@ class Experts:
                 "implemented; 1 (softmax), 2 (sigmoid) and 3 (softmax of the chosen) are"
             )
         shared = next((t for n, t in w.tensors.items() if n.endswith("ffn_up_shexp.weight")), None)
-        found = int(shared.shape[0]) if shared is not None else 0
+        found = int(shared.shape[0]) if shared is not None and shared.shape else 0
         return Experts(
             count, used, keys.count("expert_feed_forward_length"),
             keys.count("expert_shared_feed_forward_length", found, least=0), chosen,

@@ -82,7 +82,10 @@ class Hybrid:
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hybrid:
         """The model of a file."""
-        return Hybrid(Hyperparameters.read(keys, w, vocabulary, variant), w)
+        model = Hybrid(Hyperparameters.read(keys, w, vocabulary, variant), w)
+        for layer in model.layers.recurrent:  # before memory of these sizes is asked for
+            model.p.delta.check(w, layer)
+        return model
 
     @property
     def positions_per_token(self) -> int:

@@ -35,11 +35,15 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "argmax_parts": (32, ("LDG.E", "SHFL"), ()),
     "argmax_merge": (32, ("LDG.E", "SHFL"), ()),
+    "attention": (216, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2"), ()),
+    "attention_merge": (48, ("LDG.E", "MUFU.EX2"), ()),
+    "kv_write": (24, ("STG.E.U16",), ()),
     "matvec": (128, ("LDG.E.NA.128", "LDG.E.128", "IDP.4A", "SHFL"), ()),
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),
     "rms_norm": (48, ("LDG.E.128", "MUFU.RSQ", "SHFL"), ()),
     "rope": (40, ("LDG.E.64", "FFMA"), ("MUFU",)),
     "rope_angles": (32, ("LDG.E.64", "FFMA"), ("MUFU",)),
+    "tile": (200, ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8"), ("I2F",)),
     "swiglu": (32, ("LDG.E.128", "MUFU.EX2", "MUFU.RCP"), ()),
 }
 _PER_DP4A = 4.0  # instructions of the inner loop for each dp4a
@@ -82,6 +86,15 @@ def test_kernel_compiles_well(compiled: dict[str, Library], kernel: Kernel, targ
 def test_inner_loop_is_short(compiled, format: str, columns: int, target: str):
     kernel = Kernel.of("matvec", format=format, columns=columns)
     assert _inner_loop(compiled[target].get(kernel)).per("IDP.4A") <= _PER_DP4A
+
+
+@pytest.mark.parametrize("target", GATED)
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_0"])
+def test_tile_keeps_the_tensor_cores_busy(compiled, format: str, target: str):
+    """Scales cost 8 fma of each mma's results; little may come on top."""
+    code = sass.disassemble(compiled[target].get(Kernel.of("tile", format=format)).code)
+    inner = min((x for x in sass.loops(code) if x.count("IMMA")), key=lambda x: x.per("IMMA"))
+    assert inner.per("IMMA") <= 13
 
 
 def _inner_loop(found: Compiled) -> sass.Loop:

@@ -15,8 +15,15 @@ from runtime.ops.errors import BackendError
 
 from .intrinsic import Declared, Entry
 
+_DIMS = (64, 128)  # head sizes
+
 # file of kernels/ -> kernel -> constant -> the values it may have
 _FILES: dict[str, dict[str, dict[str, tuple]]] = {
+    "attention": {
+        "attention": {"dim": _DIMS},
+        "attention_merge": {"dim": _DIMS},
+        "kv_write": {"which": ("k", "v"), "dim": _DIMS},
+    },
     "argmax": {"argmax_parts": {}, "argmax_merge": {}},
     "elementwise": {"swiglu": {"packed": (False, True)}},
     "norm": {"rms_norm": {"packed": (False, True)}},

@@ -124,7 +124,7 @@ def _answer(kernel: Kernel, target: str, sink: BinaryIO) -> None:
     except Exception as error:
         if os.environ.get("DEBUG") == "4":
             raise
-        first = str(error).strip().splitlines() or [""]
-        header = {"error": f"{type(error).__name__}: {first[0]}"}
+        lines = " ".join(str(error).strip().splitlines()[:2])  # numba: the step, then the cause
+        header = {"error": f"{type(error).__name__}: {lines}"}
     sink.write(json.dumps(header).encode() + b"\n" + code)
     sink.flush()

@@ -1,7 +1,7 @@
 """Memory as the simulator sees it: every access in bounds and aligned, every race found.
 
-Global memory is numpy arrays. Shared memory remembers for each byte who wrote and who read it
-last, and when: two threads that touch a byte, one of them writing, must be separated by a barrier
+Global memory is numpy arrays. Shared memory remembers for each word who wrote and who read it
+last, and when: two threads that touch a word, one of them writing, must be separated by a barrier
 (of the block, or of the warp when they share one). Whatever order the threads ran in, a missing
 barrier is an error.
 """
@@ -76,18 +76,24 @@ class Pointer:
         return index * size, (index + 1) * size
 
 
+class _Word:
+    """Who used 4 bytes of shared memory last, and when: barriers of the block and of the warp."""
+
+    __slots__ = ("read_time", "reader", "reader_warp", "writer", "written_time")
+
+    def __init__(self) -> None:
+        self.writer = self.reader = self.reader_warp = _NOBODY
+        self.written_time = self.read_time = (-1, -1)
+
+
 class SharedMemory:
-    """A block's shared memory, with the history of every byte."""
+    """A block's shared memory, with the history of every word of 4 bytes."""
 
     def __init__(self, nbytes: int) -> None:
         self.data = np.full(nbytes, 0xCD, np.uint8)
         self.top = 0
         self.arrays: dict[int, int] = {}  # identity of an array -> where it lies
-        self.writer = np.full(nbytes, _NOBODY, np.int32)
-        self.write_time = np.zeros((nbytes, 2), np.int64)  # epochs of block and warp
-        self.reader = np.full(nbytes, _NOBODY, np.int32)
-        self.reader_warp = np.full(nbytes, _NOBODY, np.int32)
-        self.read_time = np.zeros((nbytes, 2), np.int64)
+        self.words: dict[int, _Word] = {}  # those that were written
 
     def reserve(self, nbytes: int, alignment: int) -> int:
         """The address of new memory. BackendError when it is used up."""
@@ -99,67 +105,72 @@ class SharedMemory:
 
     def read(self, lane: Lane, start: int, size: int) -> np.ndarray:
         """`size` bytes at `start`, an address that is a multiple of `size`."""
-        part = self._part(lane, start, size)
-        if (self.writer[part] == _NOBODY).any():
-            raise BackendError(f"{lane} reads shared memory at {start} that nobody wrote")
-        self._check(lane, part, self.writer, self.writer[part] // WARP, self.write_time, "reads")
-        self._remember_reader(lane, part)
-        return self.data[part]
+        self._check_place(lane, start, size)
+        now = (lane.block.epoch, lane.block.epochs[lane.warp])
+        for address in range(start, start + size, 4):
+            word = self.words.get(address)
+            if word is None:
+                raise BackendError(f"{lane} reads shared memory at {address} that nobody wrote")
+            writer = word.writer
+            if writer != lane.thread and not _ordered(word.written_time, writer // WARP, lane, now):
+                raise _race(lane, "reads", address, writer)
+            _remember_reader(word, lane, now)
+        return self.data[start : start + size]
 
     def write(self, lane: Lane, start: int, raw: np.ndarray) -> None:
         """Store `raw` at `start`, an address that is a multiple of its size."""
-        part = self._part(lane, start, len(raw))
-        self._check(lane, part, self.writer, self.writer[part] // WARP, self.write_time, "writes")
-        self._check(lane, part, self.reader, self.reader_warp[part], self.read_time, "writes")
-        self.data[part] = raw
-        self.writer[part] = lane.thread
-        self.write_time[part] = lane.block.epoch, lane.block.epochs[lane.warp]
+        self._check_place(lane, start, len(raw))
+        now = (lane.block.epoch, lane.block.epochs[lane.warp])
+        for address in range(start, start + len(raw), 4):
+            word = self.words.get(address)
+            if word is None:
+                word = self.words[address] = _Word()
+            users = (
+                (word.writer, word.writer // WARP, word.written_time),
+                (word.reader, word.reader_warp, word.read_time),
+            )
+            for user, warp, when in users:
+                if user not in (_NOBODY, lane.thread) and not _ordered(when, warp, lane, now):
+                    raise _race(lane, "writes", address, user)
+            word.writer, word.written_time = lane.thread, now
+        self.data[start : start + len(raw)] = raw
 
-    def _remember_reader(self, lane: Lane, part: slice) -> None:
-        """Readers since the last barrier: this lane, or several, of this warp or of several."""
-        epoch, warp_epoch = lane.block.epoch, lane.block.epochs[lane.warp]
-        times = self.read_time[part]
-        settled = (self.reader_warp[part] == lane.warp) & (times[:, 1] < warp_epoch)
-        beside = (times[:, 0] == epoch) & ~settled & (self.reader[part] != _NOBODY)
-        reader = np.where(self.reader[part] == lane.thread, lane.thread, _SEVERAL)
-        warp = np.where(self.reader_warp[part] == lane.warp, lane.warp, _SEVERAL)
-        self.reader[part] = np.where(beside, reader, lane.thread)
-        self.reader_warp[part] = np.where(beside, warp, lane.warp)
-        self.read_time[part] = epoch, warp_epoch
-
-    def _part(self, lane: Lane, start: int, size: int) -> slice:
+    def _check_place(self, lane: Lane, start: int, size: int) -> None:
         if start % size or not 0 <= start <= self.top - size:
             raise BackendError(
                 f"{lane} touches {size} bytes of shared memory at {start}: misaligned, or outside"
             )
-        return slice(start, start + size)
 
-    def _check(
-        self,
-        lane: Lane,
-        part: slice,
-        who: np.ndarray,
-        warps: np.ndarray,
-        when: np.ndarray,
-        verb: str,
-    ) -> None:
-        others = (who[part] != _NOBODY) & (who[part] != lane.thread)
-        recent = when[part, 0] == lane.block.epoch
-        ordered = (warps == lane.warp) & (when[part, 1] < lane.block.epochs[lane.warp])
-        if (others & recent & ~ordered).any():
-            first = int(np.argmax(others & recent & ~ordered))
-            other = int(who[part][first])
-            name = f"thread {other}" if other >= 0 else "other threads"
-            raise BackendError(
-                f"{lane} {verb} shared memory at {part.start + first} that {name} "
-                "used since the last barrier: a barrier is missing"
-            )
+
+def _ordered(when: tuple[int, int], warp: int, lane: Lane, now: tuple[int, int]) -> bool:
+    """Whether a barrier lies between a use of `warp` at `when` and `lane` now."""
+    return when[0] < now[0] or (warp == lane.warp and when[1] < now[1])
+
+
+def _remember_reader(word: _Word, lane: Lane, now: tuple[int, int]) -> None:
+    """Readers that no barrier separates: this lane, or several, of this warp or of several."""
+    if word.reader == _NOBODY or _ordered(word.read_time, word.reader_warp, lane, now):
+        word.reader, word.reader_warp = lane.thread, lane.warp
+    elif word.reader != lane.thread:
+        word.reader = _SEVERAL
+        word.reader_warp = lane.warp if word.reader_warp == lane.warp else _SEVERAL
+    word.read_time = now
+
+
+def _race(lane: Lane, verb: str, address: int, other: int) -> BackendError:
+    name = f"thread {other}" if other >= 0 else "other threads"
+    return BackendError(
+        f"{lane} {verb} shared memory at {address} that {name} used since the last barrier: "
+        "a barrier is missing"
+    )
 
 
 class SharedArray:
     """An array in shared memory as a lane of a simulated block sees it."""
 
     def __init__(self, memory: SharedMemory, start: int, kind: str, count: int) -> None:
+        if WIDTH[kind] != 4:
+            raise BackendError(f"shared arrays have elements of 4 bytes, not {kind}")
         self.memory, self.start, self.kind, self.count = memory, start, kind, count
 
     def __getitem__(self, index: int) -> Any:

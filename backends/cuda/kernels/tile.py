@@ -5,8 +5,9 @@ of 16 x 8. The k axis goes by in stages of 2 blocks of 32 values, copied asynchr
 ahead. A product of 32 values is one exact mma.m16n8k32; scales are applied to it in float32:
 
     the accumulator starts at MAGIC, the bits of 1.5 x 2^23, plus what the format adds to every
-    product, so its bits after the mma are the float 1.5 x 2^23 + sum, and one subtraction
-    converts it.
+    product, so its bits after the mma are the float 1.5 x 2^23 + sum. Times the row's scale y,
+    which is a float16, less 1.5 x 2^23 y, which is exact then: one fma gives y x sum, a second
+    one adds it times the column's scale.
 
 Shared memory holds pieces of 16 bytes as [half, block, row], so that the 8 rows of an ldmatrix lie
 side by side and in different banks; scales lie in the order in which lanes take them.
@@ -30,6 +31,7 @@ from runtime.backends.cuda.intrinsics import (
     entry,
     f16_to_f32,
     f32,
+    fma,
     i32,
     launch_next,
     launch_wait,
@@ -125,14 +127,16 @@ def keep_scales(tiles, numbers, base, x, begin, w):
     """Store what `fetch` found where lanes take it: 8 of their columns, 8 of their rows in turn.
 
     Columns as [block, 64s, column % 8, column / 8 % 8]; rows as [block, 32s, row / 2 % 4,
-    row / 8 % 4, row % 2].
+    row / 8 % 4, row % 2]. Starts of columns stand twice: four of them are an accumulator.
     """
     n, block = u32(thread_x() & 127), u32((thread_x() >> 7) * TILE)
     column = u32(u32(base + block + (n & 64)) + u32(8 * (n & 7) + ((n >> 3) & 7)))
     row = u32(u32(base + block + (n & 96)) + u32(8 * ((n >> 1) & 3) + 2 * ((n >> 3) & 3)))
     numbers[column] = x
-    tiles[u32(column + SCALES)] = begin
-    numbers[u32(row + (n & 1) + 2 * SCALES)] = w
+    numbers[u32(row + (n & 1) + SCALES)] = w
+    start = u32(2 * (column - base) + base + 2 * SCALES)
+    tiles[start] = begin
+    tiles[u32(start + 1)] = begin
 
 
 def load_eight(array, at, target):
@@ -144,37 +148,40 @@ def load_eight(array, at, target):
 
 def _multiplier(load_weights: Callable) -> Callable:
     """One block of a stage: the warp's 16 products of 16 x 8, and their scales."""
-    fragments, starts = registers("u32", 8), registers("u32", 8)
+    fragments, row_offsets = registers("u32", 8), registers("f32", 8)
     column_scales, row_scales = registers("f32", 8), registers("f32", 8)
 
     def multiply(acc, tiles, numbers, x_at, weights_at, scales_at, block):
         warp, lane = u32(thread_x() >> 5), u32(thread_x() & 31)
         columns, rows = u32(64 * (warp >> 2)), u32(32 * (warp & 3))
-        weights, start, x, y = fragments(), starts(), column_scales(), row_scales()
+        weights, x, y, offset = fragments(), column_scales(), row_scales(), row_offsets()
         load_weights(weights, tiles, u32(weights_at + rows), block)
-        base = u32(scales_at + block * TILE)
-        load_eight(numbers, u32(base + columns + 8 * (lane >> 2)), x)
-        load_eight(tiles, u32(base + SCALES + columns + 8 * (lane >> 2)), start)
-        load_eight(numbers, u32(base + 2 * SCALES + rows + 8 * (lane & 3)), y)
+        base, mine = u32(scales_at + block * TILE), u32(columns + 8 * (lane >> 2))
+        load_eight(numbers, u32(base + mine), x)
+        load_eight(numbers, u32(base + SCALES + rows + 8 * (lane & 3)), y)
+        for n in range(8):
+            offset[n] = y[n] * -MAGIC_F32
+        starts = u32(u32(base + block * TILE + 2 * SCALES + 2 * mine) >> 2)
         piece = u32(x_at + u32((lane >> 4) * BLOCKS + block) * TILE + columns + (lane & 15))
         for m in range(4):
-            a = ldmatrix_x4(tiles, u32(piece + 16 * m))
-            i, j = i32(start[2 * m]), i32(start[2 * m + 1])
+            a, i = ldmatrix_x4(tiles, u32(piece + 16 * m)), shared_load4(tiles, u32(starts + m))
             for n in range(4):
                 b, c = weights[2 * n], weights[2 * n + 1]
-                d = mma_s8(a[0], a[1], a[2], a[3], b, c, i, i, j, j)
-                at = 16 * m + 4 * n
-                acc[at] += scaled(d[0]) * x[2 * m] * y[2 * n]
-                acc[at + 1] += scaled(d[1]) * x[2 * m] * y[2 * n + 1]
-                acc[at + 2] += scaled(d[2]) * x[2 * m + 1] * y[2 * n]
-                acc[at + 3] += scaled(d[3]) * x[2 * m + 1] * y[2 * n + 1]
+                d = mma_s8(
+                    a[0], a[1], a[2], a[3], b, c, i32(i[0]), i32(i[1]), i32(i[2]), i32(i[3])
+                )  # fmt: skip
+                at, k = 16 * m + 4 * n, 2 * n + 1
+                acc[at] = fma(scaled(d[0], y[2 * n], offset[2 * n]), x[2 * m], acc[at])
+                acc[at + 1] = fma(scaled(d[1], y[k], offset[k]), x[2 * m], acc[at + 1])
+                acc[at + 2] = fma(scaled(d[2], y[2 * n], offset[2 * n]), x[2 * m + 1], acc[at + 2])
+                acc[at + 3] = fma(scaled(d[3], y[k], offset[k]), x[2 * m + 1], acc[at + 3])
 
     return multiply
 
 
-def scaled(bits):
-    """The integer that an accumulator counts from MAGIC, as a float."""
-    return bits_to_f32(u32(bits)) - MAGIC_F32
+def scaled(bits, y, offset):
+    """y x sum, rounded once, where `bits` is MAGIC + sum and `offset` -1.5 x 2^23 y."""
+    return fma(bits_to_f32(u32(bits)), y, offset)
 
 
 def store_tile(acc, out, column, columns, row, rows, out_stride):
@@ -213,7 +220,7 @@ def tile(format: str) -> Declared:
         "weights:u32* scales:u16* x:u32* meta:u32* out:f32* rows:u32 columns:u32 blocks:u32 "
         "out_stride:u32",
         threads=THREADS,
-        shared_nbytes=4 * NUMBERS + STAGES * 12 * SCALES,
+        shared_nbytes=4 * NUMBERS + STAGES * 16 * SCALES,
     )
     def tile(weights, scales, x, meta, out, rows, columns, blocks, out_stride):
         launch_next()
@@ -237,7 +244,7 @@ def tile(format: str) -> Declared:
             syncthreads()
             after = u32(slot + 1) if slot < STAGES - 1 else u32(0)
             free = u32(after + 1) if after < STAGES - 1 else u32(0)
-            keep_scales(tiles, numbers, u32(NUMBERS + after * 3 * SCALES), f, i, w)
+            keep_scales(tiles, numbers, u32(NUMBERS + after * 4 * SCALES), f, i, w)
             ahead = u32(b + (STAGES - 1) * BLOCKS)
             copy_x(tiles, u32(free * A_STAGE), x, column, columns, ahead, blocks)
             copy_weights(tiles, u32(B + free * B_STAGE), weights, row, rows, ahead, blocks)
@@ -246,7 +253,7 @@ def tile(format: str) -> Declared:
             for block in range(BLOCKS):
                 multiply(
                     acc, tiles, numbers, u32(slot * A_STAGE), u32(B + slot * B_STAGE),
-                    u32(NUMBERS + slot * 3 * SCALES), u32(block),
+                    u32(NUMBERS + slot * 4 * SCALES), u32(block),
                 )  # fmt: skip
             b, slot = u32(b + BLOCKS), after
         store_tile(acc, out, column, columns, row, rows, out_stride)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cuda import sass
+from runtime.backends.cuda import report, sass
 from runtime.backends.cuda.catalogue import Compiled, every_kernel
 from runtime.backends.cuda.library import Library
 from runtime.backends.cuda.targets import TARGETS
@@ -101,6 +101,12 @@ def _inner_loop(found: Compiled) -> sass.Loop:
     loops = [loop for loop in sass.loops(sass.disassemble(found.code)) if loop.count("IDP.4A")]
     assert loops, "no loop with dp4a"
     return max(loops, key=lambda loop: loop.count("IDP.4A"))
+
+
+def test_the_report_has_a_line_for_each_kernel(compiled):
+    lines = report.table(compiled["sm_90a"])[2:]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == [str(k) for k in KERNELS]
+    assert all(line.count("|") == 11 for line in lines)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t not in GATED])

@@ -16,7 +16,8 @@ from .library import Library, library
 
 _WORK = ("IDP.4A", "IMMA", "HMMA", "LDG")  # what a loop is for, the first that is there
 _REGISTERS = 65536  # of a multiprocessor
-_HEAD = "kernel registers spilled shared warps bytes instructions loop per 16-byte".split()
+_COUNTS = ("registers", "spilled", "shared", "warps", "bytes", "instructions")
+_HEAD = ("kernel", *_COUNTS, "loop", "per", "16-byte")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Which of its arguments a kernel reads and writes, found in its source: no second list to keep.
+
+The kernel's function is searched for accesses to its pointers, and so is every function it hands
+them to. Graphs take their edges from this, the fake driver its checks.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.backends.cpu.kernel import Kernel
+from runtime.ops.errors import BackendError
+
+from .intrinsic import WIDTH, Intrinsic
+
+_WIDE = 16  # bytes that `copy_async16` reads
+
+
+@dataclass(frozen=True)
+class Accesses:
+    """Names of pointer arguments that a kernel reads and that it writes.
+
+    `widths`: name -> bytes of its widest access, to which the pointer must be aligned. `waits`:
+    every thread passes `launch_wait`, so the kernel may be launched before the last one ended.
+    """
+
+    reads: frozenset[str]
+    writes: frozenset[str]
+    widths: dict[str, int]
+    waits: bool
+
+
+@functools.cache
+def accesses(kernel: Kernel) -> Accesses:
+    """Of a kernel of the catalogue. BackendError: none is called so."""
+    from .catalogue import declared
+
+    found = declared(kernel)
+    kinds = {name: kind[:-1] for name, kind in found.entry.arguments if kind.endswith("*")}
+    uses = _uses(found.function, frozenset(kinds))
+    widths: dict[str, int] = {}
+    for name, _, count in uses:
+        nbytes = _WIDE if count is None else count * WIDTH[kinds[name]]
+        widths[name] = max(nbytes, widths.get(name, 0))
+    reads, writes = (frozenset(n for n, mode, _ in uses if mode == m) for m in ("read", "write"))
+    return Accesses(reads, writes, widths, _waits(found.function))
+
+
+def _uses(function: Callable, names: frozenset[str]) -> set[tuple[str, str, int | None]]:
+    """(parameter, "read" or "write", elements at once) of everything done with `names`."""
+    scope, found = _scope(function), set()
+    for call in ast.walk(_tree(function)):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            continue
+        passed = [(i, a.id) for i, a in enumerate(call.args) if isinstance(a, ast.Name)]
+        handed = [(i, name) for i, name in passed if name in names]
+        called = scope.get(call.func.id)
+        if handed and isinstance(called, Intrinsic):
+            found |= {(name, *_mode(called)) for i, name in handed if _is_pointer(called, i)}
+        elif handed and isinstance(called, types.FunctionType):
+            found |= _handed_on(called, handed)
+    return found
+
+
+def _handed_on(
+    called: types.FunctionType, handed: list[tuple[int, str]]
+) -> set[tuple[str, str, int | None]]:
+    parameters = called.__code__.co_varnames
+    inner = _uses(called, frozenset(parameters[i] for i, _ in handed))
+    return {
+        (name, mode, count)
+        for i, name in handed
+        for parameter, mode, count in inner
+        if parameter == parameters[i]
+    }
+
+
+def _is_pointer(called: Intrinsic, position: int) -> bool:
+    """The first argument of an access; the third of a copy to shared memory."""
+    if called.rule == "copy_async":
+        return position == 2
+    return position == 0 and called.rule in ("load", "stream", "store")
+
+
+def _mode(called: Intrinsic) -> tuple[str, int | None]:
+    if called.rule == "copy_async":
+        return "read", None
+    return "write" if called.rule == "store" else "read", called.parameters[0]
+
+
+def _scope(function: Callable) -> dict[str, Any]:
+    code = function.__code__
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
+    return function.__globals__ | {name: cell.cell_contents for name, cell in cells}
+
+
+@functools.cache
+def _tree(function: Callable) -> ast.FunctionDef:
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except OSError as error:
+        raise BackendError(f"the source of kernel {function.__name__} is not there") from error
+    tree = ast.parse(source).body[0]
+    assert isinstance(tree, ast.FunctionDef), "kernels are plain functions"
+    return tree
+
+
+def _waits(function: Callable) -> bool:
+    """Whether `launch_wait` stands in the body itself, before any branch ends a thread."""
+    for statement in _tree(function).body:
+        if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
+            return False
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            called = statement.value.func
+            if isinstance(called, ast.Name) and called.id == "launch_wait":
+                return True
+    return False

@@ -1,0 +1,96 @@
+"""A kernel's arguments, checked against its declaration and packed once into one block of memory.
+
+The driver takes an array of pointers, one to each value. Both live as long as the block does; a
+value changed in place is what the next launch reads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from typing import Any
+
+from runtime.ops.errors import BackendError
+
+from .arena import Buffer
+from .intrinsic import SCALARS, WIDTH, Entry
+
+_CODES = dict(zip(SCALARS, "BbHhIiQqf", strict=True))
+_POINTER = 8
+WIDTHS = WIDTH | {f"{kind}*": _POINTER for kind in SCALARS}  # bytes of a parameter
+
+
+class Arguments:
+    """The block of one launch: `address` is what the driver takes, `buffers` what it points to."""
+
+    def __init__(self, entry: Entry, name: str, values: tuple[Any, ...]) -> None:
+        """`values` in the order of `entry.arguments`: a Buffer for each pointer, else a number.
+
+        BackendError: their number, kind or range is not the kernel's.
+        """
+        self._name, self._kinds = name, entry.arguments
+        self._index = {argument: i for i, (argument, _) in enumerate(entry.arguments)}
+        if len(values) != len(self._kinds):
+            listed = ", ".join(argument for argument, _ in self._kinds)
+            raise BackendError(
+                f"kernel {name} takes {len(self._kinds)} arguments ({listed}), not {len(values)}"
+            )
+        self._offsets, size = [], 0
+        for _, kind in self._kinds:
+            width = WIDTHS[kind]
+            size = -(-size // width) * width
+            self._offsets.append(size)
+            size += width
+        self._block = ctypes.create_string_buffer(size + 1)
+        base = ctypes.addressof(self._block)
+        self._pointers = (ctypes.c_void_p * len(values))(*[base + o for o in self._offsets])
+        self.address = ctypes.addressof(self._pointers)
+        self.buffers: dict[str, Buffer] = {}
+        for i, value in enumerate(values):
+            self._set(i, value)
+
+    def set(self, **values: Any) -> None:
+        """Change arguments by name, in place."""
+        for name, value in values.items():
+            if name not in self._index:
+                raise BackendError(f"kernel {self._name} has no argument {name}: {self._kinds}")
+            self._set(self._index[name], value)
+
+    def _set(self, i: int, value: Any) -> None:
+        name, kind = self._kinds[i]
+        if kind.endswith("*"):
+            self._set_pointer(i, name, kind, value)
+            return
+        if isinstance(value, Buffer):
+            raise BackendError(f"kernel {self._name}: {name} is {kind}, not a buffer")
+        try:
+            number = float(value) if kind == "f32" else value.__index__()
+            struct.pack_into(_CODES[kind], self._block, self._offsets[i], number)
+        except (struct.error, TypeError, ValueError, AttributeError, OverflowError):
+            raise BackendError(
+                f"kernel {self._name}: {name} is {kind}, which {value!r} is not"
+            ) from None
+
+    def _set_pointer(self, i: int, name: str, kind: str, value: Any) -> None:
+        if not isinstance(value, Buffer):
+            raise BackendError(
+                f"kernel {self._name}: {name} is {kind}: give it a buffer, not {value!r}"
+            )
+        width = WIDTHS[kind.removesuffix("*")]
+        address = value.address  # refuses what was freed
+        if address % width:
+            raise BackendError(
+                f"kernel {self._name}: {name} begins at {address:#x}, not a multiple of {width}"
+            )
+        struct.pack_into("Q", self._block, self._offsets[i], address)
+        self.buffers[name] = value
+
+
+def unpacked(entry: Entry, address: int) -> tuple[int | float, ...]:
+    """The values a driver finds in the block whose array of pointers is at `address`."""
+    pointers = (ctypes.c_void_p * len(entry.arguments)).from_address(address)
+    values = []
+    for pointer, (_, kind) in zip(pointers, entry.arguments, strict=True):
+        code = "Q" if kind.endswith("*") else _CODES[kind]
+        values.append(struct.unpack(code, ctypes.string_at(pointer, WIDTHS[kind]))[0])
+    return tuple(values)

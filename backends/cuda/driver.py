@@ -1,0 +1,218 @@
+"""What the launcher asks of a CUDA driver, and opening the real one.
+
+`Driver` is the whole interface: `bindings.py` fills it with NVIDIA's driver, `fake.py` with a
+recorder that needs no GPU. Handles are opaque; addresses, sizes and times are numbers. Calls act
+on the context made current in the calling thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from runtime.ops.errors import BackendError
+
+if TYPE_CHECKING:
+    from .catalogue import Compiled
+    from .launcher import Launch
+
+NEEDED_CUDA = 13000  # as cuDriverGetVersion counts: 13.0
+NEEDED_DRIVER = 580  # the first that brings it
+SHARED_NBYTES = 48 << 10  # of a block, without asking
+ALIGNMENT = 256  # bytes, of what a driver allocates
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A GPU. `capability` (major, minor); sizes in bytes, `clock_khz` the highest of its cores.
+
+    `shared_nbytes`: the most a block may have after asking.
+    """
+
+    index: int
+    name: str
+    capability: tuple[int, int]
+    total_nbytes: int
+    multiprocessors: int
+    shared_nbytes: int
+    l2_nbytes: int
+    clock_khz: int
+
+
+class Driver(Protocol):
+    """A CUDA driver. BackendError: a call failed; MemoryLimitError: no room on the device."""
+
+    fake: bool
+
+    def version(self) -> int:
+        """The newest CUDA it supports, 13000 for 13.0."""
+
+    def device_count(self) -> int:
+        """GPUs that this process sees."""
+
+    def device_info(self, index: int) -> DeviceInfo:
+        """What a GPU is."""
+
+    def retain_context(self, index: int) -> Any:
+        """The primary context of a GPU."""
+
+    def release_context(self, index: int) -> None:
+        """Give it back."""
+
+    def use_context(self, context: Any) -> None:
+        """Make it current in this thread."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """(free, total) bytes of the current device."""
+
+    def allocate(self, nbytes: int) -> int:
+        """Address of new memory, a multiple of ALIGNMENT."""
+
+    def free(self, address: int) -> None:
+        """Waits for the device, then frees."""
+
+    def allocate_host(self, nbytes: int) -> int:
+        """Address of pinned host memory, which copies read and write while the host goes on."""
+
+    def free_host(self, address: int) -> None:
+        """The inverse of `allocate_host`."""
+
+    def copy_to_device(self, address: int, host: int, nbytes: int, stream: Any) -> None:
+        """In the stream's order; pageable host memory may be reused at once, pinned may not."""
+
+    def copy_to_host(self, host: int, address: int, nbytes: int, stream: Any) -> None:
+        """In the stream's order; the bytes are there once the stream was waited for."""
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """From device memory to device memory."""
+
+    def fill(self, address: int, value: int, nbytes: int, stream: Any) -> None:
+        """Every byte `value`."""
+
+    def create_stream(self) -> Any:
+        """A stream that does not wait for the default one."""
+
+    def destroy_stream(self, stream: Any) -> None:
+        """The inverse of `create_stream`."""
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait until everything given to the stream is done."""
+
+    def create_event(self) -> Any:
+        """An event that keeps the time."""
+
+    def destroy_event(self, event: Any) -> None:
+        """The inverse of `create_event`."""
+
+    def record(self, event: Any, stream: Any) -> None:
+        """The event happens when the stream gets here."""
+
+    def wait(self, stream: Any, event: Any) -> None:
+        """What is given to the stream from now on waits for the event."""
+
+    def synchronize_event(self, event: Any) -> None:
+        """Wait for the event."""
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Milliseconds between two events that have happened."""
+
+    def load(self, compiled: Compiled) -> tuple[Any, Any]:
+        """(library, function) of a cubin, loaded now and not at its first launch."""
+
+    def unload(self, library: Any) -> None:
+        """The inverse of `load`."""
+
+    def allow_shared(self, function: Any, nbytes: int) -> None:
+        """Let the function's blocks have more than SHARED_NBYTES."""
+
+    def launch(self, launch: Launch, stream: Any) -> None:
+        """Give a launch to the stream."""
+
+    def launch_programmatic(self, launch: Launch, stream: Any) -> None:
+        """The same; it may start while the launch before it ends, up to its `launch_wait`."""
+
+    def create_graph(self) -> Any:
+        """An empty graph."""
+
+    def add_node(
+        self, graph: Any, launch: Launch, before: Sequence[Any], programmatic: Sequence[bool]
+    ) -> Any:
+        """A launch that waits for the nodes `before`, or for their `launch_next` only."""
+
+    def instantiate(self, graph: Any) -> Any:
+        """What can be replayed."""
+
+    def update_node(self, executable: Any, node: Any, launch: Launch) -> None:
+        """Give a node the launch's arguments and grid as they are now."""
+
+    def launch_graph(self, executable: Any, stream: Any) -> None:
+        """Give all nodes to the stream."""
+
+    def destroy_executable(self, executable: Any) -> None:
+        """The inverse of `instantiate`."""
+
+    def destroy_graph(self, graph: Any) -> None:
+        """The inverse of `create_graph`."""
+
+
+def open_driver(api: Any = None) -> Driver:
+    """NVIDIA's driver, initialised, with at least one GPU.
+
+    `api`: what `cuda.bindings.driver` is by default. BackendError, one line that says what to do:
+    cuda-bindings is not installed, there is no driver, it is too old, it sees no GPU.
+    """
+    from .bindings import BoundDriver
+
+    driver = BoundDriver(api or _api())
+    version = _started(driver.version)
+    if version < NEEDED_CUDA:
+        raise BackendError(
+            f"the NVIDIA driver supports CUDA {version // 1000}.{version % 1000 // 10}, and "
+            f"kernels need {NEEDED_CUDA // 1000}.{NEEDED_CUDA % 1000 // 10}: install driver "
+            f"{NEEDED_DRIVER} or later, or use devices='cpu'"
+        )
+    _started(driver.initialize)
+    if not driver.device_count():
+        raise _no_device()
+    return driver
+
+
+def _api() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        raise BackendError(
+            "CUDA devices need the package cuda-bindings, which is not installed: "
+            "pip install 'graph-runtime[cuda]', or use devices='cpu'"
+        ) from None
+
+
+def _started(call: Any) -> Any:
+    """The first calls of a driver, which is where a missing one shows."""
+    try:
+        return call()
+    except BackendError as error:
+        if re.search("NO_DEVICE", str(error)):
+            raise _no_device() from None
+        if re.search("STUB_LIBRARY|SYSTEM_DRIVER_MISMATCH|COMPAT_NOT_SUPPORTED", str(error)):
+            raise _no_driver(str(error)) from None
+        raise
+    except (RuntimeError, OSError) as error:  # cuda-bindings: the library or a function is missing
+        raise _no_driver(str(error).strip().partition("\n")[0]) from None
+
+
+def _no_driver(detail: str) -> BackendError:
+    return BackendError(
+        f"no usable NVIDIA driver ({detail}): install driver {NEEDED_DRIVER} or later, or use "
+        "devices='cpu'"
+    )
+
+
+def _no_device() -> BackendError:
+    return BackendError(
+        "the NVIDIA driver sees no GPU: check CUDA_VISIBLE_DEVICES and nvidia-smi, or use "
+        "devices='cpu'"
+    )

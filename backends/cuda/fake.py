@@ -1,0 +1,301 @@
+"""A driver without a GPU, for tests: it checks every call, and runs kernels on the simulator.
+
+It refuses, in one line, what a GPU would punish by wrong numbers, a dead context or a hang:
+
+    arguments that are not the kernel's: pointers outside of memory, freed or misaligned; threads
+    or shared memory that the kernel was not compiled or not allowed for
+    handles that were destroyed, are of another kind or of another device's context
+    frees of what was never allocated
+    a reader not ordered behind its writer, or a writer behind its readers: between streams
+    (`ordering.py`), and between the nodes of a graph
+    programmatic edges and launches to kernels that do not wait
+
+With `execute`, memory has contents and kernels run on the simulator, nodes of a graph in a random
+order that its edges allow. Time does not exist: `elapsed` is NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from runtime.backends.cpu.kernel import Kernel
+from runtime.ops.errors import MemoryLimitError
+
+from .accesses import accesses
+from .arena import sized
+from .catalogue import Compiled
+from .driver import ALIGNMENT, NEEDED_CUDA, DeviceInfo
+from .fake_memory import Memory, Span
+from .fake_nodes import (
+    Function,
+    Handle,
+    Node,
+    check_order,
+    check_pointers,
+    perform,
+    seen,
+    shuffled,
+    wrong,
+)  # fmt: skip
+from .launcher import Launch
+from .ordering import Order
+
+H100 = DeviceInfo(0, "fake H100", (9, 0), 80 << 30, 132, 227 << 10, 50 << 20, 1_980_000)
+
+
+class FakeDriver:
+    """`Driver` for GPUs that are not there; `calls` lists what was asked, oldest first."""
+
+    fake = True
+
+    def __init__(
+        self, devices: Sequence[DeviceInfo] = (H100,), execute: bool = False, seed: int = 0,
+        version: int = NEEDED_CUDA,
+    ) -> None:  # fmt: skip
+        self.calls: list[tuple[Any, ...]] = []
+        self._devices, self._execute, self._version = list(devices), execute, version
+        self._random = random.Random(seed)
+        self._memory = [Memory(d.total_nbytes, execute) for d in devices]
+        self._contexts: dict[int, Handle] = {}
+        self._thread = threading.local()
+        self._count = 0
+        self._pinned: dict[int, Any] = {}
+        self._order = Order()
+
+    def version(self) -> int:
+        return self._version
+
+    def device_count(self) -> int:
+        return len(self._devices)
+
+    def device_info(self, index: int) -> DeviceInfo:
+        return self._devices[index]
+
+    def retain_context(self, index: int) -> Handle:
+        if index not in self._contexts:
+            self._contexts[index] = self._new("context", index)
+        self._contexts[index].alive = True
+        return self._contexts[index]
+
+    def release_context(self, index: int) -> None:
+        self._alive(self._contexts[index], "context").alive = False
+
+    def use_context(self, context: Handle) -> None:
+        if context.kind != "context" or not context.alive:
+            raise wrong(f"{context} cannot be made current")
+        self._thread.current = context.of
+
+    def memory_info(self) -> tuple[int, int]:
+        memory = self._here()
+        return memory.total - memory.used, memory.total
+
+    def allocate(self, nbytes: int) -> int:
+        free, total = self.memory_info()
+        if nbytes > free:
+            raise MemoryLimitError(
+                f"the GPU has no room for {sized(nbytes)}: {sized(free)} of {sized(total)} are "
+                "free; use a shorter context, a smaller kv_type or more devices"
+            )
+        if nbytes <= 0:
+            raise wrong(f"an allocation of {nbytes} bytes")
+        self._note("allocate", nbytes)
+        return self._here().allocate(nbytes, ALIGNMENT)
+
+    def free(self, address: int) -> None:
+        self._note("free", address)
+        self._order.forget(*self._here().free(address))
+
+    def allocate_host(self, nbytes: int) -> int:
+        block = ctypes.create_string_buffer(nbytes)
+        self._pinned[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def free_host(self, address: int) -> None:
+        if self._pinned.pop(address, None) is None:
+            raise wrong(f"freed pinned memory {address:#x}, which is none")
+
+    def copy_to_device(self, address: int, host: int, nbytes: int, stream: Handle) -> None:
+        self._touch("copy to the device", stream, [Span(address, address + nbytes, True)])
+        self._here().write(address, host, nbytes)
+
+    def copy_to_host(self, host: int, address: int, nbytes: int, stream: Handle) -> None:
+        self._touch("copy to the host", stream, [Span(address, address + nbytes, False)])
+        self._here().read(address, host, nbytes)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Handle) -> None:
+        both = Span(target, target + nbytes, True), Span(source, source + nbytes, False)
+        self._touch("copy", stream, list(both))
+        self._here().move(target, source, nbytes)
+
+    def fill(self, address: int, value: int, nbytes: int, stream: Handle) -> None:
+        self._touch("fill", stream, [Span(address, address + nbytes, True)])
+        self._here().fill(address, value, nbytes)
+
+    def create_stream(self) -> Handle:
+        return self._new("stream")
+
+    def destroy_stream(self, stream: Handle) -> None:
+        self._alive(stream, "stream").alive = False
+
+    def synchronize(self, stream: Handle) -> None:
+        self._note("synchronize", self._alive(stream, "stream"))
+        self._order.synchronize(stream)
+
+    def create_event(self) -> Handle:
+        return self._new("event")
+
+    def destroy_event(self, event: Handle) -> None:
+        self._alive(event, "event").alive = False
+
+    def record(self, event: Handle, stream: Handle) -> None:
+        self._order.record(self._alive(event, "event"), self._alive(stream, "stream"))
+
+    def wait(self, stream: Handle, event: Handle) -> None:
+        self._order.wait(self._alive(stream, "stream"), self._alive(event, "event"))
+
+    def synchronize_event(self, event: Handle) -> None:
+        self._order.synchronize_event(self._alive(event, "event"))
+
+    def elapsed(self, start: Handle, end: Handle) -> float:
+        self._order.happened(self._alive(start, "event"), self._alive(end, "event"))
+        return math.nan
+
+    def load(self, compiled: Compiled) -> tuple[Handle, Handle]:
+        try:
+            kernel = Kernel.parse(compiled.code.decode())
+        except ValueError:
+            raise wrong(f"kernel {compiled.name} is not of FakeLibrary") from None
+        self._note("load", str(kernel))
+        library = self._new("library")
+        return library, self._new("function", value=Function(kernel, compiled, library))
+
+    def unload(self, library: Handle) -> None:
+        self._alive(library, "library").alive = False
+
+    def allow_shared(self, function: Handle, nbytes: int) -> None:
+        if nbytes > self._devices[function.of].shared_nbytes:
+            raise wrong(f"{sized(nbytes)} of shared memory are more than a block can have")
+        self._alive(function, "function").value.shared_nbytes = nbytes
+
+    def launch(self, launch: Launch, stream: Handle) -> None:
+        node = self._checked(launch)
+        self._touch("launch", stream, node.spans, node.name)
+        self._perform(node)
+
+    def launch_programmatic(self, launch: Launch, stream: Handle) -> None:
+        if not accesses(launch.kernel).waits:
+            raise wrong(f"{launch} is launched early and has no launch_wait")
+        self.launch(launch, stream)
+
+    def create_graph(self) -> Handle:
+        return self._new("graph", value=[])
+
+    def add_node(
+        self, graph: Handle, launch: Launch, before: Sequence[int], programmatic: Sequence[bool]
+    ) -> int:
+        nodes = self._alive(graph, "graph").value
+        if len(before) != len(programmatic) or not all(0 <= n < len(nodes) for n in before):
+            raise wrong(f"{launch} waits for nodes that are not of {graph}")
+        if any(programmatic) and not accesses(launch.kernel).waits:
+            raise wrong(f"{launch} has a programmatic edge and no launch_wait")
+        node = self._checked(launch)
+        node.before = tuple(before)
+        nodes.append(node)
+        return len(nodes) - 1
+
+    def instantiate(self, graph: Handle) -> Handle:
+        nodes = list(self._alive(graph, "graph").value)
+        check_order(nodes)
+        self._note("instantiate", len(nodes))
+        return self._new("executable", value=nodes)
+
+    def update_node(self, executable: Handle, node: int, launch: Launch) -> None:
+        nodes = self._alive(executable, "executable").value
+        if not 0 <= node < len(nodes):
+            raise wrong(f"node {node} is not of {executable}")
+        changed = self._checked(launch)
+        if changed.shape[0] is not nodes[node].shape[0]:
+            raise wrong(f"node {node} is {nodes[node].name}, not {changed.name}")
+        changed.before = nodes[node].before
+        after = [*nodes[:node], changed, *nodes[node + 1 :]]
+        check_order(after)
+        nodes[node] = changed
+
+    def launch_graph(self, executable: Handle, stream: Handle) -> None:
+        nodes = self._mine(executable, "executable").value
+        for node in nodes:
+            self._check_alive(node)
+        self._touch("graph", stream, [span for node in nodes for span in node.spans])
+        for node in shuffled(nodes, self._random) if self._execute else ():
+            perform(node, self._here(), self._random.randrange(1 << 30))
+
+    def destroy_executable(self, executable: Handle) -> None:
+        self._alive(executable, "executable").alive = False
+
+    def destroy_graph(self, graph: Handle) -> None:
+        self._alive(graph, "graph").alive = False
+
+    def leaks(self) -> list[str]:
+        """What is still allocated, oldest first."""
+        return [sized(n) for memory in self._memory for n in memory.sizes()]
+
+    def _note(self, *call: Any) -> None:
+        self.calls.append(call)
+
+    def _current(self) -> int:
+        current = getattr(self._thread, "current", None)
+        if current is None or not self._contexts[current].alive:
+            raise wrong("no context is current in this thread: activate the device first")
+        return current
+
+    def _here(self) -> Memory:
+        return self._memory[self._current()]
+
+    def _new(self, kind: str, of: int | None = None, value: Any = None) -> Handle:
+        self._count += 1
+        handle = Handle(kind, self._current() if of is None else of, self._count, value)
+        self._note("create", handle)
+        return handle
+
+    def _alive(self, handle: Any, kind: str) -> Handle:
+        if not isinstance(handle, Handle) or handle.kind != kind:
+            raise wrong(f"{handle!r} is no {kind}")
+        if not handle.alive:
+            raise wrong(f"{handle} was destroyed")
+        return handle
+
+    def _mine(self, handle: Any, kind: str) -> Handle:
+        """Alive, and of the thread's device."""
+        if self._alive(handle, kind).of != self._current():
+            raise wrong(f"{handle} is of GPU {handle.of}, and GPU {self._current()} is current")
+        return handle
+
+    def _touch(self, what: str, stream: Handle, touched: list[Span], name: str = "") -> None:
+        self._mine(stream, "stream")
+        for span in touched:
+            self._here().check(span.start, span.end, name or what)
+        self._note(what, *([name] if name else []), stream)
+        self._order.add(stream, touched, name or what)
+
+    def _checked(self, launch: Launch) -> Node:
+        """The launch as the driver sees it: through its address and shape alone."""
+        self._mine(launch.shape[0], "function")
+        node = seen(launch)
+        self._check_alive(node)
+        check_pointers(node, self._here())
+        return node
+
+    def _check_alive(self, node: Node) -> None:
+        self._alive(self._alive(node.shape[0], "function").value.library, "library")
+        for name, buffer in node.buffers.items():
+            if not buffer.alive:
+                raise wrong(f"{node.name} uses {name} after it was released")
+
+    def _perform(self, node: Node) -> None:
+        if self._execute:
+            perform(node, self._here(), self._random.randrange(1 << 30))

@@ -1,0 +1,153 @@
+"""Launches as a driver sees them, and what is wrong with them: the checks of `fake.py`."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.cpu.kernel import Kernel
+from runtime.ops.errors import BackendError
+
+from .accesses import accesses
+from .arguments import unpacked
+from .catalogue import Compiled, declared
+from .driver import SHARED_NBYTES
+from .fake_memory import Memory, Span, overlap
+from .graphs import spans
+from .launcher import Launch
+
+
+class FakeLibrary:
+    """Kernels without code: `FakeDriver.load` knows them by name and constants."""
+
+    def get(self, kernel: Kernel) -> Compiled:
+        """What compiling would give, as far as launching goes."""
+        found = declared(kernel)
+        return Compiled(found.name, kernel.dump().encode(), found.entry, 0, 0, 0, 0)
+
+
+@dataclass(eq=False)
+class Handle:
+    """What the fake driver hands out. `of`: the device it belongs to."""
+
+    kind: str
+    of: int
+    number: int
+    value: Any = None
+    alive: bool = True
+
+    def __repr__(self) -> str:
+        return f"{self.kind} {self.number}"
+
+
+@dataclass
+class Function:
+    """A loaded kernel, and how much shared memory its blocks are allowed."""
+
+    kernel: Kernel
+    compiled: Compiled
+    library: Handle
+    shared_nbytes: int = SHARED_NBYTES
+
+
+@dataclass
+class Node:
+    """A launch as it was when it was given to the driver, and the nodes it waits for."""
+
+    name: str
+    shape: tuple[Any, ...]
+    values: tuple[int | float, ...]
+    buffers: dict[str, Any]
+    spans: list[Span]
+    before: tuple[int, ...] = ()
+
+    def pointers(self) -> list[tuple[str, int, int]]:
+        """(name, address, bytes of its buffer) of every pointer argument."""
+        pairs = zip(self.shape[0].value.compiled.entry.arguments, self.values, strict=True)
+        return [
+            (name, int(value), self.buffers[name].nbytes)
+            for (name, kind), value in pairs
+            if kind.endswith("*")
+        ]
+
+
+def seen(launch: Launch) -> Node:
+    """What the driver reads through the launch's address. BackendError: a shape not compiled for"""
+    function = launch.shape[0].value
+    entry, name = function.compiled.entry, str(launch)
+    if launch.shape[4:7] != (entry.threads, 1, 1):
+        raise wrong(f"{name} has {launch.shape[4:7]} threads, compiled for {entry.threads}")
+    nbytes = launch.shape[7]
+    if nbytes != entry.shared_nbytes:
+        raise wrong(f"{name} has {nbytes} bytes of shared memory, not {entry.shared_nbytes}")
+    if nbytes > function.shared_nbytes:
+        raise wrong(f"{name} is allowed {function.shared_nbytes} of {nbytes} bytes shared memory")
+    touched = [Span(*span) for span in spans(launch)] if _all_alive(launch) else []
+    values = unpacked(entry, launch.address)
+    return Node(name, launch.shape, values, dict(launch.buffers), touched)
+
+
+def _all_alive(launch: Launch) -> bool:
+    return all(buffer.alive for buffer in launch.buffers.values())
+
+
+def check_pointers(node: Node, memory: Memory) -> None:
+    """BackendError: a pointer leads out of the device's memory or is misaligned."""
+    widths = accesses(node.shape[0].value.kernel).widths
+    for name, address, nbytes in node.pointers():
+        memory.check(address, address + nbytes, f"{node.name}: {name}")
+        if address % widths.get(name, 1):
+            raise wrong(f"{node.name}: {name} is not at a multiple of {widths[name]} bytes")
+
+
+def check_order(nodes: list[Node]) -> None:
+    """BackendError: two nodes touch the same bytes, one writing, and no edges order them."""
+    reached: list[int] = []  # of each node, the set of those before it, as bits
+    for i, node in enumerate(nodes):
+        bits = 0
+        for before in node.before:
+            bits |= reached[before] | 1 << before
+        reached.append(bits)
+        for j, other in enumerate(nodes[:i]):
+            if not bits >> j & 1 and overlap(node.spans, other.spans):
+                raise wrong(
+                    f"no edges lead from {other.name} (node {j}) to {node.name} (node {i}), and "
+                    "one writes what the other uses"
+                )
+
+
+def shuffled(nodes: list[Node], generator: random.Random) -> list[Node]:
+    """An order of execution that the edges allow."""
+    missing = {i: set(node.before) for i, node in enumerate(nodes)}
+    ordered = []
+    while missing:
+        chosen = generator.choice([i for i, before in missing.items() if not before])
+        del missing[chosen]
+        ordered.append(nodes[chosen])
+        for before in missing.values():
+            before.discard(chosen)
+    return ordered
+
+
+def perform(node: Node, memory: Memory, seed: int) -> None:
+    """Run a launch on the simulator; what the kernel only reads is read-only there."""
+    from .simulator import launch
+
+    function = node.shape[0].value
+    writes = accesses(function.kernel).writes
+    arrays: dict[str, np.ndarray] = {}
+    for name, address, nbytes in node.pointers():
+        arrays[name] = memory.contents(address, nbytes)
+        arrays[name].flags.writeable = name in writes
+    names = [name for name, _ in function.compiled.entry.arguments]
+    values = [arrays.get(name, value) for name, value in zip(names, node.values, strict=True)]
+    kernel = declared(function.kernel)
+    launch(kernel, node.shape[1:4], *values, order="random", seed=seed)
+
+
+def wrong(text: str) -> BackendError:
+    """What the fake driver says."""
+    return BackendError(f"fake driver: {text}")

@@ -1,0 +1,139 @@
+"""CUDA graphs built from a list of launches and the edges between them, replayed by one call.
+
+A graph keeps the arguments its launches had when it was built; a launch changed afterwards takes
+effect by `update`. Buffers must live as long as the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.ops.errors import BackendError
+
+from .accesses import accesses
+from .launcher import Device, Launch, Stream
+
+
+@dataclass(frozen=True, order=True)
+class Edge:
+    """Launch `after` waits for launch `before` (places in the list, before < after).
+
+    `programmatic`: it may start as soon as all blocks of `before` called `launch_next`, and waits
+    in its own `launch_wait`.
+    """
+
+    before: int
+    after: int
+    programmatic: bool = False
+
+
+class Graph:
+    """Launches with edges, instantiated."""
+
+    def __init__(
+        self, device: Device, launches: Sequence[Launch], edges: Iterable[Edge] | None = None
+    ) -> None:
+        """`edges`: those of `dependencies` by default.
+
+        BackendError: an edge does not point forward in the list, or is programmatic to a kernel
+        that does not wait.
+        """
+        self.device, self.launches = device, list(launches)
+        self.edges = dependencies(launches) if edges is None else sorted(set(edges))
+        _check(self.launches, self.edges)
+        self._driver = device.driver
+        device.activate()
+        self._graph = self._driver.create_graph()
+        self._nodes: list[Any] = []
+        incoming: dict[int, list[Edge]] = {}
+        for edge in self.edges:
+            incoming.setdefault(edge.after, []).append(edge)
+        for i, launch in enumerate(self.launches):
+            edges_in = incoming.get(i, [])
+            before = [self._nodes[e.before] for e in edges_in]
+            early = [e.programmatic for e in edges_in]
+            self._nodes.append(self._driver.add_node(self._graph, launch, before, early))
+        self._executable = self._driver.instantiate(self._graph)
+        self._open = True
+
+    def replay(self, stream: Stream) -> None:
+        """Give all launches to the stream."""
+        self._driver.launch_graph(self._executable, stream.handle)
+
+    def update(self, index: int) -> None:
+        """Take over the arguments and grid that launch `index` has now."""
+        self._driver.update_node(self._executable, self._nodes[index], self.launches[index])
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if self._open:
+            self._open = False
+            self._driver.destroy_executable(self._executable)
+            self._driver.destroy_graph(self._graph)
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def chain(count: int, programmatic: bool = False) -> list[Edge]:
+    """Edges that run `count` launches one after another."""
+    return [Edge(i, i + 1, programmatic) for i in range(count - 1)]
+
+
+def spans(launch: Launch) -> list[tuple[int, int, bool]]:
+    """(first byte, end, written) of the memory a launch may touch, as large as its buffers."""
+    used = accesses(launch.kernel)
+    found = []
+    for name, buffer in launch.buffers.items():
+        if name in used.reads | used.writes:
+            start = buffer.address
+            found.append((start, start + buffer.nbytes, name in used.writes))
+    return found
+
+
+def conflict(a: list[tuple[int, int, bool]], b: list[tuple[int, int, bool]]) -> bool:
+    """Whether two launches touch the same bytes and one of them writes these."""
+    return any(
+        start < other_end and other < end and (writes or other_writes)
+        for start, end, writes in a
+        for other, other_end, other_writes in b
+    )
+
+
+def dependencies(launches: Sequence[Launch], programmatic: bool = False) -> list[Edge]:
+    """The fewest edges that keep every launch behind those whose results or inputs it touches.
+
+    `programmatic`: edges to kernels that have but one are programmatic where the kernel waits.
+    """
+    touched = [spans(launch) for launch in launches]
+    reached: list[int] = []  # of each launch, the set of those before it, as bits
+    edges = []
+    for after, mine in enumerate(touched):
+        bits, before_me = 0, []
+        for before in range(after - 1, -1, -1):
+            if not bits >> before & 1 and conflict(touched[before], mine):
+                before_me.append(before)
+                bits |= reached[before] | 1 << before
+        reached.append(bits)
+        early = programmatic and len(before_me) == 1 and accesses(launches[after].kernel).waits
+        edges += [Edge(before, after, early) for before in before_me]
+    return sorted(edges)
+
+
+def _check(launches: list[Launch], edges: list[Edge]) -> None:
+    pairs = set()
+    for edge in edges:
+        if not 0 <= edge.before < edge.after < len(launches):
+            raise BackendError(f"{edge} does not point forward among {len(launches)} launches")
+        if (edge.before, edge.after) in pairs:
+            raise BackendError(f"there are two edges from {edge.before} to {edge.after}")
+        pairs.add((edge.before, edge.after))
+        if edge.programmatic and not accesses(launches[edge.after].kernel).waits:
+            raise BackendError(
+                f"{launches[edge.after]} has no launch_wait for its programmatic {edge}"
+            )

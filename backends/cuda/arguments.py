@@ -64,9 +64,8 @@ class Arguments:
         if isinstance(value, Buffer):
             raise BackendError(f"kernel {self._name}: {name} is {kind}, not a buffer")
         try:
-            number = float(value) if kind == "f32" else value.__index__()
-            struct.pack_into(_CODES[kind], self._block, self._offsets[i], number)
-        except (struct.error, TypeError, ValueError, AttributeError, OverflowError):
+            struct.pack_into(_CODES[kind], self._block, self._offsets[i], value)
+        except (struct.error, TypeError, ValueError, OverflowError):
             raise BackendError(
                 f"kernel {self._name}: {name} is {kind}, which {value!r} is not"
             ) from None

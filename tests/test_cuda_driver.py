@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_gpu import NBYTES, ROWS, Gpu, N, normed
+from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
 
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda.accesses import accesses

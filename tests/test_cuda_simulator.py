@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -220,6 +224,16 @@ def test_wrong_arguments_are_named():
         entry("y:f32*", threads=32)(lambda x: None)
     with pytest.raises(BackendError, match="unknown type f64"):
         entry("x:f64*", threads=32)(lambda x: None)
+
+
+def test_kernels_need_no_numba_and_the_package_no_kernels():
+    code = (
+        "import sys, runtime; assert 'runtime.backends.cuda' not in sys.modules; "
+        "from runtime.backends.cuda import catalogue as c, simulator; "
+        "[c.declared(k) for k in c.every_kernel()]; "
+        "assert not {'numba', 'numba_cuda', 'llvmlite', 'cuda'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 def test_intrinsics_need_a_launch():

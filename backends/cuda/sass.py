@@ -35,7 +35,8 @@ class Loop:
         return len(self.instructions) / found if found else float("inf")
 
 
-def disassemble(code: bytes) -> list[str]:
+@functools.lru_cache(maxsize=256)
+def disassemble(code: bytes) -> tuple[str, ...]:
     """The instructions of a cubin in order, labels as lines "name:".
 
     BackendError: the disassembler (package nvidia-cuda-nvdisasm) is not installed or fails.
@@ -62,7 +63,7 @@ def find_disassembler() -> str | None:
     return str(packaged) if packaged.is_file() else shutil.which("nvdisasm")
 
 
-def _instructions(listing: str) -> list[str]:
+def _instructions(listing: str) -> tuple[str, ...]:
     found = []
     for line in listing.splitlines():
         label, instruction = _LABEL.match(line), _LINE.match(line)
@@ -70,7 +71,7 @@ def _instructions(listing: str) -> list[str]:
             found.append(f"{label[1]}:")
         elif instruction:
             found.append(re.sub(r"\s+", " ", instruction[2]))
-    return found
+    return tuple(found)
 
 
 def opcode(instruction: str) -> str:
@@ -79,12 +80,12 @@ def opcode(instruction: str) -> str:
     return words[1] if words[0].startswith("@") and len(words) > 1 else words[0]
 
 
-def count(instructions: tuple[str, ...] | list[str], *names: str) -> int:
+def count(instructions: tuple[str, ...], *names: str) -> int:
     """Instructions whose opcode begins with one of `names`."""
     return sum(opcode(i).startswith(names) for i in instructions)
 
 
-def loops(instructions: list[str]) -> list[Loop]:
+def loops(instructions: tuple[str, ...]) -> list[Loop]:
     """Every loop, inner ones too, in the order of their branches."""
     places = {line[:-1]: n for n, line in enumerate(instructions) if line.endswith(":")}
     found = []

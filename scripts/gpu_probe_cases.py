@@ -11,6 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from gpu_probe_arrays import (
+    differing,
+    farthest,
+    normal,
+    random_blocks,
+    relative,
+    result,
+    unset,
+)  # fmt: skip
 
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda import layouts
@@ -136,16 +145,6 @@ def _expected(blocks: np.ndarray, format: str, x: np.ndarray, meta: np.ndarray) 
     return layouts.dequantized(x, meta) @ weights.T
 
 
-def random_blocks(rng: np.random.Generator, format: str, rows: int, k: int) -> np.ndarray:
-    """GGUF blocks uint8 [rows, blocks, bytes]: any quants, scales near 1/100."""
-    dtype = DTYPES[format.lower()]
-    blocks = rng.integers(0, 256, (rows, k // dtype.block, dtype.nbytes), dtype=np.uint8)
-    first, count = {"Q4_K": (0, 2), "Q6_K": (208, 1)}.get(format, (0, 1))
-    scales = rng.uniform(0.005, 0.02, (*blocks.shape[:2], count)).astype(np.float16)
-    blocks[..., first : first + 2 * count] = scales.view(np.uint8)
-    return blocks
-
-
 def attention(rng: np.random.Generator, dim: int, sizes: Sizes) -> Case:
     """One token of a sequence that has `places`, joined from splits of 2 pages."""
     heads, group, pages = sizes.heads, sizes.group, -(-sizes.places // PAGE)
@@ -204,7 +203,7 @@ def rms_norm(rng: np.random.Generator, sizes: Sizes, packed: bool) -> Case:
     x, w = normal(rng, sizes.tokens, sizes.n), rng.random(sizes.n, np.float32)
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6) * w
-    arrays, check = _result(expected, packed)
+    arrays, check = result(expected, packed)
     kernel = Kernel.of("rms_norm", packed=packed)
     arguments = ["input", "w", *arrays, sizes.n // 4, 1e-6]
     steps = [(kernel, sizes.tokens, arguments)]
@@ -215,7 +214,7 @@ def swiglu(rng: np.random.Generator, sizes: Sizes, packed: bool) -> Case:
     """Rows of a step."""
     gate, up = 4 * normal(rng, 2, sizes.tokens, sizes.n)
     wide = gate.astype(np.float64)
-    arrays, check = _result(wide / (1 + np.exp(-wide)) * up, packed)
+    arrays, check = result(wide / (1 + np.exp(-wide)) * up, packed)
     kernel = Kernel.of("swiglu", packed=packed)
     grid = -(-sizes.n // 1024), sizes.tokens
     steps = [(kernel, grid, ["gate", "up", *arrays, sizes.n // 4])]
@@ -228,7 +227,7 @@ def quantize(rng: np.random.Generator, sizes: Sizes) -> Case:
     """Rows of a step; the layout's numpy to the bit."""
     x = normal(rng, sizes.tokens, sizes.n)
     expected = layouts.quantize(x)
-    arrays, _ = _result(x, True)
+    arrays, _ = result(x, True)
 
     def check(packed: np.ndarray, meta: np.ndarray) -> float:
         return max(differing(packed, expected[0]), differing(meta, expected[1]))
@@ -238,28 +237,6 @@ def quantize(rng: np.random.Generator, sizes: Sizes) -> Case:
     steps = [(Kernel.of("quantize"), grid, ["input", *arrays, blocks])]
     shape = f"{sizes.tokens}x{sizes.n}"
     return Case(shape, {"input": x} | arrays, steps, list(arrays), check, 0)
-
-
-def _result(expected: np.ndarray, packed: bool) -> tuple[dict[str, np.ndarray], Callable]:
-    """Poisoned outputs, and what compares them: the values, or the codes they were rounded to."""
-    if not packed:
-        return {"out": unset(*expected.shape)}, lambda out: relative(out, expected)
-    rows, blocks = expected.shape[0], expected.shape[1] // 32
-    arrays = {
-        "out": np.full((rows, 2, blocks, 16), 0xCD, np.uint8),
-        "meta": np.full((rows, blocks, 2), 0xCDCDCDCD, np.uint32),
-    }
-
-    def codes(out: np.ndarray, meta: np.ndarray) -> float:
-        """Largest distance from the expected values, in steps of the code."""
-        peaks = np.abs(expected).reshape(rows, blocks, 32).max(2)
-        steps = np.repeat(peaks / 127, 32, axis=1)
-        sums = -out.view(np.int8).astype(np.int16).sum(3, dtype=np.int16).swapaxes(1, 2)
-        wrong = differing(np.ascontiguousarray(sums).view(np.uint32)[..., 0], meta[..., 1])
-        distance = np.abs(layouts.dequantized(out, meta) - expected) / steps
-        return float(np.nan_to_num(distance, nan=np.inf).max()) + wrong
-
-    return arrays, codes
 
 
 def _elementwise(
@@ -308,29 +285,3 @@ def argmax(rng: np.random.Generator, sizes: Sizes) -> Case:
     ]
     best = x.argmax(1).astype(np.uint32)
     return Case(f"{sizes.logits}", arrays, steps, ["out"], lambda out: differing(out, best), 0)
-
-
-def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """float32, standard normal."""
-    return rng.standard_normal(shape, np.float32)
-
-
-def unset(*shape: int) -> np.ndarray:
-    """NaN where a kernel writes nothing."""
-    return np.full(shape, np.nan, np.float32)
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Root of the mean squared error over that of the expected values."""
-    difference = found.astype(np.float64) - expected
-    return float(np.sqrt((difference**2).mean() / max((expected**2).mean(), 1e-300)))
-
-
-def farthest(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference."""
-    return float(np.abs(found.astype(np.float64) - expected).max())
-
-
-def differing(found: np.ndarray, expected: np.ndarray) -> float:
-    """How many elements are not equal."""
-    return float((found != expected).sum())

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gpu_probe_cases import TILE, Case, random_blocks
+from gpu_probe_arrays import random_blocks
+from gpu_probe_cases import PACK, TILE, Case
 
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda import layouts
@@ -180,8 +181,6 @@ def _planes(
     rng: np.random.Generator, format: str, rows: int, k: int
 ) -> tuple[list[np.ndarray], int]:
     """Packed rows, and the bytes of one."""
-    from gpu_probe_cases import PACK
-
     planes = list(PACK[format](random_blocks(rng, format, rows, k)))
     return planes, sum(plane.nbytes // rows for plane in planes)
 

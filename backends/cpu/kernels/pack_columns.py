@@ -6,87 +6,10 @@ of them, zeros after; x is a tuple of addresses and factors that only the source
 
 from __future__ import annotations
 
-from llvmlite import ir
-
-from runtime.backends.cpu.tile.spec import STRETCHES
-
 from . import emit as e
 from . import simd as s
+from .quantise import quantise
 from .rows import clamped_swiglu, helper
-
-_SMALLEST = 1e-30  # below it 1/d could overflow and d lose its bits
-
-
-def _store_lane(b, value, address, offset):
-    e.store(b, value, b.add(address, offset), 4)
-
-
-def _sum_of_bytes(b, q):
-    """Sum of 16 int8; unsigned ones are a single instruction to add up on x86."""
-    positive = b.xor(q, ir.Constant(q.type, [128] * e.LANES))
-    wide = b.zext(positive, e.wide(e.i32))
-    total = e.intrinsic_call(b, "llvm.vector.reduce.add.v16i32", e.i32, [wide])
-    return b.sub(total, ir.Constant(e.i32, 128 * e.LANES))
-
-
-def _best_scale(b, parts, finest, inverse):
-    """Of the scales `finest` * STRETCHES the one that rounds best, and the inverse of it (splat).
-
-    The least of four sums of squared errors is an eighth below their mean; ties go to the first.
-    """
-    least, best_d, best_inverse = None, finest, e.splat(b, inverse)
-    for stretch in STRETCHES:
-        d = b.fmul(finest, ir.Constant(e.f32, e.single(stretch)))
-        turned = e.splat(b, b.fmul(inverse, ir.Constant(e.f32, e.single(1 / stretch))))
-        wide, error = e.splat(b, d), None
-        for part in parts:
-            left = b.fsub(part, b.fmul(e.nearest(b, b.fmul(part, turned)), wide))
-            square = b.fmul(left, left)
-            error = square if error is None else b.fadd(error, square)
-        total = e.total(b, error)
-        if least is None:
-            least, best_d, best_inverse = total, d, turned
-            continue
-        better = b.fcmp_ordered("<", total, least)
-        least = b.select(better, total, least)
-        best_d = b.select(better, d, best_d)
-        best_inverse = b.select(better, turned, best_inverse)
-    return best_d, best_inverse
-
-
-def _fitted(b, parts, inverse, d):
-    """The scale with the least squared error for these codes: sum(x q) / sum(q^2)."""
-    products = squares = None
-    for part in parts:
-        q = e.nearest(b, b.fmul(part, inverse))
-        product, square = b.fmul(part, q), b.fmul(q, q)
-        products = product if products is None else b.fadd(products, product)
-        squares = square if squares is None else b.fadd(squares, square)
-    whole = e.total(b, squares)
-    some = b.fcmp_ordered(">", whole, ir.Constant(e.f32, 0.0))
-    return b.select(some, b.fdiv(e.total(b, products), whole), d)
-
-
-@s.operation(s.void, s.f32x16, s.f32x16, s.i64, s.i64, s.i64)
-def quantise(b, low, high, quants, side, column_bytes):
-    """One block of 32 values to int8 with its side data; `column_bytes` = 4 * C."""
-    peak = e.largest(b, e.larger(b, e.absolute(b, low), e.absolute(b, high)))
-    empty = b.fcmp_unordered("<", peak, ir.Constant(e.f32, e.single(_SMALLEST)))
-    zero, one = ir.Constant(e.f32, 0.0), ir.Constant(e.f32, 1.0)
-    finest = b.select(empty, zero, b.fdiv(peak, ir.Constant(e.f32, 127.0)))
-    inverse = b.select(empty, zero, b.fdiv(one, b.select(empty, one, finest)))
-    d, inverse = _best_scale(b, (low, high), finest, inverse)
-    d = b.select(empty, zero, _fitted(b, (low, high), inverse, d))
-    sums = []
-    for i, part in enumerate((low, high)):
-        q = b.trunc(e.nearest_int(b, b.fmul(part, inverse)), e.wide(e.i8))
-        sums.append(_sum_of_bytes(b, q))
-        e.store(b, q, e.offset(b, quants, 16 * i), 1)
-    whole = b.add(*sums)
-    rows = [d, b.fmul(d, b.sitofp(whole, e.f32))]
-    rows += [b.mul(v, ir.Constant(e.i32, -8)) for v in (whole, *sums)]
-    for i, value in enumerate(rows):
-        _store_lane(b, value, side, b.mul(column_bytes, ir.Constant(e.i64, i)))
 
 
 @s.operation(s.void, s.f32x16, s.i64, s.i64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from enum import IntEnum
@@ -14,13 +15,14 @@ import pytest
 from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
 
 from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cuda.accesses import accesses
+from runtime.backends.cuda.accesses import accesses, waits
 from runtime.backends.cuda.arguments import unpacked
 from runtime.backends.cuda.bindings import BoundDriver
 from runtime.backends.cuda.catalogue import declared, every_kernel
-from runtime.backends.cuda.driver import open_driver
+from runtime.backends.cuda.driver import Driver, open_driver
 from runtime.backends.cuda.fake import H100, FakeDriver
 from runtime.backends.cuda.fake_nodes import FakeLibrary
+from runtime.backends.cuda.intrinsics import launch_next, launch_wait, thread_x
 from runtime.backends.cuda.launcher import Device
 from runtime.ops.errors import BackendError, Error, MemoryLimitError
 
@@ -87,6 +89,9 @@ def test_a_full_gpu_says_what_was_asked_and_what_is_free():
     with pytest.raises(MemoryLimitError, match=r"room for 2 GiB: 1\.5 GiB of 80 GiB") as error:
         driver.allocate(2 << 30)
     _one_line(error)
+    api = _api(cuGraphInstantiate=full, cuMemGetInfo=(0, 512, 80 << 30))
+    with pytest.raises(MemoryLimitError, match=r"no room \(cuGraphInstantiate\): 512 bytes of"):
+        BoundDriver(api).instantiate(None)
     with pytest.raises(MemoryLimitError, match="room for 81 GiB: 80 GiB of 80 GiB"):
         Gpu().device.arena(81 << 30)
 
@@ -281,6 +286,37 @@ def test_streams_are_ordered_by_events_or_the_host(how: str):
         out.fill(0, gpu.stream)  # a writer behind a reader of the other stream
 
 
+def test_later_work_of_a_stream_does_not_hide_earlier_work():
+    gpu = Gpu()
+    (a, b, c), second = gpu.buffers(3), gpu.device.stream()
+    gpu.norm(a, b).run(gpu.stream)
+    gpu.norm(b, c).run(gpu.stream)  # reads what the first wrote
+    with pytest.raises(BackendError, match=r"not ordered behind rms_norm"):
+        gpu.norm(b, gpu.buffers(1)[0]).run(second)
+    gpu.stream.synchronize()
+    gpu.norm(b, gpu.buffers(1)[0]).run(second)
+    gpu.norm(b, c).run(gpu.stream)  # reads beside the other stream's read
+    with pytest.raises(BackendError, match=r"not ordered behind rms_norm"):
+        b.fill(0, gpu.stream)
+
+
+def test_a_kernel_waits_when_every_thread_does():
+    def always(x, out):
+        launch_next()
+        launch_wait()
+
+    def sometimes(x, out):
+        if thread_x() == 0:
+            launch_wait()
+
+    def some(x, out):
+        if thread_x() == 0:
+            return
+        launch_wait()
+
+    assert [waits(f) for f in (always, sometimes, some)] == [True, False, False]
+
+
 def test_times_are_of_events_that_were_waited_for():
     gpu = Gpu()
     start, end = gpu.device.event(), gpu.device.event()
@@ -315,3 +351,11 @@ def test_accesses_are_read_from_the_source():
     for kernel in every_kernel():
         pointers = {n for n, kind in declared(kernel).entry.arguments if kind.endswith("*")}
         assert accesses(kernel).reads | accesses(kernel).writes == pointers, kernel
+
+
+@pytest.mark.parametrize("driver", [BoundDriver, FakeDriver])
+def test_drivers_have_every_call(driver: type):
+    for name, call in vars(Driver).items():
+        if inspect.isfunction(call) and not name.startswith("_"):
+            found = inspect.signature(getattr(driver, name)).parameters
+            assert list(found) == list(inspect.signature(call).parameters), name

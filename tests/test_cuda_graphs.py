@@ -109,6 +109,17 @@ def test_an_update_may_not_break_the_order():
             graph.update(1)
 
 
+def test_an_updated_node_keeps_its_edges():
+    gpu = Gpu()
+    a, b, c = gpu.buffers(3)
+    launches = [gpu.norm(a, b), gpu.norm(b, c)]
+    with Graph(gpu.device, launches) as graph:
+        launches[1].set(eps=0.5)
+        graph.update(1)
+        graph.update(1)
+        graph.replay(gpu.stream)
+
+
 def test_programmatic_edges_where_one_launch_follows_another():
     gpu = Gpu()
     a, b, c, d = gpu.buffers(4)

@@ -50,7 +50,7 @@ def accesses(kernel: Kernel) -> Accesses:
         nbytes = _WIDE if count is None else count * WIDTH[kinds[name]]
         widths[name] = max(nbytes, widths.get(name, 0))
     reads, writes = (frozenset(n for n, mode, _ in uses if mode == m) for m in ("read", "write"))
-    return Accesses(reads, writes, widths, _waits(found.function))
+    return Accesses(reads, writes, widths, waits(found.function))
 
 
 def _uses(function: Callable, names: frozenset[str]) -> set[tuple[str, str, int | None]]:
@@ -112,8 +112,8 @@ def _tree(function: Callable) -> ast.FunctionDef:
     return tree
 
 
-def _waits(function: Callable) -> bool:
-    """Whether `launch_wait` stands in the body itself, before any branch ends a thread."""
+def waits(function: Callable) -> bool:
+    """Whether every thread passes `launch_wait`: in the body itself, behind no early end."""
     for statement in _tree(function).body:
         if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
             return False

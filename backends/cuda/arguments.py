@@ -16,7 +16,7 @@ from .arena import Buffer
 from .intrinsic import SCALARS, WIDTH, Entry
 
 _CODES = dict(zip(SCALARS, "BbHhIiQqf", strict=True))
-_POINTER = 8
+_POINTER = _SLOT = 8  # bytes; every value has a slot of its own
 WIDTHS = WIDTH | {f"{kind}*": _POINTER for kind in SCALARS}  # bytes of a parameter
 
 
@@ -35,15 +35,10 @@ class Arguments:
             raise BackendError(
                 f"kernel {name} takes {len(self._kinds)} arguments ({listed}), not {len(values)}"
             )
-        self._offsets, size = [], 0
-        for _, kind in self._kinds:
-            width = WIDTHS[kind]
-            size = -(-size // width) * width
-            self._offsets.append(size)
-            size += width
-        self._block = ctypes.create_string_buffer(size + 1)
+        self._block = ctypes.create_string_buffer(_SLOT * len(values) or 1)
         base = ctypes.addressof(self._block)
-        self._pointers = (ctypes.c_void_p * len(values))(*[base + o for o in self._offsets])
+        pointers = [base + _SLOT * i for i in range(len(values))]
+        self._pointers = (ctypes.c_void_p * len(values))(*pointers)
         self.address = ctypes.addressof(self._pointers)
         self.buffers: dict[str, Buffer] = {}
         for i, value in enumerate(values):
@@ -64,7 +59,7 @@ class Arguments:
         if isinstance(value, Buffer):
             raise BackendError(f"kernel {self._name}: {name} is {kind}, not a buffer")
         try:
-            struct.pack_into(_CODES[kind], self._block, self._offsets[i], value)
+            struct.pack_into(_CODES[kind], self._block, _SLOT * i, value)
         except (struct.error, TypeError, ValueError, OverflowError):
             raise BackendError(
                 f"kernel {self._name}: {name} is {kind}, which {value!r} is not"
@@ -81,7 +76,7 @@ class Arguments:
             raise BackendError(
                 f"kernel {self._name}: {name} begins at {address:#x}, not a multiple of {width}"
             )
-        struct.pack_into("Q", self._block, self._offsets[i], address)
+        struct.pack_into("Q", self._block, _SLOT * i, address)
         self.buffers[name] = value
 
 

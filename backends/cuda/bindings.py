@@ -7,7 +7,7 @@ well under a microsecond of host time: the argument block was packed when the la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from runtime.ops.errors import BackendError, MemoryLimitError
 
@@ -28,12 +28,21 @@ class BoundDriver:
         self._api = api
         self._configurations: dict[tuple[int, int], Any] = {}
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """A driver function's result. BackendError names function and error."""
+    def _call(self, name: str, *arguments: Any, what: str = "") -> Any:
+        """A driver function's result. BackendError, or MemoryLimitError, names the function."""
         code, *values = getattr(self._api, name)(*arguments)
         if int(code):
-            raise BackendError(f"{name} failed: {self._error(code)}")
+            self._fail(name, code, what)
         return values[0] if len(values) == 1 else tuple(values)
+
+    def _fail(self, name: str, code: Any, what: str = "") -> NoReturn:
+        if code != self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            raise BackendError(f"{name} failed: {self._error(code)}")
+        free, total = self.memory_info()
+        raise MemoryLimitError(
+            f"the GPU has no room{what or ' (' + name + ')'}: {sized(free)} of {sized(total)} are "
+            "free; use a shorter context, a smaller kv_type or more devices"
+        )
 
     def _error(self, code: Any) -> str:
         name = getattr(code, "name", str(code))
@@ -85,16 +94,7 @@ class BoundDriver:
         return self._call("cuMemGetInfo")
 
     def allocate(self, nbytes: int) -> int:
-        code, address = self._api.cuMemAlloc(nbytes)
-        if code == self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            free, total = self.memory_info()
-            raise MemoryLimitError(
-                f"the GPU has no room for {sized(nbytes)}: {sized(free)} of {sized(total)} are "
-                "free; use a shorter context, a smaller kv_type or more devices"
-            )
-        if int(code):
-            raise BackendError(f"cuMemAlloc of {sized(nbytes)} failed: {self._error(code)}")
-        return int(address)
+        return int(self._call("cuMemAlloc", nbytes, what=f" for {sized(nbytes)}"))
 
     def free(self, address: int) -> None:
         self._call("cuMemFree", address)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from runtime.backends.cpu.attention import page_nbytes
 from runtime.backends.cpu.lower import Declined, Lowering, Out, lowers
-from runtime.backends.cpu.plan import Ref
 from runtime.backends.cpu.signatures import (
     CONV_BLOCK,
     MAX_TAPS,
@@ -17,7 +18,7 @@ from runtime.ops.tensor import Tensor
 
 def _slots(
     lower: Lowering, state: Tensor, runs: Tensor, slot_in: Tensor, slot_out: Tensor
-) -> dict[str, int | Ref | Out]:
+) -> dict[str, Any]:
     """The arguments that say where a sequence's tokens and its state are."""
     return {
         "state": Out(lower.state(state), True), "slot_bytes": page_nbytes(state.base),

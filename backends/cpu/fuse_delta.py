@@ -80,7 +80,8 @@ def _raw_gates(decay: Tensor, beta: Tensor) -> tuple[Tensor, ...] | None:
     if (decay.op, beta.op) != ("mul", "sigmoid") or decay.inputs[0].op != "softplus":
         return None
     pace, a = decay.inputs
-    (alpha,), (b,), dt = pace.inputs, beta.inputs, ()
+    (alpha,), (b,) = pace.inputs, beta.inputs
+    dt: tuple[Tensor, ...] = ()
     if alpha.op == "add" and alpha.inputs[1].ndim == 1:
         alpha, dt = alpha.inputs[0], alpha.inputs[1:]
     dense = all(x.ndim == 2 and x.layout.strides[1] == 1 for x in (alpha, b))

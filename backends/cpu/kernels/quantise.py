@@ -41,7 +41,8 @@ def _folded(b, x, y, width):
     """Halves of every `width` lanes added up: those of x, then those of y, in turn."""
     half = width // 2
     groups = range(0, e.LANES, width)
-    low, high = [], []
+    low: list[int] = []
+    high: list[int] = []
     for source in range(1 if y is None else 2):
         for group in groups:
             start = source * e.LANES + group

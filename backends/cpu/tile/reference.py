@@ -116,7 +116,7 @@ def quantise_activations(x: Array) -> tuple[Array, Array]:
     finest = (np.abs(blocks).max(2, keepdims=True) / np.float32(127)).astype(np.float32)
     safe = np.where(finest == 0, np.float32(1), finest)
     tried = np.stack([np.rint(blocks / (safe * np.float32(f))) for f in STRETCHES])
-    each = safe * np.float32(STRETCHES)[:, None, None, None]
+    each = safe * np.array(STRETCHES, np.float32)[:, None, None, None]
     best = ((tried * each - blocks) ** 2).sum(3).argmin(0)
     q = np.take_along_axis(tried, best[None, ..., None], 0)[0]
     q = np.where(finest == 0, 0, q)

@@ -8,11 +8,9 @@ written costs time, never correctness.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 from runtime.backends.cpu import objects
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.signatures import FILE_OF
+from runtime.backends.entries import write_entry
 
 _SOURCES = ("kernels/*.py", "tile/*.py", "isa.py", "objects.py", "signatures.py")
 Progress = Callable[[int, int, str], None]
@@ -76,22 +75,9 @@ class Library:
     def _save(self, kernel: Kernel, symbol: str, code: bytes) -> None:
         if self.folder is None:
             return
-        path = self._path(kernel)
-        temporary = path.with_suffix(f".{os.getpid()}")
         checksum = hashlib.sha256(code).hexdigest().encode()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(b"\n".join([checksum, symbol.encode(), code]))
-            temporary.replace(path)
-        except OSError as error:
-            print(
-                f"runtime: cannot write the kernel cache {self.folder} ({error.strerror}); "
-                "kernels are compiled again in each process",
-                file=sys.stderr,
-            )
+        if not write_entry(self.folder, self._path(kernel), [checksum, symbol.encode(), code]):
             self.folder = None
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def _path(self, kernel: Kernel) -> Path:
         assert self.folder is not None, "a library without a folder has no paths"

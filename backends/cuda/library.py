@@ -7,17 +7,16 @@ needs neither numba nor the compiler. A cache that cannot be written costs time,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.entries import write_entry
 
 from .catalogue import Compiled, check, from_head, head
 from .targets import capability
@@ -94,23 +93,10 @@ class Library:
     def _save(self, kernel: Kernel, compiled: Compiled) -> None:
         if self.folder is None:
             return
-        path = self._path(kernel)
-        temporary = path.with_suffix(f".{os.getpid()}")
         values = json.dumps(head(compiled)).encode()
         checksum = hashlib.sha256(values + compiled.code).hexdigest().encode()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(b"\n".join([checksum, values, compiled.code]))
-            temporary.replace(path)
-        except OSError as error:
-            print(
-                f"runtime: cannot write the kernel cache {self.folder} ({error.strerror}); "
-                "kernels are compiled again in each process",
-                file=sys.stderr,
-            )
+        if not write_entry(self.folder, self._path(kernel), [checksum, values, compiled.code]):
             self.folder = None
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
 
 @functools.cache

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
-from runtime.ops import PAGE
+from runtime.memory.budget import Memory
 
 # general.file_type -> name, as llama.cpp prints it
 _FILE_TYPES = {
@@ -96,19 +95,6 @@ def bytes_by(file: Any, what: str) -> dict[str, float]:
     for tensor in file.tensors.values():
         found[tensor.dtype.name.upper() if what == "type" else role(tensor.name)] += tensor.nbytes
     return dict(found)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of a model's weights, of one page of its KV cache, and of a sequence's state."""
-
-    weights: int
-    page: int
-    state: int
-
-    def of(self, context: int) -> int:
-        """Bytes of the weights and one sequence of `context` tokens."""
-        return self.weights + -(-context // PAGE) * self.page + self.state
 
 
 def memory(file: Any, kv_type: str) -> Memory:

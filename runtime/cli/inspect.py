@@ -12,6 +12,7 @@ import numpy as np
 
 from runtime.cli import facts
 from runtime.cli.output import bars, count, pairs, size, table
+from runtime.memory.budget import Memory
 
 _SHOWN = 70  # characters of a long value
 _CONTEXTS = (2048, 8192, 32768, 131072)
@@ -112,7 +113,7 @@ def _tensor_table(tensors: Sequence[Any]) -> str:
     return table(rows, ("tensor", "type", "shape", "size", "offset"), right="size,offset")
 
 
-def _needs(file: Any) -> tuple[dict[str, facts.Memory], str]:
+def _needs(file: Any) -> tuple[dict[str, Memory], str]:
     """What the model needs by KV type, for those it can be run with, and why not with others."""
     from runtime.arguments import check_has_weights
     from runtime.errors import Error
@@ -129,7 +130,7 @@ def _needs(file: Any) -> tuple[dict[str, facts.Memory], str]:
 
 
 def _memory(
-    file: Any, contexts: Sequence[int], needs: Mapping[str, facts.Memory]
+    file: Any, contexts: Sequence[int], needs: Mapping[str, Memory]
 ) -> list[dict[str, int]]:
     """Bytes of weights, KV cache and recurrent state at each context, by KV type."""
     trained = file.get(f"{file.get('general.architecture')}.context_length")

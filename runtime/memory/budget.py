@@ -71,14 +71,14 @@ class CacheSize:
 @dataclass(frozen=True)
 class Memory:
     """Bytes a model takes: its weights, one page of KV cache (PAGE tokens of all layers), the
-    recurrent state of one sequence (0 where there is none); and how many pages and slots of
-    state there is room for."""
+    recurrent state of one sequence (0 where there is none); and, once it is loaded, how many
+    pages and slots of state there is room for."""
 
     weights: int
     page: int
     state: int
-    pages: int
-    slots: int
+    pages: int = 0
+    slots: int = 0
 
     @property
     def kv_per_token(self) -> float:

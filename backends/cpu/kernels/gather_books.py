@@ -56,6 +56,13 @@ def _iq2_xxs():
     return decode
 
 
+@helper
+def _group_scale(steps, k, d):
+    """The scale of group k of 8: four bits of the bytes at `steps`, in quarters of d."""
+    four = s.load_u8(steps + (k >> 2)) >> (k >> 1 & 1) * 4 & 15
+    return d * (s.f32(four) + s.f32(0.5)) * s.f32(0.25)
+
+
 def _iq2_xs():
     write = _signed_group("iq2_xs")
 
@@ -63,8 +70,7 @@ def _iq2_xs():
     def decode(at, out):
         d = f16_at(at)
         for k in range(32):
-            steps = s.load_u8(at + 66 + (k >> 2)) >> (k >> 1 & 1) * 4 & 15
-            scale = d * (s.f32(steps) + s.f32(0.5)) * s.f32(0.25)
+            scale = _group_scale(at + 66, k, d)
             both = s.load_u16(at + 2 + k * 2)
             write(out, k * 8, both & 511, even_signs(both >> 9), scale)
 
@@ -78,8 +84,7 @@ def _iq2_s():
     def decode(at, out):
         d = f16_at(at)
         for k in range(32):
-            steps = s.load_u8(at + 74 + (k >> 2)) >> (k >> 1 & 1) * 4 & 15
-            scale = d * (s.f32(steps) + s.f32(0.5)) * s.f32(0.25)
+            scale = _group_scale(at + 74, k, d)
             high = s.load_u8(at + 66 + (k >> 2)) >> (k & 3) * 2 & 3
             write(out, k * 8, s.load_u8(at + 2 + k) | high << 8, s.load_u8(at + 34 + k), scale)
 

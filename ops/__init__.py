@@ -3,10 +3,13 @@
 Each op is an object: called with Tensors it adds a node, its `reference` computes with numpy.
 """
 
+from collections.abc import Mapping
+
 from runtime.ops.attention import PAGE, attention, kv_write
 from runtime.ops.delta import gated_delta, l2_norm, short_conv, softplus
 from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.elementwise import add, mul, row_scale, scale, sigmoid, silu, swiglu_oai
+from runtime.ops.errors import OpError
 from runtime.ops.graph import Graph, rewrite, walk
 from runtime.ops.matmul import matmul, matmul_id
 from runtime.ops.moe import expert_bias, expert_sum, normalize, softmax, take, top_k
@@ -27,3 +30,15 @@ __all__ = [
     "short_conv", "sigmoid", "silu", "slice_", "softmax", "softplus", "split_heads", "state",
     "step_input", "swiglu_oai", "take", "top_k", "walk", "weight",
 ]  # fmt: skip
+
+
+def _check_exports(declared: Mapping[str, Op]) -> None:
+    """OpError for an op that a file of this package declares and that cannot be reached here."""
+    exported = [value for value in globals().values() if isinstance(value, Op)]
+    for name, each in declared.items():
+        if each not in exported:
+            file = each.reference.__module__.rpartition(".")[2]
+            raise OpError(f"op {name!r} of ops/{file}.py must be exported in ops/__init__.py")
+
+
+_check_exports(OPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +10,16 @@ import pytest
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
+from runtime.backends.cpu.kernel import arguments_of
 from runtime.backends.cpu.library import library
 from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.dtypes import F32, I32
-from runtime.ops.errors import OpError
-from runtime.ops.registry import OPS, Case, op
+from runtime.ops.errors import BackendError, OpError
+from runtime.ops.registry import OPS, Case, Op, op
 from runtime.ops.rounding import round_to
+
+lower_module = importlib.import_module("runtime.backends.cpu.lower")
 
 NAMES = [
     "add", "attention", "broadcast", "expert_bias", "expert_sum", "gated_delta", "get_rows",
@@ -185,3 +189,28 @@ def test_pages_convert_exactly_both_ways(kv: str, which: str, rng: np.random.Gen
     memory = from_plain(plain, leaf, which)
     np.testing.assert_array_equal(to_plain(memory, leaf, which), plain)
     np.testing.assert_array_equal(from_plain(to_plain(memory, leaf, which), leaf, which), memory)
+
+
+def _forgotten() -> dict[str, Op]:
+    """An op that ops/elementwise.py might declare and that nothing else knows."""
+
+    def cube(x: np.ndarray) -> np.ndarray:
+        return x**3
+
+    cube.__module__ = ops.add.reference.__module__
+    return {"cube": Op("cube", lambda x: x.shape, cube, lambda node: 2 * node.size, ())}
+
+
+def test_a_forgotten_place_of_a_new_op_is_named():
+    with pytest.raises(OpError, match=r"'cube'.*@lowers\('cube'\) in backends/cpu/elementwise.py"):
+        lower_module._check_rules(_forgotten())
+    with pytest.raises(OpError, match=r"'cube' of ops/elementwise.py .* ops/__init__.py"):
+        ops._check_exports(_forgotten())
+    with pytest.raises(BackendError, match=r"'cube'.* backends/cpu/signatures.py"):
+        arguments_of("cube")
+
+
+def test_ops_declared_elsewhere_bring_their_own_rules():
+    found = _forgotten()
+    found["cube"].reference.__module__ = "notebook"
+    lower_module._check_rules(found)

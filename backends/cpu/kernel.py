@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.ops.errors import BackendError
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -38,4 +40,9 @@ def arguments_of(name: str) -> tuple[str, ...]:
     from runtime.backends.cpu.signatures import SIGNATURES
     from runtime.backends.cpu.tile.spec import KERNEL_ARGS
 
-    return KERNEL_ARGS.get(name) or SIGNATURES[name]
+    found = KERNEL_ARGS.get(name) or SIGNATURES.get(name)
+    if found is None:
+        raise BackendError(
+            f"no CPU kernel is called {name!r}: list its arguments in backends/cpu/signatures.py"
+        )
+    return found

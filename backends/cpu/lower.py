@@ -6,20 +6,21 @@ says which kernel, with which arguments; rows, buffers and memory are decided he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.backends.cpu.kernel import Kernel, arguments_of
 from runtime.backends.cpu.passes import prepare
 from runtime.backends.cpu.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
-from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.rewrite import PACKED_OPS, Options
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
-from runtime.ops.registry import OPS
+from runtime.ops.registry import OPS, Op
 from runtime.ops.tensor import LEAVES, Dim, Tensor
 
 Rule = Callable[["Lowering", Tensor], None]
 RULES: dict[str, Rule] = {}
+OPS_PACKAGE = Op.__module__.rpartition(".")[0]
 
 # Nodes that only exist after the passes of passes.py.
 DEVICE_OPS = frozenset({
@@ -244,3 +245,16 @@ def _load_rules() -> None:
         rope,
         rows,
     )
+
+    _check_rules(OPS)
+
+
+def _check_rules(declared: Mapping[str, Op]) -> None:
+    """OpError for an op of this package that has no rule; others' ops bring their own."""
+    for name, op in declared.items():
+        package, _, file = op.reference.__module__.rpartition(".")
+        if package == OPS_PACKAGE and not op.view and name not in (*RULES, *PACKED_OPS):
+            raise OpError(
+                f"op {name!r} of ops/{file}.py has no rule on the cpu backend: write a function "
+                f"with @lowers({name!r}) in backends/cpu/{file}.py"
+            )

@@ -18,6 +18,7 @@ from runtime.ops.tensor import Tensor
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 PACKED = DType("packed", 1, 1, None)
+PACKED_OPS = frozenset({"matmul", "matmul_id"})  # what `pack_inputs` replaces: no rule sees them
 
 
 @dataclass(frozen=True)

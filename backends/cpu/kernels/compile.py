@@ -27,8 +27,24 @@ def compile_kernel(name: str, constants: dict[str, Any], isa: str) -> tuple[byte
     _check(name, constants)
     choose(isa)
     module = importlib.import_module(f"{__package__}.{FILE_OF[name]}")
+    if name not in module.KERNELS:
+        raise BackendError(
+            f"kernel {name!r} has arguments in backends/cpu/signatures.py and no builder: add one "
+            f"to KERNELS in backends/cpu/kernels/{FILE_OF[name]}.py"
+        )
     kernel = module.KERNELS[name](**constants)
+    _check_arguments(name, kernel)
     return _compile(kernel)
+
+
+def _check_arguments(name: str, kernel: Callable) -> None:
+    """BackendError where a kernel does not take what signatures.py says, in that order."""
+    takes = tuple(inspect.signature(kernel).parameters)
+    if takes != (*SIGNATURES[name], "thread", "n_threads"):
+        raise BackendError(
+            f"kernel {name!r} takes {' '.join(takes)}, and signatures.py promises "
+            f"{' '.join(SIGNATURES[name])} thread n_threads"
+        )
 
 
 def _check(name: str, constants: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from runtime.models import registry
 from runtime.models.step import Step
 from runtime.ops import PAGE, Graph
 from runtime.ops.rounding import KV_TYPES
-from runtime.session import Session
+from runtime.session import OnPrompt, Session
 
 _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
 
@@ -142,13 +142,17 @@ class Model:
             return session.eval(ids, logits)
 
     def step(
-        self, batch: Sequence[tuple[Session, Sequence[int]]], logits: str = "all"
-    ) -> list[np.ndarray]:
+        self, batch: Sequence[tuple[Session, Sequence[int]]], logits: str = "all",
+        on_prompt: OnPrompt | None = None,
+    ) -> list[np.ndarray]:  # fmt: skip
         """Evaluate new tokens of several sessions together, as one ragged batch.
 
         One float32 [n, vocabulary] per session, in order: all its new tokens ("all"), the last
         one ("last") or none ("none"). The bits do not depend on what else is in the batch. An
         error, of whatever kind, leaves every session as it was.
+
+        on_prompt: called with (done, total) tokens of the whole batch: (0, total) before the
+        first part of it is evaluated, and after each part. What it raises ends the step.
         """
         for session, _ in batch:
             if session.model is not self:
@@ -160,18 +164,21 @@ class Model:
             lengths = [len(session) for session, _ in new]
             try:
                 _reserve(new)
-                return self._step(new, logits)
+                return self._step(new, logits, on_prompt)
             except BaseException:
                 for (session, _), length in zip(new, lengths, strict=True):
                     session.cut_to(length)
                 raise
 
-    def _step(self, batch: list[tuple[Session, list[int]]], logits: str) -> list[np.ndarray]:
+    def _step(
+        self, batch: list[tuple[Session, list[int]]], logits: str, on_prompt: OnPrompt | None
+    ) -> list[np.ndarray]:
         counts = {"all": len, "last": lambda ids: 1, "none": lambda ids: 0}[logits]
         results = [np.empty((counts(ids), self.vocab_size), np.float32) for _, ids in batch]
         filled = [0] * len(batch)
         most_rows = max(1, _LOGITS_BYTES // (4 * self.vocab_size))
-        for ubatch in cut(batch, logits, UBATCH, bucket_below(most_rows)):
+        steps = cut(batch, logits, UBATCH, bucket_below(most_rows))
+        for ubatch in steps if on_prompt is None else _told(list(steps), on_prompt):
             rows = self._run(ubatch)
             for piece in ubatch.pieces:
                 n = len(piece.wanted)
@@ -308,6 +315,16 @@ class Model:
         """Graphs that between them use every kernel this model can need."""
         sizes = [(1, 1), (4, 1), (4, 4), (8, 1), (8, 8), (16, 1), (16, 8), (16, 16)]
         return [self.graph(t, r) for t, r in sizes]
+
+
+def _told(steps: list[Ubatch], on_prompt: OnPrompt) -> Iterator[Ubatch]:
+    """The same steps; how far they have come is told before the first and after each."""
+    done, total = 0, sum(step.tokens for step in steps)
+    on_prompt(done, total)
+    for step in steps:
+        yield step
+        done += step.tokens
+        on_prompt(done, total)
 
 
 def _reserve(batch: Sequence[tuple[Session, list[int]]]) -> None:

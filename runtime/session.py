@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from runtime.memory.slots import Recurrent
 
 if TYPE_CHECKING:
     from runtime.model import Model
+
+OnPrompt = Callable[[int, int], Any]  # tokens evaluated, tokens to evaluate
 
 
 class _Sequence:
@@ -103,13 +105,15 @@ class Session(_Sequence):
         with recurrent layers those up to the last state that was kept."""
         return len(self.tokens) if self._state is None else self._state.place
 
-    def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
+    def eval(
+        self, ids: Sequence[int], logits: str = "all", on_prompt: OnPrompt | None = None
+    ) -> np.ndarray:
         """Evaluate `ids` after what is there; float32 [len(ids), vocabulary] of the new tokens.
 
-        logits: "all" rows, "last" for [1, vocabulary], "none" for [0, vocabulary]. An error, of
-        whatever kind, leaves the session as it was.
+        logits: "all" rows, "last" for [1, vocabulary], "none" for [0, vocabulary]. on_prompt: see
+        `Model.step`. An error, of whatever kind, leaves the session as it was.
         """
-        return self.model.step([(self, ids)], logits=logits)[0]
+        return self.model.step([(self, ids)], logits, on_prompt)[0]
 
     def fork(self) -> Session:
         """A second session that continues from here; memory is shared until one writes."""

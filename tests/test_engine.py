@@ -92,6 +92,23 @@ def test_prompts_longer_than_a_step_do_not_change_bits(tmp_path: Path):
     np.testing.assert_array_equal(both[0], whole[:30])
 
 
+def test_a_long_prompt_says_how_far_it_is(tmp_path: Path):
+    path = write_model(tmp_path / "long.gguf", Sizes(layers=1, context=2048))
+    told: list[tuple[int, int]] = []
+    with runtime.load(path, threads=1) as model, model.session() as session:
+        session.eval([1] * 1100, "last", on_prompt=lambda done, total: told.append((done, total)))
+        assert told == [(0, 1100), (512, 1100), (1024, 1100), (1100, 1100)]
+        session.rewind(1100)
+
+        def refuse(done: int, total: int) -> None:
+            if done:
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            session.eval([1] * 600, "none", on_prompt=refuse)
+        assert len(session) == 0
+
+
 def test_python_threads_share_a_model(model: Model, prompt: list[int], whole: np.ndarray):
     with ThreadPoolExecutor(4) as pool:
         lengths = [5, 40, 77, 150] * 4

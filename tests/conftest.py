@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 from small_models import write_model
 
+# Files whose tests take moments: they compile next to nothing.
+QUICK = frozenset({
+    "test_arguments", "test_chat_template", "test_detokenizer", "test_environment", "test_gguf",
+    "test_graph", "test_hostile_files", "test_memory", "test_plans", "test_progress", "test_quants",
+    "test_readme", "test_rope_components", "test_sampling", "test_traffic",
+})  # fmt: skip
+
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m quick` runs what answers within a minute, kernels not yet compiled included."""
+    for item in items:
+        if item.path.stem in QUICK and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")
 
 
 @pytest.fixture(scope="session")

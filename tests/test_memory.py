@@ -170,7 +170,10 @@ def test_slots_are_reserved_together():
     assert pool.free == 3 and all(s.slot == NONE for s in states)
 
 
-@pytest.mark.parametrize("device, width", [("reference", 8), ("cpu", 4), ("null", 4)])
+@pytest.mark.parametrize(
+    "device, width",
+    [("reference", 8), pytest.param("cpu", 4, marks=pytest.mark.slow), ("null", 4)],
+)
 def test_what_a_model_says_of_its_memory(tmp_path: Path, device: str, width: int):
     size = NOVEL["qwen35"]
     channels = 2 * size.key_heads * size.k_dim + size.value_heads * size.v_dim

@@ -102,7 +102,9 @@ class Generation:
         self.prompt_tokens = len(ids)
         self._model, self._session, self._owned = model, session, owned
         self._keep, self._ids, self._options = keep, ids, options
-        self._sampler: Sampler = Sampler(options.sampling, model.vocab_size)
+        # rows of the output matrix past the vocabulary are padding, which has no text
+        self._choices = min(model.vocab_size, model.tokenizer.vocab_size)
+        self._sampler: Sampler = Sampler(options.sampling, self._choices)
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -135,7 +137,7 @@ class Generation:
             if token.id in tokenizer.end_ids:
                 self.reason = "end"
                 break
-            text = stops.feed(stream.feed(token.id))
+            text = stops.feed(stream.feed(token.id), stream.hidden_text(token.id))
             if stops.stopped:
                 self.reason = "stop"
             if text:
@@ -156,7 +158,7 @@ class Generation:
         room = self._model.context - self._keep - len(self._ids) + 1
         pending = self._ids
         for _ in range(room if most is None else min(most, room)):
-            logits = session.eval(pending, "last")[0]
+            logits = session.eval(pending, "last")[0, : self._choices]
             token = sampler.sample(logits)
             sampler.accept(token.id)
             pending = [token.id]
@@ -188,8 +190,10 @@ def _options(model: Model, given: dict[str, Any]) -> _Options:
     if on_token is not None and not callable(on_token):
         raise OptionError(f"on_token={on_token!r} must be a function of one token")
     sampling = Sampling(**rest)
+    unwanted = set(model.tokenizer.suppressed)
     if own.get("ignore_eos"):
-        ends = [i for i in model.tokenizer.end_ids if i < model.vocab_size]
-        forbidden = dict.fromkeys(ends, -math.inf)
+        unwanted |= model.tokenizer.end_ids
+    if unwanted:
+        forbidden = dict.fromkeys((i for i in unwanted if i < model.vocab_size), -math.inf)
         sampling = replace(sampling, logit_bias={**sampling.logit_bias, **forbidden})
     return _Options(sampling, None if most in (None, -1) else int(most), on_token)

@@ -21,15 +21,8 @@ from typing import Any
 import numpy as np
 
 from runtime.ops.errors import TextError
-from runtime.text.vocabulary import (
-    BYTE,
-    CONTROL,
-    ESCAPED_SPACE,
-    UNKNOWN,
-    UNUSED,
-    Vocabulary,
-    array,
-)
+from runtime.text.special_ids import BYTE, CONTROL, UNKNOWN, UNUSED
+from runtime.text.vocabulary import ESCAPED_SPACE, Vocabulary, numbers
 
 _WORD = re.compile(f"{ESCAPED_SPACE}*[^{ESCAPED_SPACE}]*")
 _CACHED_WORD = 48  # characters; longer words hardly ever come twice
@@ -37,14 +30,10 @@ _CACHED_WORDS = 1 << 16
 
 
 def scores(metadata: Mapping[str, Any], n_tokens: int) -> np.ndarray:
-    """`tokenizer.ggml.scores` as float64 [n_tokens]. Raises TextError when missing or short."""
-    values = array(metadata, "tokenizer.ggml.scores", "orders the merges of this vocabulary")
-    try:
-        found = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TextError("tokenizer.ggml.scores is not an array of numbers") from None
-    if found.shape != (n_tokens,):
-        raise TextError(f"tokenizer.ggml.scores has {found.size} entries for {n_tokens} tokens")
+    """`tokenizer.ggml.scores` as float64 [n_tokens]. Raises TextError when they cannot be used."""
+    found = numbers(metadata, "tokenizer.ggml.scores", "iuf", n_tokens).astype(np.float64)
+    if np.isnan(found).any():
+        raise TextError("tokenizer.ggml.scores holds NaN, which orders nothing: convert it again")
     return found
 
 

@@ -16,18 +16,15 @@ from runtime.text import bytepair, sentencepiece
 from runtime.text.detokenizer import TextStream
 from runtime.text.pretokenize import PreTokenizer, pre_tokenizer
 from runtime.text.special import SpecialTokens
+from runtime.text.special_ids import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from runtime.text.vocabulary import (
-    BYTE,
-    CONTROL,
     ESCAPED_SPACE,
-    NORMAL,
-    UNKNOWN,
-    USER_DEFINED,
     Defaults,
     Vocabulary,
     array,
     byte_of,
     normal_forms,
+    switch,
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -47,7 +44,8 @@ class Tokenizer:
 
     `Tokenizer.from_gguf(path)` or `Tokenizer(metadata)`. Attributes: `kind` (the value of
     `tokenizer.ggml.model`), `vocab_size`, `bos_id`, `eos_id` (None where there is none), `end_ids`
-    (all ids that end an answer; `eot` for short), `add_bos`, `add_eos`.
+    (all ids that end an answer; `eot` for short), `add_bos`, `add_eos`, `suppressed` (ids that
+    the file wants never to be chosen).
 
     A model without text ("none") has a tokenizer that only knows `vocab_size`; encoding and
     decoding raise TextError.
@@ -70,6 +68,7 @@ class Tokenizer:
         self.end_ids: frozenset[int] = found.end_ids if found else frozenset()
         self.add_bos = found.add_bos if found else False
         self.add_eos = found.add_eos if found else False
+        self.suppressed: frozenset[int] = found.suppressed if found else frozenset()
 
     @classmethod
     def from_gguf(cls, source: str | os.PathLike[str] | Any) -> Tokenizer:
@@ -121,12 +120,13 @@ class Tokenizer:
 
         `strip_space` takes one leading space away, as `decode` does for SentencePiece.
         """
-        return TextStream(self._shown(skip_special), strip_space)
+        hidden = self._known.hidden if skip_special else frozenset()
+        return TextStream(self.token_bytes, strip_space, hidden)
 
     def _shown(self, skip_special: bool) -> Callable[[int], bytes]:
         if not skip_special:
             return self.token_bytes
-        hidden = set(self._known.of_kind(CONTROL, UNKNOWN))
+        hidden = self._known.hidden
         return lambda token: b"" if token in hidden else self.token_bytes(token)
 
     def token_text(self, token: int) -> str:
@@ -216,10 +216,8 @@ class Tokenizer:
 
     @cached_property
     def _space_prefix(self) -> bool:
-        default = self.kind == "llama"
-        return self._pre is None and bool(
-            self._metadata.get("tokenizer.ggml.add_space_prefix", default)
-        )
+        asked = switch(self._metadata, "tokenizer.ggml.add_space_prefix")
+        return self._pre is None and (self.kind == "llama" if asked is None else asked)
 
     @cached_property
     def _encode(self) -> Callable[[str], list[int]]:
@@ -235,7 +233,7 @@ class Tokenizer:
             sentencepiece.UnigramOptions(
                 add_space_prefix=self._space_prefix,
                 remove_extra_whitespaces=bool(
-                    metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
+                    switch(metadata, "tokenizer.ggml.remove_extra_whitespaces")
                 ),
                 precompiled_charsmap=b"" if charsmap is None else bytes(v & 255 for v in charsmap),
             ),

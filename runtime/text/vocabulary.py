@@ -16,26 +16,12 @@ from typing import Any
 import numpy as np
 
 from runtime.ops.errors import TextError
+from runtime.text import special_ids
+from runtime.text.special_ids import BYTE, CONTROL, NORMAL, UNKNOWN
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ESCAPED_SPACE = "▁"
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-# Tokens that end an answer in some model family, found by text because many files do not
-# name them: chat turns (eot), tool calls (eom) and ends of documents.
-_END_TEXTS = (
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>"),
-    *("<end_of_turn>", "<turn|>", "<|tool_response>", "<|endoftext|>", "<|end_of_text|>"),
-    *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "</s>", "<eos>", "[e~["),
-    *("<end_of_utterance>", "<\uff5cend▁of▁sentence\uff5c>"),
-    # fill-in-the-middle padding and file borders: nothing that follows belongs to the answer
-    *("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|file_sep|>"),
-    *("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-)
-# Channel marks of the harmony format are part of the visible text.
-_VISIBLE_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-_END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 @dataclass(frozen=True)
@@ -48,19 +34,29 @@ class Defaults:
     add_bos: bool = False
     add_eos: bool = False
 
+    def ids(self, n_tokens: int) -> dict[str, int]:
+        """name -> id for the ids that a vocabulary of `n_tokens` has."""
+        given = {"bos": self.bos, "eos": self.eos, "unknown": self.unknown}
+        return {name: i for name, i in given.items() if i is not None and i < n_tokens}
+
 
 @dataclass
 class Vocabulary:
-    """Tokens of one file. `texts[i]` and `kinds[i]` (int32) belong to id `i`."""
+    """Tokens of one file. `texts[i]` and `kinds[i]` (int32) belong to id `i`.
+
+    `named`: ids by what the file calls them ("bos", "eos", "unknown", "padding", ...). `visible`:
+    control tokens that are part of the text all the same. `suppressed`: tokens the file wants
+    never to be chosen.
+    """
 
     texts: Sequence[str]
     kinds: np.ndarray
-    bos_id: int | None
-    eos_id: int | None
-    unknown_id: int | None
+    named: Mapping[str, int]
     add_bos: bool
     add_eos: bool
     end_ids: frozenset[int]
+    visible: frozenset[int]
+    suppressed: frozenset[int]
     ids: Mapping[str, int] = field(repr=False)
 
     @classmethod
@@ -70,32 +66,51 @@ class Vocabulary:
         kinds = _kinds(metadata, texts)
         # the first of two equal texts wins, as ids of later ones could never be produced
         ids = dict(zip(reversed(texts), range(len(texts) - 1, -1, -1), strict=True))
-        end_ids = _end_ids(metadata, ids, len(texts))
-        bos = _special_id(metadata, "bos", len(texts), defaults.bos)
-        eos = _special_id(metadata, "eos", len(texts), defaults.eos)
-        if eos is not None:
-            end_ids |= {eos}
-        not_ends = _not_ends(ids, end_ids)
-        end_ids -= not_ends
-        _mark_special(kinds, ids, end_ids, not_ends)
+        n = len(texts)
+        listed = special_ids.listed_ids(metadata, "tokenizer.ggml.eos_token_ids", n)
+        named = defaults.ids(n) | ({"eos": listed[0]} if listed else {})
+        named |= special_ids.named_ids(metadata, n)
+        end_ids = special_ids.end_ids(named, listed, ids)
+        visible = special_ids.mark(kinds, named, ids, end_ids)
+        suppressed = special_ids.listed_ids(metadata, "tokenizer.ggml.suppress_tokens", n)
         return cls(
             texts=texts,
             kinds=kinds,
-            bos_id=bos,
-            eos_id=eos,
-            unknown_id=_special_id(metadata, "unknown", len(texts), defaults.unknown),
-            add_bos=_add(metadata, "bos", bos, defaults.add_bos),
-            add_eos=_add(metadata, "eos", eos, defaults.add_eos),
+            named=named,
+            add_bos=_add(metadata, "bos", named, defaults.add_bos),
+            add_eos=_add(metadata, "eos", named, defaults.add_eos),
             end_ids=frozenset(end_ids),
+            visible=frozenset(visible),
+            suppressed=frozenset(suppressed),
             ids=ids,
         )
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text."""
+        return self.named.get("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text."""
+        return self.named.get("eos")
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The token for what no other token covers."""
+        return self.named.get("unknown")
+
     def of_kind(self, *kinds: int) -> list[int]:
         """Ids whose kind is one of `kinds`, ascending."""
         return np.flatnonzero(np.isin(self.kinds, kinds)).tolist()
+
+    @cached_property
+    def hidden(self) -> frozenset[int]:
+        """Ids that steer the model and are no part of the text it shows."""
+        return frozenset(self.of_kind(CONTROL, UNKNOWN)) - self.visible
 
     @cached_property
     def byte_ids(self) -> dict[int, int]:
@@ -120,6 +135,16 @@ def array(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
     return value
 
 
+def switch(metadata: Mapping[str, Any], key: str) -> bool | None:
+    """`metadata[key]` as true or false, None where it is not set. Raises TextError otherwise."""
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, bool | np.bool_ | int | np.integer):
+        raise TextError(f"{key} is {value!r:.60}, not true or false: convert the model again")
+    return bool(value)
+
+
 def normal_forms(metadata: Mapping[str, Any]) -> list[str]:
     """Unicode normal forms ("NFC") the file asks for, in order; nearly always none.
 
@@ -141,77 +166,42 @@ def _texts(metadata: Mapping[str, Any]) -> list[str]:
     texts = list(array(metadata, "tokenizer.ggml.tokens", "holds the vocabulary"))
     if not texts:
         raise TextError("tokenizer.ggml.tokens is empty: the file has no vocabulary")
-    if not isinstance(texts[0], str):
+    if not all(isinstance(text, str) for text in texts):
         raise TextError("tokenizer.ggml.tokens is not an array of strings: convert the model again")
     return texts
 
 
 def _kinds(metadata: Mapping[str, Any], texts: list[str]) -> np.ndarray:
-    given = metadata.get("tokenizer.ggml.token_type")
-    if given is None:
+    if metadata.get("tokenizer.ggml.token_type") is None:
         return np.array([BYTE if byte_of(t) else NORMAL for t in texts], dtype=np.int32)
+    return numbers(metadata, "tokenizer.ggml.token_type", "iu", len(texts)).astype(np.int32)
+
+
+def numbers(metadata: Mapping[str, Any], key: str, kinds: str, n_tokens: int) -> np.ndarray:
+    """The numbers under `key`, one for each token.
+
+    `kinds`: the numpy kinds they may have ("iu": whole numbers). Raises TextError naming the key.
+    """
+    values = array(metadata, key, "belongs to this kind of vocabulary")
     try:
-        kinds = np.array(given, dtype=np.int32)
+        found = np.array(values)
     except (TypeError, ValueError, OverflowError):
-        raise TextError("tokenizer.ggml.token_type is not an array of small integers") from None
-    if kinds.shape != (len(texts),):
+        raise TextError(f"{key} is not an array of numbers: convert the model again") from None
+    if found.ndim != 1 or (found.size and found.dtype.kind not in kinds):
+        what = "whole numbers" if kinds == "iu" else "numbers"
+        raise TextError(f"{key} is not an array of {what}: convert the model again")
+    if found.size != n_tokens:
         raise TextError(
-            f"tokenizer.ggml.token_type has {kinds.size} entries for {len(texts)} tokens: "
-            "convert the model again"
+            f"{key} has {found.size} entries for {n_tokens} tokens: convert the model again"
         )
-    return kinds
+    return found
 
 
-def _special_id(
-    metadata: Mapping[str, Any], name: str, n_tokens: int, default: int | None = None
-) -> int | None:
-    """The id under `tokenizer.ggml.<name>_token_id`; ids outside the vocabulary do not count."""
-    for value in (metadata.get(f"tokenizer.ggml.{name}_token_id"), default):
-        if isinstance(value, int | np.integer) and 0 <= value < n_tokens:
-            return int(value)
-    return None
-
-
-def _add(metadata: Mapping[str, Any], name: str, token: int | None, default: bool) -> bool:
-    asked = metadata.get(f"tokenizer.ggml.add_{name}_token")
-    if asked and token is None:
+def _add(metadata: Mapping[str, Any], name: str, named: Mapping[str, int], default: bool) -> bool:
+    asked = switch(metadata, f"tokenizer.ggml.add_{name}_token")
+    if asked and name not in named:
         raise TextError(
             f"tokenizer.ggml.add_{name}_token is true, but tokenizer.ggml.{name}_token_id is not "
             "set: convert the model again"
         )
-    return token is not None and bool(default if asked is None else asked)
-
-
-def _end_ids(metadata: Mapping[str, Any], ids: Mapping[str, int], n_tokens: int) -> set[int]:
-    named = {_special_id(metadata, name, n_tokens) for name in _END_KEYS}
-    return {i for i in named if i is not None} | {ids[t] for t in _END_TEXTS if t in ids}
-
-
-def _not_ends(ids: Mapping[str, int], end_ids: set[int]) -> set[int]:
-    """Tokens that end answers elsewhere but not in this family.
-
-    Where turns end by return, call or flush tokens, `<|end|>` only ends a channel; where tool
-    responses end a turn, `</s>` is an HTML tag.
-    """
-
-    def ends(*texts: str) -> bool:
-        return any(ids.get(t) in end_ids for t in texts)
-
-    texts = []
-    if ends("<|call|>", "<|calls|>") and ends("<|return|>", "<|flush|>"):
-        texts.append("<|end|>")
-    if ends("<|tool_response>"):
-        texts.append("</s>")
-    return {ids[t] for t in texts if t in ids}
-
-
-def _mark_special(
-    kinds: np.ndarray, ids: Mapping[str, int], end_ids: set[int], not_ends: set[int]
-) -> None:
-    """Give tokens known by their text the kind that careless conversions forget."""
-    for i in end_ids:
-        if kinds[i] != UNKNOWN:
-            kinds[i] = CONTROL
-    visible = {ids[t] for t in _VISIBLE_TEXTS if t in ids} | (not_ends & {ids.get("<|end|>")})
-    for i in visible:
-        kinds[i] = USER_DEFINED
+    return name in named and (default if asked is None else asked)

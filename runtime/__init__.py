@@ -13,23 +13,41 @@ if not (Path(__file__).parent / "ops").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from runtime.errors import BackendError as BackendError
     from runtime.errors import Error as Error
+    from runtime.errors import FileError as FileError
+    from runtime.errors import MemoryLimitError as MemoryLimitError
+    from runtime.errors import ModelError as ModelError
+    from runtime.errors import OpError as OpError
+    from runtime.errors import OptionError as OptionError
+    from runtime.errors import TextError as TextError
+    from runtime.generation import Generation as Generation
     from runtime.model import Model as Model
     from runtime.model import load as load
     from runtime.session import Session as Session
+    from runtime.session import Snapshot as Snapshot
     from runtime.text.sampling import Sampling as Sampling
+    from runtime.text.sampling import Token as Token
     from runtime.text.tokenizer import Tokenizer as Tokenizer
 
-# name -> module that defines it; imported on first use so that `import runtime` stays cheap
-_LAZY = {
-    "load": "runtime.model",
-    "Model": "runtime.model",
-    "Session": "runtime.session",
-    "Tokenizer": "runtime.text.tokenizer",
-    "Sampling": "runtime.text.sampling",
-    "Error": "runtime.errors",
+# module -> names of it that users need; imported on first use so that `import runtime` stays cheap
+_NAMES = {
+    "runtime.errors": (
+        *("BackendError", "Error", "FileError", "MemoryLimitError", "ModelError", "OpError"),
+        *("OptionError", "TextError"),
+    ),
+    "runtime.generation": ("Generation",),
+    "runtime.model": ("Model", "load"),
+    "runtime.session": ("Session", "Snapshot"),
+    "runtime.text.sampling": ("Sampling", "Token"),
+    "runtime.text.tokenizer": ("Tokenizer",),
 }
-__all__ = ["Error", "Model", "Sampling", "Session", "Tokenizer", "__version__", "load"]
+_LAZY = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = [
+    *("BackendError", "Error", "FileError", "Generation", "MemoryLimitError", "Model"),
+    *("ModelError", "OpError", "OptionError", "Sampling", "Session", "Snapshot", "TextError"),
+    *("Token", "Tokenizer", "__version__", "load"),
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,44 +1,98 @@
-"""The arguments of `runtime.load`, looked at before anything is opened or allocated."""
+"""Checks of what callers give: each is one clear line that names the option, and a plain value."""
 
 from __future__ import annotations
 
+import math
 import os
-from numbers import Integral
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from runtime.errors import FileError, OptionError
 
 _TEXTS = ("devices", "activations")
-_NUMBERS = ("context", "threads", "sequences")
 
 
-def check_load(path: Any, options: dict[str, Any]) -> None:
-    """OptionError, one line that names the argument, for a value of a type it cannot have.
+def shown(value: Any) -> str:
+    """A value for an error text: its repr in one line, not too long, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a repr of somebody else's, or an int too long to print
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def wrong(name: str, value: Any, legal: str) -> OptionError:
+    """The error for `name=value`, which must be `legal`."""
+    return OptionError(f"{name}={shown(value)} must be {legal}")
+
+
+def whole(name: str, value: Any, low: int, note: str = "") -> int:
+    """`value` as an int of at least `low`; numpy's are taken, booleans are not.
+
+    note: what else the option takes, for the error text.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise wrong(name, value, f"a whole number{note}")
+    if value < low:
+        raise wrong(name, value, f"at least {low}{note}")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """`value` as a finite float from `low` to `high`; numpy's are taken, booleans are not."""
+    legal = "a finite number"
+    if high < math.inf:
+        legal = f"a number from {low:g} to {high:g}"
+    elif low > -math.inf:
+        legal = f"a finite number of at least {low:g}"
+    try:
+        plain = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        plain = math.inf
+    if isinstance(value, bool) or not math.isfinite(plain) or not low <= plain <= high:
+        raise wrong(name, value, legal)
+    return plain
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, which is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise wrong(name, value, "True or False")
+    return bool(value)
+
+
+def check_function(name: str, value: Any, of: str) -> None:
+    """OptionError for what is neither None nor callable; `of` says with what it is called."""
+    if value is not None and not callable(value):
+        raise wrong(name, value, f"a function of {of}")
+
+
+def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `load` as plain values; OptionError for a type one cannot have.
 
     path: a str or os.PathLike, or None. options: the other arguments of `load` by name; what a
     text or number may say is checked where it is used.
     """
     if path is not None and not isinstance(path, str | os.PathLike):
-        raise OptionError(f"path={path!r:.60} must be the path of a .gguf file, as text or Path")
+        raise wrong("path", path, "the path of a .gguf file, as text or Path")
     for name in _TEXTS:
         if not isinstance(options[name], str):
-            raise _wrong(name, options[name], "text")
-    for name in _NUMBERS:
-        value = options[name]
-        optional = name != "sequences"
-        if value is None and optional:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise _wrong(name, value, "a whole number" + optional * ", or None for the default")
-        if value < 1:
-            raise _wrong(name, value, "at least 1")
+            raise wrong(name, options[name], "text")
+    plain = {"sequences": whole("sequences", options["sequences"], 1)}
+    for name in ("context", "threads"):
+        if options[name] is not None:
+            plain[name] = whole(name, options[name], 1, ", or None for the default")
     kv_type = options["kv_type"]
     pair = isinstance(kv_type, tuple | list) and all(isinstance(k, str) for k in kv_type)
     if not isinstance(kv_type, str) and not pair:
-        raise _wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
+        raise wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
     progress = options["progress"]
     if not isinstance(progress, bool) and not callable(progress):
-        raise _wrong("progress", progress, "True, False or a function of (done, total, what)")
+        raise wrong("progress", progress, "True, False or a function of (done, total, what)")
+    return {**options, **plain}
 
 
 def check_has_weights(file: Any) -> None:
@@ -49,7 +103,3 @@ def check_has_weights(file: Any) -> None:
     what = "metadata alone" if words is None else f"a vocabulary alone ({len(words)} tokens)"
     use = "" if words is None else "; runtime.Tokenizer.from_gguf reads such a file"
     raise FileError(f"{file.path}: the file holds {what} and no weights to run{use}")
-
-
-def _wrong(name: str, value: Any, legal: str) -> OptionError:
-    return OptionError(f"{name}={value!r:.60} must be {legal}")

@@ -1,70 +1,110 @@
-"""From tokens to text and back: the generation loop, and chats that keep their session."""
+"""From text to an answer: what `generate` and `chat` take, checked before anything is evaluated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
+from runtime.arguments import check_function, flag, shown, whole, wrong
 from runtime.batch import check, check_room, token_ids
 from runtime.errors import OptionError
+from runtime.generation import Generation, Options, Prompt
 from runtime.session import Session
 
 if TYPE_CHECKING:
     from runtime.model import Model
-    from runtime.text.sampling import Sampler, Sampling, Token
+    from runtime.text.sampling import Token
 
-# options of a generation beside the fields of `Sampling`, as `_options` takes them
+# keywords of `generate` and `chat` that are no fields of `Sampling`
 _OWN = ("max_tokens", "ignore_eos", "on_token")
 
 
-def generate(
-    model: Model, prompt: str | Sequence[int], *, session: Session | None = None, **options: Any
-) -> Generation:
-    """The text that continues `prompt` (raw text, or token ids), to be iterated piece by piece.
+class TextModel:
+    """The part of a Model that speaks: `generate` continues a text, `chat` answers messages.
 
-    session: continue this one, and leave it holding prompt and answer; default a fresh one.
-    Options: max_tokens (default or -1: until the context is full); ignore_eos (end tokens are
-    never chosen); on_token, called with each sampled `Token` (id, log-probabilities); and the
-    fields of `Sampling`, `stop` among them.
-    Raises, when called and not while iterating, OptionError for an option or token that cannot
-    be used, and MemoryLimitError for a prompt past the context.
+    Both take every field of `runtime.Sampling` as a keyword and, besides,
+
+    - `session`: continue this one, and leave it holding prompt and answer; default a fresh one.
+    - `max_tokens`: most tokens of the answer; None or -1: until the context is full.
+    - `ignore_eos`: end tokens are never chosen.
+    - `on_token`: called with each chosen `Token` (id, and log-probabilities with `logprobs=N`).
+
+    What cannot be used is refused when they are called, not while the answer is read:
+    OptionError for an option or token, MemoryLimitError for a prompt past the context.
     """
-    chosen = _options(model, options)
-    owned = model.session() if session is None else session
+
+    def generate(
+        self, prompt: str | Sequence[int], *, session: Session | None = None,
+        max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
+        seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
+        repeat_penalty: float | None = None, presence_penalty: float | None = None,
+        frequency_penalty: float | None = None, penalty_last_n: int | None = None,
+        logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
+        ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
+    ) -> Generation:  # fmt: skip
+        """The text that continues `prompt` (raw text, or token ids), to be read piece by piece.
+
+        Keywords: see `TextModel`; of sampling `runtime.Sampling`, None being its default.
+        """
+        given = locals()  # each keyword under its name, and nothing else yet
+        return _continuation(cast("Model", given.pop("self")), given.pop("prompt"), given)
+
+    def chat(
+        self, messages: str | Sequence[Mapping[str, Any]], *, session: Session | None = None,
+        room: int = 0,
+        max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
+        seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
+        repeat_penalty: float | None = None, presence_penalty: float | None = None,
+        frequency_penalty: float | None = None, penalty_last_n: int | None = None,
+        logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
+        ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
+    ) -> Generation:  # fmt: skip
+        """The assistant's answer to `messages`, through the model's chat template.
+
+        messages: [{"role": "user", "content": "Hi"}, ...], or the text of one message.
+        With `session` only tokens after the longest common start of what the session holds and
+        the rendered chat are evaluated; it is rewound to there when reading begins.
+        room: tokens of context that have to be left for the answer, else MemoryLimitError.
+        Other keywords as `generate` has them.
+        """
+        given = locals()
+        return _reply(cast("Model", given.pop("self")), given.pop("messages"), given)
+
+
+def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, Any]) -> Generation:
+    owned = _session(model, given.pop("session"))
+    options = _options(model, given)
+    session = model.session() if owned is None else owned
     if isinstance(prompt, str):
-        ids = model.tokenizer.encode(prompt, add_special=not len(owned))
+        ids = model.tokenizer.encode(prompt, add_special=not len(session))
     else:
         ids = token_ids(prompt)
     if not ids:
         raise OptionError("the prompt is empty and the model adds no start token; give some text")
-    check([(owned, ids)], "last", model.vocab_size, model.context)
-    return Generation(model, owned, session is None, len(owned), ids, chosen)
+    check([(session, ids)], "last", model.vocab_size, model.context)
+    return Generation(model, Prompt(session, owned is None, len(session), ids), options)
 
 
-def chat(
-    model: Model, messages: Sequence[dict[str, Any]], *, session: Session | None = None,
-    room: int = 0, **options: Any,
-) -> Generation:  # fmt: skip
-    """The answer to `messages`, rendered through the model's chat template; as `generate`.
-
-    With `session` only tokens after the longest common start of what the session holds and the
-    rendered chat are evaluated; it is rewound to there when iteration begins. room: tokens of
-    context that have to be left for the answer, else MemoryLimitError.
-    """
+def _reply(
+    model: Model, messages: str | Sequence[Mapping[str, Any]], given: dict[str, Any]
+) -> Generation:
     from runtime.text.chat import ChatTemplate
 
-    chosen = _options(model, options)
+    owned = _session(model, given.pop("session"))
+    room = whole("room", given.pop("room"), 0)
+    options = _options(model, given)
     template = ChatTemplate.of(model.tokenizer, model.file.metadata)
-    ids = template.encode(model.tokenizer, messages)
+    ids = template.encode(model.tokenizer, _messages(messages))
     if not ids:
         raise OptionError("the chat template makes an empty prompt of these messages")
-    owned = model.session() if session is None else session
-    keep = common_start(owned, ids)
+    session = model.session() if owned is None else owned
+    keep = common_start(session, ids)
     check_room(keep, len(ids) - keep + room, model.context)
-    return Generation(model, owned, session is None, keep, ids[keep:], chosen)
+    return Generation(model, Prompt(session, owned is None, keep, ids[keep:]), options)
 
 
 def common_start(session: Session, ids: Sequence[int]) -> int:
@@ -75,99 +115,32 @@ def common_start(session: Session, ids: Sequence[int]) -> int:
     return same
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What a generation was asked for, checked."""
-
-    sampling: Sampling
-    max_tokens: int | None
-    on_token: Callable[[Token], Any] | None
-
-
-class Generation:
-    """An answer under way: an iterator of its text.
-
-    `reason` is None until it has ended, then "end" (the model said so), "stop" (a stop string),
-    "length" (max_tokens) or "context" (the context is full). `prompt_tokens`: how many tokens
-    are evaluated before the first of the answer.
-    """
-
-    def __init__(
-        self, model: Model, session: Session, owned: bool, keep: int, ids: list[int],
-        options: _Options,
-    ) -> None:  # fmt: skip
-        from runtime.text.sampling import Sampler
-
-        self.reason: str | None = None
-        self.prompt_tokens = len(ids)
-        self._model, self._session, self._owned = model, session, owned
-        self._keep, self._ids, self._options = keep, ids, options
-        # rows of the output matrix past the vocabulary are padding, which has no text
-        self._choices = min(model.vocab_size, model.tokenizer.vocab_size)
-        self._sampler: Sampler = Sampler(options.sampling, self._choices)
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """End early; a session of its own is given back."""
-        self._pieces.close()
-        if self._owned:
-            self._session.close()
-
-    def _run(self) -> Generator[str, None, None]:
-        try:
-            yield from self._text()
-        finally:
-            if self._owned:
-                self._session.close()
-
-    def _text(self) -> Iterator[str]:
-        from runtime.text.stops import StopFilter
-
-        tokenizer, on_token = self._model.tokenizer, self._options.on_token
-        stops, stream = StopFilter(self._options.sampling.stop), tokenizer.stream()
-        for token in self._tokens():
-            if on_token is not None:
-                on_token(token)
-            if token.id in tokenizer.end_ids:
-                self.reason = "end"
-                break
-            text = stops.feed(stream.feed(token.id), stream.hidden_text(token.id))
-            if stops.stopped:
-                self.reason = "stop"
-            if text:
-                yield text
-            if stops.stopped:
-                return
-        tail = stops.feed(stream.flush()) + stops.flush()
-        if tail:
-            yield tail
-
-    def _tokens(self) -> Iterator[Token]:
-        """Sampled tokens; each is evaluated only when the next one is asked for."""
-        session, sampler, most = self._session, self._sampler, self._options.max_tokens
-        session.rewind(len(session) - self._keep)
-        for known in (*session.tokens, *self._ids):
-            sampler.accept(known)
-        # the token after the last place of the context is still known, but cannot be evaluated
-        room = self._model.context - self._keep - len(self._ids) + 1
-        pending = self._ids
-        for _ in range(room if most is None else min(most, room)):
-            logits = session.eval(pending, "last")[0, : self._choices]
-            token = sampler.sample(logits)
-            sampler.accept(token.id)
-            pending = [token.id]
-            yield token
-        self.reason = "context" if most is None or room < most else "length"
+def _messages(given: Any) -> list[Any]:
+    """Messages as a list; what one of them may be the template says."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
+        raise OptionError(
+            "messages must be the text of one, or a list such as "
+            f'[{{"role": "user", "content": "Hi"}}], not {shown(given)}'
+        )
+    return list(given)
 
 
-def _options(model: Model, given: dict[str, Any]) -> _Options:
-    """Checked options; OptionError names what is unknown or cannot be used."""
+def _session(model: Model, given: Any) -> Session | None:
+    """The session to continue, if there is one and this model can."""
+    if given is None:
+        return None
+    if not isinstance(given, Session):
+        raise wrong("session", given, "a session made by model.session(), or None")
+    if given.model is not model:
+        raise OptionError("a session can only be continued by the model that made it")
+    given.check_open()
+    return given
+
+
+def _options(model: Model, given: dict[str, Any]) -> Options:
+    """Checked options; OptionError names what cannot be used."""
     from runtime.text.sampling import Sampling
 
     if not model.tokenizer.has_text:
@@ -175,25 +148,16 @@ def _options(model: Model, given: dict[str, Any]) -> _Options:
             f"{model.file.path}: the file has no vocabulary, so there is no text to generate; "
             "model.eval(ids) gives logits"
         )
-    own = {name: given[name] for name in _OWN if name in given}
-    rest = {name: value for name, value in given.items() if name not in _OWN}
-    known = [f.name for f in fields(Sampling)]
-    unknown = next((name for name in rest if name not in known), None)
-    if unknown is not None:
-        names = ", ".join((*_OWN, *known))
-        raise OptionError(f"unknown option {unknown!r}; options are {names}")
-    most, on_token = own.get("max_tokens"), own.get("on_token")
-    if most is not None and (not isinstance(most, Integral) or isinstance(most, bool) or most < -1):
-        raise OptionError(
-            f"max_tokens={most!r} must be a whole number of at least 0, or -1 for no limit"
-        )
-    if on_token is not None and not callable(on_token):
-        raise OptionError(f"on_token={on_token!r} must be a function of one token")
-    sampling = Sampling(**rest)
+    own = {name: given.pop(name) for name in _OWN}
+    most = own["max_tokens"]
+    if most is not None:
+        most = whole("max_tokens", most, -1, ", or None or -1 for no limit")
+    check_function("on_token", own["on_token"], "one token")
+    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
     unwanted = set(model.tokenizer.suppressed)
-    if own.get("ignore_eos"):
+    if flag("ignore_eos", own["ignore_eos"]):
         unwanted |= model.tokenizer.end_ids
     if unwanted:
         forbidden = dict.fromkeys((i for i in unwanted if i < model.vocab_size), -math.inf)
         sampling = replace(sampling, logit_bias={**sampling.logit_bias, **forbidden})
-    return _Options(sampling, None if most in (None, -1) else int(most), on_token)
+    return Options(sampling, None if most in (None, -1) else most, own["on_token"])

@@ -6,10 +6,10 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from runtime.arguments import check_has_weights, check_load
 from runtime.backends.base import Backend, Program, Progress, open_backend
 from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.errors import OptionError
+from runtime.generate import TextModel
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.memory import pages, slots
 from runtime.memory.budget import CacheSize, Memory, choose
@@ -27,6 +28,9 @@ from runtime.models.step import Step
 from runtime.ops import PAGE, Graph
 from runtime.ops.rounding import KV_TYPES
 from runtime.session import OnPrompt, Session
+
+if TYPE_CHECKING:
+    from runtime.text.tokenizer import Tokenizer
 
 _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
 
@@ -50,14 +54,14 @@ def load(
     progress: True draws bars on stderr; or a function of (done, total, what).
     Raises a `runtime.Error` that names the file, tensor or option.
     """
-    given = {
+    given: dict[str, Any] = {
         "devices": devices, "kv_type": kv_type, "context": context, "threads": threads,
         "activations": activations, "sequences": sequences, "progress": progress,
     }  # fmt: skip
-    check_load(path, given)
+    given = check_load(path, given)
     file = open_gguf(path if path is not None else demo_path())
     check_has_weights(file)
-    return Model(file, devices, kv_type, context, threads, activations, sequences, progress)
+    return Model(file, **given)
 
 
 def demo_path() -> Path:
@@ -65,7 +69,7 @@ def demo_path() -> Path:
     return Path(__file__).parent / "data" / "demo.gguf"
 
 
-class Model:
+class Model(TextModel):
     """Weights, cache pages and programs of one file. Made by `load`."""
 
     def __init__(
@@ -111,7 +115,7 @@ class Model:
         return getattr(self.backend, "threads", 1)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The file's Tokenizer, built on first use."""
         if not hasattr(self, "_tokenizer"):
             from runtime.text.tokenizer import Tokenizer
@@ -186,18 +190,6 @@ class Model:
                 results[piece.index][at : at + n], rows = rows[:n], rows[n:]
                 filled[piece.index] += n
         return results
-
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[str]:
-        """Text that continues a raw prompt, piece by piece; see runtime.generate.generate."""
-        from runtime.generate import generate
-
-        return generate(self, prompt, **options)
-
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Iterator[str]:
-        """The assistant's answer to messages [{"role", "content"}], through the chat template."""
-        from runtime.generate import chat
-
-        return chat(self, messages, **options)
 
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""

@@ -5,6 +5,9 @@ The null backend gives zero logits, so a logit bias says which token is chosen.
 
 from __future__ import annotations
 
+import gc
+import math
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +35,6 @@ def chooses(token: int) -> dict:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"temprature": 1}, "unknown option 'temprature'; options are max_tokens"),
         ({"max_tokens": -2}, "max_tokens=-2"),
         ({"max_tokens": 1.5}, "max_tokens=1.5"),
         ({"max_tokens": True}, "max_tokens=True"),
@@ -47,6 +49,12 @@ def test_options_are_refused_when_called(model: Model, kind: str, options: dict,
     asked = "Once" if kind == "generate" else [{"role": "user", "content": "Hi"}]
     with pytest.raises(OptionError, match=says):
         getattr(model, kind)(asked, **options)
+
+
+@pytest.mark.parametrize("kind", ["generate", "chat"])
+def test_an_unknown_keyword_is_named_as_python_names_it(model: Model, kind: str):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        getattr(model, kind)("Once", temprature=1)
 
 
 def test_prompts_are_refused_when_called(model: Model):
@@ -141,3 +149,89 @@ def test_an_answer_left_early_gives_its_pages_back(model: Model):
     assert model._pool.free < free
     answer.close()
     assert model._pool.free == free
+
+
+def test_an_answer_tells_its_text_tokens_and_log_probabilities(model: Model):
+    letter = model.tokenizer.encode("a")[0]
+    answer = model.generate([1], max_tokens=3, logprobs=2, **chooses(letter))
+    assert answer.prompt_tokens == 1 and answer.tokens == [] and "0 tokens" in repr(answer)
+    first = next(answer)
+    assert first == "a" and answer.tokens == [letter] and answer.reason is None
+    assert answer.text == "aaa" == answer.text, "the pieces read before are part of it"
+    assert answer.tokens == [letter] * 3 and answer.reason == "length"
+    assert [t.id for t in answer.logprobs] == answer.tokens
+    even = -math.log(model.vocab_size)  # the bias is not the model's own
+    assert [t.logprob for t in answer.logprobs] == pytest.approx([even] * 3)
+    assert [len(t.top) for t in answer.logprobs] == [2] * 3
+    assert not model.generate([1], max_tokens=1, **chooses(letter)).logprobs
+
+
+def test_one_message_may_be_a_text(model: Model):
+    options = {"max_tokens": 2, **chooses(5)}
+    listed = model.chat([{"role": "user", "content": "Hi"}], **options)
+    assert model.chat("Hi", **options).prompt_tokens == listed.prompt_tokens
+
+
+def test_what_ends_with_an_error_stays_ended(model: Model):
+    def refuses(token):
+        raise KeyError("mine")
+
+    free = model._pool.free
+    answer = model.generate([1], on_token=refuses, **chooses(5))
+    with pytest.raises(KeyError, match="mine"):
+        next(answer)
+    assert list(answer) == [] and answer.reason is None and model._pool.free == free
+
+
+def test_reading_from_two_threads_is_one_clear_line(model: Model):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def waits(token):
+        reading.set()
+        go_on.wait(10)
+
+    answer = model.generate([1], max_tokens=5, on_token=waits, **chooses(5))
+    thread = threading.Thread(target=lambda: answer.text)
+    thread.start()
+    assert reading.wait(10)
+    with pytest.raises(OptionError, match=r"read already, by another thread"):
+        next(answer)
+    answer.close()  # from any thread: the token under way is the last
+    go_on.set()
+    thread.join(10)
+    assert len(answer.tokens) == 1 and answer.reason is None
+
+
+def test_close_may_be_called_while_a_token_is_told(model: Model):
+    free = model._pool.free
+    answer = model.generate([1], on_token=lambda token: answer.close(), **chooses(5))
+    assert len(list(answer)) == 1 and model._pool.free == free
+    with model.generate([1], **chooses(5)) as answer:
+        next(answer)
+        assert model._pool.free < free
+    assert model._pool.free == free and list(answer) == []
+
+
+def test_an_answer_forgotten_half_way_gives_its_pages_back_at_once(model: Model):
+    free = model._pool.free
+    gc.disable()
+    try:
+        answer = model.generate([1], **chooses(5))
+        next(answer)
+        assert model._pool.free < free
+        del answer
+        assert model._pool.free == free
+    finally:
+        gc.enable()
+
+
+def test_a_session_used_elsewhere_meanwhile_is_noticed(model: Model):
+    with model.session() as session:
+        first = model.generate([1, 2], session=session, **chooses(5))
+        second = model.generate([3], session=session, **chooses(5))
+        next(first)
+        with pytest.raises(OptionError, match="has 2 tokens and had 0: it was used elsewhere"):
+            next(second)
+        session.eval([4])
+        with pytest.raises(OptionError, match="used elsewhere"):
+            next(first)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,6 +119,11 @@ class Sampler:
             self._counts[oldest] -= 1
             if not self._counts[oldest]:
                 del self._counts[oldest]
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Remember the tokens of a prompt."""
+        for token in tokens if self.sampling.penalises else ():
+            self.accept(token)
 
     def sample(self, logits: np.ndarray) -> Token:
         """Choose from `logits`, float32 [vocabulary], which is left as it is.

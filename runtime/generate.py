@@ -11,14 +11,14 @@ from runtime.arguments import check_function, flag, shown, whole, wrong
 from runtime.batch import check, check_room, token_ids
 from runtime.errors import OptionError
 from runtime.generation import Generation, Options, Prompt
-from runtime.session import Session
+from runtime.session import OnPrompt, Session
 
 if TYPE_CHECKING:
     from runtime.model import Model
     from runtime.text.sampling import Token
 
 # keywords of `generate` and `chat` that are no fields of `Sampling`
-_OWN = ("max_tokens", "ignore_eos", "on_token")
+_OWN = ("max_tokens", "ignore_eos", "on_token", "on_prompt")
 
 
 class TextModel:
@@ -30,6 +30,7 @@ class TextModel:
     - `max_tokens`: most tokens of the answer; None or -1: until the context is full.
     - `ignore_eos`: end tokens are never chosen.
     - `on_token`: called with each chosen `Token` (id, and log-probabilities with `logprobs=N`).
+    - `on_prompt`: called with (done, total) tokens of the prompt, before and after each part.
 
     What cannot be used is refused when they are called, not while the answer is read:
     OptionError for an option or token, MemoryLimitError for a prompt past the context.
@@ -44,6 +45,7 @@ class TextModel:
         frequency_penalty: float | None = None, penalty_last_n: int | None = None,
         logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
         ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
+        on_prompt: OnPrompt | None = None,
     ) -> Generation:  # fmt: skip
         """The text that continues `prompt` (raw text, or token ids), to be read piece by piece.
 
@@ -62,6 +64,7 @@ class TextModel:
         frequency_penalty: float | None = None, penalty_last_n: int | None = None,
         logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
         ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
+        on_prompt: OnPrompt | None = None,
     ) -> Generation:  # fmt: skip
         """The assistant's answer to `messages`, through the model's chat template.
 
@@ -153,6 +156,7 @@ def _options(model: Model, given: dict[str, Any]) -> Options:
     if most is not None:
         most = whole("max_tokens", most, -1, ", or None or -1 for no limit")
     check_function("on_token", own["on_token"], "one token")
+    check_function("on_prompt", own["on_prompt"], "(done, total)")
     sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
     unwanted = set(model.tokenizer.suppressed)
     if flag("ignore_eos", own["ignore_eos"]):
@@ -160,4 +164,5 @@ def _options(model: Model, given: dict[str, Any]) -> Options:
     if unwanted:
         forbidden = dict.fromkeys((i for i in unwanted if i < model.vocab_size), -math.inf)
         sampling = replace(sampling, logit_bias={**sampling.logit_bias, **forbidden})
-    return Options(sampling, None if most in (None, -1) else most, own["on_token"])
+    limit = None if most in (None, -1) else most
+    return Options(sampling, limit, own["on_token"], own["on_prompt"])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from runtime.errors import OptionError
-from runtime.session import Session
+from runtime.session import OnPrompt, Session
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -22,6 +22,7 @@ class Options:
     sampling: Sampling
     max_tokens: int | None = None
     on_token: Callable[[Token], Any] | None = None
+    on_prompt: OnPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ class Generation:
     def _advance(self) -> str:
         """Evaluate what is pending and choose a token; the text it completes."""
         self._check_session()
-        row = self._session.eval(self._pending, "last")[0]
+        on_prompt = None if self._tokens else self._options.on_prompt
+        row = self._session.eval(self._pending, "last", on_prompt)[0]
         self._length += len(self._pending)
         token, text, end = self._answer.feed(row)
         self._pending = [token.id]

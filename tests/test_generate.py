@@ -39,6 +39,8 @@ def chooses(token: int) -> dict:
         ({"max_tokens": 1.5}, "max_tokens=1.5"),
         ({"max_tokens": True}, "max_tokens=True"),
         ({"on_token": 3}, "on_token=3"),
+        ({"on_prompt": 3}, "on_prompt=3"),
+        ({"ignore_eos": 1}, "ignore_eos=1"),
         ({"top_p": 2}, "top_p"),
         ({"logit_bias": {10**6: 1.0}}, "outside the vocabulary"),
         ({"stop": [""]}, "stop string"),
@@ -164,6 +166,14 @@ def test_an_answer_tells_its_text_tokens_and_log_probabilities(model: Model):
     assert [t.logprob for t in answer.logprobs] == pytest.approx([even] * 3)
     assert [len(t.top) for t in answer.logprobs] == [2] * 3
     assert not model.generate([1], max_tokens=1, **chooses(letter)).logprobs
+
+
+def test_the_prompt_tells_how_far_it_is(model: Model):
+    told: list = []
+    options = {"max_tokens": 3, "on_prompt": lambda *at: told.append(at), **chooses(5)}
+    answer = model.generate([1, 2, 3], **options)
+    assert told == []
+    assert len(answer.text) == 3 and told == [(0, 3), (3, 3)]
 
 
 def test_one_message_may_be_a_text(model: Model):

@@ -13,9 +13,10 @@ import pytest
 from kernel_calls import ISAS, Fenced, library
 
 from runtime.backends.cpu import objects
+from runtime.backends.cpu.abi import PLAN_BARRIER
 from runtime.backends.cpu.executor import ThreadTeam
 from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.signatures import PLAN_BARRIER, SIGNATURES
+from runtime.backends.cpu.signatures import SIGNATURES
 
 WIDTH, ROUNDS = 1000, 150
 

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.backends.cpu.abi import CONV_BLOCK, MAX_TAPS
 from runtime.backends.cpu.attention import page_nbytes
 from runtime.backends.cpu.lower import Declined, Lowering, Out, lowers
-from runtime.backends.cpu.signatures import (
-    CONV_BLOCK,
-    MAX_TAPS,
-    conv_scratch_nbytes,
-    delta_scratch_nbytes,
-    float_bits,
-)
+from runtime.backends.cpu.signatures import conv_scratch_nbytes, delta_scratch_nbytes, float_bits
 from runtime.ops.tensor import Tensor
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from .abi import CONTROL
 from .objects import function
-from .signatures import CONTROL
 
 _SPIN_NS = 200_000  # a worker waits this long for the next plan before it parks
 _SPINS = 500  # turns in a barrier before a thread gives its processor away

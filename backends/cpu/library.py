@@ -1,9 +1,9 @@
 """Compiled kernels: from the cache on disk, or compiled by parallel processes on first use.
 
-A cache folder belongs to one digest of everything the object code depends on: the kernels' source,
-the instruction set, and the versions of Numba and llvmlite. A warm process reads objects and loads
-them with llvmlite; Numba is only ever imported by the compile processes. A cache that cannot be
-written costs time, never correctness.
+An entry of the cache belongs to one digest of everything its object code depends on: the source of
+that kernel and what it imports, the instruction set, and the versions of Python, Numba and
+llvmlite. A warm process reads objects and loads them with llvmlite; Numba is only ever imported by
+the compile processes. A cache that cannot be written costs time, never correctness.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from typing import Any
 from runtime.backends.cpu import objects
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.signatures import FILE_OF
-from runtime.backends.entries import write_entry
+from runtime.backends.entries import Entries
+from runtime.backends.sources import Sources
 
-_SOURCES = ("kernels/*.py", "tile/*.py", "isa.py", "objects.py", "signatures.py")
+_HERE = "runtime.backends.cpu"
+# Not part of what code is made of: names of kernels, errors, and the instruction sets, of which
+# `_target_values` takes what is known of the one.
+_APART = (f"{_HERE}.signatures", f"{_HERE}.isa", "runtime.ops.errors")
 Progress = Callable[[int, int, str], None]
 
 
@@ -31,7 +35,8 @@ class Library:
     def __init__(self, isa: str, folder: Path | None) -> None:
         """`folder`: where object code is kept between processes; None keeps it in memory only."""
         self.isa = isa
-        self.folder = folder / f"kernels-{isa}-{digest(isa)[:16]}" if folder else None
+        self.entries = Entries(folder)
+        self._sources = Sources(self.entries, _APART)
         self._addresses: dict[Kernel, int] = {}
 
     def address(self, kernel: Kernel) -> int:
@@ -41,47 +46,40 @@ class Library:
         return self._addresses[kernel]
 
     def missing(self, kernels: Iterable[Kernel]) -> list[Kernel]:
-        """Those that are neither loaded nor on disk."""
-        fresh = [k for k in dict.fromkeys(kernels) if k not in self._addresses]
-        return [k for k in fresh if self.folder is None or not self._path(k).is_file()]
+        """Those that would have to be compiled; the others are loaded."""
+        wanted = [k for k in dict.fromkeys(kernels) if k not in self._addresses]
+        return [k for k in wanted if not self._load_from_disk(k)]
 
     def prepare(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
         """Load all, compiling what is missing; `progress(done, total, name)` while it lasts."""
-        wanted = [k for k in dict.fromkeys(kernels) if k not in self._addresses]
-        absent = [k for k in wanted if not self._load_from_disk(k)]
+        absent = self.missing(kernels)
         if absent:
             from runtime.backends.cpu.compilers import compile_all
 
             for kernel, symbol, code in compile_all(absent, self.isa, progress):
-                self._save(kernel, symbol, code)
+                self.entries.write(self.name(kernel), symbol, code)
                 self._load(kernel, symbol, code)
 
+    def name(self, kernel: Kernel) -> str:
+        """The name of a kernel's entry, which says all that its code depends on."""
+        made_of = f"{toolchain(self.isa)} {self._sources.digest(*source_modules(kernel))}"
+        return f"kernels-{self.isa}/{kernel}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.o"
+
     def _load_from_disk(self, kernel: Kernel) -> bool:
-        if self.folder is None:
-            return False
-        try:
-            data = self._path(kernel).read_bytes()
-            checksum, symbol, code = data.split(b"\n", 2)
-        except (OSError, ValueError):
-            return False
-        if hashlib.sha256(code).hexdigest().encode() != checksum:
-            return False  # a damaged entry is compiled again and replaced
-        self._load(kernel, symbol.decode(), code)
-        return True
+        entry = self.entries.read(self.name(kernel)) if self.entries.folder else None
+        if entry is not None:
+            self._load(kernel, *entry)
+        return entry is not None
 
     def _load(self, kernel: Kernel, symbol: str, code: bytes) -> None:
         self._addresses[kernel] = objects.load_object(code, symbol, extra_symbols())
 
-    def _save(self, kernel: Kernel, symbol: str, code: bytes) -> None:
-        if self.folder is None:
-            return
-        checksum = hashlib.sha256(code).hexdigest().encode()
-        if not write_entry(self.folder, self._path(kernel), [checksum, symbol.encode(), code]):
-            self.folder = None
 
-    def _path(self, kernel: Kernel) -> Path:
-        assert self.folder is not None, "a library without a folder has no paths"
-        return self.folder / f"{kernel}.o"
+def source_modules(kernel: Kernel) -> tuple[str, ...]:
+    """The modules a kernel is compiled from; what they import comes with them."""
+    if is_numba(kernel):
+        return f"{_HERE}.kernels.{FILE_OF[kernel.name]}", f"{_HERE}.kernels.compile"
+    return f"{_HERE}.tile.{'pack' if kernel.name == 'pack_weights' else 'emit'}", f"{_HERE}.objects"
 
 
 @functools.cache
@@ -99,18 +97,22 @@ _kept: list[Any] = []
 
 
 @functools.cache
-def digest(isa: str) -> str:
-    """Of everything compiled code depends on."""
-    from runtime.backends.cpu.isa import target
-
-    here = Path(__file__).parent
-    found = hashlib.sha256(f"{target(isa)} {sys.platform} {sys.version_info[:2]}".encode())
-    for pattern in _SOURCES:
-        for path in sorted(here.glob(pattern)):
-            found.update(path.name.encode() + path.read_bytes())
+def toolchain(isa: str) -> str:
+    """A digest of what code depends on beside its source: the target and the compilers."""
+    found = hashlib.sha256(f"{_target_values(isa)} {sys.platform} {sys.version_info[:2]}".encode())
     for package in ("numba", "llvmlite"):
         found.update(_version_source(package))
     return found.hexdigest()
+
+
+def _target_values(name: str) -> list[Any]:
+    """All that emitters can ask of an instruction set."""
+    from runtime.backends.cpu.isa import host_arch, isa, target
+
+    known = isa(name)
+    asked = {key: getattr(known, key) for key in dir(known) if not key.startswith("_")}
+    values = {key: value for key, value in asked.items() if not callable(value)}
+    return [target(name), host_arch(), {**values, "needs": sorted(known.needs)}]
 
 
 def _version_source(package: str) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.backends.cpu.signatures import PLAN_BARRIER, PLAN_ROW_WORDS
+from runtime.backends.cpu.abi import PLAN_BARRIER, PLAN_ROW_WORDS
 
 Record = tuple[int, Sequence[int]]  # kernel address, arguments
 

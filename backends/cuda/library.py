@@ -1,8 +1,9 @@
 """Compiled kernels of one target: from the cache on disk, or compiled by processes beside this one.
 
-Entries belong to a digest of the kernels' source and one of the toolchain that made them. Where
-the toolchain is not installed, entries that any toolchain made from this source are used: reading
-needs neither numba nor the compiler. A cache that cannot be written costs time, never correctness.
+An entry belongs to a digest of what its kernel is made of, and to one of the toolchain that made
+it. Where the toolchain is not installed, entries that any toolchain made of this source are used:
+reading needs neither numba nor the compiler. A cache that cannot be written costs time, never
+correctness.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.entries import write_entry
+from runtime.backends.entries import Entries
+from runtime.backends.sources import Sources
 
-from .catalogue import Compiled, check, from_head, head
+from .catalogue import FILE_OF, Compiled, check, from_head, head
 from .targets import capability
 
 # what the code of a kernel depends on besides its source; the extra `cuda` brings them
 TOOLCHAIN = ("numba-cuda", "numba", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
-_SOURCES = (
-    "kernels/*.py", "catalogue.py", "compile.py", "intrinsic.py", "intrinsics.py", "lowering.py"
+_HERE = "runtime.backends.cuda"
+# Names of kernels and of targets, errors: no code is made of them.
+_APART = (
+    f"{_HERE}.catalogue", f"{_HERE}.targets", "runtime.backends.cpu.kernel", "runtime.ops.errors"
 )  # fmt: skip
 Progress = Callable[[int, int, str], None]
 
@@ -39,7 +43,8 @@ class Library:
         """
         capability(target)
         self.target = target
-        self.folder = folder / f"cuda-{target}-{source_digest()[:16]}" if folder else None
+        self.entries = Entries(folder)
+        self._sources = Sources(self.entries, _APART)
         self._kernels: dict[Kernel, Compiled] = {}
 
     def get(self, kernel: Kernel) -> Compiled:
@@ -64,50 +69,35 @@ class Library:
             from .compilers import compile_all
 
             for kernel, compiled in compile_all(absent, self.target, progress):
-                self._save(kernel, compiled)
+                name = self.name(kernel, toolchain_digest())
+                self.entries.write(name, json.dumps(head(compiled)), compiled.code)
                 self._kernels[kernel] = compiled
 
+    def name(self, kernel: Kernel, toolchain: str) -> str:
+        """The name of a kernel's entry, which says all that its code depends on."""
+        file = f"{_HERE}.kernels.{FILE_OF[kernel.name]}"
+        source = self._sources.digest(file, f"{_HERE}.compile")[:32]
+        return f"cuda-{self.target}/{kernel}-{source}-{toolchain[:16]}.cubin"
+
     def _read(self, kernel: Kernel) -> bool:
-        for path in self._candidates(kernel):
+        for name in self._candidates(kernel):
+            entry = self.entries.read(name)
             try:
-                checksum, values, code = path.read_bytes().split(b"\n", 2)
-                if hashlib.sha256(values + code).hexdigest().encode() == checksum:
-                    self._kernels[kernel] = from_head(json.loads(values), code)
+                if entry is not None:
+                    self._kernels[kernel] = from_head(json.loads(entry[0]), entry[1])
                     return True
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # absent or damaged: compiled again and replaced
+            except (ValueError, KeyError, TypeError):
+                continue  # what a kernel's head holds has changed: compiled again and replaced
         return False
 
-    def _candidates(self, kernel: Kernel) -> list[Path]:
-        """Files that may hold a kernel: this toolchain's, or anyone's when there is none."""
-        if self.folder is None:
+    def _candidates(self, kernel: Kernel) -> list[str]:
+        """Entries that may hold a kernel: this toolchain's, or anyone's when there is none."""
+        if self.entries.folder is None:
             return []
         if toolchain_digest():
-            return [self._path(kernel)]
-        return sorted(self.folder.glob(f"*/{kernel}.cubin"))
-
-    def _path(self, kernel: Kernel) -> Path:
-        assert self.folder is not None, "a library without a folder has no paths"
-        return self.folder / toolchain_digest()[:16] / f"{kernel}.cubin"
-
-    def _save(self, kernel: Kernel, compiled: Compiled) -> None:
-        if self.folder is None:
-            return
-        values = json.dumps(head(compiled)).encode()
-        checksum = hashlib.sha256(values + compiled.code).hexdigest().encode()
-        if not write_entry(self.folder, self._path(kernel), [checksum, values, compiled.code]):
-            self.folder = None
-
-
-@functools.cache
-def source_digest() -> str:
-    """Of everything of this package that a kernel's code depends on."""
-    here = Path(__file__).parent
-    found = hashlib.sha256()
-    for pattern in _SOURCES:
-        for path in sorted(here.glob(pattern)):
-            found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()
+            return [self.name(kernel, toolchain_digest())]
+        found = sorted(self.entries.folder.glob(self.name(kernel, "*")))
+        return [path.relative_to(self.entries.folder).as_posix() for path in found]
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import math
 
 from llvmlite import ir
 
-from runtime.backends.cpu.signatures import ATTENTION_BLOCKS, ATTENTION_ROWS, PAGE
+from runtime.backends.cpu.abi import ATTENTION_BLOCKS, ATTENTION_ROWS, PAGE
 
 from . import emit as e
 from . import simd as s

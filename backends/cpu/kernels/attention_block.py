@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from runtime.backends.cpu.signatures import ATTENTION_ROWS, PAGE
+from runtime.backends.cpu.abi import ATTENTION_ROWS, PAGE
 
 from . import emit as e
 from . import simd as s

@@ -12,7 +12,7 @@ sums, one and a product for the update, while S is read and written once.
 
 from __future__ import annotations
 
-from runtime.backends.cpu.signatures import DELTA_VECTORS
+from runtime.backends.cpu.abi import DELTA_VECTORS
 
 from . import simd as s
 from .delta_passes import WIDEST, read_keys, update

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
+from runtime.backends.cpu.abi import CONTROL as _WORDS
+from runtime.backends.cpu.abi import PLAN_BARRIER, PLAN_ROW_WORDS
 from runtime.backends.cpu.isa import host_arch
-from runtime.backends.cpu.signatures import CONTROL as _WORDS
-from runtime.backends.cpu.signatures import PLAN_BARRIER, PLAN_ROW_WORDS
 
 from . import emit as e
 from . import simd as s

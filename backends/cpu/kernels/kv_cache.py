@@ -13,7 +13,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import cgutils
 
-from runtime.backends.cpu.signatures import MAX_HEAD_DIM, PAGE
+from runtime.backends.cpu.abi import MAX_HEAD_DIM, PAGE
 
 from . import emit as e
 from . import simd as s

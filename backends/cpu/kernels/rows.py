@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from runtime.backends.cpu.signatures import SHARE_UNIT
+from runtime.backends.cpu.abi import SHARE_UNIT
 
 from . import emit as e
 from . import simd as s

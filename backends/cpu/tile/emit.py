@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from runtime.backends.cpu.abi import SHARE_UNIT
 from runtime.backends.cpu.isa import isa
-from runtime.backends.cpu.signatures import SHARE_UNIT
 from runtime.backends.cpu.tile import amx, registers, split, staged
 from runtime.backends.cpu.tile.blocks import by_groups
 from runtime.backends.cpu.tile.formats import ROWS

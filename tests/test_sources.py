@@ -1,0 +1,139 @@
+"""What a kernel is made of: its digest changes when it must, and only then."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.backends.cpu.isa import selected
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.library import _APART, source_modules
+from runtime.backends.cpu.signatures import CONSTANTS, FILE_OF
+from runtime.backends.entries import Entries
+from runtime.backends.sources import Sources
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = [
+    *(Kernel.of(name, **{k: v[0] for k, v in CONSTANTS.get(name, {}).items()}) for name in FILE_OF),
+    Kernel.of("matmul", format="Q4_0", columns=8, activations="int8"),
+    Kernel.of("matmul_id", format="Q4_0", columns=8, activations="int8"),
+    Kernel.of("pack_weights", format="Q4_0"),
+]
+PROGRAM = """
+import json, sys
+import runtime
+from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.library import Library
+library = Library("generic", None)
+print(json.dumps({text: library.name(Kernel.parse(text)) for text in json.loads(sys.argv[1])}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources that can be edited."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for folder in ("runtime", "ops", "backends"):
+        unwanted = shutil.ignore_patterns("__pycache__", "*.gguf")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
+    return copy
+
+
+def _names(checkout: Path) -> dict[Kernel, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps([k.dump() for k in KERNELS])],
+        cwd=checkout, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {Kernel.parse(text): name for text, name in json.loads(done.stdout).items()}
+
+
+def _edited(checkout: Path, file: str) -> set[str]:
+    """Names of the kernels that are others once `file` has one more line."""
+    path, before = checkout / file, _names(checkout)
+    source = path.read_text()
+    path.write_text(source + "\nFURTHER = 1\n")
+    after = _names(checkout)
+    path.write_text(source)
+    return {kernel.name for kernel in KERNELS if before[kernel] != after[kernel]}
+
+
+def _numba(*files: str) -> set[str]:
+    return {name for name, file in FILE_OF.items() if file in files}
+
+
+def test_an_edited_kernel_alone_is_compiled_again(checkout: Path):
+    assert _edited(checkout, "backends/cpu/kernels/norm.py") == {"rms_norm"}
+    assert _edited(checkout, "backends/cpu/kernels/moe.py") == _numba("moe")
+    assert _edited(checkout, "backends/cpu/tile/emit.py") == {"matmul", "matmul_id"}
+    assert _edited(checkout, "backends/cpu/tile/pack.py") == {"pack_weights"}
+
+
+def test_what_several_kernels_import_is_part_of_all_of_them(checkout: Path):
+    assert _edited(checkout, "backends/cpu/kernels/simd.py") == set(FILE_OF)
+    assert _edited(checkout, "backends/cpu/kernels/attention_block.py") == _numba(
+        "attention", "short_conv", "delta"
+    )
+    assert _edited(checkout, "ops/quants_iq.py") >= {"get_rows", "matmul"}
+
+
+def test_what_no_code_is_made_of_changes_none(checkout: Path):
+    for file in ("signatures.py", "isa.py", "lower.py", "library.py", "executor.py"):
+        assert _edited(checkout, f"backends/cpu/{file}") == set(), file
+    assert _edited(checkout, "ops/errors.py") == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_every_module_that_compiling_imports_is_counted():
+    """The syntax tree against what Python really imports, kernel by kernel."""
+    program = """
+import importlib, json, os, sys
+import runtime
+from runtime.backends.cpu.kernels.target import choose
+choose(sys.argv[1])
+import numba
+before = set(sys.modules)
+for modules in json.loads(sys.argv[2]):
+    if os.fork() == 0:
+        for module in modules:
+            importlib.import_module(module)
+        print(json.dumps([modules, sorted(set(sys.modules) - before)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    wanted = sorted({source_modules(kernel) for kernel in KERNELS})
+    done = subprocess.run(
+        [sys.executable, "-c", program, selected(), json.dumps(wanted)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(wanted)
+    for modules, imported in map(json.loads, lines):
+        counted = {*Sources(Entries(None), _APART).modules(*modules), *_APART}
+        used = {m for m in imported if m.startswith(("runtime.backends.cpu.", "runtime.ops."))}
+        assert {m for m in used - counted if not _is_package(m)} == set(), modules
+
+
+def _is_package(module: str) -> bool:
+    return (ROOT.joinpath(*module.split(".")[1:]) / "__init__.py").is_file()
+
+
+def test_imports_are_remembered_between_processes(tmp_path: Path, monkeypatch):
+    module = "runtime.backends.cpu.kernels.norm"
+    first = Sources(Entries(tmp_path)).digest(module)
+    monkeypatch.setattr("ast.parse", lambda *a: pytest.fail("parsed again"))
+    assert Sources(Entries(tmp_path)).digest(module) == first
+
+
+def test_a_damaged_memory_of_imports_is_made_again(tmp_path: Path):
+    module = "runtime.backends.cpu.kernels.norm"
+    first = Sources(Entries(tmp_path)).digest(module)
+    (tmp_path / "imports").write_bytes(b"damaged")
+    assert Sources(Entries(tmp_path)).digest(module) == first
+    assert Entries(tmp_path).read("imports")

@@ -99,6 +99,7 @@ TQ2_0 = _blocked("tq2_0", 35, 256, 66)
 MXFP4 = _blocked("mxfp4", 39, 32, 17)
 NVFP4 = _blocked("nvfp4", 40, 64, 36)
 Q1_0 = _blocked("q1_0", 41, 128, 18)
+Q2_0 = _blocked("q2_0", 42, 64, 18)
 U8 = _plain("u8", None, "u1")
 
 _BY_ID = {dtype.gguf_id: dtype for dtype in DTYPES.values() if dtype.gguf_id is not None}

@@ -11,6 +11,7 @@ from .quant_blocks import (
     bits,
     decodes,
     f32,
+    fields,
     nibbles,
     planes,
     spread,
@@ -77,6 +78,13 @@ def _q8_k(block: np.ndarray) -> np.ndarray:
 @decodes(dt.Q1_0, d=(F16_FIELD, 1), qs=(U8_FIELD, 16))
 def _q1_0(block: np.ndarray) -> np.ndarray:
     return f32(block["d"]) * (f32(bits(block["qs"])) * 2 - 1)
+
+
+@decodes(dt.Q2_0, d=(F16_FIELD, 1), qs=(U8_FIELD, 16))
+def _q2_0(block: np.ndarray) -> np.ndarray:
+    """Four codes -1, 0, 1, 2 to a byte, lowest bits first."""
+    codes = fields(block["qs"], 2, 4).reshape(len(block), -1)
+    return f32(block["d"]) * (f32(codes) - 1)
 
 
 def _trits(packed: np.ndarray, count: int) -> np.ndarray:

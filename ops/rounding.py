@@ -10,7 +10,10 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def round_to(x: np.ndarray, kv: str) -> np.ndarray:
-    """x as a cache of type `kv` returns it; q8_0 rounds blocks of 32 along the last axis."""
+    """x as a cache of type `kv` returns it; q8_0 rounds 32 values of the last axis together.
+
+    The last of them may be fewer.
+    """
     if kv not in _ROUND:
         raise OpError(f"KV type {kv!r} is not one of {', '.join(KV_TYPES)}")
     return _ROUND[kv](np.asarray(x, np.float32)).astype(x.dtype)
@@ -28,14 +31,14 @@ def _f16(x: np.ndarray) -> np.ndarray:
 
 
 def _q8_0(x: np.ndarray) -> np.ndarray:
-    """Blocks of 32 int8 with one float16 scale, as GGUF's Q8_0."""
-    if x.shape[-1] % 32:
-        raise OpError(f"KV type q8_0 needs heads of a multiple of 32 dims, got {x.shape[-1]}")
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    """Blocks of 32 int8 with one float16 scale, as GGUF's Q8_0; zeros fill up the last."""
+    filled = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 32)])
+    blocks = filled.reshape(*x.shape[:-1], -1, 32)
     exact = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact > 0)
     quants = np.rint(blocks * inverse)
-    return (quants * exact.astype(np.float16).astype(np.float32)).reshape(x.shape)
+    rounded = quants * exact.astype(np.float16).astype(np.float32)
+    return rounded.reshape(filled.shape)[..., : x.shape[-1]]
 
 
 _ROUND = {"f32": lambda x: x, "f16": _f16, "bf16": _bf16, "q8_0": _q8_0}

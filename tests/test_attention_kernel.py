@@ -23,6 +23,7 @@ from runtime.backends.cpu.signatures import (
     attention_scratch_nbytes,
     float_bits,
     kv_block_nbytes,
+    padded_head,
 )
 from runtime.ops.attention import PAGE, attention
 from runtime.ops.dtypes import DTYPES
@@ -249,9 +250,10 @@ def spoil(
     """Every byte of the unwritten tokens becomes 0xFF: NaN in each float type."""
     item = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}[kind]
     blocks = memory.reshape(len(memory), heads, -1)
-    parts = [(blocks[..., : PAGE * dim * item], item)]
+    dims = padded_head(dim)
+    parts = [(blocks[..., : PAGE * dims * item], item)]
     if kind == "q8_0":
-        parts.append((blocks[..., PAGE * dim :], 2))
+        parts.append((blocks[..., PAGE * dims :], 2))
     for part, size in parts:
         tokens = part.reshape(len(memory), heads, *((-1, PAGE) if which == "k" else (PAGE, -1)),
                               *((size,) if which == "k" else ()))  # fmt: skip

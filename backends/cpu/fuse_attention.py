@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.backends.cpu.abi import MAX_HEAD_DIM
 from runtime.backends.cpu.rewrite import PACKED, Options, node_of, only_user
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.tensor import Tensor
@@ -30,7 +31,10 @@ def _head(x: Tensor) -> _Head:
 
 
 def fuse_qkv(graph: Graph, options: Options) -> Graph:
-    """Norm and rope of q and k, and both cache writes, in one instruction before attention."""
+    """Norm and rope of q and k, and both cache writes, in one instruction before attention.
+
+    Heads for which its kernel has no room are left to the plain ops.
+    """
 
     def attention(node: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         plain = Tensor(node.op, (q, k, v, *rest), node.shape, node.dtype, node.attrs, node.name)
@@ -39,6 +43,8 @@ def fuse_qkv(graph: Graph, options: Options) -> Graph:
         query, key = _head(q), _head(k.inputs[0])
         same = (query.angles, query.style, query.eps) == (key.angles, key.style, key.eps)
         if not same or k.inputs[0].shape[2] != v.inputs[0].shape[2]:
+            return plain
+        if k.inputs[0].shape[2] > MAX_HEAD_DIM:
             return plain
         if (query.norm is None) != (key.norm is None):
             return plain

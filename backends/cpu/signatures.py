@@ -15,9 +15,10 @@ from runtime.backends.cpu.abi import (
     ATTENTION_ROWS,
     DELTA_COLUMNS,
     DELTA_VECTORS,
+    HEAD_UNIT,
+    KV_GROUP,
     PAGE,
 )
-from runtime.ops.errors import BackendError
 
 # file of backends/cpu/kernels -> kernel -> its arguments, in the order of the table
 _FILES: dict[str, dict[str, str]] = {
@@ -100,7 +101,7 @@ CONSTANTS: dict[str, dict[str, tuple]] = {
         "format": (
             *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
             *("q4_k", "q5_k", "q6_k", "iq4_nl"),
-            *("mxfp4", "nvfp4", "iq4_xs", "q2_k", "q3_k", "tq1_0", "tq2_0"),
+            *("mxfp4", "nvfp4", "iq4_xs", "q2_k", "q3_k", "tq1_0", "tq2_0", "q1_0", "q2_0"),
             *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s"),
         ),
     },
@@ -119,18 +120,17 @@ def float_bits(value: float) -> int:
     return struct.unpack("<I", struct.pack("<f", value))[0]
 
 
-def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
-    """Bytes of one KV head's K or V in one page of 32 tokens.
+def padded_head(head_dim: int) -> int:
+    """Dims that a head of this size takes in a page: what kernels read has no odd end."""
+    return -(-head_dim // HEAD_UNIT) * HEAD_UNIT
 
-    BackendError: q8_0 with a head size that is no multiple of 32.
-    """
+
+def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
+    """Bytes of one KV head's K or V in one page of 32 tokens."""
+    dims = padded_head(head_dim)
     if kv_type == "q8_0":
-        if head_dim % 32:
-            raise BackendError(
-                f"KV type q8_0 needs a head size that is a multiple of 32, not {head_dim}: use f16"
-            )
-        return PAGE * head_dim // 32 * 34
-    return PAGE * head_dim * (4 if kv_type == "f32" else 2)
+        return PAGE * (dims + 2 * -(-dims // KV_GROUP))
+    return PAGE * dims * (4 if kv_type == "f32" else 2)
 
 
 def conv_scratch_nbytes(block: int, taps: int) -> int:
@@ -147,5 +147,5 @@ def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: i
     """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
     rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
-    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + k_dim + -(-v_dim // 16) * 16)
+    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + padded_head(k_dim) + padded_head(v_dim))
     return -(-blocks * state // 64) * 64

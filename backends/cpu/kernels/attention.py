@@ -8,7 +8,8 @@ of the KV head. They walk the pages together, in blocks of 8 rows that each keep
 
 in scratch; scores are in units of ln 2. A page is always taken as 32 keys: keys that a row does
 not see get the score -inf, so a page without any leaves its state as it was, bit for bit, and a
-row's result does not depend on the rows beside it.
+row's result does not depend on the rows beside it. Heads are walked as long as they are in the
+pages (`padded`): behind its own dims q is zero, and what o has there is never stored.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import emit as e
 from . import simd as s
 from .attention_block import Block, begin_block, exp2_negative, row_peaks, tanh
 from .attention_passes import output_pass, row_passes, scores_pass
-from .rows import helper
+from .rows import helper, padded
 
 _LOG2_E = e.single(1 / math.log(2))
 _LOWEST = e.single(-3e38)  # finite, so that -inf less this is -inf and not NaN
@@ -35,20 +36,14 @@ _ROWS, _GROUP = ATTENTION_ROWS, ATTENTION_ROWS * ATTENTION_BLOCKS
 
 
 @helper
-def block_nbytes(k_dim, v_dim):
-    return _Q + (k_dim + (v_dim + 15) // 16 * 16) * (4 * _ROWS)
+def block_nbytes(k_dims, v_dims):
+    return _Q + (k_dims + v_dims) * (4 * _ROWS)
 
 
 @s.operation(s.f32x16, s.f32)
 def first_lane(b, value):
     """`value` in lane 0, zero in the others."""
     return b.insert_element(e.floats(0.0), value, ir.Constant(e.i32, 0))
-
-
-@s.operation(s.void, s.i64, s.f32x16)
-def store_half_of(b, address, value):
-    """The first 8 lanes."""
-    e.store(b, e.lanes_of(b, value, list(range(e.LANES // 2))), address, 4)
 
 
 @helper
@@ -122,16 +117,16 @@ def weigh_scores(block, rows):
 
 
 @helper
-def end_row(block, r, k_dim, v_dim):
+def end_row(block, r, k_dims, v_dim):
     """out = o / l. The zero added last makes -0 the same +0 whatever pages were walked."""
     zero = s.splat(s.f32(0))
     inverse = s.splat(s.f32(1) / s.total(s.load(block + _SUMS + r * 64)))
-    o, out = block + _Q + k_dim * (4 * _ROWS) + r * 64, s.load_i64(block + _TARGETS + r * 8)
+    o, out = block + _Q + k_dims * (4 * _ROWS) + r * 64, s.load_i64(block + _TARGETS + r * 8)
     whole = v_dim // 16 * 16
     for i in range(0, whole, 16):
         s.store(out + i * 4, s.load(o + i * 32) * inverse + zero)
     if whole < v_dim:
-        store_half_of(out + whole * 4, s.load(o + whole * 32) * inverse + zero)
+        s.store_part(out + whole * 4, s.load(o + whole * 32) * inverse + zero, v_dim - whole)
 
 
 def page_step(k_type, v_type):
@@ -142,17 +137,17 @@ def page_step(k_type, v_type):
     scores, output = row_passes(scores_pass, k_type), row_passes(output_pass, v_type)
 
     @helper
-    def step(block, rows, k, v, k_ahead, v_ahead, base, k_dim, v_dim, window, softcap):
+    def step(block, rows, k, v, k_ahead, v_ahead, base, k_dims, v_dims, window, softcap):
         low, high = s.load_i64(block + _LOW), s.load_i64(block + _HIGH)
         if base <= high and (window == 0 or base + PAGE > low - window + 1):
-            scores(block, rows, k, k_dim, 0, 0, k_ahead)
+            scores(block, rows, k, k_dims, 0, 0, k_ahead)
             if softcap != s.f32(0):
                 cap_scores(block, rows, softcap)
             if base + PAGE - 1 > low or (window > 0 and base < high - window + 1):
                 mask_scores(block, rows, base, window)
             weigh_scores(block, rows)
-            o = block + _Q + k_dim * (4 * _ROWS)
-            output(block, rows, v, v_dim, min(PAGE, high - base + 1), o, v_ahead)
+            o = block + _Q + k_dims * (4 * _ROWS)
+            output(block, rows, v, v_dims, min(PAGE, high - base + 1), o, v_ahead)
 
     return step
 
@@ -174,7 +169,7 @@ def begin_item(
         begin_row(block, i % _ROWS, place, q + source * 4, out + target * 4, sink)
     for i in range(0, rows, _ROWS):
         block = blocks + i // _ROWS * block_bytes
-        begin_block(block, min(_ROWS, rows - i), k_dim, v_dim, factor)
+        begin_block(block, min(_ROWS, rows - i), k_dim, padded(k_dim), padded(v_dim), factor)
     return low, high
 
 
@@ -188,7 +183,8 @@ def build_attention(k_type, v_type):
     ):  # fmt: skip
         count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
         limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
-        blocks, block_bytes = scratch + thread * scratch_bytes, block_nbytes(k_dim, v_dim)
+        k_dims, v_dims = padded(k_dim), padded(v_dim)
+        blocks, block_bytes = scratch + thread * scratch_bytes, block_nbytes(k_dims, v_dims)
         cap, factor, turn = s.float_of(softcap), s.float_of(scale), 0
         if cap == s.f32(0):
             factor = factor * s.f32(_LOG2_E)
@@ -217,13 +213,13 @@ def build_attention(k_type, v_type):
                     for i in range(0, rows, _ROWS):
                         step(
                             blocks + i // _ROWS * block_bytes, min(_ROWS, rows - i), k, v,
-                            ahead * k_page_bytes, ahead * v_page_bytes, page * PAGE, k_dim,
-                            v_dim, window, cap,
+                            ahead * k_page_bytes, ahead * v_page_bytes, page * PAGE, k_dims,
+                            v_dims, window, cap,
                         )  # fmt: skip
                         ahead = 0  # one block asks for the next page, for all
                     page += 1
                 for i in range(rows):
-                    end_row(blocks + i // _ROWS * block_bytes, i % _ROWS, k_dim, v_dim)
+                    end_row(blocks + i // _ROWS * block_bytes, i % _ROWS, k_dims, v_dim)
 
     return attention
 

@@ -136,11 +136,11 @@ def tanh(b, x):
     return b.select(b.fcmp_ordered("<", square, e.floats(0.49)), small, large)
 
 
-@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.f32)
-def begin_block(b, block, rows, k_dim, v_dim, factor):
+@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.f32)
+def begin_block(b, block, rows, k_dim, k_dims, v_dims, factor):
     """A block whose `rows` have places, sources and peaks: lowest and highest place, q, o = 0.
 
-    q is [dim][8], times `factor`; rows that are missing repeat the first.
+    q is [k_dims][8], times `factor`, zero from k_dim on; rows that are missing repeat the first.
     """
     lowest, highest, sources = _first_row(b, block)
     for r in range(1, ATTENTION_ROWS):
@@ -155,14 +155,14 @@ def begin_block(b, block, rows, k_dim, v_dim, factor):
     e.store(b, highest, e.offset(b, block, Block.highest), 8)
     q = e.offset(b, block, Block.q)
     _gather(b, sources, q, k_dim, factor)
-    o = b.add(q, times(b, k_dim, ROW_BYTES))
+    o = b.add(q, times(b, k_dims, ROW_BYTES))
 
     def clear(dim):
         for r in range(ATTENTION_ROWS):
             at = e.offset(b, b.add(o, times(b, dim, ROW_BYTES)), 4 * e.LANES * r)
             e.store(b, e.floats(0.0), at, 4)
 
-    repeat_if_any(b, number(0), v_dim, e.LANES, clear)
+    repeat_if_any(b, number(0), v_dims, e.LANES, clear)
 
 
 def _first_row(b: ir.IRBuilder, block: Any) -> tuple[Any, Any, list]:
@@ -171,18 +171,27 @@ def _first_row(b: ir.IRBuilder, block: Any) -> tuple[Any, Any, list]:
 
 
 def _gather(b: ir.IRBuilder, sources: list, q: Any, dims: Any, factor: Any) -> None:
-    """The rows at 8 addresses, times `factor`, transposed to [dim][8]."""
+    """The rows at 8 addresses, times `factor`, transposed to [dim][8]; zeros to a whole 16."""
     half = ATTENTION_ROWS
     ty, picked = ir.VectorType(e.f32, half), ir.Constant(ir.VectorType(e.i32, half), [0] * half)
     many = b.shuffle_vector(e.splat(b, factor), e.floats(0.0), picked)
 
-    def eight(dim):
-        rows = [e.load(b, b.add(a, times(b, dim, 4)), ty, 4) for a in sources]
-        target = b.add(q, times(b, dim, ROW_BYTES))
+    def put(rows, dim, further=0):
+        target = e.offset(b, b.add(q, times(b, dim, ROW_BYTES)), ROW_BYTES * further)
         for i, column in enumerate(_transposed(b, rows)):
             e.store(b, b.fmul(column, many), e.offset(b, target, ROW_BYTES * i), 4)
 
-    repeat_if_any(b, number(0), dims, half, eight)
+    def eight(dim):
+        put([e.load(b, b.add(a, times(b, dim, 4)), ty, 4) for a in sources], dim)
+
+    whole = b.and_(dims, number(-e.LANES))
+    repeat_if_any(b, number(0), whole, half, eight)
+    with b.if_then(b.icmp_signed("<", whole, dims)):
+        left = b.sub(dims, whole)
+        rest = [e.load_first(b, b.add(a, times(b, whole, 4)), left) for a in sources]
+        for start in (0, half):
+            picked = list(range(start, start + half))
+            put([e.lanes_of(b, row, picked) for row in rest], whole, start)
 
 
 def _transposed(b: ir.IRBuilder, rows: list) -> list:

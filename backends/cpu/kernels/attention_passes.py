@@ -5,6 +5,7 @@ and q is broadcast from memory. Every 32 dims make one partial sum, in which dim
 order; partial sums are added in order too, so the chains of different sums overlap in the
 processor. Output: R rows x some dims; V's dims of one key are widened once for the R rows, and
 keys are added in order. How many vectors a pass holds in registers changes no bit of any row.
+Dims are those of a page: always a multiple of 16.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 
 from llvmlite import ir
 
-from runtime.backends.cpu.abi import ATTENTION_ROWS, PAGE
+from runtime.backends.cpu.abi import ATTENTION_ROWS, KV_GROUP, PAGE
 
 from . import emit as e
 from . import simd as s
 from .attention_block import ROW_BYTES, Block, number, repeat, repeat_if_any, times
 from .target import chosen
 
-_CHUNK = 32  # dims of one partial sum, and values under one scale of q8_0
+_CHUNK = KV_GROUP  # dims of one partial sum: those under one scale of q8_0
 _ITEM = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}
 _ELEMENT = {"f32": e.f32, "f16": e.i16, "bf16": e.i16, "q8_0": e.i8}
 
@@ -34,14 +35,9 @@ _REGISTERS = {
 }[chosen().lanes]
 
 
-def _widen(b: ir.IRBuilder, address: Any, kind: str, lanes: int = e.LANES) -> Any:
-    """16 cache values as float32; only the first `lanes` are read, the others are zero."""
-    element = _ELEMENT[kind]
-    value = e.load(b, address, ir.VectorType(element, lanes), 1)
-    if lanes < e.LANES:
-        zero = ir.Constant(value.type, [0] * lanes)
-        picked = [*range(lanes), *range(lanes, 2 * lanes)][: e.LANES]
-        value = b.shuffle_vector(value, zero, ir.Constant(e.wide(e.i32), picked))
+def _widen(b: ir.IRBuilder, address: Any, kind: str) -> Any:
+    """16 cache values as float32."""
+    value = e.load(b, address, e.wide(_ELEMENT[kind]), 1)
     if kind == "f16":
         return e.half_to_float(b, value, s.HALVES)
     if kind == "bf16":
@@ -126,19 +122,19 @@ def scores_pass(rows: int, kind: str) -> Callable:
 
 def _scale_of(b: ir.IRBuilder, page: Any, key: Any, dim: Any, dims: Any) -> Any:
     """The q8_0 scale of one key of V at a dim, in all lanes."""
-    groups = b.lshr(dims, number(5))
-    which = b.add(b.mul(key, groups), b.lshr(dim, number(5)))
+    groups = b.udiv(b.add(dims, number(KV_GROUP - 1)), number(KV_GROUP))
+    which = b.add(b.mul(key, groups), b.udiv(dim, number(KV_GROUP)))
     at = b.add(b.add(page, times(b, dims, PAGE)), times(b, which, 2))
     return e.half_to_float(b, e.splat(b, e.load(b, at, e.i16, 1)), s.HALVES)
 
 
-def _values(b: ir.IRBuilder, kind: str, page: Any, key: Any, dim: Any, dims: Any, lanes: list):
-    """V of one key from `dim` on as float32 vectors, of which lanes[j] lanes are read."""
+def _values(b: ir.IRBuilder, kind: str, page: Any, key: Any, dim: Any, dims: Any, vectors: int):
+    """V of one key from `dim` on as `vectors` float32 vectors."""
     size = _ITEM[kind]
     at = b.add(page, times(b, b.add(b.mul(key, dims), dim), size))
     found = []
-    for j, count in enumerate(lanes):
-        value = _widen(b, e.offset(b, at, e.LANES * size * j), kind, count)
+    for j in range(vectors):
+        value = _widen(b, e.offset(b, at, e.LANES * size * j), kind)
         if kind == "q8_0":
             if j % 2 == 0:  # two vectors share a scale
                 scale = _scale_of(b, page, key, b.add(dim, number(e.LANES * j)), dims)
@@ -154,7 +150,7 @@ def output_pass(rows: int, kind: str) -> Callable:
     """
     held, line = _REGISTERS[rows][1], 64 // _ITEM[kind]
 
-    def stripe(b, dim, vectors, lanes, block, row, page, dims, n_keys, o, ahead):
+    def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead):
         """`vectors` vectors of dims from `dim` on, over all keys."""
         p = b.add(e.offset(b, block, Block.scores), times(b, row, 4 * PAGE))
         decay = b.add(e.offset(b, block, Block.decay), times(b, row, 4))
@@ -172,7 +168,7 @@ def output_pass(rows: int, kind: str) -> Callable:
 
         def key(i, sums):
             sums, weights = list(sums), b.add(p, times(b, i, 4))
-            at, found = _values(b, kind, page, i, dim, dims, [lanes] * vectors)
+            at, found = _values(b, kind, page, i, dim, dims, vectors)
             for j in range(0, vectors * e.LANES, line):
                 _prefetch(b, b.add(e.offset(b, at, j * _ITEM[kind]), ahead))
             for r in range(rows):
@@ -186,17 +182,11 @@ def output_pass(rows: int, kind: str) -> Callable:
 
     def output(b, block, row, page, dims, n_keys, o, ahead):
         rest = (block, row, page, dims, n_keys, o, ahead)
-        wide, whole = (b.and_(dims, number(-e.LANES * n)) for n in (held, 1))
         at = number(0)
-        for stop, vectors in ((wide, held), (whole, 1)):
+        for stop, vectors in ((b.and_(dims, number(-e.LANES * held)), held), (dims, 1)):
             step = e.LANES * vectors
-            repeat_if_any(
-                b, at, stop, step, lambda dim, n=vectors: stripe(b, dim, n, e.LANES, *rest)
-            )
+            repeat_if_any(b, at, stop, step, lambda dim, n=vectors: stripe(b, dim, n, *rest))
             at = stop
-        if kind != "q8_0":
-            with b.if_then(b.icmp_signed("<", whole, dims)):
-                stripe(b, whole, 1, e.LANES // 2, *rest)
 
     return output
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 LANES = 16
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -60,6 +61,27 @@ def load(b: ir.IRBuilder, address: Value, ty: ir.Type, align: int) -> Value:
 
 def store(b: ir.IRBuilder, value: Value, address: Value, align: int) -> None:
     b.store(value, pointer(b, address, value.type)).align = align
+
+
+def load_first(b: ir.IRBuilder, address: Value, n: Value, fill: Value | None = None) -> Value:
+    """The first n < 16 floats at an address, `fill` (zero) behind; reads nothing beyond them."""
+    room = cgutils.alloca_once(b, wide(f32))
+    b.store(floats(0.0) if fill is None else splat(b, fill), room)
+    target, source = b.bitcast(room, f32.as_pointer()), pointer(b, address, f32)
+    with cgutils.for_range(b, n) as loop:
+        value = b.load(b.gep(source, [loop.index]))
+        value.align = 4
+        b.store(value, b.gep(target, [loop.index]))
+    return b.load(room)
+
+
+def store_first(b: ir.IRBuilder, value: Value, address: Value, n: Value) -> None:
+    """Store the first n < 16 of 16 floats and touch nothing beyond them."""
+    room = cgutils.alloca_once(b, wide(f32))
+    b.store(value, room)
+    source, target = b.bitcast(room, f32.as_pointer()), pointer(b, address, f32)
+    with cgutils.for_range(b, n) as loop:
+        b.store(b.load(b.gep(source, [loop.index])), b.gep(target, [loop.index])).align = 4
 
 
 def offset(b: ir.IRBuilder, address: Value, n_bytes: int) -> Value:

@@ -160,6 +160,8 @@ _FORMATS = {
     "q3_k": (blocks.q3_k_block, 256, 110),
     "tq1_0": (blocks.tq1_0_block, 256, 54),
     "tq2_0": (blocks.tq2_0_block, 256, 66),
+    "q1_0": (blocks.q1_0_block, 128, 18),
+    "q2_0": (blocks.q2_0_block, 64, 18),
 }
 # The formats of code books have 256 elements: bytes.
 _BOOKS = {"iq1_s": 50, "iq1_m": 56, "iq2_xxs": 66, "iq2_xs": 74, "iq2_s": 82}

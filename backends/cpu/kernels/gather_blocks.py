@@ -84,6 +84,20 @@ def tq2_0_block(at, out):
 
 
 @helper
+def q1_0_block(at, out):
+    d = f16_at(at)
+    for i in range(128):
+        put(out, i, d * s.f32((s.load_u8(at + 2 + (i >> 3)) >> (i & 7) & 1) * 2 - 1))
+
+
+@helper
+def q2_0_block(at, out):
+    d = f16_at(at)
+    for i in range(64):
+        put(out, i, d * s.f32((s.load_u8(at + 2 + (i >> 2)) >> (i & 3) * 2 & 3) - 1))
+
+
+@helper
 def digits(at, count, n, d, out):
     """Base-3 digits of n bytes, first digits of all bytes first: bytes are fractions of 256."""
     power = 1

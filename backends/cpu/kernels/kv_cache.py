@@ -1,9 +1,10 @@
 """Rows of k and v into the pages of the cache, alone or with the norm and rope before it.
 
-A page holds 32 tokens; in it each KV head has one block. A K block of head size d is transposed,
-[d][32 tokens], so that attention reads 16 keys at once; a V block is [32 tokens][d]. Type q8_0 is
-int8 in the same places, then f16 scales, of K [d/32][32 tokens] and of V [32 tokens][d/32], with
-q = x * (1 / (max|x| / 127)) to the nearest even.
+A page holds 32 tokens; in it each KV head has one block. With d the head size rounded up to a
+multiple of 16, a K block is transposed, [d][32 tokens], so that attention reads 16 keys at once; a
+V block is [32 tokens][d]. Type q8_0 is int8 in the same places, then f16 scales of 32 dims each (or
+of the last 16), of K [groups][32 tokens] and of V [32 tokens][groups], with
+q = x * (1 / (max|x| / 127)) to the nearest even. Dims that a head does not have are zeros.
 
 Parallel over (token x head). A head is normed and rotated on the stack, then stored rounded.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import cgutils
 
-from runtime.backends.cpu.abi import MAX_HEAD_DIM, PAGE
+from runtime.backends.cpu.abi import KV_GROUP, MAX_HEAD_DIM, PAGE
 
 from . import emit as e
 from . import simd as s
 from .rope import ROTATE
-from .rows import helper, inverse_rms, share
+from .rows import helper, inverse_rms, padded, share
 
 _SMALLEST = 1e-30  # a block of smaller values is stored as zeros
 
@@ -36,7 +37,7 @@ _STORES = {"f32": (s.scatter, 4), "f16": (s.scatter_half, 2), "bf16": (s.scatter
 
 @helper
 def some(address, n):
-    """Up to 16 floats, zeros after the n-th."""
+    """Up to 16 floats, zeros after the n-th; n may be 0 or less."""
     return s.load(address) if n >= 16 else s.load_part(address, n, s.f32(0))
 
 
@@ -48,9 +49,9 @@ def _plain_store(kind, which):
     @helper
     def put(row, block, place, d):
         step = PAGE * size if is_k else size
-        at = block + (place * size if is_k else place * d * size)
+        at = block + (place * size if is_k else place * padded(d) * size)
         for i in range(0, d, 16):
-            lanes(at + i * step, some(row + i * 4, d - i), step, d - i)
+            lanes(at + i * step, some(row + i * 4, d - i), step, 16)
 
     return put
 
@@ -60,17 +61,19 @@ def _quantised_store(which):
 
     @helper
     def put(row, block, place, d):
-        step = PAGE if is_k else 1
-        at = block + (place if is_k else place * d)
-        scales = block + PAGE * d + (place * 2 if is_k else place * (d // 32) * 2)
-        for g in range(d // 32):
-            low, high = s.load(row + g * 128), s.load(row + g * 128 + 64)
+        step, dims = PAGE if is_k else 1, padded(d)
+        groups = (dims + KV_GROUP - 1) // KV_GROUP
+        at = block + (place if is_k else place * dims)
+        scales = block + PAGE * dims + (place * 2 if is_k else place * groups * 2)
+        for g in range(groups):
+            low, high = some(row + g * 128, d - g * 32), some(row + g * 128 + 64, d - g * 32 - 16)
             peak = s.largest(s.larger(s.absolute(low), s.absolute(high)))
             empty = not peak >= s.f32(_SMALLEST)
             scale = s.f32(0) if empty else peak / s.f32(127)
             inverse = s.splat(s.f32(0) if empty else s.f32(1) / scale)
             s.scatter_bytes(at + g * 32 * step, s.nearest_int(low * inverse), step, 16)
-            s.scatter_bytes(at + (g * 32 + 16) * step, s.nearest_int(high * inverse), step, 16)
+            if g * 32 + 16 < dims:
+                s.scatter_bytes(at + (g * 32 + 16) * step, s.nearest_int(high * inverse), step, 16)
             s.store_i16(scales + g * (2 * PAGE if is_k else 2), s.half_bits(scale))
 
     return put

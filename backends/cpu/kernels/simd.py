@@ -162,30 +162,13 @@ def _each_of(b: ir.IRBuilder, n: Any, body: Callable) -> None:
 @operation(f32x16, i64, i64, f32)
 def load_part(b, address, n, fill):
     """The first n < 16 floats, `fill` in the other lanes; reads nothing beyond them."""
-    room = cgutils.alloca_once(b, e.wide(e.f32))
-    b.store(e.splat(b, fill), room)
-    target, source = b.bitcast(room, e.f32.as_pointer()), e.pointer(b, address, e.f32)
-
-    def copy(i):
-        value = b.load(b.gep(source, [i]))
-        value.align = 4
-        b.store(value, b.gep(target, [i]))
-
-    _each_of(b, n, copy)
-    return b.load(room)
+    return e.load_first(b, address, n, fill)
 
 
 @operation(void, i64, f32x16, i64)
 def store_part(b, address, value, n):
     """Store the first n < 16 lanes and touch nothing beyond them."""
-    room = cgutils.alloca_once(b, e.wide(e.f32))
-    b.store(value, room)
-    source, target = b.bitcast(room, e.f32.as_pointer()), e.pointer(b, address, e.f32)
-
-    def copy(i):
-        b.store(b.load(b.gep(source, [i])), b.gep(target, [i])).align = 4
-
-    _each_of(b, n, copy)
+    e.store_first(b, value, address, n)
 
 
 def _scatter(given: Vector, convert: Callable) -> Any:

@@ -7,7 +7,7 @@ each: a header, then chunks of 32 to 128 elements. Planes of a block, for 16 row
             (a nibble word holds four elements in the low nibbles, four others in the high ones)
     u8, f16 one value per row
 
-Formats of 4 to 8 bits are stored as unsigned codes; a weight is (code - offset) * scale, plus a
+Formats of 1 to 8 bits are stored as unsigned codes; a weight is (code - offset) * scale, plus a
 minimum where the format has one. Codes of table formats are the table's values plus the offset. In
 Q2_K and Q3_K a code is made of the stored bits and the scale of its 16 elements, so that a whole
 block of 256 has one float scale. The code book formats (IQ1 to IQ3) keep their indices, with eight
@@ -73,6 +73,8 @@ _TABLE = {
         Format("Q5_1", 32, 24, 0, 32, 64 + 5 * LINE, 32, minimum=True),
         Format("IQ4_NL", 32, 18, 0, 32, 32 + 4 * LINE, 256, 128),
         Format("MXFP4", 32, 17, 0, 32, ROWS + 4 * LINE, 29, 16),
+        Format("Q1_0", 128, 18, 0, 128, 32 + 4 * LINE, 3, 1),
+        Format("Q2_0", 64, 18, 0, 64, 32 + 4 * LINE, 4, 1),
         Format("NVFP4", 64, 36, 0, 64, 4 * ROWS + 8 * LINE, 29, 16, scales=2),
         Format("TQ1_0", 256, 54, 32, 256, 13 * LINE, 3, 1),
         Format("TQ2_0", 256, 66, 32 + 16 * LINE, 32, 0, 3, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.pack_row import Row
@@ -55,6 +56,30 @@ def _q5_1(row: Row) -> None:
     row.words(8, 4 * ROWS + LINE, 4)
 
 
+def _q1_0(row: Row) -> None:
+    """A plane for each 32 elements, whose bit w is that of word w."""
+    row.f16(0, 0)
+    for i in range(4):
+        row.fifth_bits(2 + 4 * i, 2 * ROWS + LINE * i)
+
+
+def _q2_0(row: Row) -> None:
+    """A plane for each 16 elements, whose bits 2w and 2w + 1 are those of word w.
+
+    The file has four neighbours in a byte: a 4 x 4 matrix of two bits is transposed.
+    """
+    b = row.code.b
+
+    def swapped(value: Any, distance: int, mask: int) -> Any:
+        """The bits of a mask and those `distance` above change places."""
+        change = b.xor(value, b.lshr(value, ir.Constant(I32, distance)))
+        change = b.and_(change, ir.Constant(I32, mask))
+        return b.xor(value, b.or_(change, b.shl(change, ir.Constant(I32, distance))))
+
+    row.f16(0, 0)
+    row.words(2, 2 * ROWS, 4, lambda v: swapped(swapped(v, 12, 0x0000F0F0), 6, 0x00CC00CC))
+
+
 def _mxfp4(row: Row) -> None:
     row.byte(row.source_byte(0), 0)
     row.words(1, ROWS, 4)
@@ -81,6 +106,8 @@ STEPS: dict[str, Callable[[Row], None]] = {
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
     "IQ4_NL": _q4_0,
+    "Q1_0": _q1_0,
+    "Q2_0": _q2_0,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
 }

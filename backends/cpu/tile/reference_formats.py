@@ -93,6 +93,16 @@ def _q6_k(b: Array) -> Parts:
     return codes, half(b, 208) * b[..., 192:208].view(np.int8), None
 
 
+def _q1_0(b: Array) -> Parts:
+    bits = np.unpackbits(b[..., 2:], axis=-1, bitorder="little")
+    return 2 * bits, half(b, 0).repeat(4, axis=-1), None
+
+
+def _q2_0(b: Array) -> Parts:
+    codes = b[..., 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+    return codes.reshape(*b.shape[:-1], 64), half(b, 0).repeat(2, axis=-1), None
+
+
 def _mxfp4(b: Array) -> Parts:
     scale = np.ldexp(np.float32(1), b[..., 0].astype(np.int32) - 128)
     return np.array(E2M1_VALUES)[_nibbles(b[..., 1:])] + 16, scale, None
@@ -162,6 +172,8 @@ DECODE = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "IQ4_NL": _iq4_nl,
+    "Q1_0": _q1_0,
+    "Q2_0": _q2_0,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
     "IQ4_XS": _iq4_xs,

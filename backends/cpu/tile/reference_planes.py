@@ -100,6 +100,18 @@ def _q6_k(b: Array) -> list[Array]:
     return planes
 
 
+def _q1_0(b: Array) -> list[Array]:
+    return [_flat(b[..., :2]), *(_fifth_bits(b[..., at : at + 4]) for at in range(2, 18, 4))]
+
+
+def _q2_0(b: Array) -> list[Array]:
+    """Planes of 16 elements: bits 2w of byte k are element 4w + k."""
+    codes = b[..., 2:, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3  # [.., byte, its codes]
+    codes = codes.reshape(*b.shape[:-1], 4, 4, 4).swapaxes(-1, -2)  # [.., plane, k, w]
+    planes = (codes << np.arange(0, 8, 2, dtype=np.uint8)).sum(-1, dtype=np.uint8)
+    return [_flat(b[..., :2]), _words(planes.reshape(*b.shape[:-1], 16))]
+
+
 def _mxfp4(b: Array) -> list[Array]:
     return [_flat(b[..., :1]), _words(b[..., 1:])]
 
@@ -159,6 +171,8 @@ PLANES = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "IQ4_NL": _q4_0,
+    "Q1_0": _q1_0,
+    "Q2_0": _q2_0,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
     "IQ4_XS": _iq4_xs,

@@ -1,4 +1,4 @@
-"""Unpack steps of the formats whose blocks are short: 32 elements, or 64."""
+"""Unpack steps of the formats whose blocks are short: 32 to 128 elements."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from runtime.backends.cpu.tile.codes import (
     Word,
     five_bit_words,
     looked_up,
+    moved,
     nibble_words,
     nibbles,
 )
-from runtime.backends.cpu.tile.formats import E2M1_VALUES, IQ4_VALUES, ROWS
-from runtime.backends.cpu.tile.vector import F32, I32, Code, vec
+from runtime.backends.cpu.tile.formats import E2M1_VALUES, IQ4_VALUES, LINE, ROWS
+from runtime.backends.cpu.tile.vector import F32, I8, I32, Code, vec
 
 IQ4_CODES = [v + 128 for v in IQ4_VALUES]
 _E2M1_CODES = [v + 16 for v in E2M1_VALUES]
@@ -48,6 +49,33 @@ def _q5_1(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
 def _iq4_nl(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
     words = looked_up(rows, nibble_words(rows, base, 2 * ROWS), IQ4_CODES)
     return [Block(words, [rows.f16(base, 0)])]
+
+
+def _q1_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    """Codes 0 and 2: a bit of a plane, moved to bit 1."""
+    scale = rows.f16(base, 0)
+
+    def word(plane: int, w: int) -> Word:
+        at = 2 * ROWS + LINE * plane
+        return lambda: _as_bytes(rows, moved(rows.code, rows.word(base, at, 0), 1 - w, 2))
+
+    return [Block([word(i, w) for w in range(8)], [scale]) for i in range(4)]
+
+
+def _q2_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
+    """Every plane has four words, two bits of each byte for each."""
+    scale = rows.f16(base, 0)
+
+    def word(w: int) -> Word:
+        plane, place = divmod(w, 4)
+        at = 2 * ROWS + LINE * plane
+        return lambda: _as_bytes(rows, moved(rows.code, rows.word(base, at, 0), -2 * place, 3))
+
+    return [Block([word(w) for w in range(i, i + 8)], [scale]) for i in (0, 8)]
+
+
+def _as_bytes(rows: Rows, lanes: Any) -> Any:
+    return rows.code.b.bitcast(lanes, vec(I8, 4 * rows.code.lanes))
 
 
 def _mxfp4(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
@@ -93,6 +121,8 @@ STEPS = {
     "Q5_0": _q5_0,
     "Q5_1": _q5_1,
     "IQ4_NL": _iq4_nl,
+    "Q1_0": _q1_0,
+    "Q2_0": _q2_0,
     "MXFP4": _mxfp4,
     "NVFP4": _nvfp4,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -75,16 +76,22 @@ class FakeModel:
     tokenizer = FakeTokenizer()
 
     def __init__(
-        self, pieces=("one", " two"), raises=None, threads=3, reason="end", refuses=None
+        self, pieces=("one", " two"), raises=None, threads=3, reason="end", refuses=None,
+        template=True,
     ):  # fmt: skip
-        """`raises` comes after the pieces, `refuses` when an answer is asked for."""
+        """`raises` comes after the pieces, `refuses` when an answer is asked for; `template`:
+        whether the file has one for chats."""
         self.pieces, self.raises, self.threads = pieces, raises, threads
         self.reason, self.refuses = reason, refuses
         self.calls, self.evals, self.warmed, self.closed = [], [], [], False
         self.backend = self
         self.file = open_gguf(DEMO)
+        if not template:
+            held = dict(self.file.metadata)
+            del held["tokenizer.chat_template"]
+            self.file = SimpleNamespace(metadata=held, get=held.get, path=DEMO, tensors={})
 
-    def generate(self, prompt, *, on_token=None, session=None, **options):
+    def generate(self, prompt, *, on_token=None, on_prompt=None, session=None, **options):
         self.calls.append((prompt, options))
         if self.refuses:
             raise self.refuses
@@ -124,9 +131,8 @@ class CommandLine:
             return model or FakeModel()
 
         self._monkeypatch.setattr(runtime, "load", load, raising=False)
-        self._monkeypatch.setattr(
-            "runtime.backends.cpu.bandwidth.read_bandwidth", lambda threads: 2e9
-        )
+        for name in ("measured", "remembered"):
+            self._monkeypatch.setattr(f"runtime.cli.bandwidth.{name}", lambda threads: 2e9)
         result = CliRunner().invoke(main, [str(a) for a in args], input=stdin)
         result.loaded = loaded
         return result

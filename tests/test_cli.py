@@ -58,20 +58,39 @@ def test_help_is_quick_and_imports_no_engine():
     [
         (["inspct"], "did you mean 'inspect'"),
         (["run", "--nope"], "--nope"),
-        (["run", "-p", "a", "-f", "b"], "either --prompt or --file"),
-        (["run", "-f", "no-such-file.txt"], "no-such-file.txt: No such file"),
+        (["run", "-p", "a", "-f", "b"], "the prompt is given twice"),
+        (["run", "m.gguf", "hello", "-p", "b"], "the prompt is given twice"),
+        (["run", "--system", "a", "-sysf", "b"], "either --system or"),
+        (["run", "--raw", "--system", "a", "-p", "b"], "--raw is no conversation"),
+        (["run", "m.gguf", "-m", "m.gguf", "-p", "b"], "the prompt is given twice"),
+        (["chat", "m.gguf", "-m", "m.gguf"], "the model is given twice"),
         (["run", "-p", "a", "--temp", "-1"], "temperature"),
         (["run", "-p", "a", "--top-p", "2"], "top_p"),
         (["run", "-p", "a", "--logit-bias", "x"], "--logit-bias"),
         (["run", "-p", "a", "-t", "0"], "0 is not in the range"),
-        (["bench", "-p", "many"], "no list of whole numbers"),
+        (["bench", "-p", "many"], "no whole number or range"),
         (["bench", "-p", "0", "-n", "0"], "nothing to measure"),
         (["bench", "-o", "xml"], "xml"),
+        (["help", "nope"], "no command and no file 'nope'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(invoke, args, says):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert says in result.stderr and result.stdout == "" and not result.loaded
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["run", "-f", "no-such-file.txt"], "no-such-file.txt: No such file"),
         (["inspect", "no-such-file.gguf"], "no-such-file.gguf"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line_and_exit_1(invoke, args, says):
+def test_other_mistakes_are_one_line_and_exit_1(invoke, args, says):
     result = invoke(*args)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
@@ -104,18 +123,17 @@ def test_a_bug_stays_a_traceback(invoke):
 class TestRun:
     def test_tokens_on_stdout_and_timings_on_stderr(self, invoke):
         model = FakeModel()
-        result = invoke("run", "m.gguf", "-p", "Hi", "-n", "7", "--temp", "0", model=model)
+        result = invoke("run", "m.gguf", "--raw", "-p", "Hi", "-n", "7", "--temp", "0", model=model)
         assert result.exit_code == 0 and result.stdout == "one two\n"
         assert "prompt 2 tokens" in result.stderr and "answer 2 tokens" in result.stderr
         assert "\x1b" not in result.output
-        assert model.calls == [
-            ([22, 5], {"max_tokens": 7, "temperature": 0.0, "ignore_eos": False})
-        ]
+        assert model.calls == [([22, 5], {"max_tokens": 7, "temperature": 0.0})]
         assert model.closed and result.loaded[0][0] == "m.gguf"
 
     def test_quiet(self, invoke):
-        result = invoke("run", "-q", "-p", "Hi", model=FakeModel())
-        assert result.stderr == "" and result.loaded[0][1]["progress"] is False
+        for way in ((), ("--raw",)):
+            result = invoke("run", "-q", "-p", "Hi", "-ngl", "9", *way, model=FakeModel())
+            assert result.stderr == "" and result.loaded[0][1]["progress"] is False
 
     def test_all_options_reach_the_model(self, invoke):
         model = FakeModel()
@@ -128,7 +146,8 @@ class TestRun:
             model=model,
         )
         assert result.exit_code == 0, result.output
-        assert model.calls[0][1] == {
+        options = {k: v for k, v in model.calls[0][1].items() if k != "session"}
+        assert options == {
             "max_tokens": -1,
             "top_k": 0,
             "top_p": 0.5,
@@ -157,6 +176,57 @@ class TestRun:
         invoke("run", "-p", "x", "-s", "-1", model=model)
         assert "seed" not in model.calls[0][1]
 
+    def test_a_prompt_is_answered_through_the_template_of_the_file(self, invoke):
+        model = FakeModel()
+        result = invoke("run", "m.gguf", "-p", "Hi", "-sys", "Brief.", model=model)
+        assert result.exit_code == 0 and result.stdout == "one two\n"
+        messages, options = model.calls[0]
+        assert messages == [
+            {"role": "system", "content": "Brief."}, {"role": "user", "content": "Hi"}
+        ]  # fmt: skip
+        assert "max_tokens" not in options, "until the model is done"
+        assert "answering through the chat template (--raw" in result.stderr
+
+    @pytest.mark.parametrize("how", ["--raw", "-no-cnv", "--no-conversation"])
+    def test_raw_continues_the_text(self, invoke, how):
+        model = FakeModel()
+        result = invoke("run", "m.gguf", how, "-p", "Hi", model=model)
+        assert model.calls == [([22, 5], {"max_tokens": 256})]
+        assert "continuing the text as it is (--raw)\n" in result.stderr
+
+    def test_a_file_without_a_template_continues_the_text(self, invoke):
+        model = FakeModel(template=False)
+        result = invoke("run", "m.gguf", "-p", "Hi", model=model)
+        assert model.calls == [([22, 5], {"max_tokens": 256})]
+        assert "(the file has no chat template)\n" in result.stderr
+        model = FakeModel(template=False)
+        result = invoke("run", "m.gguf", "-p", "Hi", "--system", "Brief.", model=model)
+        assert len(model.calls[0][0]) == 2, "instructions need a template: ChatML stands in"
+
+    @pytest.mark.parametrize(
+        "args",
+        [("m.gguf", "why is", "the sky"), ("-m", "m.gguf", "why is", "the sky"),
+         ("m.gguf", "-p", r"why is\tthe sky", "-e")],
+    )  # fmt: skip
+    def test_words_after_the_model_are_the_prompt(self, invoke, args):
+        model = FakeModel()
+        result = invoke("run", *args, model=model)
+        assert " ".join(model.calls[0][0][0]["content"].split()) == "why is the sky"
+        assert result.loaded[0][0] == "m.gguf"
+
+    def test_without_a_prompt_an_instruct_model_says_so(self, invoke):
+        result = invoke("run", "m.gguf", model=FakeModel())
+        assert result.exit_code == 2 and "there is no prompt: give one with -p" in result.stderr
+
+    def test_conversation_answers_every_line_of_a_pipe(self, invoke):
+        model = FakeModel()
+        result = invoke("run", "m.gguf", "-cnv", "-p", "A", model=model, stdin="B\nC\n")
+        assert result.stdout == "one two\n" * 3
+        assert [m[-1]["content"] for m, _ in model.calls] == ["A", "B", "C"]
+        model = FakeModel()
+        invoke("run", "m.gguf", "-i", "-st", model=model, stdin="B\nC\n")
+        assert [m[-1]["content"] for m, _ in model.calls] == ["B"]
+
     def test_without_a_prompt_a_story_begins(self, invoke):
         model = FakeModel(pieces=(" there was",))
         result = invoke("run", model=model)
@@ -166,18 +236,18 @@ class TestRun:
     def test_the_prompt_may_come_from_stdin(self, invoke, args):
         model = FakeModel()
         result = invoke("run", *args, model=model, stdin="abc")
-        assert result.stdout == "one two\n" and len(model.calls[0][0]) == 3
+        assert result.stdout == "one two\n" and model.calls[0][0][0]["content"] == "abc"
 
     def test_the_prompt_may_come_from_a_file(self, invoke, tmp_path):
         (tmp_path / "p.txt").write_bytes(b"ab\xff")
-        result = invoke("run", "-f", tmp_path / "p.txt", "--echo", model=FakeModel())
+        result = invoke("run", "-f", tmp_path / "p.txt", "--echo", "--raw", model=FakeModel())
         assert result.stdout == "ab\ufffdone two\n"
 
     def test_an_empty_prompt_is_said_to_be_empty(self, invoke):
-        result = invoke("run", "-p", "", model=FakeModel())
+        result = invoke("run", "--raw", "-p", "", model=FakeModel())
         assert result.stdout == "one two\n" and "the prompt is empty" in result.stderr
         refused = FakeModel(refuses=OptionError("the prompt is empty and so on"))
-        result = invoke("run", "-p", "", model=refused)
+        result = invoke("run", "--raw", "-p", "", model=refused)
         assert result.exit_code == 1 and result.stdout == ""
         assert "error: the prompt is empty and so on\n" in result.stderr
 
@@ -189,12 +259,13 @@ class TestRun:
     @pytest.mark.parametrize("reason", ["end", "length", "context"])
     def test_a_full_context_is_told(self, invoke, reason):
         result = invoke("run", "-q", "-p", "Hi", model=FakeModel(reason=reason))
-        told = "stopped: the context of 512 tokens is full (-c sets it)\n"
+        told = "the answer was cut: the context of 512 tokens is full (-c sets it)\n"
         assert result.stderr == (told if reason == "context" else "")
 
-    def test_ctrl_c_keeps_what_was_printed_and_exits_130(self, invoke):
+    @pytest.mark.parametrize("way", [(), ("--raw",)])
+    def test_ctrl_c_keeps_what_was_printed_and_exits_130(self, invoke, way):
         model = FakeModel(raises=KeyboardInterrupt())
-        result = invoke("run", "-p", "Hi", model=model)
+        result = invoke("run", "-p", "Hi", *way, model=model)
         assert result.exit_code == 130 and result.stdout == "one two\n"
         assert "answer 2 tokens" in result.stderr and model.closed
 
@@ -227,9 +298,9 @@ class TestChat:
         assert "no command /jump" in result.stderr
 
     def test_a_message_that_got_no_answer_is_taken_back(self, invoke, monkeypatch):
-        monkeypatch.setattr("runtime.cli.chat._interactive", lambda: True)
+        monkeypatch.setattr("runtime.cli.talk.at_terminal", lambda: True)
         lines = iter(["Hi", "Bye"])
-        monkeypatch.setattr("runtime.cli.chat._lines", lambda: lines)
+        monkeypatch.setattr("runtime.cli.typed.messages", lambda interactive: lines)
         model = FakeModel(pieces=(), raises=KeyboardInterrupt())
         assert invoke("chat", model=model).exit_code == 0
         assert [[m["content"] for m in messages] for messages, _ in model.calls] == [
@@ -261,8 +332,8 @@ class TestChat:
         model = FakeModel()
         model.context = 100
         lines = ["a" * 90, "b" * 101, "c" * 20]
-        monkeypatch.setattr("runtime.cli.chat._interactive", lambda: True)
-        monkeypatch.setattr("runtime.cli.chat._lines", lambda: iter(lines))
+        monkeypatch.setattr("runtime.cli.talk.at_terminal", lambda: True)
+        monkeypatch.setattr("runtime.cli.typed.messages", lambda interactive: iter(lines))
         result = invoke("chat", "-q", model=model)
         assert result.exit_code == 0 and "error: the messages do not fit" in result.stderr
         told = [[m["content"][0] for m in messages] for messages, _ in model.calls]
@@ -270,7 +341,9 @@ class TestChat:
 
     def test_an_answer_cut_by_the_context_is_told(self, invoke):
         result = invoke("chat", "-q", model=FakeModel(reason="context"), stdin="Hi\n")
-        assert result.stderr == "the answer was cut: the context of 512 tokens is full\n"
+        assert result.stderr == (
+            "the answer was cut: the context of 512 tokens is full (-c sets it)\n"
+        )
 
     def test_ctrl_c_stops_and_keeps_the_answer(self, invoke):
         result = invoke("chat", model=FakeModel(raises=KeyboardInterrupt()), stdin="Hi\nmore\n")

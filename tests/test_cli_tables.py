@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import sqlite3
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -20,12 +21,17 @@ from runtime.errors import ModelError
 from runtime.gguf.reader import open_gguf
 from runtime.ops.dtypes import DTYPES
 
-BENCH_KEYS = {
+# llama-bench's keys in its order, and then ours
+BENCH_KEYS = [
     *("build_commit", "build_number", "cpu_info", "gpu_info", "backends", "model_filename"),
     *("model_type", "model_size", "model_n_params", "n_batch", "n_ubatch", "n_threads"),
-    *("type_k", "type_v", "n_prompt", "n_gen", "n_depth", "test_time", "avg_ns", "stddev_ns"),
-    *("avg_ts", "stddev_ts", "samples_ns", "samples_ts", "bandwidth_share", "gmac_per_s"),
-}
+    *("cpu_mask", "cpu_strict", "poll", "type_k", "type_v", "n_gpu_layers", "n_cpu_moe"),
+    *("split_mode", "main_gpu", "no_kv_offload", "flash_attn", "devices", "tensor_split"),
+    *("tensor_buft_overrides", "load_mode", "lazy_mode", "embeddings", "no_op_offload"),
+    *("no_host", "repack", "fit_target", "fit_min_ctx", "n_prompt", "n_gen", "n_depth"),
+    *("test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"),
+    *("bandwidth_share", "gmac_per_s"),
+]
 
 
 @pytest.fixture
@@ -49,12 +55,12 @@ class TestBench:
         )
         assert len({len(line) for line in lines[:6]}) == 1
         tests = [line.split("|")[6].strip() for line in lines[2:6]]
-        assert tests == ["pp8", "pp8 @ d16", "tg4", "tg4 @ d16"]
+        assert tests == ["pp8", "tg4", "pp8 @ d16", "tg4 @ d16"], "depth by depth"
         assert all(" ± " in line.split("|")[7] for line in lines[2:6])
 
     def test_json_has_the_keys_of_llama_bench(self, invoke):
         rows = json.loads(invoke(*self.ARGS, "-o", "json", model=FakeModel()).stdout)
-        assert set(rows[0]) >= BENCH_KEYS
+        assert [list(row) for row in rows] == [BENCH_KEYS] * 4
         prompt, decode = rows[0], rows[3]
         assert (prompt["n_prompt"], prompt["n_gen"], prompt["bandwidth_share"]) == (8, 0, None)
         assert (decode["n_prompt"], decode["n_gen"], decode["n_depth"]) == (0, 4, 16)
@@ -67,18 +73,116 @@ class TestBench:
     def test_csv_has_one_quoted_line_per_test(self, invoke):
         text = invoke(*self.ARGS, "-o", "csv", model=FakeModel()).stdout
         rows = list(csv.DictReader(io.StringIO(text)))
-        assert [(r["n_prompt"], r["n_gen"]) for r in rows] == [("8", "0")] * 2 + [("0", "4")] * 2
+        assert [(r["n_prompt"], r["n_gen"]) for r in rows] == [("8", "0"), ("0", "4")] * 2
+        assert rows[0]["cpu_strict"] == "0" and rows[0]["bandwidth_share"] == ""
         assert "samples_ns" not in rows[0] and text.count("\n") == 5
+
+    def test_json_lines_are_the_objects_of_json(self, invoke):
+        text = invoke(*self.ARGS, "-o", "jsonl", model=FakeModel()).stdout
+        assert [list(json.loads(line)) for line in text.splitlines()] == [BENCH_KEYS] * 4
+
+    def test_sql_fills_a_table(self, invoke):
+        model = FakeModel()
+        model.file.path = Path("it's.gguf")  # a quote has to survive
+        text = invoke(*self.ARGS, "-o", "sql", model=model).stdout
+        base = sqlite3.connect(":memory:")
+        base.executescript(text)
+        base.row_factory = sqlite3.Row
+        rows = base.execute("SELECT * FROM llama_bench").fetchall()
+        assert rows[0].keys() == [k for k in BENCH_KEYS if not k.startswith("samples")]
+        assert [(r["n_prompt"], r["n_gen"], r["n_depth"]) for r in rows] == [
+            *((8, 0, 0), (0, 4, 0), (8, 0, 16), (0, 4, 16)),
+        ]
+        assert rows[0]["model_filename"] == "it's.gguf" and rows[0]["bandwidth_share"] is None
+        assert rows[1]["bandwidth_share"] > 0 and rows[0]["repack"] == 1
 
     def test_what_is_evaluated(self, invoke):
         model = FakeModel()
         invoke("bench", "-p", "8", "-n", "2", "-d", "5", "-r", "2", model=model)
-        prompts = [5, 8, "closed"] * 3
-        decodes = [5, 1, 1, "closed"] * 3
+        prompts = [8, "closed", *[5, 8, "closed"] * 2]  # the first, without depth, is not timed
+        decodes = [1, "closed", *[5, 1, 1, "closed"] * 2]
         assert model.evals == prompts + decodes
         model = FakeModel()
         invoke("bench", "-p", "8", "-n", "0", "-r", "1", "--no-warmup", model=model)
         assert model.evals == [8, "closed"]
+
+    def test_a_prompt_and_a_generation_as_one(self, invoke):
+        model = FakeModel()
+        args = ("bench", "-p", "0", "-n", "0", "-pg", "4,2", "-r", "1", "-o", "json")
+        (row,) = json.loads(invoke(*args, model=model).stdout)
+        assert model.evals == [4, 1, "closed", 4, 1, 1, "closed"]
+        assert (row["n_prompt"], row["n_gen"]) == (4, 2)
+        assert row["avg_ts"] == pytest.approx(6e9 / row["avg_ns"], rel=1e-6)
+        assert row["bandwidth_share"] is None and row["gmac_per_s"] is None
+        text = invoke(*args[:-1], "md", "-d", "3", model=FakeModel()).stdout
+        assert "| pp4+tg2 @ d3 |" in " ".join(text.split())
+
+    @pytest.mark.parametrize(
+        ("options", "pieces"),
+        [
+            (("-b", "4"), [4, 4, 2]),
+            (("-b", "8", "-ub", "3"), [3, 3, 2, 2]),
+            (("-ub", "100000"), [10]),
+        ],
+    )
+    def test_batches(self, invoke, options, pieces):
+        model = FakeModel()
+        args = ("bench", "-p", "10", "-n", "0", "-r", "1", "--no-warmup", "-o", "json")
+        (row,) = json.loads(invoke(*args, *options, model=model).stdout)
+        assert model.evals == [*pieces, "closed"]
+        assert row["n_ubatch"] <= 512 and row["n_batch"] in (4, 8, 2048)
+
+    def test_columns_show_what_is_not_the_default(self, invoke):
+        args = ("bench", "-p", "1", "-n", "0", "-r", "1", "-b", "7", "-ub", "3", "-ctk", "q8_0,f16")
+        lines = invoke(*args).stdout.splitlines()
+        assert "| threads | n_batch | n_ubatch | type_k |            test |" in lines[0]
+        assert [line.split("|")[6:9] for line in lines[2:4]] == [
+            ["       7 ", "        3 ", "   q8_0 "], ["       7 ", "        3 ", "    f16 "]
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("text", "numbers"),
+        [
+            ("128,512", [128, 512]),
+            ("1-8", list(range(1, 9))),
+            ("1-8+2", [1, 3, 5, 7]),
+            ("16-128*2", [16, 32, 64, 128]),
+            ("16-100*2,7", [16, 32, 64, 7]),
+            ("0", []),
+        ],
+    )
+    def test_numbers_and_ranges(self, invoke, text, numbers):
+        args = ("bench", "-p", text, "-n", "3", "-r", "1", "-o", "jsonl")
+        rows = [json.loads(line) for line in invoke(*args).stdout.splitlines()]
+        assert [row["n_prompt"] for row in rows] == [*numbers, 0]
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "a", "1-", "8-1", "1-8+0", "1-8*1", "0-8*2", "1-8/2", "-3", "1.5", "1,,2", "²",
+         "0-999999999", "99999999999"],
+    )  # fmt: skip
+    def test_numbers_that_are_none(self, invoke, text):
+        result = invoke("bench", f"--n-prompt={text}")
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+
+    def test_options_may_be_repeated(self, invoke):
+        args = (
+            "bench",
+            "-p",
+            "1",
+            "-p",
+            "2,3",
+            "-n",
+            "0",
+            "-r",
+            "1",
+            "-o",
+            "jsonl",
+            "--delay",
+            "0",
+        )
+        rows = [json.loads(line) for line in invoke(*args).stdout.splitlines()]
+        assert [row["n_prompt"] for row in rows] == [1, 2, 3]
 
     def test_models_are_loaded_for_every_number_of_threads(self, invoke):
         result = invoke("bench", "a", "b", "-p", "1", "-n", "0", "-r", "1", "-t", "1,2")
@@ -86,6 +190,8 @@ class TestBench:
             *(("a", 1), ("a", 2), ("b", 1), ("b", 2)),
         ]
         assert result.loaded[0][1]["context"] == 1
+        result = invoke("bench", "a", "-p", "1", "-n", "0", "-r", "1", "-b", "1,2", "-ctv", "q8_0")
+        assert [o["kv_type"] for _, o in result.loaded] == ["f16,q8_0"], "one load for both -b"
 
 
 @needs_demo

@@ -1,15 +1,18 @@
 """The `runtime` command. Every subcommand is a module of its own, imported when it is called.
 
-Tokens and tables go to stdout, progress and timings to stderr. A mistake is one line on stderr
-and exit status 1; Ctrl-C ends with 130.
+Tokens and tables go to stdout, progress and timings to stderr. A mistake is one line on stderr;
+the exit status is 2 for a command line that cannot be used, 1 for what fails later, 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,21 +21,39 @@ from runtime import __version__
 
 # name -> what it does; the texts stand here so that `runtime --help` imports no command
 COMMANDS = {
-    "run": "Continue a text.",
+    "run": "Answer a prompt, talk, or continue a text.",
     "chat": "Talk with a model.",
     "bench": "Measure prompt and decode speed, in llama-bench's columns.",
     "inspect": "Show what is in a model file, and the memory it needs.",
     "devices": "Show the processor, its instruction sets, and memory.",
     "warmup": "Compile the kernels a model needs, once for this machine.",
 }
+_HELPERS = {"help": "This text, or that of a command.", "version": "Show the version."}
+
+# Commands of Ollama and llama.cpp, and what there is instead.
+_ELSEWHERE = {
+    "pull": "models are not downloaded here: give the path of a .gguf file",
+    "serve": "there is no server in this version",
+    "server": "there is no server in this version",
+    "ps": "nothing stays loaded between two commands",
+    "stop": "nothing stays loaded between two commands",
+    "list": "models are files here: give the path of one",
+    "ls": "models are files here: give the path of one",
+    "rm": "models are files here: remove the file",
+    "show": "use 'runtime inspect FILE'",
+    "info": "use 'runtime inspect FILE'",
+    "cli": "use 'runtime run' or 'runtime chat'",
+    "completion": "use 'runtime run --raw'",
+}
 
 EXAMPLES = """\b
 Examples:
   runtime run                                   a story by the bundled model
-  runtime run model.gguf -p "Once upon a time" -n 64
-  runtime chat model.gguf
+  runtime model.gguf                            talk with a model of yours
+  runtime run model.gguf -p "Why is the sky blue?"
   runtime bench model.gguf -p 512 -n 128 -r 5
   runtime inspect model.gguf
+  runtime help run                              all options of a command
 """
 
 
@@ -40,32 +61,35 @@ class CommandGroup(click.Group):
     """Imports a command on first use, and turns mistakes into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *_HELPERS]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in COMMANDS:
-            return None
-        return importlib.import_module(f"runtime.cli.{name}").command
+        if name in COMMANDS:
+            return importlib.import_module(f"runtime.cli.{name}").command
+        return super().get_command(ctx, name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl([*COMMANDS.items(), *_HELPERS.items()])
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["run", *args] if _is_run(args) else args)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = click.utils.make_str(args[0])
-        if name not in COMMANDS and not name.startswith("-"):
-            import difflib
-
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
+        if name in _ELSEWHERE:
+            ctx.fail(f"no command {name!r}: {_ELSEWHERE[name]}")
+        if name not in COMMANDS and name not in _HELPERS:
+            near = difflib.get_close_matches(name, [*COMMANDS, *_HELPERS], n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            ctx.fail(f"no command {name!r}: {hint}there are {', '.join(COMMANDS)}")
+            ctx.fail(f"no command and no file {name!r}: {hint}there are {', '.join(COMMANDS)}")
         return super().resolve_command(ctx, args)
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None,
         complete_var: str | None = None, standalone_mode: bool = True, **extra: Any,
     ) -> Any:  # fmt: skip
-        """Run and exit: 0, 1 after a mistake (one line on stderr), 130 after Ctrl-C."""
+        """Run and exit: 0, 2 for a wrong command line, 1 for another mistake, 130 after Ctrl-C."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         _write_any_character()
@@ -75,17 +99,28 @@ class CommandGroup(click.Group):
             code = 130
         except Exception as error:
             click.echo(f"error: {' '.join(_mistake(error).split())}", err=True)
-            code = 1
+            code = 2 if isinstance(error, click.UsageError) else 1
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_run(args: Sequence[str]) -> bool:
+    """Whether a command line begins with a model or an option of `run`, and not with a command."""
+    if not args or args[0] in (*COMMANDS, *_HELPERS, *_ELSEWHERE):
+        return False
+    first = args[0]
+    if first.startswith("-"):
+        return first not in ("-h", "--help", "--usage", "--version")
+    return any(c in first for c in "/\\:") or first.endswith(".gguf") or Path(first).exists()
 
 
 def _mistake(error: Exception) -> str:
     """What to say about a mistake; an error that is no mistake is raised again."""
+    from runtime.cli.parsing import Refused
     from runtime.errors import Error
 
-    if isinstance(error, click.UsageError):
+    if isinstance(error, click.UsageError) and not isinstance(error, Refused):
         where = error.ctx.command_path if error.ctx else "runtime"
-        return f"{error.format_message()} ({where} -h shows what there is)"
+        return f"{error.format_message().rstrip('.')} ({where} -h shows what there is)"
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, MemoryError):
@@ -109,7 +144,7 @@ def _write_any_character() -> None:
 @click.group(
     cls=CommandGroup,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help", "--usage"], "max_content_width": 100},
     epilog=EXAMPLES,
 )
 @click.version_option(__version__, prog_name="runtime")
@@ -118,3 +153,23 @@ def main(ctx: click.Context) -> None:
     """Run GGUF language models on this machine. With no MODEL, a small bundled one is used."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+@main.command("help")
+@click.argument("name", required=False, metavar="[COMMAND]")
+@click.pass_context
+def _help(ctx: click.Context, name: str | None) -> None:
+    """Show the help text, or that of a command."""
+    group = ctx.find_root()
+    if name is None:
+        click.echo(group.get_help())
+        return
+    _, found, _ = main.resolve_command(group, [name])  # type: ignore[attr-defined]
+    with click.Context(found, info_name=name, parent=group) as inner:
+        click.echo(found.get_help(inner))
+
+
+@main.command("version")
+def _version() -> None:
+    """Show the version."""
+    click.echo(f"runtime, version {__version__}")

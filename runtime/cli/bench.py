@@ -1,7 +1,8 @@
 """`runtime bench`: prompt and decode speed, comparable with llama-bench.
 
-A test is "pp N" (a prompt of N tokens in one go) or "tg N" (N single tokens), each after `depth`
-tokens that are not timed. Every test runs once untimed and then `repetitions` times.
+A test is "pp N" (a prompt of N tokens), "tg N" (N single tokens) or both in a row, each after
+`depth` tokens that are not timed. Every test is run once in short, untimed, and then
+`repetitions` times.
 """
 
 from __future__ import annotations
@@ -14,47 +15,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import click
-import numpy as np
 
+from runtime.cli.bench_plan import UBATCH, Numbers, Pair, Setting, Test, settings, tests
+from runtime.cli.model_path import model_file
 from runtime.cli.options import precision_options
 from runtime.cli.output import note
-
-
-class NumberList(click.ParamType):
-    """Whole numbers with commas between them: "128,512"."""
-
-    name = "N[,N...]"
-
-    def __init__(self, least: int) -> None:
-        self._least = least
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of whole numbers such as 128,512", param, ctx)
-        if min(numbers) < self._least:
-            self.fail(f"{min(numbers)} is less than {self._least}", param, ctx)
-        return numbers
-
-
-@dataclass(frozen=True)
-class Test:
-    """What is timed: a prompt of `n_prompt` tokens, or `n_gen` single ones, after `n_depth`."""
-
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-
-    __test__ = False  # no pytest class
-
-    @property
-    def name(self) -> str:
-        """As llama-bench calls it: "pp512", "tg128 @ d1024"."""
-        kind = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
-        return f"{kind} @ d{self.n_depth}" if self.n_depth else kind
+from runtime.cli.parsing import Command, F, option
 
 
 @dataclass
@@ -62,9 +28,8 @@ class Result:
     """Seconds of every repetition, and what the model had to do for one token."""
 
     test: Test
+    setting: Setting
     model: Any
-    threads: int
-    kv_types: tuple[str, str]
     bandwidth: float | None
     seconds: list[float] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
@@ -72,19 +37,19 @@ class Result:
     @property
     def speeds(self) -> list[float]:
         """Tokens per second of every repetition."""
-        return [(self.test.n_prompt + self.test.n_gen) / s for s in self.seconds]
+        return [self.test.tokens / s for s in self.seconds]
 
     @property
     def bandwidth_share(self) -> float | None:
         """Of a decode: bytes that its tokens had to read per second, over what memory gives."""
-        if not self.test.n_gen or not self.bandwidth:
+        if not self.test.n_gen or self.test.n_prompt or not self.bandwidth:
             return None
         return self._traffic().nbytes * mean(self.speeds) / self.bandwidth
 
     @property
     def gmac_per_s(self) -> float | None:
         """Of a prompt: 1e9 multiplications of weights per second."""
-        if not self.test.n_prompt:
+        if not self.test.n_prompt or self.test.n_gen:
             return None
         return self._traffic().macs * mean(self.speeds) / 1e9
 
@@ -93,7 +58,7 @@ class Result:
         from runtime import traffic
 
         context = self.test.n_depth + self.test.n_gen // 2
-        return traffic.of_file(self.model.file, self.kv_types, context)
+        return traffic.of_file(self.model.file, self.model.kv_types, context)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -109,131 +74,181 @@ def deviation(values: Sequence[float]) -> float:
     return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1))
 
 
+def _numbers(names: str, least: int, text: str) -> Callable[[F], F]:
+    """An option that takes lists of numbers and may be repeated."""
+    return option(names, text, "Tests", type=Numbers(least), multiple=True)
+
+
 @click.command(
     "bench",
+    cls=Command,
     epilog="""\b
 Examples:
   runtime bench model.gguf
   runtime bench model.gguf -p 128,512 -n 0 -t 1,2
-  runtime bench model.gguf -n 64 -d 0,4096 --kv-type q8_0 -o json
+  runtime bench model.gguf -p 64-1024*2 -n 64 -pg 512,128 -d 0,4096
+  runtime bench model.gguf --kv-type q8_0 -o jsonl
 """,
 )
-@click.argument("models", nargs=-1, type=click.Path(), metavar="[MODEL]...")
-@click.option(
-    "-p",
-    "--n-prompt",
-    type=NumberList(0),
-    default="512",
-    show_default=True,
-    help="Lengths of prompts; 0 for none.",
-)
-@click.option(
-    "-n",
-    "--n-gen",
-    type=NumberList(0),
-    default="128",
-    show_default=True,
-    help="Numbers of tokens to generate one by one; 0 for none.",
-)
-@click.option(
-    "-d",
-    "--n-depth",
-    type=NumberList(0),
-    default="0",
-    show_default=True,
-    help="Tokens that are in the cache before the test.",
-)
-@click.option(
-    "-r",
-    "--repetitions",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Times every test is timed.",
-)
-@click.option("-t", "--threads", type=NumberList(1), help="Threads (default: one per core).")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Choice(["md", "json", "csv"]),
-    default="md",
-    show_default=True,
-    help="Format of the table.",
-)
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@_numbers("-p --n-prompt", 0, "Lengths of prompts; 0 for none (512).")
+@_numbers("-n --n-gen", 0, "Numbers of tokens to generate one by one; 0 for none (128).")
+@option("-pg n_pg", "A prompt and a generation timed as one. May be repeated.", "Tests",
+        type=Pair(), multiple=True)  # fmt: skip
+@_numbers("-d --n-depth", 0, "Tokens that are in the cache before the test (0).")
+@_numbers("-b --batch-size | --n-batch", 1, "Tokens of a prompt that are sent at once (2048).")
+@_numbers("-ub --ubatch-size | --n-ubatch", 1, f"Tokens of one step, at most {UBATCH} ({UBATCH}).")
+@_numbers("-t --threads", 1, "Threads (one per core).")
+@option("-r --repetitions", "Times every test is timed.", "Tests", type=click.IntRange(1),
+        default=5, show_default=True, metavar="N")  # fmt: skip
+@option("--delay", "Wait before each test, for the processor to cool.", "Tests",
+        type=click.FloatRange(0), default=0, metavar="SECONDS")  # fmt: skip
+@option("--no-warmup", "Time without a run before.", "Tests", is_flag=True)
+@option("-o --output", "Format of the table: md, json, jsonl, csv or sql.", "Tests", default="md",
+        type=click.Choice(["md", "json", "jsonl", "csv", "sql"]), show_default=True,
+        metavar="FORMAT")  # fmt: skip
+@option("-m --model more_models", "A model's file, as the argument MODEL.", "Model",
+        multiple=True, metavar="FILE")  # fmt: skip
 @precision_options
-@click.option("--no-warmup", is_flag=True, help="Time the first run too.")  # fmt: skip
-def command(models: tuple[str, ...], output: str, **options: Any) -> None:
+def command(
+    models: tuple[str, ...], more_models: tuple[str, ...], output: str, **options: Any
+) -> None:
     """Measure prompt and decode speed.
 
     The columns are llama-bench's. In addition decodes show bandwidth_share, the bytes that had
     to be read per second over what memory gives to as many threads, and prompts show GMAC/s.
+    Numbers may be lists and ranges: 128,512 or 1-8 or 1-8+2 or 16-128*2.
     """
     from runtime.cli.bench_output import FORMATS
 
-    printer = FORMATS[output]()
-    for result in _results(models or (None,), **options):
-        for text in printer.row(result):
-            click.echo(text)
-    for text in printer.end():
-        click.echo(text)
+    paths = [model_file(path) for path in (*models, *more_models)] or [None]
+    chosen = tests(
+        _flat(options["n_prompt"], 512), _flat(options["n_gen"], 128), options["n_pg"],
+        _flat(options["n_depth"], 0),
+    )  # fmt: skip
+    if not chosen:
+        raise click.UsageError("nothing to measure: give -p, -n or -pg more than 0")
+    wanted = _settings(paths, options)
+    printer = FORMATS[output](wanted)
+    for n, result in enumerate(_results(wanted, chosen, options)):
+        for line in (*(printer.begin(result) if n == 0 else ()), *printer.row(result)):
+            click.echo(line)
+    for line in printer.end():
+        click.echo(line)
+
+
+def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Setting]:
+    """All that the options ask for, each test to be run with each of them."""
+    first, _, second = options["kv_type"].partition(",")
+    types = (
+        (options["cache_type_k"] or first).split(","),
+        (options["cache_type_v"] or second or first).split(","),
+    )
+    ubatches = _flat(options["ubatch_size"], UBATCH)
+    if max(ubatches) > UBATCH:
+        note(f"-ub: a step holds at most {UBATCH} tokens")
+    batches, threads = _flat(options["batch_size"], 2048), _flat(options["threads"], None)
+    return list(settings(paths, batches, ubatches, types, threads))
 
 
 def _results(
-    models: Sequence[str | None], n_prompt: tuple[int, ...], n_gen: tuple[int, ...],
-    n_depth: tuple[int, ...], threads: tuple[int, ...] | None, repetitions: int,
-    no_warmup: bool, **load: Any,
-) -> Iterator[Result]:  # fmt: skip
-    import runtime
+    wanted: Sequence[Setting], chosen: Sequence[Test], options: dict[str, Any]
+) -> Iterator[Result]:
+    load = {name: options[name] for name in ("activations", "devices")}
+    load["context"] = max(test.n_depth + test.tokens for test in chosen)
+    with _Loader(load) as loader:
+        for setting in wanted:
+            model = loader.model(setting)
+            bandwidth = _bandwidth(model.threads) if any(t.n_gen for t in chosen) else None
+            for test in chosen:
+                note(f"{test.name}, {model.threads} threads ...")
+                time.sleep(options["delay"])
+                result = Result(test, setting, model, bandwidth)
+                result.seconds = _measure(result, options["repetitions"], not options["no_warmup"])
+                yield result
 
-    tests = [Test(p, 0, d) for d in n_depth for p in n_prompt if p]
-    tests += [Test(0, n, d) for d in n_depth for n in n_gen if n]
-    if not tests:
-        raise click.UsageError("nothing to measure: give -p or -n more than 0")
-    context = max(t.n_depth + t.n_prompt + t.n_gen for t in tests)
-    for path in models:
-        for n_threads in threads or (None,):
-            model = runtime.load(path, threads=n_threads, context=context, progress=True, **load)
-            try:
-                bandwidth = _bandwidth(model.threads) if any(t.n_gen for t in tests) else None
-                for test in tests:
-                    note(f"{test.name}, {model.threads} threads ...")
-                    result = Result(test, model, model.threads, model.kv_types, bandwidth)
-                    result.seconds = _measure(model, test, repetitions, not no_warmup)
-                    yield result
-            finally:
-                model.close()
+
+class _Loader:
+    """One model at a time, loaded anew only where a setting needs it."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._model: Any = None
+        self._loaded: tuple[Any, ...] = ()
+
+    def model(self, setting: Setting) -> Any:
+        """The model of a setting."""
+        import runtime
+
+        if self._model is None or self._loaded != setting.loading:
+            self.__exit__()
+            types = setting.type_k, setting.type_v
+            kv_type = types[0] if types[0] == types[1] else ",".join(types)
+            self._model = runtime.load(
+                setting.path, threads=setting.threads, kv_type=kv_type, progress=True,
+                **self._options,
+            )  # fmt: skip
+            self._loaded = setting.loading
+        return self._model
+
+    def __enter__(self) -> _Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+
+def _flat(lists: Sequence[tuple[int, ...]], default: Any) -> list[Any]:
+    """The numbers of an option that may be repeated."""
+    return [n for numbers in lists for n in numbers] or [default]
 
 
 def _bandwidth(threads: int) -> float | None:
-    from runtime.backends.cpu.bandwidth import read_bandwidth
+    from runtime.cli.bandwidth import measured
     from runtime.errors import Error
 
     try:
-        return read_bandwidth(threads)
+        return measured(threads)
     except Error as error:
         note(f"bandwidth_share is left out: {error}")
         return None
 
 
-def _measure(model: Any, test: Test, repetitions: int, warmup: bool) -> list[float]:
+def _measure(result: Result, repetitions: int, warmup: bool) -> list[float]:
+    import numpy as np
+
     random = np.random.default_rng(1)
-
-    def tokens(n: int) -> list[int]:
-        return random.integers(0, model.vocab_size, n).tolist()
-
     if warmup:
-        _time(model, test, tokens)
-    return [_time(model, test, tokens) for _ in range(repetitions)]
+        _time(result, Test(result.test.n_prompt, min(1, result.test.n_gen), 0), random)
+    return [_time(result, result.test, random) for _ in range(repetitions)]
 
 
-def _time(model: Any, test: Test, tokens: Callable[[int], list[int]]) -> float:
+def _time(result: Result, test: Test, random: Any) -> float:
     """Seconds of one repetition in a fresh session."""
+    model = result.model
     with model.session() as session:
         if test.n_depth:
-            session.eval(tokens(test.n_depth), logits="last")
-        ids = tokens(test.n_prompt + test.n_gen)
-        pieces = [ids] if test.n_prompt else [[i] for i in ids]
+            session.eval(_random_tokens(random, model, test.n_depth), logits="last")
+        ids = _random_tokens(random, model, test.tokens)
+        pieces = list(_pieces(ids, test, result.setting))
         start = time.perf_counter()
-        for piece in pieces:
-            session.eval(piece, logits="last")
+        for piece, logits in pieces:
+            session.eval(piece, logits=logits)
         return time.perf_counter() - start
+
+
+def _random_tokens(random: Any, model: Any, n: int) -> list[int]:
+    return random.integers(0, model.vocab_size, n).tolist()
+
+
+def _pieces(ids: list[int], test: Test, setting: Setting) -> Iterator[tuple[list[int], str]]:
+    """What is evaluated at once, and which logits: those of the last token that is sent at once."""
+    for start in range(0, test.n_prompt, setting.n_batch):
+        end = min(start + setting.n_batch, test.n_prompt)
+        for at in range(start, end, setting.n_ubatch):
+            stop = min(at + setting.n_ubatch, end)
+            yield ids[at:stop], "last" if stop == end else "none"
+    for token in ids[test.n_prompt :]:
+        yield [token], "last"

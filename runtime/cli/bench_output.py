@@ -1,68 +1,92 @@
-"""Tables of `runtime bench`: markdown, CSV and JSON with llama-bench's columns and keys."""
+"""Tables of `runtime bench`, with llama-bench's columns and keys in llama-bench's order."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runtime import __version__
 from runtime.cli import facts
 from runtime.cli.bench import Result, deviation, mean
+from runtime.cli.bench_plan import UBATCH, Setting
 
-_BATCH = 512  # most tokens of one step
-
-# header, width, flush right: as llama-bench draws them, then this program's own two
-_COLUMNS = (
-    ("model", 30, False),
-    ("size", 10, True),
-    ("params", 10, True),
-    ("backend", 10, False),
+# header, width, flush right: as llama-bench draws them
+_FIRST = (
+    ("model", 30, False), ("size", 10, True), ("params", 10, True), ("backend", 10, False),
     ("threads", 7, True),
-    ("test", 15, True),
-    ("t/s", 20, True),
-    ("bandwidth_share", 15, True),
-    ("GMAC/s", 8, True),
-)
+)  # fmt: skip
+# shown where a setting is not the default: header, width, flush right; and the default
+_CHANGED = (
+    (("n_batch", 7, True), 2048), (("n_ubatch", 8, True), UBATCH),
+    (("type_k", 6, True), "f16"), (("type_v", 6, True), "f16"),
+)  # fmt: skip
+# the last two are this program's own
+_LAST = (("test", 15, True), ("t/s", 20, True), ("bandwidth_share", 15, True), ("GMAC/s", 8, True))
+
+# Keys of llama-bench that only its own options change: these are its values on a CPU.
+_AS_ON_CPU: dict[str, dict[str, Any]] = {
+    "n_threads": {"cpu_mask": "0x0", "cpu_strict": False, "poll": 50},
+    "type_v": {
+        "n_gpu_layers": -1, "n_cpu_moe": 0, "split_mode": "layer", "main_gpu": 0,
+        "no_kv_offload": False, "flash_attn": -1, "devices": "auto", "tensor_split": "0.00",
+        "tensor_buft_overrides": "none", "load_mode": "auto", "lazy_mode": "auto",
+        "embeddings": False, "no_op_offload": 0, "no_host": False, "repack": True,
+        "fit_target": 0, "fit_min_ctx": 0,
+    },
+}  # fmt: skip
 
 
 class Markdown:
     """A table whose rows are printed as they are measured."""
 
-    def __init__(self) -> None:
-        self._begun = False
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        """`settings`: all that will be measured, since a column's need depends on them."""
+        changed = [
+            column
+            for column, default in _CHANGED
+            if {getattr(setting, column[0]) for setting in settings} != {default}
+        ]
+        self._columns = (*_FIRST, *changed, *_LAST)
+
+    def begin(self, first: Result) -> Iterator[str]:
+        """The table's head."""
+        yield self._line({name: name for name, _, _ in self._columns})
+        yield self._line({n: "-" * (w - 1) + (":" if r else "-") for n, w, r in self._columns})
 
     def row(self, result: Result) -> Iterator[str]:
-        """The lines of one result; the table's head comes with the first."""
-        if not self._begun:
-            self._begun = True
-            yield _line([name for name, _, _ in _COLUMNS])
-            yield _line(["-" * (w - 1) + (":" if right else "-") for _, w, right in _COLUMNS])
-        yield _line(_cells(result))
+        """The line of one result."""
+        yield self._line(_cells(result))
 
     def end(self) -> Iterator[str]:
         """What follows the last result."""
-        yield f"\nbuild: {__version__}"
+        yield f"\nbuild: {__version__} (0)"
+
+    def _line(self, cells: dict[str, str]) -> str:
+        padded = (
+            cells[name].rjust(width) if right else cells[name].ljust(width)
+            for name, width, right in self._columns
+        )
+        return "| " + " | ".join(padded) + " |"
 
 
 class Csv:
     """One quoted line per test, after a line of keys."""
 
-    def __init__(self) -> None:
-        self._begun = False
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        pass
+
+    def begin(self, first: Result) -> Iterator[str]:
+        """The keys."""
+        yield ",".join(_flat(first))
 
     def row(self, result: Result) -> Iterator[str]:
-        """The line of one result; the keys come with the first."""
-        values = {k: v for k, v in fields(result).items() if not isinstance(v, list)}
-        if not self._begun:
-            self._begun = True
-            yield ",".join(values)
+        """The line of one result."""
+        values = ["" if v is None else v for v in _flat(result).values()]
         text = io.StringIO()
-        csv.writer(text, quoting=csv.QUOTE_ALL).writerow(
-            ["" if v is None else v for v in values.values()]
-        )
+        csv.writer(text, quoting=csv.QUOTE_ALL).writerow(values)
         yield text.getvalue().rstrip("\r\n")
 
     def end(self) -> Iterator[str]:
@@ -70,32 +94,81 @@ class Csv:
         return iter(())
 
 
-class Json:
-    """A list of objects, printed when all is measured."""
+class Sql:
+    """Statements that make the table llama_bench and fill it."""
 
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        pass
+
+    def begin(self, first: Result) -> Iterator[str]:
+        """The statement that makes the table."""
+        columns = ",\n".join(f"  {k} {_sql_type(k, v)}" for k, v in _flat(first).items())
+        yield f"CREATE TABLE IF NOT EXISTS llama_bench (\n{columns}\n);\n"
 
     def row(self, result: Result) -> Iterator[str]:
-        """Nothing yet: the result is kept."""
-        self._rows.append(fields(result))
-        return iter(())
+        """The statement that adds one result."""
+        values = _flat(result)
+        quoted = ", ".join(map(_quoted, values.values()))
+        yield f"INSERT INTO llama_bench ({', '.join(values)}) VALUES ({quoted});"
 
     def end(self) -> Iterator[str]:
-        """The whole list."""
-        yield json.dumps(self._rows, indent=2)
+        """Nothing follows."""
+        return iter(())
 
 
-FORMATS: dict[str, type[Markdown | Csv | Json]] = {"md": Markdown, "csv": Csv, "json": Json}
+class JsonLines:
+    """An object per line, printed as it is measured."""
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        pass
+
+    def begin(self, first: Result) -> Iterator[str]:
+        """Nothing comes before."""
+        return iter(())
+
+    def row(self, result: Result) -> Iterator[str]:
+        """The object of one result."""
+        yield json.dumps(fields(result))
+
+    def end(self) -> Iterator[str]:
+        """Nothing follows."""
+        return iter(())
+
+
+class Json:
+    """A list of objects, printed as they are measured."""
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self._between = ""
+
+    def begin(self, first: Result) -> Iterator[str]:
+        """The list opens."""
+        yield "["
+
+    def row(self, result: Result) -> Iterator[str]:
+        """One object of the list."""
+        text = json.dumps(fields(result), indent=2)
+        yield self._between + "\n".join(f"  {line}" for line in text.splitlines())
+        self._between = ","
+
+    def end(self) -> Iterator[str]:
+        """The list closes."""
+        yield "]"
+
+
+Printer = Markdown | Json | JsonLines | Csv | Sql
+FORMATS: dict[str, type[Printer]] = {
+    "md": Markdown, "json": Json, "jsonl": JsonLines, "csv": Csv, "sql": Sql,
+}  # fmt: skip
 
 
 def fields(result: Result) -> dict[str, Any]:
-    """A result under llama-bench's keys, plus `bandwidth_share` and `gmac_per_s` (or None)."""
+    """A result under llama-bench's keys, then `bandwidth_share` and `gmac_per_s` (or None)."""
     from runtime.cli.devices import cpu_name
 
     file, speeds = result.model.file, result.speeds
     nanoseconds = [round(1e9 * s) for s in result.seconds]
-    return {
+    own = {
         "build_commit": __version__,
         "build_number": 0,
         "cpu_info": cpu_name(),
@@ -105,48 +178,68 @@ def fields(result: Result) -> dict[str, Any]:
         "model_type": facts.model_type(file),
         "model_size": file.tensors_nbytes,
         "model_n_params": facts.n_params(file),
-        "n_batch": _BATCH,
-        "n_ubatch": _BATCH,
-        "n_threads": result.threads,
-        "type_k": result.kv_types[0],
-        "type_v": result.kv_types[1],
+        "n_batch": result.setting.n_batch,
+        "n_ubatch": result.setting.n_ubatch,
+        "n_threads": result.model.threads,
+        "type_k": result.model.kv_types[0],
+        "type_v": result.model.kv_types[1],
         "n_prompt": result.test.n_prompt,
         "n_gen": result.test.n_gen,
         "n_depth": result.test.n_depth,
         "test_time": result.started,
         "avg_ns": round(mean(nanoseconds)),
         "stddev_ns": round(deviation(nanoseconds)),
-        "avg_ts": mean(speeds),
-        "stddev_ts": deviation(speeds),
-        "bandwidth_share": result.bandwidth_share,
-        "gmac_per_s": result.gmac_per_s,
+        "avg_ts": round(mean(speeds), 6),
+        "stddev_ts": round(deviation(speeds), 6),
         "samples_ns": nanoseconds,
         "samples_ts": speeds,
+        "bandwidth_share": result.bandwidth_share,
+        "gmac_per_s": result.gmac_per_s,
+    }
+    found: dict[str, Any] = {}
+    for key, value in own.items():
+        found[key] = value
+        found |= _AS_ON_CPU.get(key, {})
+    return found
+
+
+def _flat(result: Result) -> dict[str, Any]:
+    """The fields without the samples, and 0 or 1 for no and yes, as llama-bench's tables have."""
+    return {
+        key: int(value) if isinstance(value, bool) else value
+        for key, value in fields(result).items()
+        if not isinstance(value, list)
     }
 
 
-def _cells(result: Result) -> list[str]:
-    file, speeds = result.model.file, result.speeds
+def _sql_type(key: str, value: Any) -> str:
+    if key in ("bandwidth_share", "gmac_per_s") or isinstance(value, float):
+        return "REAL"
+    return "INTEGER" if isinstance(value, int) else "TEXT"
+
+
+def _quoted(value: Any) -> str:
+    return "NULL" if value is None else "'" + str(value).replace("'", "''") + "'"
+
+
+def _cells(result: Result) -> dict[str, str]:
+    file, speeds, setting = result.model.file, result.speeds, result.setting
     share, gmac = result.bandwidth_share, result.gmac_per_s
-    return [
-        facts.model_type(file),
-        _size(file.tensors_nbytes),
-        _params(facts.n_params(file)),
-        "CPU",
-        str(result.threads),
-        result.test.name,
-        f"{mean(speeds):.2f} ± {deviation(speeds):.2f}",
-        "" if share is None else f"{share:.3f}",
-        "" if gmac is None else f"{gmac:.1f}",
-    ]
-
-
-def _line(cells: list[str]) -> str:
-    padded = (
-        cell.rjust(width) if right else cell.ljust(width)
-        for cell, (_, width, right) in zip(cells, _COLUMNS, strict=True)
-    )
-    return "| " + " | ".join(padded) + " |"
+    return {
+        "model": facts.model_type(file),
+        "size": _size(file.tensors_nbytes),
+        "params": _params(facts.n_params(file)),
+        "backend": "CPU",
+        "threads": str(result.model.threads),
+        "n_batch": str(setting.n_batch),
+        "n_ubatch": str(setting.n_ubatch),
+        "type_k": setting.type_k,
+        "type_v": setting.type_v,
+        "test": result.test.name,
+        "t/s": f"{mean(speeds):.2f} ± {deviation(speeds):.2f}",
+        "bandwidth_share": "" if share is None else f"{share:.3f}",
+        "GMAC/s": "" if gmac is None else f"{gmac:.1f}",
+    }
 
 
 def _size(nbytes: int) -> str:

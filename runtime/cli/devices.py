@@ -13,10 +13,12 @@ from typing import Any
 import click
 
 from runtime.cli.output import note, size, table
+from runtime.cli.parsing import Command
 
 
 @click.command(
     "devices",
+    cls=Command,
     epilog="""\b
 Examples:
   runtime devices
@@ -36,10 +38,10 @@ def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
     """Show the processor, the instruction sets kernels are compiled for, and memory."""
     found = _cpu()
     if bandwidth:
-        from runtime.backends.cpu.bandwidth import read_bandwidth
+        from runtime.cli.bandwidth import measured
 
         note("measuring memory bandwidth ...")
-        found["read_bandwidth"] = read_bandwidth(threads or found["physical_cores"])
+        found["read_bandwidth"] = measured(threads or found["physical_cores"])
     if as_json:
         click.echo(json.dumps({"cpu": found, "cuda": None}, indent=1))
         return

@@ -69,6 +69,11 @@ def model_name(file: Any) -> str:
     return str(file.get("general.name") or file.path.stem)
 
 
+def has_chat_template(file: Any) -> bool:
+    """Whether a file says how messages become a prompt."""
+    return any(key.startswith("tokenizer.chat_template") for key in file.metadata)
+
+
 def type_name(file: Any) -> str:
     """The quantisation: "Q4_K - Medium"; from the tensors where the file does not say."""
     said = _FILE_TYPES.get(file.get("general.file_type"))

@@ -1,109 +1,149 @@
-"""Options that several commands share."""
+"""Options that several commands share, from one table each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from runtime.cli.parsing import F, decorated, option
+
+_MODEL, _CHOICE, _MORE = "Model", "Choice of tokens", "More about the choice of tokens"
+
+
+class _Context(click.IntRange):
+    """Tokens; 0 is the default, as in llama.cpp."""
+
+    name = "context"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return super().convert(value, param, ctx) or None
+
 
 # How weights are run and where: of every command that loads a model.
 _PRECISION_OPTIONS = (
-    click.option("--kv-type", default="f16", metavar="TYPE", show_default=True,
-                 help="Type of the KV cache: f32, f16, bf16, q8_0, or two for K and V apart, "
-                 "such as q8_0,f16."),
-    click.option("--activations", type=click.Choice(["int8", "f32"]), default="int8",
-                 show_default=True, help="Precision of activations against quantised weights."),
-    click.option("--devices", default="cpu", metavar="NAME", show_default=True,
-                 help="cpu, or reference for the slow and exact numpy backend."),
+    option("--kv-type", "Type of the KV cache: f32, f16, bf16, q8_0, or two for K and V apart, "
+           "such as q8_0,f16.", _MODEL, default="f16", metavar="TYPE", show_default=True),
+    option("-ctk --cache-type-k", "Type of K alone.", _MODEL, metavar="TYPE"),
+    option("-ctv --cache-type-v", "Type of V alone.", _MODEL, metavar="TYPE"),
+    option("--activations", "Precision of activations against quantised weights.", _MODEL,
+           type=click.Choice(["int8", "f32"]), default="int8", show_default=True),
+    option("--devices", "cpu, or reference for the slow and exact numpy backend.", _MODEL,
+           default="cpu", metavar="NAME", show_default=True),
 )  # fmt: skip
 
 _SIZE_OPTIONS = (
-    click.option("-c", "--context", type=click.IntRange(1), metavar="N",
-                 help="Tokens of context (default: what the model was trained for, or fits)."),
-    click.option("-t", "--threads", type=click.IntRange(1), metavar="N",
-                 help="Threads (default: one per core)."),
+    option("-c --context | --ctx-size",
+           "Tokens of context (default: what the model was trained for, or fits).", _MODEL,
+           type=_Context(0), metavar="N"),
+    option("-t --threads", "Threads (default: one per core).", _MODEL, type=click.IntRange(1),
+           metavar="N"),
 )  # fmt: skip
 
-# Without a default here: what is not given is left to runtime.Sampling.
-_SAMPLING_OPTIONS = (
-    click.option("--temp", "--temperature", "temperature", type=float, metavar="X",
-                 help="0 always takes the best token, higher is more varied (default: 0.8)."),
-    click.option("--top-k", type=int, metavar="N", help="Of the N best tokens; 0 all (40)."),
-    click.option("--top-p", type=float, metavar="P",
-                 help="Of the best tokens that add up to P; 1 all (0.95)."),
-    click.option("--min-p", type=float, metavar="P",
-                 help="Of tokens at least P as probable as the best; 0 all (0.05)."),
-    click.option("--typical", "typical_p", type=float, metavar="P",
-                 help="Of tokens of typical information that add up to P; 1 all (1)."),
-    click.option("--repeat-penalty", type=float, metavar="X",
-                 help="Make repeated tokens less likely; 1 not (1)."),
-    click.option("--presence-penalty", type=float, metavar="X",
-                 help="Take X from the logit of tokens seen before (0)."),
-    click.option("--frequency-penalty", type=float, metavar="X",
-                 help="Take X for each time a token was seen (0)."),
-    click.option("--repeat-last-n", "penalty_last_n", type=int, metavar="N",
-                 help="Penalties look at the last N tokens; -1 all (64)."),
-    click.option("--logit-bias", multiple=True, metavar="ID(+/-)BIAS",
-                 help="Change a token's logit, such as 15043+1 or 29905-inf. May be repeated."),
-    click.option("-s", "--seed", type=int, metavar="N",
-                 help="The same seed gives the same text; -1 a new one each time (-1)."),
-    click.option("--stop", multiple=True, metavar="TEXT",
-                 help="Stop before this text. May be repeated."),
-    click.option("--ignore-eos", is_flag=True,
-                 help="Never let the model say that it has finished."),
+# One row per field of runtime.Sampling that an option sets: names, field, type, what it takes,
+# help. Without a default here: what is not given is left to the model's file and to Sampling.
+_COMMON = (
+    ("--temp | --temperature", "temperature", float, "X",
+     "0 always takes the best token, higher is more varied (0.8)."),
+    ("--top-k", "top_k", int, "N", "Of the N best tokens; 0 all (40)."),
+    ("--top-p", "top_p", float, "P", "Of the best tokens that add up to P; 1 all (0.95)."),
+    ("--min-p", "min_p", float, "P",
+     "Of tokens at least P as probable as the best; 0 all (0.05)."),
+    ("--repeat-penalty", "repeat_penalty", float, "X",
+     "Make repeated tokens less likely; 1 not (1)."),
+    ("-s --seed", "seed", int, "N",
+     "The same seed gives the same text; -1 a new one each time (-1)."),
+)  # fmt: skip
+_RARE = (
+    ("--typical | --typical-p", "typical_p", float, "P",
+     "Of tokens of typical information that add up to P; 1 all (1)."),
+    ("--presence-penalty", "presence_penalty", float, "X",
+     "Take X from the logit of tokens seen before (0)."),
+    ("--frequency-penalty", "frequency_penalty", float, "X",
+     "Take X for each time a token was seen (0)."),
+    ("--repeat-last-n", "penalty_last_n", int, "N",
+     "Penalties look at the last N tokens; -1 all (64)."),
+)  # fmt: skip
+_REPEATED = (
+    ("-l --logit-bias", "logit_bias", "ID(+/-)BIAS",
+     "Change a token's logit, such as 15043+1 or 29905-inf. May be repeated."),
+    ("--stop | -r --reverse-prompt", "stop", "TEXT", "Stop before this text. May be repeated."),
 )  # fmt: skip
 
 
-_SAMPLING_NAMES = (
-    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty"),
-    *("presence_penalty", "frequency_penalty", "penalty_last_n", "logit_bias", "seed", "stop"),
-    "ignore_eos",
-)
+SAMPLING_FIELDS = tuple(row[1] for row in (*_COMMON, *_RARE, *_REPEATED))
+
+_MAX_TOKENS = option(
+    "-n --predict max_tokens | --n-predict -n-predict --max-tokens --num-predict",
+    "Most tokens to generate; -1 until the context is full (256 for a text that is continued, "
+    "else -1).", _CHOICE, type=click.IntRange(-2), metavar="N",
+)  # fmt: skip
 
 
 def model_options(function: F) -> F:
-    """-c, -t, --kv-type, --activations and --devices."""
-    return _add(function, (*_SIZE_OPTIONS, *_PRECISION_OPTIONS))
+    """-c, -t, --kv-type and its like, --activations and --devices."""
+    return decorated(function, (*_SIZE_OPTIONS, *_PRECISION_OPTIONS))
 
 
 def precision_options(function: F) -> F:
-    """--kv-type, --activations and --devices."""
-    return _add(function, _PRECISION_OPTIONS)
+    """--kv-type and its like, --activations and --devices."""
+    return decorated(function, _PRECISION_OPTIONS)
 
 
-def sampling_options(max_tokens: int) -> Callable[[F], F]:
-    """-n (default: `max_tokens`), --temp and everything else that chooses tokens."""
-    most = click.option(
-        "-n", "--max-tokens", type=click.IntRange(-1), metavar="N", default=max_tokens,
-        show_default=True, help="Most tokens to generate; -1 until the context is full.",
-    )  # fmt: skip
-    return lambda function: _add(function, (most, *_SAMPLING_OPTIONS))
+def sampling_options(function: F) -> F:
+    """-n, --temp and everything else that chooses tokens, what is used most first."""
+    found = [_MAX_TOKENS]
+    for rows, section in ((_COMMON, _CHOICE), (_RARE, _MORE)):
+        for names, field, kind, metavar, text in rows:
+            found.append(option(_named(names, field), text, section, type=kind, metavar=metavar))
+    for names, field, metavar, text in _REPEATED:
+        found.append(option(_named(names, field), text, _MORE, multiple=True, metavar=metavar))
+    end = "Never let the model say that it has finished."
+    return decorated(function, (*found, option("--ignore-eos", end, _MORE, is_flag=True)))
+
+
+def _named(names: str, field: str) -> str:
+    """The option's names with the field as its parameter's."""
+    shown, bar, aliases = names.partition("|")
+    return f"{shown} {field} {bar}{aliases}"
 
 
 def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from the values of `model_options`."""
-    names = ("context", "threads", "kv_type", "activations", "devices")
-    return {name: options[name] for name in names} | {"progress": not quiet}
+    names = ("context", "threads", "activations", "devices")
+    found = {name: options[name] for name in names if name in options}
+    return found | {"kv_type": kv_type(options), "progress": not quiet}
+
+
+def kv_type(options: dict[str, Any]) -> str:
+    """`--kv-type`, with K or V replaced by -ctk and -ctv."""
+    k, _, v = options["kv_type"].partition(",")
+    kinds = (options["cache_type_k"] or k, options["cache_type_v"] or v or k)
+    return kinds[0] if kinds[0] == kinds[1] else ",".join(kinds)
 
 
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `model.generate` from the values of `sampling_options`.
+    """Keyword arguments of `model.generate` from the values of `sampling_options`, those given.
 
-    Raises click.BadParameter for a malformed --logit-bias, OptionError for a value out of range:
-    both before the model is loaded.
+    UsageError for a malformed --logit-bias or a value out of
+    range: before the model is loaded.
     """
+    from runtime.errors import OptionError
     from runtime.text.sampling import Sampling
 
-    given = {name: options[name] for name in _SAMPLING_NAMES if options[name] not in (None, ())}
+    chosen = {name: options[name] for name in SAMPLING_FIELDS}
+    given = {name: value for name, value in chosen.items() if value not in (None, ())}
     if given.get("seed") == -1:
         del given["seed"]
     if "logit_bias" in given:
         given["logit_bias"] = dict(_bias(text) for text in given["logit_bias"])
-    Sampling(**{k: v for k, v in given.items() if k not in ("max_tokens", "ignore_eos")})
-    return given
+    try:
+        Sampling(**given)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from None
+    if options["max_tokens"] is not None:
+        given["max_tokens"] = max(-1, options["max_tokens"])
+    return given | ({"ignore_eos": True} if options["ignore_eos"] else {})
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -116,9 +156,3 @@ def _bias(text: str) -> tuple[int, float]:
             f"{text!r} is no token id with a bias, such as 15043+1 or 29905-inf",
             param_hint="--logit-bias",
         ) from None
-
-
-def _add(function: F, options: tuple[Callable[[F], F], ...]) -> F:
-    for option in reversed(options):
-        function = option(function)
-    return function

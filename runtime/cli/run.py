@@ -1,109 +1,108 @@
-"""`runtime run`: continue a text."""
+"""`runtime run`: answer a prompt, converse, or continue a text."""
 
 from __future__ import annotations
 
-import select
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import click
 
-from runtime.cli.options import (
-    generation_arguments,
-    load_arguments,
-    model_options,
-    sampling_options,
-)
+from runtime.cli.answer import Screen
+from runtime.cli.model_path import model_argument, model_option
+from runtime.cli.options import generation_arguments, model_options, sampling_options
 from runtime.cli.output import note
-from runtime.cli.stats import Stopwatch
+from runtime.cli.parsing import Command, option
+from runtime.cli.prompt import at_terminal, given_prompt, given_system
+from runtime.cli.talk import SHOWN, TEXT, answer_once, converse, loaded_model, talk_options
 
 OPENING = "Once upon a time"
+_MOST = 256  # tokens of a text that is continued, which seldom ends by itself
+USE = "How it is used"
 
 
 @click.command(
     "run",
+    cls=Command,
     epilog="""\b
 Examples:
   runtime run                                   a story by the bundled model
-  runtime run model.gguf -p "The capital of France is" -n 16 --temp 0
-  runtime run model.gguf -f notes.txt --stop "###" > answer.txt
-  echo "Dear Sir" | runtime run model.gguf -q
+  runtime run model.gguf                        talk with it (/? lists the commands)
+  runtime run model.gguf -p "What is the capital of France?"
+  runtime run model.gguf --raw -p "The capital of France is" -n 16 --temp 0
+  echo "Translate to French: good morning" | runtime run model.gguf -q
 """,
 )
-@click.argument("model", required=False, type=click.Path())
-@click.option("-p", "--prompt", metavar="TEXT", help="The text to continue; - reads stdin.")
-@click.option("-f", "--file", metavar="FILE", help="Read the text from FILE; - reads stdin.")
-@click.option("--echo", is_flag=True, help="Print the prompt before its continuation.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no timings.")
-@sampling_options(max_tokens=256)
+@click.argument("words", nargs=-1, metavar="[MODEL] [PROMPT]")
+@option("-p --prompt", "The prompt; - reads stdin.", TEXT, metavar="TEXT")
+@option("-f --file", "Read the prompt from FILE; - reads stdin.", TEXT, metavar="FILE")
+@option("-e --escape", r"Read \n, \t, \" and the like in -p as one character.", TEXT, is_flag=True)
+@option("--raw -no-cnv raw | --no-conversation",
+        "Continue the prompt as it is, without the chat template.", USE, is_flag=True)  # fmt: skip
+@option("-cnv --conversation converse | -i --interactive -if --interactive-first",
+        "Converse; a prompt is the first message.", USE, is_flag=True)  # fmt: skip
+@option("-st --single-turn single", "Leave after one answer.", USE, is_flag=True)
+@option("--echo | --display-prompt", "Print the prompt before its continuation.", SHOWN,
+        is_flag=True)  # fmt: skip
+@talk_options
+@sampling_options
+@model_option
 @model_options
-def command(
-    model: str | None, prompt: str | None, file: str | None, echo: bool, quiet: bool, **options: Any
-) -> None:
-    """Continue a text, token by token, exactly as the model would.
+def command(words: tuple[str, ...], model_option: str | None, **options: Any) -> None:
+    """Answer a prompt through the model's chat template, or converse in a terminal.
 
-    The prompt is sent as it is; for models that expect messages use `runtime chat`. Without
-    a MODEL the bundled one is used, without a prompt it begins a story.
+    A file without a chat template continues the prompt, as --raw does with every file. Without
+    a MODEL the bundled one is used; without a prompt it tells a story.
     """
-    if prompt is not None and file is not None:
-        raise click.UsageError("give either --prompt or --file")
-    text = _prompt(prompt, file)
-    arguments = generation_arguments(options)
-    started = time.perf_counter()
-
-    import runtime
-
-    loaded = runtime.load(model, **load_arguments(options, quiet))
-    try:
-        note(f"loaded in {time.perf_counter() - started:.2f} s", quiet)
-        story = text is None
-        _continue(loaded, OPENING if text is None else text, echo or story, quiet, arguments)
-    finally:
-        loaded.close()
+    first, rest = (words[:1], words[1:]) if model_option is None else ((), words)
+    model = model_argument(first[0] if first else None, model_option)
+    prompt = given_prompt(options, rest, piped=not options["converse"])
+    system, arguments = given_system(options), generation_arguments(options)
+    if options["raw"] and (options["converse"] or system):
+        raise click.UsageError("--raw is no conversation: leave --conversation and --system out")
+    with loaded_model(model, options) as loaded:
+        _use(loaded, model, prompt, system, arguments, options)
 
 
-def _continue(model: Any, text: str, echo: bool, quiet: bool, arguments: dict[str, Any]) -> None:
-    ids = model.tokenizer.encode(text)
-    watch = Stopwatch(len(ids))
-    answer = model.generate(ids, on_token=watch.on_token, **arguments)
+def _use(
+    loaded: Any, model: str | None, prompt: str | None, system: str | None,
+    arguments: dict[str, Any], options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Converse, answer or continue, as the file and the options want it."""
+    from runtime.cli.facts import has_chat_template
+
+    quiet, has_template = options["quiet"], has_chat_template(loaded.file)
+    through = not options["raw"] and (has_template or options["converse"] or system is not None)
+    if through and prompt is None and (model is not None or options["converse"]):
+        if not at_terminal() and not options["converse"]:
+            raise click.UsageError("there is no prompt: give one with -p TEXT")
+        converse(loaded, system, arguments, quiet, single=options["single"])
+    elif through and options["converse"]:
+        converse(loaded, system, arguments, quiet, prompt, options["single"])
+    elif through and prompt is not None:
+        note("answering through the chat template (--raw continues the text instead)", quiet)
+        answer_once(loaded, prompt, system, arguments, quiet)
+    else:
+        note(_how(options["raw"], has_template, prompt is None), quiet)
+        _continue(loaded, prompt, options["echo"], quiet, arguments)
+
+
+def _how(raw: bool, has_template: bool, story: bool) -> str:
+    if story:
+        return "telling a story (runtime chat talks; runtime run FILE -p TEXT runs your model)"
+    why = "--raw" if raw and has_template else "the file has no chat template"
+    return f"continuing the text as it is ({why})"
+
+
+def _continue(
+    model: Any, prompt: str | None, echo: bool, quiet: bool, arguments: dict[str, Any]
+) -> None:
+    text = OPENING if prompt is None else prompt
+    screen = Screen(quiet)
+    options = {"max_tokens": _MOST, **arguments, **screen.begin()}
+    answer = model.generate(model.tokenizer.encode(text), **options)
     if not text:
         note("the prompt is empty: the model begins a text of its own")
-    if echo:
-        click.echo(text, nl=False)
-    stopped = False
-    try:
-        for piece in answer:
-            click.echo(piece, nl=False)
-    except KeyboardInterrupt:
-        stopped = True
-    click.echo()
-    if answer.reason == "context":
-        note(f"stopped: the context of {model.context} tokens is full (-c sets it)")
-    note(watch.summary(), quiet)
-    if stopped:
+    shown = text if echo or prompt is None else ""
+    whole = screen.show(answer, [], shown)
+    screen.told(answer, model)
+    if not whole:
         raise click.exceptions.Exit(130)
-
-
-def _prompt(prompt: str | None, file: str | None) -> str | None:
-    """The text asked for; None when nothing was given."""
-    source = file if file is not None else prompt
-    if source == "-":
-        return _stdin()
-    if file is not None:
-        return Path(file).read_bytes().decode("utf-8", "replace")
-    if prompt is None and sys.stdin is not None and not sys.stdin.isatty():
-        return _stdin().strip("\n") or None
-    return prompt
-
-
-def _stdin() -> str:
-    """All of stdin. Says so when nothing comes: a pipe left open looks like a hanging program."""
-    try:
-        waiting = not select.select([sys.stdin], [], [], 1.0)[0]
-    except (OSError, ValueError):  # not everything can be asked
-        waiting = False
-    if waiting:
-        note("reading the prompt from stdin; -p TEXT gives one directly")
-    return sys.stdin.buffer.read().decode("utf-8", "replace")

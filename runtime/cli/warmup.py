@@ -7,11 +7,14 @@ from typing import Any
 
 import click
 
+from runtime.cli.model_path import model_argument, model_option
 from runtime.cli.options import load_arguments, model_options
+from runtime.cli.parsing import Command
 
 
 @click.command(
     "warmup",
+    cls=Command,
     epilog="""\b
 Examples:
   runtime warmup                the bundled model's kernels
@@ -19,21 +22,24 @@ Examples:
   RUNTIME_CPU_ISA=avx2 runtime warmup model.gguf
 """,
 )
-@click.argument("model", required=False, type=click.Path())
+@click.argument("model", required=False)
+@model_option
 @model_options
-def command(model: str | None, **options: Any) -> None:
+def command(model: str | None, model_option: str | None, **options: Any) -> None:
     """Compile the kernels a model needs and keep them in the cache folder.
 
     Kernels depend on the types in the file and on the processor, not on the model itself: what
     is compiled for one model serves all models of the same types. Without this, the first run
     does it.
     """
+    path = model_argument(model, model_option)
+
     import runtime
     from runtime.environment import cache_dir
     from runtime.progress import reporter
 
     started = time.perf_counter()
-    loaded = runtime.load(model, **load_arguments(options))
+    loaded = runtime.load(path, **load_arguments(options))
     try:
         with reporter(True) as report:
             loaded.backend.load(loaded.warm_graphs(), report)

@@ -1,0 +1,110 @@
+"""What a user gives as the model: a file, or a name that other programs would download."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from runtime.cli.foreign import NO_DOWNLOAD, fetch
+from runtime.cli.parsing import Refused, option
+
+_URL = re.compile(r"(https?|hf|ftp)://", re.IGNORECASE)
+_REPOSITORY = re.compile(r"(?:(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+(?::[\w.-]+)?)")
+_TAG = re.compile(r"([\w.-]{2,}(?:/[\w.-]+)?):([\w.-]+)")
+
+
+model_option = option(
+    "-m --model model_option", "The model's file, in place of the argument MODEL.", "Model",
+    metavar="FILE",
+)  # fmt: skip
+
+
+def model_argument(text: str | None, option: str | None) -> str | None:
+    """The model from the argument or from -m; UsageError when both are given, or no path is."""
+    if text is not None and option is not None:
+        raise click.UsageError(f"the model is given twice: {option} and {text}")
+    return model_file(text if text is not None else option)
+
+
+def model_file(text: str | None) -> str | None:
+    """The path of a model; UsageError, in one line, for what can only be a name elsewhere.
+
+    A file that is there is taken whatever its name; that a path is not there is left to the
+    reader of files to say, unless a file of nearly that name is.
+    """
+    if text is None or Path(text).is_file():
+        return text
+    if Path(text).is_dir():
+        raise Refused(_folder(Path(text)))
+    line = _download(text)
+    if line is not None:
+        raise Refused(line)
+    near = _near(Path(text))
+    if near is not None:
+        raise click.ClickException(f"{text}: there is no such file; did you mean {near}?")
+    return text
+
+
+def _download(text: str) -> str | None:
+    """What to do about a name that another program would fetch; None for a plain path."""
+    if _URL.match(text):
+        return f"{NO_DOWNLOAD}: fetch it first, 'curl -LO {text}', then give the file"
+    if text.startswith((".", "~", os.sep)) or text.endswith(".gguf") or "\\" in text:
+        return None
+    repository = _REPOSITORY.fullmatch(text)
+    if repository and not Path(text).parent.is_dir():
+        return f"{text} is no file here, and {fetch(repository[1])}"
+    tag = _TAG.fullmatch(text)
+    if tag is None:
+        return None
+    held = _of_ollama(*tag.groups())
+    if held is not None:
+        return f"{text} is a name of Ollama's; its file is here: {held}"
+    return f"{text} is a name of Ollama's, and {NO_DOWNLOAD}: give the path of a .gguf file"
+
+
+def _of_ollama(name: str, tag: str) -> Path | None:
+    """Where Ollama keeps the weights of a model that it has fetched."""
+    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    name = name if "/" in name else f"library/{name}"
+    try:
+        manifest = json.loads((root / "manifests" / "registry.ollama.ai" / name / tag).read_text())
+        layers = {x["mediaType"].rpartition(".")[2]: x["digest"] for x in manifest["layers"]}
+        path = root / "blobs" / layers["model"].replace(":", "-")
+        return path if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None
+
+
+def _folder(path: Path) -> str:
+    """What to give instead of a folder."""
+    names = sorted(file.name for file in path.glob("*.gguf"))
+    if names:
+        return f"{path} is a folder: give one of its files, {_listed(names)}"
+    if any(path.glob("*.safetensors")):
+        return (
+            f"{path} holds safetensors and no .gguf file: convert it with llama.cpp's "
+            "convert_hf_to_gguf.py, or get the model as .gguf"
+        )
+    return f"{path} is a folder, with no .gguf file in it"
+
+
+def _near(path: Path) -> Path | None:
+    """A .gguf file beside `path` of nearly its name."""
+    try:
+        names = [file.name for file in path.parent.glob("*.gguf")]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    found = found or [name for name in names if name == f"{path.name}.gguf"]
+    return path.parent / found[0] if found else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,166 @@
+"""How the commands read their options.
+
+An option is its whole name: `-ngl` is never `-n gl`, and only a number may be attached to a
+letter (`-n64`). Options that other programs have and that are known here are answered by
+`runtime.cli.foreign`; any other unknown name is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from runtime.cli import foreign
+from runtime.cli.output import note
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ATTACHED = re.compile(r"(-[A-Za-z])(\d+)")
+_NOTES = "runtime.notes"
+
+
+class Option(click.Option):
+    """An option with a place in the help text, and other names that the help does not repeat."""
+
+    def __init__(
+        self, decls: Sequence[str], *, section: str = "Options", aliases: Sequence[str] = (),
+        **attributes: Any,
+    ) -> None:  # fmt: skip
+        super().__init__([*decls, *aliases], **attributes)
+        self.section = section
+        self._aliases = frozenset(aliases)
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Name and text of the help, without the aliases."""
+        kept = self.opts
+        self.opts = [name for name in kept if name not in self._aliases]
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.opts = kept
+
+    @property
+    def takes_value(self) -> bool:
+        """Whether the next word always belongs to this option."""
+        return not (self.is_flag or self.count or self._flag_needs_value)
+
+
+def option(names: str, text: str, section: str, **attributes: Any) -> Callable[[F], F]:
+    """A decorator that adds an Option.
+
+    names: those that the help shows, and perhaps the parameter's; after "|" its other names.
+    """
+    shown, _, aliases = names.partition("|")
+    return click.option(
+        *shown.split(), cls=Option, aliases=aliases.split(), help=text, section=section,
+        **attributes,
+    )  # fmt: skip
+
+
+def decorated(function: F, options: Iterable[Callable[[F], F]]) -> F:
+    """`function` with all the options, in their order."""
+    for add in reversed([*options]):
+        function = add(function)
+    return function
+
+
+class Refused(click.UsageError):
+    """A command line that cannot be used, for a reason that the help text does not explain."""
+
+
+class Command(click.Command):
+    """A command whose options are matched whole, with a help text in sections."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _whole(self, ctx, args))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for line in ctx.meta.get(_NOTES, ()):
+            note(line, bool(ctx.params.get("quiet")))
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                name = getattr(parameter, "section", "Help")
+                sections.setdefault(name, []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records, col_max=34)
+
+
+def _whole(command: click.Command, ctx: click.Context, args: Iterable[str]) -> list[str]:
+    """The words of a command line with every option's name spelt as click knows it.
+
+    UsageError for an unknown option and for one that cannot be served; what is to be said about
+    options without a meaning here is left in the context for `Command.invoke`.
+    """
+    known: dict[str, click.Option] = {
+        name: parameter
+        for parameter in command.get_params(ctx)
+        if isinstance(parameter, click.Option)
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    result: list[str] = []
+    rest = deque(args)
+    while rest:
+        word = rest.popleft()
+        if word == "--":
+            return [*result, word, *rest]
+        if word == "-" or not word.startswith("-"):
+            result.append(word)
+            continue
+        name, attached = _split(word, known)
+        if name in known:
+            result += _own(known[name], name, attached, rest)
+        else:
+            _foreign(command, ctx, name, attached, rest, known)
+    return result
+
+
+def _split(word: str, known: Iterable[str]) -> tuple[str, str | None]:
+    """An option's name and the value that is attached to it."""
+    name, equals, value = word.partition("=")
+    if name.startswith("--"):
+        name = name.replace("_", "-")
+    number = _ATTACHED.fullmatch(word)
+    if number and number[1] in known and word not in known:
+        return number[1], number[2]
+    return name, value if equals else None
+
+
+def _own(
+    option: click.Option, name: str, attached: str | None, rest: deque[str]
+) -> tuple[str, ...]:
+    takes = option.takes_value if isinstance(option, Option) else not option.is_flag
+    if not takes:
+        return (name if attached is None else f"{name}={attached}",)
+    if attached is not None:
+        return name, attached
+    return (name, rest.popleft()) if rest else (name,)
+
+
+def _foreign(
+    command: click.Command, ctx: click.Context, name: str, attached: str | None,
+    rest: deque[str], known: Iterable[str],
+) -> None:  # fmt: skip
+    """Take an option of another program, with its value; UsageError where it changes results."""
+    found = foreign.OPTIONS.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, [*known, *foreign.OPTIONS], n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        ctx.fail(f"no option {name}{hint}")
+    value = attached if attached is not None else found.value(rest)
+    line = found.says(name, value)
+    if found.refused:
+        raise Refused(line, ctx)
+    notes = ctx.meta.setdefault(_NOTES, [])
+    if line and line not in notes:
+        notes.append(line)

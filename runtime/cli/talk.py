@@ -1,0 +1,110 @@
+"""What `run` and `chat` share: options, the loaded model, and the conversation itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from runtime.cli.answer import Screen
+from runtime.cli.options import load_arguments
+from runtime.cli.output import note
+from runtime.cli.parsing import F, decorated, option
+from runtime.cli.prompt import at_terminal
+
+TEXT, SHOWN = "Prompt", "What is printed"
+
+_OPTIONS = (
+    option("-sys --system system | --system-prompt", "Instructions before the conversation.", TEXT,
+           metavar="TEXT"),
+    option("-sysf --system-prompt-file system_file", "Read the instructions from FILE.", TEXT,
+           metavar="FILE"),
+    option("-q --quiet", "No progress and no timings.", SHOWN, is_flag=True),
+    option("-v --verbose", "A line for every plan that is made, as with DEBUG=1.", SHOWN,
+           is_flag=True),
+    option("-co --color", "Colours; auto: on a terminal.", SHOWN, is_flag=False, flag_value="on",
+           type=click.Choice(["on", "off", "auto"]), default="auto", metavar="[on|off|auto]"),
+)  # fmt: skip
+
+
+def talk_options(function: F) -> F:
+    """--system, --quiet, --verbose and --color."""
+    return decorated(function, _OPTIONS)
+
+
+@contextmanager
+def loaded_model(path: str | None, options: dict[str, Any]) -> Iterator[Any]:
+    """The model of `path`, closed at the end; what -v and --color ask for holds from here on."""
+    if options["verbose"]:
+        os.environ.setdefault("DEBUG", "1")
+    if options["color"] != "auto":
+        click.get_current_context().color = options["color"] == "on"
+    started = time.perf_counter()
+
+    import runtime
+
+    loaded = runtime.load(path, **load_arguments(options, options["quiet"]))
+    try:
+        note(f"loaded in {time.perf_counter() - started:.2f} s", options["quiet"])
+        yield loaded
+    finally:
+        loaded.close()
+
+
+def converse(
+    model: Any, system: str | None, arguments: dict[str, Any], quiet: bool,
+    first: str | None = None, single: bool = False,
+) -> None:  # fmt: skip
+    """Answer messages until the user leaves: typed at a terminal, or each line of a pipe.
+
+    first: a message to begin with; single: leave after the first answer.
+    """
+    from runtime.cli import typed
+    from runtime.cli.conversation import Conversation
+
+    interactive = at_terminal()
+    screen = Screen(quiet, timed=interactive)
+    conversation = Conversation(model, system, arguments, screen, interactive)
+    if interactive and not quiet:
+        note(f"{title(model)} · /? for help, /bye to leave")
+    if first:
+        conversation.answer(first)
+        if single:
+            return
+    try:
+        for line in typed.messages(interactive):
+            if not _handled(conversation, line, interactive) or single:
+                return
+    except typed.LeaveError:
+        raise click.exceptions.Exit(130) from None
+
+
+def answer_once(
+    model: Any, text: str, system: str | None, arguments: dict[str, Any], quiet: bool
+) -> None:
+    """Print the answer to one message; what goes wrong ends the program."""
+    from runtime.cli.conversation import Conversation
+
+    conversation = Conversation(model, system, arguments, Screen(quiet), interactive=False)
+    conversation.answer(text)
+
+
+def title(model: Any) -> str:
+    """A model's name and type, and whether ChatML stands in for its template."""
+    from runtime.cli.facts import has_chat_template, model_name, model_type
+
+    stands_in = "" if has_chat_template(model.file) else " · no chat template: ChatML stands in"
+    return f"{model_name(model.file)} ({model_type(model.file)}){stands_in}"
+
+
+def _handled(conversation: Any, line: str, interactive: bool) -> bool:
+    try:
+        return conversation.handle(line)
+    except KeyboardInterrupt:  # beside an answer, which takes its own
+        if not interactive:
+            raise
+        return True

@@ -112,13 +112,16 @@ def dense_strides(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
-def weight(name: str, shape: Shape, dtype: DType, rows: Runs = (), part: str = "") -> Tensor:
+def weight(
+    name: str, shape: Shape, dtype: DType, rows: Runs = (), part: str = "", axis: int = -2
+) -> Tensor:
     """A tensor of the model file; `shape` outermost first, as in `w[rows, inner]`.
 
     rows: the runs of the stored tensor's rows that make this weight, in its order; of a tensor
-    [experts, rows, inner] the same of each expert. `part` tells such weights of one tensor apart.
+    [experts, rows, inner] the same of each expert, and with axis -1 elements of vectors (biases).
+    `part` tells such weights of one tensor apart.
     """
-    attrs = MappingProxyType({"of": name, "rows": rows} if rows else {})
+    attrs = MappingProxyType({"of": name, "rows": rows, "axis": axis} if rows else {})
     return Tensor("weight", (), tuple(shape), dtype, attrs, f"{name}:{part}" if rows else name)
 
 

@@ -131,6 +131,7 @@ class Model(TextModel):
         return Step.capacity(
             tokens, outputs, -(-self.context // PAGE), self._size.pages, self._size.slots,
             self._architecture.layers, self.kv_types, self._architecture.positions_per_token,
+            self.context,
         )  # fmt: skip
 
     def session(self) -> Session:

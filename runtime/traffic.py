@@ -42,12 +42,10 @@ def token_step(file: Any, kv_types: tuple[str, str]) -> tuple[Any, Any]:
 
     ModelError for an architecture that cannot be run.
     """
-    from runtime.models.registry import build
-    from runtime.models.step import Step
+    from runtime.models.registry import build, one_token
 
     architecture = build(file)
-    columns = architecture.positions_per_token
-    return architecture, Step.capacity(1, 1, 1, 1, 1, architecture.layers, kv_types, columns)
+    return architecture, one_token(architecture, kv_types)
 
 
 def of_file(file: Any, kv_types: tuple[str, str], context: int) -> Traffic:

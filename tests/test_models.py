@@ -11,7 +11,8 @@ from small_models import Sizes, write_model
 
 import runtime
 from runtime.errors import ModelError
-from runtime.models.rotary import Scaling, rotary
+from runtime.models.rotary import rotary
+from runtime.models.scaling import Scaling
 
 
 @pytest.mark.parametrize(
@@ -25,8 +26,9 @@ from runtime.models.rotary import Scaling, rotary
         ({"extra": {"attention.head_count": 0}}, "must be a whole number from 1"),
         ({"extra": {"block_count": 1 << 30}}, "must be a whole number from 1"),
         ({"extra": {"rope.dimension_count": 64}}, "rope.dimension_count 64 of a head of 32"),
-        ({"extra": {"rope.scaling.type": "longrope"}}, "'longrope' is not implemented"),
-        ({"extra": {"attn_logit_softcapping": 30.0}}, "attn_logit_softcapping = 30.0 is not"),
+        ({"extra": {"rope.scaling.type": "dynamic"}}, "'dynamic' is not implemented"),
+        ({"extra": {"rope.scaling.type": "longrope"}}, "'longrope' needs the tensor 'rope_factors"),
+        ({"extra": {"attn_logit_softcapping": 30.0}}, "attn_logit_softcapping' = 30.0 is not"),
         ({"extra": {"expert_count": 4}}, "expert_count = 4 is not implemented"),
         ({"extra": {"attention.layer_norm_rms_epsilon": float("nan")}}, "must be a finite number"),
     ],
@@ -110,5 +112,7 @@ def test_yarn_model_differs_from_plain_and_agrees_with_the_reference(tmp_path: P
 
 def test_unknown_architecture_lists_what_there_is(tmp_path: Path):
     path = write_model(tmp_path / "m.gguf", Sizes("qwen4"))
-    with pytest.raises(ModelError, match="supported are gpt-oss, llama, qwen2, qwen3, qwen35"):
+    with pytest.raises(
+        ModelError, match="supported are gpt-oss, gptoss, llama, qwen2, qwen3, qwen35"
+    ):
         runtime.load(path)

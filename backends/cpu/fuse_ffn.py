@@ -107,8 +107,8 @@ def _tile_each(tiles: Tensor) -> bool:
 
 def _choice(graph: Graph, ids: Tensor) -> _Choice | None:
     shares = ids.inputs[0]
-    takes = [u for u in graph.users[ids] if u.op == "take" and u.inputs[1] is ids]
-    if len(takes) != 1 or takes[0].inputs[0] is not shares:
+    takes = [u for u in graph.users[ids] if u.op == "take" and u.inputs == (shares, ids)]
+    if len(takes) != 1:
         return None
     if shares.op not in ("softmax", "sigmoid"):
         end = _next(graph, takes[0], "softmax")

@@ -6,6 +6,7 @@ afterwards, so a model never lies in memory twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -72,8 +73,9 @@ class WeightStore:
         source = self._file.tensors[stored_name(w)]
         if not (runs := w.attrs.get("rows")):
             return source.data
-        experts, inner = _experts(w), _matrix(w)[1]
-        rows = source.data.reshape(experts, -1, inner // w.dtype.block * w.dtype.nbytes)
+        axis = w.ndim + w.attrs["axis"]
+        before, inner = math.prod(w.shape[:axis]), math.prod(w.shape[axis + 1 :])
+        rows = source.data.reshape(before, -1, inner // w.dtype.block * w.dtype.nbytes)
         return np.concatenate([rows[:, a:b] for a, b in runs], axis=1).reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:

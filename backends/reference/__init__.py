@@ -49,7 +49,10 @@ class ReferenceBackend:
         if leaf.name not in self._weights:
             stored = self._file.tensors[stored_name(leaf)].to_float32().astype(np.float64)
             if runs := leaf.attrs.get("rows"):
-                stored = np.concatenate([stored[..., a:b, :] for a, b in runs], axis=-2)
+                axis, whole = leaf.attrs["axis"], [int(n) for n in leaf.shape]
+                whole[axis] = -1
+                places = np.concatenate([np.arange(a, b) for a, b in runs])
+                stored = np.take(stored.reshape(whole), places, axis)
             self._weights[leaf.name] = stored.reshape(leaf.shape)
         return self._weights[leaf.name]
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from runtime import ops
 from runtime.errors import ModelError
 from runtime.models.keys import Keys
-from runtime.models.rotary import Rotary
-from runtime.models.step import CacheLayer, Step, Weights
+from runtime.models.linear import linear, projections, scaled
+from runtime.models.rotary import RotarySizes
+from runtime.models.step import CacheLayer, Step
+from runtime.models.weights import Weights
 from runtime.ops.tensor import Tensor
 
 SWIGLU_ALPHA = 1.702  # of the clamped SwiGLU
@@ -37,17 +39,21 @@ class AttentionSizes:
     @staticmethod
     def read(
         keys: Keys, hidden: int, eps: float, rope_style: str = "neox", qk_norm: bool = False,
-        gated: bool = False, sinks: bool = False,
+        gated: bool = False, sinks: bool = False, holes: bool = False,
     ) -> AttentionSizes:  # fmt: skip
-        """From metadata; ModelError where heads do not divide."""
-        heads = keys.count("attention.head_count")
-        kv_heads = keys.count("attention.head_count_kv", heads)
+        """From metadata; ModelError where heads do not divide.
+
+        holes: lists by layer have zeros where a layer is of another kind.
+        """
+        heads = keys.count("attention.head_count", holes=holes)
+        kv_heads = keys.count("attention.head_count_kv", heads, holes=holes)
         if heads % kv_heads:
             raise ModelError(
                 f"{keys.source}: {heads} heads do not divide into {kv_heads} KV heads: the "
                 "metadata contradicts itself"
             )
-        dim = keys.count("attention.key_length", hidden // heads)
+        dim = keys.count("attention.head_dim", hidden // heads)  # Ollama's key
+        dim = keys.count("attention.key_length", dim)
         v_dim = keys.count("attention.value_length", dim)
         return AttentionSizes(
             heads, kv_heads, dim, v_dim, eps, rope_style, qk_norm, gated, sinks=sinks
@@ -65,28 +71,27 @@ def embedding(w: Weights, step: Step, vocabulary: int, hidden: int) -> tuple[Ten
     return table, ops.get_rows(table, step.tokens, name="embedding")
 
 
-def angles(step: Step, rotary: Rotary) -> Tensor:
+def angles(w: Weights, step: Step, size: RotarySizes, name: str = "inv_freq") -> Tensor:
     """cos and sin of this step's positions, [T, half, 2]; M-RoPE picks a position per frequency."""
-    inv_freq = ops.constant("inv_freq", rotary.inv_freq)
+    rotary = size.rotary(w, step.context)
+    inv_freq = ops.constant(name, rotary.inv_freq)
     if rotary.components is None:
         return ops.rope_angles(step.positions, inv_freq, magnitude=rotary.magnitude)
     components = ops.constant("rope_components", rotary.components)
     return ops.rope_angles(step.positions, inv_freq, components, magnitude=rotary.magnitude)
 
 
-def logits(w: Weights, step: Step, x: Tensor, table: Tensor, eps: float) -> Tensor:
+def logits(
+    w: Weights, step: Step, x: Tensor, table: Tensor, eps: float, bias: bool = False
+) -> Tensor:
     """[R, vocabulary] of the wanted rows; without an output matrix the embedding serves as one."""
     x = ops.select_rows(x, step.output_rows)  # [R, hidden]
     x = ops.rms_norm(x, w("output_norm.weight", x.shape[1]), eps=eps, name="output_norm")
-    head = w.optional("output.weight", *table.shape)
-    return ops.matmul(x, table if head is None else head, name="logits")
-
-
-def linear(w: Weights, name: str, x: Tensor, rows: int, label: str) -> Tensor:
-    """x W^T, plus a bias where the file has one."""
-    y = ops.matmul(x, w(f"{name}.weight", rows, x.shape[-1]), name=label)  # [T, rows]
-    bias = w.optional(f"{name}.bias", rows)
-    return y if bias is None else ops.add(y, bias, name=f"{label}+bias")
+    tied = "output.weight" not in w
+    y = ops.matmul(x, table if tied else w("output.weight", *table.shape), name="logits")
+    y = y if tied else scaled(w, "output", y)
+    shift = w.optional("output.bias", table.shape[0]) if bias else None
+    return y if shift is None else ops.add(y, shift, name="logits+bias")
 
 
 def attention(
@@ -95,12 +100,11 @@ def attention(
     """Causal self-attention with grouped KV heads, rotary positions and a paged cache."""
     at, H, K, d = f"blk.{layer}", size.heads, size.kv_heads, size.dim
     gate, width = None, d + size.v_dim if size.gated else d
-    q = ops.split_heads(linear(w, f"{at}.attn_q", x, H * width, f"{at}.q"), H)  # [T, H, width]
+    q, k, v = projections(w, at, x, {"q": H * width, "k": K * d, "v": K * size.v_dim})
+    q, k, v = ops.split_heads(q, H), ops.split_heads(k, K), ops.split_heads(v, K)  # [T, H, width]
     if size.gated:
         gate = ops.slice_(q, axis=2, start=d, stop=width)
         q = ops.slice_(q, axis=2, start=0, stop=d)
-    k = ops.split_heads(linear(w, f"{at}.attn_k", x, K * d, f"{at}.k"), K)  # [T, K, d]
-    v = ops.split_heads(linear(w, f"{at}.attn_v", x, K * size.v_dim, f"{at}.v"), K)
     if size.qk_norm:
         q = ops.rms_norm(q, w(f"{at}.attn_q_norm.weight", d), eps=size.eps, name=f"{at}.q_norm")
         k = ops.rms_norm(k, w(f"{at}.attn_k_norm.weight", d), eps=size.eps, name=f"{at}.k_norm")

@@ -7,14 +7,14 @@ rope style, norms on queries and keys, experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from runtime import ops
 from runtime.models import blocks
 from runtime.models.experts import Experts, moe_ffn
 from runtime.models.keys import Keys
 from runtime.models.rotary import RotarySizes
-from runtime.models.step import Layers, Step, Weights
+from runtime.models.step import Layers, Step
+from runtime.models.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Variant:
     rope_style: str = "neox"
     qk_norm: bool = False
     experts: bool = False
+    output_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,21 @@ class Hyperparameters:
     attention: blocks.AttentionSizes
     rotary: RotarySizes
     experts: Experts | None
+    output_bias: bool
 
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
-        keys.refuse_unknown()
         hidden, context = keys.count("embedding_length"), keys.count("context_length")
         eps = keys.number("attention.layer_norm_rms_epsilon")
         size = blocks.AttentionSizes.read(keys, hidden, eps, variant.rope_style, variant.qk_norm)
         if not variant.experts:
             keys.refuse_experts()
         return Hyperparameters(
-            keys.count("block_count"), hidden, vocabulary, context,
+            keys.layers(), hidden, vocabulary, context,
             keys.count("feed_forward_length", 0 if variant.experts else None, least=0), eps, size,
             RotarySizes.read(keys, size.dim, context),
-            Experts.read(keys, w) if variant.experts else None,
+            Experts.read(keys, w) if variant.experts else None, variant.output_bias,
         )  # fmt: skip
 
 
@@ -63,12 +64,16 @@ class Decoder:
 
     p: Hyperparameters
     w: Weights
-    positions_per_token: ClassVar[int] = 1
 
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Decoder:
         """The model of a file."""
         return Decoder(Hyperparameters.read(keys, w, vocabulary, variant), w)
+
+    @property
+    def positions_per_token(self) -> int:
+        """Four with M-RoPE, else one."""
+        return self.p.rotary.positions_per_token
 
     @property
     def layers(self) -> Layers:
@@ -79,14 +84,13 @@ class Decoder:
         """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
         p, w = self.p, self.w
         table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
-        factors = w.values("rope_freqs.weight", p.rotary.dims // 2)
-        angles = blocks.angles(step, p.rotary.rotary(factors))
+        angles = blocks.angles(w, step, p.rotary)
         for i in range(p.layers):
             h = ops.rms_norm(x, w(f"blk.{i}.attn_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, blocks.attention(w, step, i, h, angles, p.attention), name=f"blk.{i}.x")
             h = ops.rms_norm(x, w(f"blk.{i}.ffn_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, self.ffn(i, h), name=f"blk.{i}.out")
-        return ops.Graph((blocks.logits(w, step, x, table, p.eps),), "decoder")
+        return ops.Graph((blocks.logits(w, step, x, table, p.eps, p.output_bias),), "decoder")
 
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """The feed-forward part of a layer: one network, or the best of many."""

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from runtime import ops
 from runtime.errors import ModelError
-from runtime.models.blocks import linear
 from runtime.models.keys import Keys
-from runtime.models.step import StateLayer, Step, Weights
+from runtime.models.linear import linear
+from runtime.models.step import StateLayer, Step
+from runtime.models.weights import Weights
 from runtime.ops.tensor import Runs, Tensor
 
 L2_EPS = 1e-6  # in the norm of queries and keys, not in the files
@@ -33,6 +34,8 @@ class DeltaSizes:
     @staticmethod
     def read(keys: Keys, eps: float, order: str) -> DeltaSizes:
         """From metadata; ModelError for what is missing or does not divide."""
+        if keys.has("ssm.v_head_reordered"):  # Ollama's key
+            order = "tiled" if keys.flag("ssm.v_head_reordered", True) else "grouped"
         key_heads, heads = keys.count("ssm.group_count"), keys.count("ssm.time_step_rank")
         inner = keys.count("ssm.inner_size")
         problems = {
@@ -105,37 +108,33 @@ def _heads(x: Tensor, size: DeltaSizes) -> tuple[Tensor, Tensor, Tensor]:
 
 def _qkv_and_gate(w: Weights, at: str, x: Tensor, size: DeltaSizes) -> tuple[Tensor, Tensor]:
     """Input of the convolution, and the gate of the output."""
-    if f"{at}.ssm_in.weight" not in w.tensors:
+    if f"{at}.ssm_in.weight" not in w:
         qkv = linear(w, f"{at}.attn_qkv", x, size.channels, f"{at}.qkv")
         return qkv, linear(w, f"{at}.attn_gate", x, size.heads * size.v_dim, f"{at}.z")
     # Older files: of each key head in turn its query, its key, its values, their gates.
     values = size.heads // size.key_heads * size.v_dim
     q, k, v, gates = _runs(size.key_heads, (size.k_dim, size.k_dim, values, values))
-    rows = size.channels + size.heads * size.v_dim
+    gate_rows = size.heads * size.v_dim
+    rows, name = size.channels + gate_rows, f"{at}.ssm_in"
     return (
-        _part(w, f"{at}.ssm_in", rows, x, (*q, *k, *v), f"{at}.qkv"),
-        _part(w, f"{at}.ssm_in", rows, x, gates, f"{at}.z"),
+        linear(w, name, x, size.channels, f"{at}.qkv", rows, (*q, *k, *v)),
+        linear(w, name, x, gate_rows, f"{at}.z", rows, gates),
     )
 
 
 def _alpha_and_beta(w: Weights, at: str, x: Tensor, size: DeltaSizes) -> tuple[Tensor, Tensor]:
     """What decay and beta are made of."""
-    if f"{at}.ssm_ba.weight" not in w.tensors:
+    if f"{at}.ssm_ba.weight" not in w:
         alpha = linear(w, f"{at}.ssm_alpha", x, size.heads, f"{at}.alpha")
         return alpha, linear(w, f"{at}.ssm_beta", x, size.heads, f"{at}.beta")
     # Qwen3-Next: of each key head in turn the betas of its value heads, then their alphas.
     each = size.heads // size.key_heads
     betas, alphas = _runs(size.key_heads, (each, each))
+    name, rows = f"{at}.ssm_ba", 2 * size.heads
     return (
-        _part(w, f"{at}.ssm_ba", 2 * size.heads, x, alphas, f"{at}.alpha"),
-        _part(w, f"{at}.ssm_ba", 2 * size.heads, x, betas, f"{at}.beta"),
+        linear(w, name, x, size.heads, f"{at}.alpha", rows, alphas),
+        linear(w, name, x, size.heads, f"{at}.beta", rows, betas),
     )
-
-
-def _part(w: Weights, name: str, rows: int, x: Tensor, runs: Runs, label: str) -> Tensor:
-    """x times some of the rows of a stored matrix."""
-    part = w.rows(f"{name}.weight", label.rsplit(".", 1)[1], runs, rows, x.shape[-1])
-    return ops.matmul(x, part, name=label)
 
 
 def _runs(groups: int, lengths: tuple[int, ...]) -> list[Runs]:

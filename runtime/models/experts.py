@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from runtime import ops
 from runtime.errors import ModelError
-from runtime.models.blocks import linear, swiglu
+from runtime.models.blocks import swiglu
 from runtime.models.keys import Keys
-from runtime.models.step import Weights
-from runtime.ops.tensor import Tensor
+from runtime.models.linear import linear
+from runtime.models.weights import Weights
+from runtime.ops.tensor import Runs, Tensor
 
 # `expert_gating_func` of GGUF files: how scores become weights of the chosen experts
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
@@ -21,6 +22,8 @@ class Experts:
 
     gating: one of the three above. normalize: the chosen weights are made to sum to 1, and then
     multiplied by `scale`. limit: bound of the clamped SwiGLU (gpt-oss), 0 for the plain one.
+    interleaved: where gate and up are one tensor their rows take turns (gpt-oss); else they
+    follow each other.
     """
 
     count: int
@@ -31,13 +34,17 @@ class Experts:
     normalize: bool = True
     scale: float = 1.0
     limit: float = 0.0
+    interleaved: bool = False
 
     @staticmethod
-    def read(keys: Keys, w: Weights, gating: int = SOFTMAX, limit: float = 0.0) -> Experts:
+    def read(
+        keys: Keys, w: Weights, gating: int = SOFTMAX, limit: float = 0.0, interleaved: bool = False
+    ) -> Experts:
         """From metadata; ModelError for what is missing, contradictory or not implemented.
 
-        Some files leave out the sizes of shared experts, which are those of the tensors then.
+        Some files leave out the sizes of experts, which are those of the tensors then.
         """
+        keys.read.add("feed_forward_length")  # of layers without experts
         count, used = keys.count("expert_count"), keys.count("expert_used_count")
         if used > count:
             raise ModelError(
@@ -50,14 +57,26 @@ class Experts:
                 f"{keys.source}: {keys.architecture}.expert_gating_func = {chosen} is not "
                 "implemented; 1 (softmax), 2 (sigmoid) and 3 (softmax of the chosen) are"
             )
-        shared = next((t for n, t in w.tensors.items() if n.endswith("ffn_up_shexp.weight")), None)
-        found = int(shared.shape[0]) if shared is not None and shared.shape else 0
+        shared = keys.count(
+            "expert_shared_feed_forward_length", _units(w, "ffn_down_shexp.weight") or 0, least=0
+        )
+        if keys.count("expert_shared_count", 1 if shared else 0, least=0) and not shared:
+            raise ModelError(
+                f"{keys.source}: {keys.architecture}.expert_shared_count asks for a shared expert, "
+                "but the file has no size and no tensors of one: the metadata contradicts itself"
+            )
+        inner = keys.count("expert_feed_forward_length", _units(w, "ffn_down_exps.weight"))
+        norm = keys.flag("norm_top_k_prob", True)  # Ollama's key
         return Experts(
-            count, used, keys.count("expert_feed_forward_length"),
-            keys.count("expert_shared_feed_forward_length", found, least=0), chosen,
-            keys.flag("expert_weights_norm", True), keys.number("expert_weights_scale", 1.0) or 1.0,
-            limit,
+            count, used, inner, shared, chosen, keys.flag("expert_weights_norm", norm),
+            keys.number("expert_weights_scale", 1.0) or 1.0, limit, interleaved,
         )  # fmt: skip
+
+
+def _units(w: Weights, tail: str) -> int | None:
+    """Inner units by the tensors: what the first matrix of this name takes in."""
+    found = next((t.shape for name, t in w.tensors.items() if name.endswith(f".{tail}")), ())
+    return int(found[-1]) if found else None
 
 
 def moe_ffn(w: Weights, layer: int, x: Tensor, e: Experts) -> Tensor:
@@ -65,9 +84,9 @@ def moe_ffn(w: Weights, layer: int, x: Tensor, e: Experts) -> Tensor:
     at = f"blk.{layer}"
     scores = linear(w, f"{at}.ffn_gate_inp", x, e.count, f"{at}.scores")  # [T, count]
     ids, weights = _choice(scores, e, at)
-    gate, up = (_of_experts(w, at, part, x, ids, (e.count, e.inner)) for part in ("gate", "up"))
+    gate, up = (_of_experts(w, at, part, x, ids, e, e.inner) for part in ("gate", "up"))
     inner = swiglu(gate, up, f"{at}.swiglu", e.limit)  # [T, used, inner]
-    y = _of_experts(w, at, "down", inner, ids, (e.count, x.shape[-1]))
+    y = _of_experts(w, at, "down", inner, ids, e, x.shape[-1])
     y = ops.expert_sum(y, weights, name=f"{at}.ffn_out")
     return ops.add(y, _shared(w, at, x, e), name=f"{at}.ffn_all") if e.shared else y
 
@@ -88,19 +107,41 @@ def _choice(scores: Tensor, e: Experts, at: str) -> tuple[Tensor, Tensor]:
 
 
 def _of_experts(
-    w: Weights, at: str, part: str, x: Tensor, ids: Tensor, size: tuple[int, int]
+    w: Weights, at: str, part: str, x: Tensor, ids: Tensor, e: Experts, rows: int
 ) -> Tensor:
-    """x times the matrices of the chosen experts, plus their biases: [T, used, rows]."""
-    name, both = f"{at}.ffn_{part}_exps", f"{at}.ffn_gate_up_exps.weight"
-    if part != "down" and both in w.tensors:  # one tensor, the rows of gate before those of up
-        rows = size[1]
-        run = (0, rows) if part == "gate" else (rows, 2 * rows)
-        stored = w.rows(both, part, (run,), size[0], 2 * rows, x.shape[-1])
-    else:
-        stored = w(f"{name}.weight", *size, x.shape[-1])
-    y = ops.matmul_id(x, stored, ids, name=f"{at}.{part}")
-    bias = w.optional(f"{name}.bias", *size)
-    return y if bias is None else ops.expert_bias(y, bias, ids, name=f"{at}.{part}+bias")
+    """x times the matrices of the chosen experts, their scales, plus their biases.
+
+    [T, used, rows]; gate and up may be halves of one tensor.
+    """
+    name, both = f"{at}.ffn_{part}_exps", f"{at}.ffn_gate_up_exps"
+    stored, runs = rows, ()
+    if part != "down" and f"{both}.weight" in w:
+        name, stored, runs = both, 2 * rows, _half(part == "up", rows, e.interleaved)
+    matrices = w.rows(f"{name}.weight", part, runs, e.count, stored, x.shape[-1])
+    y = ops.matmul_id(x, matrices, ids, name=f"{at}.{part}")
+    y = _scaled(w, f"{name}.scale", y, ids, e.count)
+    if f"{name}.bias" not in w:
+        return y
+    bias = w.rows(f"{name}.bias", part, runs, e.count, stored, axis=-1)
+    return ops.expert_bias(y, bias, ids, name=f"{at}.{part}+bias")
+
+
+def _half(second: bool, rows: int, interleaved: bool) -> Runs:
+    """Which of twice `rows` rows are the first matrix's, or the second's."""
+    if interleaved:
+        return tuple((i, i + 1) for i in range(second, 2 * rows, 2))
+    return ((rows, 2 * rows),) if second else ((0, rows),)
+
+
+def _scaled(w: Weights, name: str, y: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Products times the scale of each expert's matrix (NVFP4), where the file has them."""
+    if name not in w:
+        return y
+    by_token = ops.broadcast(
+        ops.reshape(w(name, count), shape=(1, count)), shape=(ids.shape[0], count)
+    )
+    chosen = ops.reshape(ops.take(by_token, ids), shape=(*ids.shape, 1))  # [T, used, 1]
+    return ops.row_scale(y, chosen, name=f"{y.name}*scale")
 
 
 def _shared(w: Weights, at: str, x: Tensor, e: Experts) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -11,7 +11,8 @@ from runtime.models import blocks
 from runtime.models.experts import SOFTMAX_OF_CHOSEN, Experts, moe_ffn
 from runtime.models.keys import Keys
 from runtime.models.rotary import RotarySizes
-from runtime.models.step import Layers, Step, Weights
+from runtime.models.step import Layers, Step
+from runtime.models.weights import Weights
 
 LIMIT = 7.0  # of the clamped SwiGLU, not in the files
 PERIOD = 2  # of sliding and full layers, where a file does not say
@@ -29,21 +30,24 @@ class Hyperparameters:
     eps: float
     attention: blocks.AttentionSizes
     rotary: RotarySizes
+    rotary_sliding: RotarySizes  # of the layers with a window
     experts: Experts
 
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
-        keys.refuse_unknown()
         hidden, context = keys.count("embedding_length"), keys.count("context_length")
         eps = keys.number("attention.layer_norm_rms_epsilon")
         size = blocks.AttentionSizes.read(keys, hidden, eps, sinks=True)
+        # Files have no key for it: OpenAI's YaRN does not round its range of dimensions. A model
+        # with a base of its own for sliding layers is somebody else's, with YaRN as it is usual.
+        derived = keys.has("rope.freq_base_swa")
+        rotary = RotarySizes.read(keys, size.dim, context, truncate=derived, kind="yarn")
         return Hyperparameters(
             _sliding_layers(keys), hidden, vocabulary, context,
             keys.count("attention.sliding_window"), eps, size,
-            # Files have no key for it; the model's YaRN does not round its range of dimensions.
-            RotarySizes.read(keys, size.dim, context, truncate=False),
-            Experts.read(keys, w, SOFTMAX_OF_CHOSEN, LIMIT),
+            rotary, replace(rotary, base=keys.number("rope.freq_base_swa", rotary.base)),
+            Experts.read(keys, w, SOFTMAX_OF_CHOSEN, LIMIT, interleaved=True),
         )  # fmt: skip
 
     @property
@@ -58,12 +62,16 @@ class GptOss:
 
     p: Hyperparameters
     w: Weights
-    positions_per_token: ClassVar[int] = 1
 
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Any) -> GptOss:
         """The model of a file; there is one variant."""
         return GptOss(Hyperparameters.read(keys, w, vocabulary), w)
+
+    @property
+    def positions_per_token(self) -> int:
+        """Four with M-RoPE, else one."""
+        return self.p.rotary.positions_per_token
 
     @property
     def layers(self) -> Layers:
@@ -74,11 +82,13 @@ class GptOss:
         """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
         p, w = self.p, self.w
         table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
-        angles = blocks.angles(step, p.rotary.rotary())
+        angles = near = blocks.angles(w, step, p.rotary)
+        if p.rotary_sliding != p.rotary:
+            near = blocks.angles(w, step, p.rotary_sliding, "inv_freq_sliding")
         for i, sliding in enumerate(p.sliding):
             at, size = f"blk.{i}", replace(p.attention, window=p.window if sliding else 0)
             h = ops.rms_norm(x, w(f"{at}.attn_norm.weight", p.hidden), eps=p.eps)
-            mixed = blocks.attention(w, step, i, h, angles, size)
+            mixed = blocks.attention(w, step, i, h, near if sliding else angles, size)
             x = ops.add(x, mixed, name=f"{at}.x")
             h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, moe_ffn(w, i, h, p.experts), name=f"{at}.out")
@@ -87,7 +97,7 @@ class GptOss:
 
 def _sliding_layers(keys: Keys) -> tuple[bool, ...]:
     """Which layers see a window alone: the first of two, unless the file has its own pattern."""
-    layers = keys.count("block_count")
+    layers = keys.layers()
     listed = keys.counts("attention.sliding_window_pattern", PERIOD)
     if len(listed) == 1:  # every so many layers, the last of them sees all
         return tuple(i % listed[0] < listed[0] - 1 if listed[0] else True for i in range(layers))

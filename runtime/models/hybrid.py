@@ -17,7 +17,8 @@ from runtime.models.experts import Experts, moe_ffn
 from runtime.models.keys import Keys
 from runtime.models.recurrence import recurrent_layers
 from runtime.models.rotary import RotarySizes
-from runtime.models.step import Layers, Step, Weights
+from runtime.models.step import Layers, Step
+from runtime.models.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,14 @@ class Hyperparameters:
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
-        keys.refuse_unknown("expert_shared_count")
         eps = keys.number("attention.layer_norm_rms_epsilon")
         count, hidden = keys.count("block_count"), keys.count("embedding_length")
         context = keys.count("context_length")
-        size = blocks.AttentionSizes.read(keys, hidden, eps, qk_norm=True, gated=True)
+        size = blocks.AttentionSizes.read(keys, hidden, eps, qk_norm=True, gated=True, holes=True)
         if not variant.experts:
             keys.refuse_experts()
-        layers = count - keys.count("nextn_predict_layers", 0, least=0)
         return Hyperparameters(
-            recurrent_layers(keys, w, layers), count, hidden, vocabulary, context,
+            recurrent_layers(keys, w, keys.layers()), count, hidden, vocabulary, context,
             keys.count("feed_forward_length", 0, least=0), eps, size,
             RotarySizes.read(keys, size.dim, context), DeltaSizes.read(keys, eps, variant.order),
             Experts.read(keys, w) if variant.experts else None,
@@ -111,7 +110,7 @@ class Hybrid:
         """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
         p, w = self.p, self.w
         table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
-        angles = blocks.angles(step, p.rotary.rotary())
+        angles = blocks.angles(w, step, p.rotary)
         for i, recurrent in enumerate(p.recurrent):
             at = f"blk.{i}"
             h = ops.rms_norm(x, w(f"{at}.attn_norm.weight", p.hidden), eps=p.eps)
@@ -126,6 +125,6 @@ class Hybrid:
 
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """One network, or the best of many; a model with experts may have layers without."""
-        if self.p.experts is None or f"blk.{layer}.ffn_gate.weight" in self.w.tensors:
+        if self.p.experts is None or f"blk.{layer}.ffn_gate.weight" in self.w:
             return blocks.swiglu_ffn(self.w, layer, x, self.p.inner)
         return moe_ffn(self.w, layer, x, self.p.experts)

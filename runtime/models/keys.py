@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from operator import index
 from typing import Any
@@ -12,54 +12,42 @@ from runtime.errors import ModelError
 
 LARGEST = 1 << 24  # no count or size of a model comes near; guards every allocation behind it
 
-# Keys that change the arithmetic and that nothing here implements, with their neutral value.
-_NEUTRAL = {
-    "attention.causal": True,
-    "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0,
-    "attn_logit_softcapping": 0.0,
-    "final_logit_softcapping": 0.0,
-    "embedding_scale": 1.0,
-    "residual_scale": 1.0,
-    "logit_scale": 1.0,
-    "attention.scale": 0.0,
-    "use_parallel_residual": False,
-    "expert_shared_count": 0,
-    "expert_group_count": 1,
-}
-
 
 @dataclass(frozen=True)
 class Keys:
-    """The metadata of one file under its architecture's prefix."""
+    """The metadata of one file under its architecture's prefix.
+
+    `read` collects the keys that were asked for: what is left is looked at in unread.py.
+    """
 
     metadata: Mapping[str, Any]
     architecture: str
     source: str
+    read: set[str] = field(default_factory=set)
 
-    def refuse_unknown(self, *handled: str) -> None:
-        """ModelError when a key that changes the arithmetic has a value nothing here implements."""
-        for key, neutral in _NEUTRAL.items():
-            value = self.metadata.get(f"{self.architecture}.{key}", neutral)
-            if key not in handled and value != neutral and not (neutral == 1 and value == 0):
-                raise ModelError(
-                    f"{self.source}: {self.architecture}.{key} = {value} is not implemented "
-                    f"(only {neutral}); this model cannot be run correctly yet"
-                )
+    def layers(self) -> int:
+        """Blocks that a step goes through; those behind them predict further tokens (NextN)."""
+        layers = self.count("block_count") - self.count("nextn_predict_layers", 0, least=0)
+        if layers < 1:
+            raise ModelError(f"{self.source}: nextn_predict_layers leaves no layers of block_count")
+        return layers
 
     def refuse_experts(self) -> None:
         """ModelError when the file has experts and its architecture none."""
+        self.read.add("expert_used_count")  # says nothing without experts
         if experts := self.count("expert_count", 0, least=0):
             raise ModelError(
                 f"{self.source}: {self.architecture}.expert_count = {experts} is not implemented "
                 f"for architecture {self.architecture!r}"
             )
 
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number from `least` to LARGEST."""
+    def count(
+        self, key: str, default: int | None = None, least: int = 1, holes: bool = False
+    ) -> int:
+        """A whole number from `least` to LARGEST; with `holes` layers of another kind have a 0."""
         value = self._get(key, default)
         if hasattr(value, "__len__") and not isinstance(value, str):
-            value = self._uniform(key, value)
+            value = self._uniform(key, holes)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise ModelError(
                 f"{self.source}: {self.architecture}.{key} = {value!r} must be a whole number "
@@ -87,6 +75,7 @@ class Keys:
 
     def counts(self, key: str, *default: int) -> tuple[int, ...]:
         """A list of whole numbers from 0 (or of flags, as 0 and 1); one alone is a list of it."""
+        self.read.add(key)
         values = self.metadata.get(f"{self.architecture}.{key}", default)
         values = values.tolist() if hasattr(values, "tolist") else values
         try:
@@ -105,9 +94,11 @@ class Keys:
 
     def has(self, key: str) -> bool:
         """Whether the file gives the key."""
+        self.read.add(key)
         return f"{self.architecture}.{key}" in self.metadata
 
     def _get(self, key: str, default: Any) -> Any:
+        self.read.add(key)
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise ModelError(
@@ -116,9 +107,9 @@ class Keys:
             )
         return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
-    def _uniform(self, key: str, values: Any) -> int:
+    def _uniform(self, key: str, holes: bool) -> int:
         """Some converters write one value per layer; equal ones are one value."""
-        distinct = {int(v) for v in values}
+        distinct = set(self.counts(key)) - ({0} if holes else set())
         if len(distinct) != 1:
             raise ModelError(
                 f"{self.source}: {self.architecture}.{key} differs between layers, which is not "

@@ -12,7 +12,9 @@ from runtime.models.decoder import Decoder
 from runtime.models.gpt_oss import GptOss
 from runtime.models.hybrid import Hybrid
 from runtime.models.keys import LARGEST, Keys
-from runtime.models.step import Layers, Step, Weights
+from runtime.models.step import Layers, Step
+from runtime.models.unread import refuse_unread
+from runtime.models.weights import Weights
 
 
 class Architecture(Protocol):
@@ -35,18 +37,22 @@ class Architecture(Protocol):
 # name -> how its file is read, and what is different about it
 MODELS: dict[str, tuple[Callable[[Keys, Weights, int, Any], Architecture], Any]] = {
     "llama": (Decoder.read, decoder.Variant(rope_style="normal")),
-    "qwen2": (Decoder.read, decoder.Variant()),
+    "qwen2": (Decoder.read, decoder.Variant(output_bias=True)),
     "qwen3": (Decoder.read, decoder.Variant(qk_norm=True)),
     "qwen3moe": (Decoder.read, decoder.Variant(qk_norm=True, experts=True)),
     "qwen3next": (Hybrid.read, hybrid.Variant("grouped", experts=True)),
     "qwen35": (Hybrid.read, hybrid.Variant("tiled")),
     "qwen35moe": (Hybrid.read, hybrid.Variant("tiled", experts=True)),
     "gpt-oss": (GptOss.read, None),
+    "gptoss": (GptOss.read, None),  # Ollama's name for it
 }
 
 
 def build(file: Any) -> Architecture:
-    """The model of an open GGUF file; ModelError names an unknown architecture and the known."""
+    """The model of an open GGUF file; ModelError names an unknown architecture and the known.
+
+    Whatever the file says is read, known to change nothing, or a ModelError.
+    """
     name, source = file.architecture, str(file.path)
     if name not in MODELS:
         raise ModelError(
@@ -56,12 +62,20 @@ def build(file: Any) -> Architecture:
     read, variant = MODELS[name]
     keys, weights = Keys(file.metadata, name, source), Weights(file.tensors, source)
     check_blocks(keys, weights)
-    return read(keys, weights, vocabulary_size(file, keys), variant)
+    model = read(keys, weights, vocabulary_size(file, keys), variant)
+    graph = model.graph(one_token(model))
+    refuse_unread(keys, weights, graph, model.p.layers)
+    return model
+
+
+def one_token(model: Architecture, kv_types: tuple[str, str] = ("f16", "f16")) -> Step:
+    """The inputs of a step of one token, one page and one slot."""
+    return Step.capacity(1, 1, 1, 1, 1, model.layers, kv_types, model.positions_per_token)
 
 
 def check_blocks(keys: Keys, w: Weights) -> None:
     """ModelError where the metadata counts layers that the file has no tensors of."""
-    told = keys.count("block_count") - keys.count("nextn_predict_layers", 0, least=0)
+    told = keys.layers()
     numbers = {name.split(".")[1] for name in w.tensors if name.startswith("blk.")}
     if told > len(numbers):
         raise ModelError(

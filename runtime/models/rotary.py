@@ -9,6 +9,8 @@ import numpy as np
 
 from runtime.errors import ModelError
 from runtime.models.keys import Keys
+from runtime.models.scaling import Scaling, yarn_magnitude
+from runtime.models.weights import Weights
 from runtime.ops import rope_components
 
 
@@ -26,19 +28,30 @@ class Rotary:
 
 @dataclass(frozen=True)
 class RotarySizes:
-    """Rotated dimensions of a head, base of the frequencies, `rope.dimension_sections`."""
+    """Rotated dimensions of a head, base of the frequencies, `rope.dimension_sections`.
+
+    interleaved: the sections' frequencies take turns (Qwen3-VL and later).
+    """
 
     dims: int
     base: float
     scaling: Scaling
     sections: tuple[int, ...] = ()
+    interleaved: bool = True
 
     @staticmethod
-    def read(keys: Keys, dim: int, context: int, truncate: bool = True) -> RotarySizes:
-        """From metadata, for heads of `dim`; ModelError where it contradicts itself."""
+    def read(
+        keys: Keys, dim: int, context: int, truncate: bool = True, kind: str = "linear"
+    ) -> RotarySizes:
+        """From metadata, for heads of `dim`; ModelError where it contradicts itself.
+
+        kind: how a file means `rope.scaling.factor` that does not say.
+        """
         dims = keys.count("rope.dimension_count", dim)
         base = keys.number("rope.freq_base", 10000.0)
-        sections = keys.counts("rope.dimension_sections")
+        # Ollama writes the sections under names of its own as well.
+        names = ("rope.dimension_sections", "rope.mrope_section", "mrope_sections")
+        sections = next(filter(None, [keys.counts(name) for name in names]), ())
         problems = {
             f"rope.dimension_count {dims} of a head of {dim}": dims > dim or dims % 2,
             f"rope.freq_base {base} must be above 1": base <= 1,
@@ -48,61 +61,35 @@ class RotarySizes:
         for message, wrong in problems.items():
             if wrong:
                 raise ModelError(f"{keys.source}: {message}: the metadata contradicts itself")
-        return RotarySizes(dims, base, Scaling.read(keys, context, truncate), sections)
+        turns = keys.flag("rope.mrope_interleaved", True)  # Ollama's key
+        return RotarySizes(dims, base, Scaling.read(keys, context, truncate, kind), sections, turns)
 
     @property
     def positions_per_token(self) -> int:
         """Four with M-RoPE: time, height, width and one more; else one."""
         return 4 if any(self.sections[1:]) else 1
 
-    def rotary(self, factors: np.ndarray | None = None) -> Rotary:
-        """Frequencies, stretched as the file says; `factors` [dims / 2] divide them (llama3)."""
-        plain = rotary(self.dims, self.base, self.scaling, factors)
+    def rotary(self, w: Weights, context: int) -> Rotary:
+        """Frequencies, stretched as the file says for sequences of up to `context` tokens."""
+        plain = rotary(self.dims, self.base, self.scaling, self._factors(w, context))
         if self.positions_per_token == 1:
             return plain
-        return replace(plain, components=rope_components(self.sections, self.dims // 2, True))
+        components = rope_components(self.sections, self.dims // 2, self.interleaved)
+        return replace(plain, components=components)
 
-
-@dataclass(frozen=True)
-class Scaling:
-    """`rope.scaling.*` of a file; `factor` is how many times longer the context becomes.
-
-    truncate: YaRN's ramp begins and ends at whole dimensions; not so in gpt-oss.
-    """
-
-    kind: str = "none"
-    factor: float = 1.0
-    original: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    extrapolation: float = 1.0
-    attention: float = 1.0
-    truncate: bool = True
-
-    @staticmethod
-    def read(keys: Keys, context: int, truncate: bool = True) -> Scaling:
-        """From metadata; ModelError for a kind that is not implemented."""
-        legacy = keys.number("rope.scale_linear", 1.0)
-        kind = keys.text("rope.scaling.type", "linear" if legacy != 1.0 else "none")
-        if kind not in ("none", "linear", "yarn"):
+    def _factors(self, w: Weights, context: int) -> np.ndarray | None:
+        """What divides each frequency [dims / 2] (llama3); longrope has a list for each length."""
+        if self.scaling.kind != "longrope":
+            return w.values("rope_freqs.weight", self.dims // 2)
+        names = [f"rope_factors_{which}.weight" for which in ("short", "long")]
+        both = [w.values(name, self.dims // 2) for name in names]
+        found = both[context > self.scaling.original]
+        if found is None:
             raise ModelError(
-                f"{keys.source}: {keys.architecture}.rope.scaling.type = {kind!r} is not "
-                "implemented; supported are none, linear, yarn and rope_freqs factors (llama3)"
+                f"{w.source}: rope.scaling.type = 'longrope' needs the tensor "
+                f"{names[context > self.scaling.original]!r}; convert the model again"
             )
-        factor = keys.number("rope.scaling.factor", legacy) or 1.0
-        if factor <= 0:
-            raise ModelError(f"{keys.source}: rope.scaling.factor = {factor} must be positive")
-        return Scaling(
-            kind,
-            factor,
-            keys.count("rope.scaling.original_context_length", context, least=0) or context,
-            keys.number("rope.scaling.yarn_beta_fast", 32.0),
-            keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            keys.number("rope.scaling.yarn_ext_factor", 1.0),
-            keys.number("rope.scaling.attn_factor", 1.0)
-            * keys.number("rope.scaling.yarn_attn_factor", 1.0),
-            truncate,
-        )
+        return found
 
 
 def rotary(dims: int, base: float, scaling: Scaling, factors: np.ndarray | None = None) -> Rotary:
@@ -116,7 +103,8 @@ def rotary(dims: int, base: float, scaling: Scaling, factors: np.ndarray | None 
     elif scaling.kind == "yarn":
         keep = _kept_share(dims, base, scaling) * scaling.extrapolation
         inv_freq = inv_freq / scaling.factor * (1 - keep) + inv_freq * keep
-        magnitude *= 1.0 + 0.1 * math.log(scaling.factor) if scaling.extrapolation else 1.0
+        own = yarn_magnitude(scaling.factor) if scaling.extrapolation else 1.0
+        magnitude *= own if scaling.yarn_magnitude is None else scaling.yarn_magnitude
     return Rotary(inv_freq.astype(np.float32), magnitude)
 
 

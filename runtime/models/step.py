@@ -1,18 +1,13 @@
-"""What a model builder is given: the inputs of a step, the file's weights, the cache's pages."""
+"""What a model builder is given: the inputs of a step and the memory of each layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any
-
-import numpy as np
 
 from runtime import ops
-from runtime.errors import ModelError
 from runtime.ops.dtypes import DTYPES, F32
-from runtime.ops.tensor import Runs, Shape, Tensor
+from runtime.ops.tensor import Shape, Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,7 @@ class Step:
     `slots` say where a token's K and V go; `table` lists each sequence's pages. `runs` are the
     rows (first, count) of each sequence; its recurrent state is read from `slot_in` (-1: zeros)
     and written to `slot_out`. Memory by layer: pages `k` and `v`, slots `conv` and `delta`.
+    `context`: tokens that a sequence may grow to, a number and no input.
     """
 
     tokens: Tensor
@@ -67,11 +63,12 @@ class Step:
     v: Mapping[int, Tensor]
     conv: Mapping[int, Tensor]
     delta: Mapping[int, Tensor]
+    context: int = 0
 
     @staticmethod
     def capacity(
         tokens: int, outputs: int, table_pages: int, pages: int, slots: int, layers: Layers,
-        kv_types: tuple[str, str], positions_per_token: int = 1,
+        kv_types: tuple[str, str], positions_per_token: int = 1, context: int = 0,
     ) -> Step:  # fmt: skip
         """Inputs with room for that many tokens (each its own sequence, at most) and output rows,
         over memory of that many pages and slots."""
@@ -106,6 +103,7 @@ class Step:
             v=pool("v", kv_types[1]),
             conv=room("conv", lambda layer: (layer.taps - 1, layer.channels)),
             delta=room("delta", lambda layer: (layer.heads, layer.k_dim, layer.v_dim)),
+            context=context,
         )
 
     @property
@@ -115,49 +113,3 @@ class Step:
 
 
 _PER_TOKEN = ("tokens", "sequences", "places", "slots")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The tensors of a file by name, checked against the shape a model expects."""
-
-    tensors: Mapping[str, Any]  # name -> object with .shape and .dtype (runtime.gguf's tensors)
-    source: str
-    _made: dict[str, Tensor] = field(default_factory=dict)
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        """The weight `name` of `shape` (outermost first); ModelError if missing or different."""
-        if name not in self.tensors:
-            hint = get_close_matches(name, self.tensors, 1)
-            raise ModelError(
-                f"{self.source}: tensor {name!r} is missing"
-                + (f" (the file has {hint[0]!r})" if hint else "")
-                + "; the file is incomplete or of another architecture"
-            )
-        have: Shape = tuple(self.tensors[name].shape)
-        if have != shape and (1, *have) != shape:  # a matrix of one row may be stored as a vector
-            raise ModelError(
-                f"{self.source}: tensor {name!r} has shape {list(have)}, "
-                f"but the hyperparameters ask for {list(shape)}"
-            )
-        if name not in self._made:
-            self._made[name] = ops.weight(name, shape, self.tensors[name].dtype)
-        return self._made[name]
-
-    def rows(self, name: str, part: str, runs: Runs, *shape: int) -> Tensor:
-        """These runs of rows of the matrix `name` of `shape`, in their order, called `part`."""
-        whole = self(name, *shape)
-        count = sum(stop - start for start, stop in runs)
-        made = ops.weight(name, (*shape[:-2], count, shape[-1]), whole.dtype, runs, part)
-        return self._made.setdefault(made.name, made)
-
-    def optional(self, name: str, *shape: int) -> Tensor | None:
-        """The weight, or None where the file has none."""
-        return self(name, *shape) if name in self.tensors else None
-
-    def values(self, name: str, *shape: int) -> np.ndarray | None:
-        """The float32 numbers of a small tensor needed while building, or None."""
-        if name not in self.tensors:
-            return None
-        self(name, *shape)
-        return self.tensors[name].to_float32()

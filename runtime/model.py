@@ -237,8 +237,7 @@ class Model(TextModel):
 
     def program(self, tokens: int, outputs: int) -> Program:
         """The program of the smallest bucket that holds a step of that size."""
-        t = bucket(tokens)
-        r = next(r for r in (1, min(8, t), t) if r >= outputs)
+        t, r = capacity(tokens, outputs)
         if (t, r) not in self._programs:
             graph = self.graph(t, r)
             self._prepare([graph])
@@ -306,8 +305,10 @@ class Model(TextModel):
 
     def warm_graphs(self) -> list[Graph]:
         """Graphs that between them use every kernel this model can need."""
-        sizes = [(1, 1), (4, 1), (4, 4), (8, 1), (8, 8), (16, 1), (16, 8), (16, 16)]
-        return [self.graph(t, r) for t, r in sizes]
+        buckets = [1 << n for n in range(UBATCH.bit_length())]
+        distinct = getattr(self.backend, "distinct_sizes", None)
+        sizes = distinct(self.graph(1, 1), buckets) if distinct else buckets
+        return [self.graph(t, r) for t in sizes for r in output_buckets(t)]
 
 
 def _told(steps: list[Ubatch], on_prompt: OnPrompt) -> Iterator[Ubatch]:
@@ -347,6 +348,17 @@ def parse_kv_type(text: str) -> tuple[str, str]:
 def bucket(n: int) -> int:
     """The smallest power of two that holds n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def output_buckets(tokens: int) -> list[int]:
+    """The numbers of output rows that a step of `tokens` tokens (a bucket) is made for."""
+    return sorted({1, min(8, tokens), tokens})
+
+
+def capacity(tokens: int, outputs: int) -> tuple[int, int]:
+    """Tokens and output rows of the smallest program that holds a step of that size."""
+    t = bucket(tokens)
+    return t, next(r for r in output_buckets(t) if r >= outputs)
 
 
 def bucket_below(n: int) -> int:

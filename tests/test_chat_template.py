@@ -52,9 +52,9 @@ def test_strftime_now_and_extra_names():
 
 
 def test_a_template_for_tools_is_used_with_tools_only():
-    template = ChatTemplate("plain", tools="with tools")
+    template = ChatTemplate({"default": "plain", "tool_use": "{{ tools[0].name }}"})
     assert template.render(USER) == "plain"
-    assert template.render(USER, tools=[{"name": "f"}]) == "with tools"
+    assert template.render(USER, tools=[{"name": "f"}]) == "f"
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,13 @@ def test_templates_come_from_the_file():
     metadata = byte_pairs(
         **{
             "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}",
-            "tokenizer.chat_template.tool_use": "tools",
+            "tokenizer.chat_template.tool_use": "{{ tools | length }} tools",
         }
     )
     template = ChatTemplate.of(Tokenizer(metadata), metadata)
     assert not template.is_default
     assert template.render(USER) == "<|bos|>Hi & <you><|im_end|>"
-    assert template.render(USER, tools=[{}]) == "tools"
+    assert template.render(USER, tools=[{}]) == "1 tools"
     with pytest.raises(TextError, match=r"tokenizer\.chat_template is int"):
         ChatTemplate.of(Tokenizer(metadata), {"tokenizer.chat_template": 3})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -83,7 +84,7 @@ class TestBench:
 
     def test_sql_fills_a_table(self, invoke):
         model = FakeModel()
-        model.file.path = Path("it's.gguf")  # a quote has to survive
+        model.file = dataclasses.replace(model.file, path=Path("it's.gguf"))
         text = invoke(*self.ARGS, "-o", "sql", model=model).stdout
         base = sqlite3.connect(":memory:")
         base.executescript(text)

@@ -16,7 +16,7 @@ from runtime.backends.cpu.library import Library, library
 from runtime.backends.cpu.lower import lower
 from runtime.backends.cpu.plan import Buffer, Plan
 from runtime.backends.cpu.program import Program
-from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.rewrite import Options, distinct_sizes
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
 from runtime.backends.cpu.weights import ALIGNMENT, WeightStore, aligned_empty
 from runtime.ops.errors import BackendError, OptionError
@@ -125,6 +125,13 @@ class CpuBackend:
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""
         return len(self._library.missing(self.kernels([self.plan(g) for g in graphs])))
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """Of these numbers of tokens those whose plans use every kernel that any of them uses.
+
+        graph: the step of one token of the model in question.
+        """
+        return distinct_sizes(graph, sizes, self.options)
 
     def close(self) -> None:
         """End the threads."""

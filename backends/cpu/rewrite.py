@@ -7,6 +7,7 @@ never see them. Every fused op computes what the plain ops do; tests compare the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +58,32 @@ def columns(rows: int, kind: str, options: Options) -> int:
 def expert_columns(choices: int, experts: int, kind: str, options: Options) -> int:
     """Columns of expert tiles: as many as an expert gets on average, so that few are empty."""
     return 1 if choices < 2 * experts else columns(choices // experts, kind, options)
+
+
+def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list[int]:
+    """Of these numbers of tokens the first of each that makes tiles of other widths.
+
+    graph: the model's step of one token. A plan's kernels are known by the widths of its tiles, so
+    the plans of these sizes use all that the plans of all `sizes` use.
+    """
+    mixtures = {
+        (int(w.shape[0]), int(ids.shape[1]))
+        for _, w, ids, *_ in (node.inputs for node in graph.nodes if node.op == "matmul_id")
+    }
+
+    def widths(tokens: int) -> tuple[int, ...]:
+        kinds = ("int8", "f32")
+        plain = [columns(tokens, kind, options) for kind in kinds]
+        return *plain, *(
+            expert_columns(tokens * used, experts, kind, options)
+            for experts, used in sorted(mixtures)
+            for kind in kinds
+        )
+
+    first: dict[tuple[int, ...], int] = {}
+    for size in sizes:
+        first.setdefault(widths(size), size)
+    return list(first.values())
 
 
 def node_of(op: str, inputs: tuple[Tensor, ...], like: Tensor, **attrs: Any) -> Tensor:

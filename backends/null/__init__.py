@@ -14,7 +14,7 @@ from runtime.backends.base import Progress
 from runtime.backends.cpu.attention import page_nbytes
 from runtime.backends.cpu.lower import lower
 from runtime.backends.cpu.plan import Plan
-from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.rewrite import Options, distinct_sizes
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
@@ -25,7 +25,7 @@ class NullBackend:
     def __init__(self, file: Any = None, devices: int = 1, activations: str = "int8") -> None:
         self.name = f"null ({devices} device{'s' * (devices != 1)})"
         self.device_count = devices
-        self._options = Options(activations)
+        self.options = Options(activations)
 
     def state(self, leaf: Tensor) -> np.ndarray:
         """Pages of no bytes: block tables work, nothing is stored."""
@@ -37,7 +37,11 @@ class NullBackend:
 
     def plan(self, graph: Graph) -> Plan:
         """The CPU's plan of a graph."""
-        return lower(graph, self._options)
+        return lower(graph, self.options)
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """As the CPU's."""
+        return distinct_sizes(graph, sizes, self.options)
 
     def program(self, graph: Graph) -> NullProgram:
         """A program that returns zeros; the plan is made, so a graph that cannot lower fails."""

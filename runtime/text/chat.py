@@ -1,20 +1,23 @@
 """Chat templates: a list of messages to the prompt a model was trained on.
 
-Templates are Jinja programs from the model's file, so they run in jinja2's immutable sandbox.
-They may use what Hugging Face templates may: loop controls, `raise_exception`, `strftime_now`,
-`{% generation %}` blocks, and a `tojson` that escapes nothing for HTML.
+A file may have several templates. The one called "default" is used, or "tool_use" where tools
+are given and there is such a one.
 """
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import cached_property
-from typing import Any, NoReturn
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-from runtime.ops.errors import TextError
-from runtime.text.tokenizer import Tokenizer
+from runtime.ops.errors import OptionError, TextError
+from runtime.text.messages import Message, plain, plain_messages, readings, tool_names
+from runtime.text.tools import tool_schemas
+
+if TYPE_CHECKING:
+    from runtime.text.sandbox import Template
+    from runtime.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -25,68 +28,67 @@ CHATML = (
 """The template of files that have none: ChatML, which most instruction models understand."""
 
 _KEY = "tokenizer.chat_template"
+_DEFAULT, _TOOLS = "default", "tool_use"
+# Names that templates use without asking whether they are there.
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class ChatTemplate:
-    """A model's chat template.
+    """The chat templates of a model.
 
-    `ChatTemplate.of(tokenizer, metadata)` reads it from a file; `render` gives text, `encode`
-    gives ids. `is_default` says that the file had none and ChatML stands in.
+    `Tokenizer.chat_template` is that of a file; `render` gives text, `encode` gives ids.
+    `sources`: name -> text of the templates. `is_default`: the file had none and ChatML stands in.
     """
 
     def __init__(
-        self, source: str | None, special: Mapping[str, str] | None = None, tools: str | None = None
+        self,
+        sources: str | Mapping[str, str] | None,
+        special: Mapping[str, str] | None = None,
     ):
-        """`source` is the template, `tools` the one for calls with tools, `special` the texts of
-        `bos_token` and its like."""
-        self.is_default = not source
-        self.source = source or CHATML
-        self._tools_source = tools
-        self._special = dict(special or {})
+        """`sources` is the template, or several by name; `special` the texts of `bos_token` and
+        its like."""
+        named = {_DEFAULT: sources} if isinstance(sources, str) and sources else sources
+        self.is_default = not named
+        self.sources: dict[str, str] = dict(named or {_DEFAULT: CHATML})
+        self._special = dict.fromkeys(_SPECIAL, "") | dict(special or {})
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> ChatTemplate:
-        """The template under `tokenizer.chat_template`, or ChatML.
+        """The templates under `tokenizer.chat_template` and `tokenizer.chat_template.NAME`.
 
-        Raises TextError when the key holds something else than text.
+        Raises TextError when such a key holds something else than text.
         """
-        source, tools = metadata.get(_KEY), metadata.get(f"{_KEY}.tool_use")
-        for value in (source, tools):
-            if value is not None and not isinstance(value, str):
-                raise TextError(f"{_KEY} is {type(value).__name__}, not text")
-        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        for name, key in (("unk_token", "unknown"), ("pad_token", "padding")):
-            ids[name] = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        special = {
-            name: tokenizer.token_text(int(token))
-            for name, token in ids.items()
-            if token is not None and 0 <= token < tokenizer.vocab_size and tokenizer.has_text
-        }
-        return cls(source, special, tools)
+        sources = {}
+        for key, value in metadata.items():
+            if key != _KEY and not key.startswith(f"{_KEY}."):
+                continue
+            if not isinstance(value, str):
+                raise TextError(f"{key} is {type(value).__name__}, not text")
+            sources[key.removeprefix(_KEY).removeprefix(".") or _DEFAULT] = value
+        return cls({name: text for name, text in sources.items() if text}, tokenizer.special_texts)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Any] | None = None,
+        template: str | None = None,
         **extra: Any,
     ) -> str:
         """The prompt for `messages`, each a mapping with `role` and `content`.
 
-        `add_generation_prompt` opens the assistant's turn; `tools` and `extra` reach the template
-        under their names. Raises TextError, in one line, for a template that is broken or that
-        refuses the messages.
+        add_generation_prompt: open the assistant's turn. tools: functions, or their descriptions
+        as OpenAI's interface has them. template: the name of one of `sources`. `extra` reaches
+        the template under its names (enable_thinking=False).
+        Raises TextError, in one line, for a template that is broken or refuses the messages, and
+        OptionError for a template or tools that it does not have a place for.
         """
-        _check(messages)
-        template = self._tools_template if tools and self._tools_source else self._template
-        names: dict[str, Any] = dict.fromkeys(_SPECIAL, "")
-        names |= {**self._special, "documents": None, "tools": tools, **extra}
-        names |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
-            return template.render(names)
-        except Exception as error:
-            _refuse("the chat template cannot take these messages", error)
+        given = plain_messages(messages)
+        schemas = tool_schemas(tools)
+        chosen = self._choose(template, schemas is not None)
+        names = self._special | {"documents": None, "tools": plain(schemas), **plain(extra)}
+        names["add_generation_prompt"] = bool(add_generation_prompt)
+        return _first_that_fits(chosen, given, names)
 
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any
@@ -98,74 +100,52 @@ class ChatTemplate:
             ids.insert(0, bos)
         return ids
 
-    @cached_property
-    def _template(self) -> Any:
-        return _compile(self.source)
+    def _choose(self, name: str | None, tools: bool) -> Template:
+        if name is None:
+            name = self._usual(tools)
+        if name not in self.sources:
+            near = difflib.get_close_matches(str(name), self.sources, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(sorted(self.sources))
+            raise OptionError(f"template={name!r:.60} is not in this file, which has {known}{hint}")
+        chosen = _compiled(self.sources[name])
+        if tools and "tools" not in chosen.names:
+            raise OptionError(
+                "tools= cannot be used: the chat template of this model has no place for tools"
+            )
+        return chosen
 
-    @cached_property
-    def _tools_template(self) -> Any:
-        return _compile(self._tools_source or self.source)
-
-
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise TextError(f"message {i} is no mapping with 'role' and 'content': {message!r}")
-
-
-def _compile(source: str) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return _environment().from_string(source)
-    except (TemplateError, RecursionError) as error:
-        line = getattr(error, "lineno", None)
-        _refuse(f"the chat template is broken{f' in line {line}' if line else ''}", error)
+    def _usual(self, tools: bool) -> str:
+        if tools and _TOOLS in self.sources:
+            return _TOOLS
+        if _DEFAULT in self.sources or len(self.sources) > 1:
+            return _DEFAULT
+        return next(iter(self.sources))
 
 
-def _refuse(what: str, error: Exception) -> NoReturn:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    raise TextError(f"{what}: {reason}") from error
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> Template:
+    from runtime.text.sandbox import Template
+
+    return Template(source)
 
 
-def _environment() -> Any:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _first_that_fits(template: Template, messages: list[Message], names: dict[str, Any]) -> str:
+    """The text of the first reading of `messages` that the template takes.
 
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's words for training; here it only groups."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    Of those it takes, one that shows all tool calls comes first.
+    """
+    wanted = tool_names(messages)
+    texts, refusal = [], None
+    for reading in readings(messages):
+        try:
+            text = template.render({**names, "messages": reading})
+        except TextError as error:
+            refusal = refusal or error
+            continue
+        if all(name in text for name in wanted):
+            return text
+        texts.append(text)
+    if texts:
+        return texts[0]
+    raise refusal or AssertionError("there is always one reading")

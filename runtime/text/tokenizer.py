@@ -6,10 +6,10 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.ops.errors import TextError
 from runtime.text import bytepair, sentencepiece
@@ -26,6 +26,9 @@ from runtime.text.vocabulary import (
     normal_forms,
     switch,
 )
+
+if TYPE_CHECKING:
+    from runtime.text.chat import ChatTemplate
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -149,6 +152,36 @@ class Tokenizer:
         if self._in_byte_letters:
             return bytepair.letters_to_bytes(text)
         return text.replace(ESCAPED_SPACE, " ").encode("utf-8", "replace")
+
+    @property
+    def special_texts(self) -> dict[str, str]:
+        """`bos_token`, `eos_token` and their like, as they are written, where the file has them."""
+        if self._vocabulary is None:
+            return {}
+        short = {"unknown": "unk", "padding": "pad", "seperator": "sep"}
+        named = self._vocabulary.named.items()
+        return {f"{short.get(name, name)}_token": self.token_text(i) for name, i in named}
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The file's chat templates. Raises TextError when their keys hold no text."""
+        from runtime.text.chat import ChatTemplate
+
+        return ChatTemplate.of(self, self._metadata)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> list[int] | str:
+        """The prompt for a chat, as ids or (tokenize=False) as text; see `ChatTemplate.render`."""
+        options |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        if tokenize:
+            return self.chat_template.encode(self, messages, **options)
+        return self.chat_template.render(messages, **options)
 
     @property
     def eot(self) -> frozenset[int]:

@@ -1,0 +1,133 @@
+"""Messages as chat templates want them.
+
+Users write messages as OpenAI's interface does: `content` may be None beside tool calls,
+reasoning goes under one of three names, arguments of tool calls are JSON text. Templates differ
+in what they can take of that. So the messages have several READINGS: the first is the form that
+Hugging Face templates are written for, and later ones count only where a template refuses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from runtime.ops.errors import TextError
+
+Message = dict[str, Any]
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def plain_messages(messages: Any) -> list[Message]:
+    """A copy of `messages` in plain JSON types. Raises TextError, one line, for no messages."""
+    if isinstance(messages, str | bytes | Mapping) or not hasattr(messages, "__iter__"):
+        raise TextError(
+            f"messages must be a list such as [{{'role': 'user', 'content': 'Hi'}}], not "
+            f"{messages!r:.60}"
+        )
+    found = [plain(message) for message in messages]
+    for i, message in enumerate(found):
+        if not isinstance(message, dict) or "role" not in message:
+            raise TextError(f"message {i} is no mapping with 'role' and 'content': {message!r:.60}")
+    if not found:
+        raise TextError("there are no messages: give at least one")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """`value` rebuilt from JSON types, so that a template can reach no object of the program.
+
+    numpy scalars, dataclasses and pydantic models become what they stand for; of anything else,
+    an image for example, only the name of its type is left.
+    """
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [plain(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if callable(getattr(value, "model_dump", None)):
+        return plain(value.model_dump())
+    return f"<{type(value).__name__}>"
+
+
+def readings(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The forms of `messages` to offer a template, the likeliest first; never none."""
+    given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    seen: list[list[Message]] = []
+    for arguments, reasoning, content in product(
+        (_same, _parsed_arguments),
+        (_named_reasoning, _same),
+        (_same, _content_none, _content_empty),
+    ):
+        form = [content(reasoning(arguments(message))) for message in given]
+        if form not in seen:
+            seen.append(form)
+            yield form
+
+
+def tool_names(messages: Sequence[Message]) -> list[str]:
+    """The functions called by messages without content.
+
+    A template that looks for `content is none` may leave them out where there is no content.
+    """
+    calls = [c for m in messages if m.get("content") is None for c in _calls(m)]
+    functions = [c.get("function", c) for c in calls if isinstance(c, dict)]
+    names = [f.get("name") for f in functions if isinstance(f, dict)]
+    return [name for name in names if isinstance(name, str)]
+
+
+def _same(message: Message) -> Message:
+    return message
+
+
+def _content_none(message: Message) -> Message:
+    return {**message, "content": message.get("content")}
+
+
+def _content_empty(message: Message) -> Message:
+    return {**message, "content": message.get("content", "")}
+
+
+def _named_reasoning(message: Message) -> Message:
+    """Reasoning under both names that templates read."""
+    found = next((message[name] for name in _REASONING if name in message), None)
+    if found is None:
+        return message
+    return {"thinking": found, **message, "reasoning_content": found}
+
+
+def _parsed_arguments(message: Message) -> Message:
+    """Arguments of tool calls as mappings where they are the text of a JSON object."""
+    calls = [_parsed_call(call) for call in _calls(message)]
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _parsed_call(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _parsed_call(call["function"])}
+    try:
+        parsed = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+
+
+def _calls(message: Message) -> list[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list) else []

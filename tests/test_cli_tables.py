@@ -12,11 +12,12 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 from fake_model import DEMO, CommandLine, FakeModel, needs_demo
 from gguf_files import gguf_bytes
 
 from runtime import traffic
-from runtime.cli import facts
+from runtime.cli import bandwidth, facts, main, summary
 from runtime.cli.output import bar, bars, count, size, table
 from runtime.errors import ModelError
 from runtime.gguf.reader import open_gguf
@@ -33,6 +34,9 @@ BENCH_KEYS = [
     *("test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"),
     *("bandwidth_share", "gmac_per_s"),
 ]
+
+
+MEMORY = ("-c", "64", "-c", "128")
 
 
 @pytest.fixture
@@ -200,12 +204,79 @@ class TestInspect:
     def test_text(self, invoke):
         result = invoke("inspect")
         assert result.exit_code == 0 and "\x1b" not in result.stdout
-        for part in ("general.architecture", "token_embd.weight", "bytes by type", "KV q8_0"):
+        for part in ("general.architecture", "bytes by type", "KV q8_0", "█"):
             assert part in result.stdout
-        assert "█" in result.stdout
+        assert "token_embd.weight" not in result.stdout, "tensors are shown with -t"
+
+    def test_the_summary_comes_first(self, invoke):
+        lines = invoke("inspect", "-m", DEMO).stdout.splitlines()
+        told = dict(line.split(maxsplit=1) for line in lines[2:9])
+        assert lines[0] == str(DEMO) and told["model"] == "Demo stories"
+        assert told["architecture"] == "qwen3, 4 layers, 256 wide"
+        assert (told["parameters"], told["context"]) == ("1.84 M", "512 tokens")
+        assert (told["chat"], told["type"][:3]) == ("template, without tools", "F16")
+        assert lines[9].startswith("runs here     yes; ") and "memory is free" in lines[9]
+        need = facts.memory(open_gguf(DEMO), "f16").of(512)
+        assert lines[10].split(maxsplit=1) == ["memory", f"{size(need)} at 512 tokens"]
+        token = traffic.of_file(open_gguf(DEMO), ("f16", "f16"), 512).nbytes
+        assert f"up to {2e9 / token:.0f} tokens/s" in lines[11] and "2.0 GB/s" in lines[11]
+
+    @pytest.mark.parametrize(
+        ("free", "says"),
+        [
+            (None, "yes"),
+            (3_700_000, "no: the model takes 3.5 MiB and 3.5 MiB of memory is free"),
+            (4_200_000, "yes; 4.01 MiB of memory is free; memory is left for 224 of 512 tokens"),
+        ],
+    )
+    def test_whether_it_runs_here(self, invoke, monkeypatch, free, says):
+        monkeypatch.setattr("runtime.memory.budget.available_memory", lambda: free)
+        line = next(x for x in invoke("inspect").stdout.splitlines() if x.startswith("runs here"))
+        assert line.split(maxsplit=2)[2].startswith(says)
+
+    def test_bandwidth_is_measured_once(self, invoke, monkeypatch, tmp_path):
+        calls = []
+        real = (bandwidth.measured, bandwidth.remembered)
+        invoke("inspect")  # replaces both
+        for name, function in zip(("measured", "remembered"), real, strict=True):
+            monkeypatch.setattr(bandwidth, name, function)
+        monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path / "new"))
+        monkeypatch.setattr(
+            "runtime.backends.cpu.bandwidth.read_bandwidth", lambda n: calls.append(n) or 3e9
+        )
+        run = CliRunner().invoke
+        first, second = run(main, ["inspect"]), run(main, ["inspect"])
+        assert "3.0 GB/s" in first.stdout and first.stdout == second.stdout
+        assert "measuring" in first.stderr and "measuring" not in second.stderr
+        assert len(calls) == 1
+        (tmp_path / "new" / "bandwidth.json").write_text("[]")
+        assert bandwidth.remembered(1) is None
+
+    def test_lengths_shown(self, tmp_path):
+        assert summary.contexts(FakeFile({}, **{"unknown.context_length": 131072})) == [
+            4096, 32768, 131072
+        ]  # fmt: skip
+        assert summary.contexts(FakeFile({})) == [4096, 32768]
+
+    @pytest.mark.parametrize(
+        ("metadata", "says"),
+        [
+            ({}, "no template"),
+            ({"tokenizer.chat_template": "{{ tools_of_mine }}"}, "template, without tools"),
+            ({"tokenizer.chat_template": "{% if tools %}"}, "template, with tools"),
+            ({"tokenizer.chat_template.tool_use": "x"}, "template, with tools"),
+        ],
+    )
+    def test_what_the_template_can_do(self, metadata, says):
+        told = dict(summary.rows(FakeFile(TestFacts.SHAPES, **metadata), {}, "why"))
+        assert told["chat"].startswith(says) and told["runs here"] == "no: why"
 
     def test_json_agrees_with_the_file(self, invoke):
         found = json.loads(invoke("inspect", DEMO, "--json", "-c", "64", "-c", "128").stdout)
+        again = json.loads(invoke("inspect", DEMO, "-o", "json", *MEMORY).stdout)
+        assert found == again | {"memory_available": found["memory_available"]}
+        assert found["runs"] is True and found["chat_template"] is True and not found["tools"]
+        assert found["tokens_per_s"] == pytest.approx(2e9 / found["token_nbytes"])
         file = open_gguf(DEMO)
         assert [t["name"] for t in found["tensors"]] == list(file.tensors)
         assert found["model_size"] == sum(t["nbytes"] for t in found["tensors"])
@@ -219,6 +290,9 @@ class TestInspect:
 
     def test_tensors_can_be_filtered(self, invoke):
         result = invoke("inspect", "-t", "blk.0.attn_q*")
+        everything = invoke("inspect", "-t").stdout
+        assert everything == invoke("inspect", "-t", DEMO).stdout
+        assert len(everything.splitlines()) == 2 + len(open_gguf(DEMO).tensors)
         names = [line.split()[0] for line in result.stdout.splitlines()[2:]]
         assert names == ["blk.0.attn_q.weight", "blk.0.attn_q_norm.weight"]
         assert invoke("inspect", "-t", "nothing").exit_code == 1

@@ -5,66 +5,67 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-import numpy as np
 
-from runtime.cli import facts
-from runtime.cli.output import bars, count, pairs, size, table
-from runtime.memory.budget import Memory
+from runtime.cli.model_path import model_argument, model_option
+from runtime.cli.output import bars, pairs, size, table
+from runtime.cli.parsing import Command, option
+
+if TYPE_CHECKING:
+    from runtime.memory.budget import Memory
 
 _SHOWN = 70  # characters of a long value
-_CONTEXTS = (2048, 8192, 32768, 131072)
 
 
 @click.command(
     "inspect",
+    cls=Command,
     epilog="""\b
 Examples:
   runtime inspect model.gguf
-  runtime inspect model.gguf -t "blk.0.*"       only these tensors
+  runtime inspect model.gguf -t                 the table of tensors
+  runtime inspect model.gguf -t "blk.0.*"       only these
   runtime inspect model.gguf -c 16384           memory at this context
-  runtime inspect model.gguf --json | jq .memory
+  runtime inspect model.gguf -o json | jq .memory
 """,
 )
-@click.argument("model", required=False, type=click.Path())
-@click.option(
-    "-t",
-    "--tensors",
-    metavar="PATTERN",
-    help="Only the table of tensors whose name matches, such as 'blk.0.*' or 'attn_q'.",
-)
-@click.option(
-    "-c",
-    "--context",
-    type=click.IntRange(1),
-    multiple=True,
-    metavar="N",
-    help="Context lengths to show memory for. May be repeated.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")  # fmt: skip
+@click.argument("model", required=False)
+@option("-t --tensors", "The table of tensors; with PATTERN those that match, such as 'blk.0.*' or "
+        "'attn_q'.", "Options", is_flag=False, flag_value="*", metavar="[PATTERN]")  # fmt: skip
+@option("-c --context | --ctx-size", "Context lengths to show memory for. May be repeated.",
+        "Options", type=click.IntRange(1), multiple=True, metavar="N")  # fmt: skip
+@option("-o --output", "text or json, which has everything.", "Options", default="text",
+        type=click.Choice(["text", "json"]), metavar="FORMAT")  # fmt: skip
+@option("--json as_json", "As -o json.", "Options", is_flag=True)
+@model_option
 def command(
-    model: str | None, tensors: str | None, context: tuple[int, ...], as_json: bool
-) -> None:
-    """Show a file's metadata, tensors, types and sizes, and the memory it needs.
+    model: str | None, model_option: str | None, tensors: str | None, context: tuple[int, ...],
+    output: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what a file is, whether it runs here and how fast, the memory it needs, its metadata.
 
     Nothing is loaded: also files of architectures that cannot be run are shown.
     """
     from runtime.gguf.reader import open_gguf
 
-    if model is None:
+    if model is None and model_option is None and tensors and Path(tensors).is_file():
+        model, tensors = tensors, "*"  # -t FILE
+    path = model_argument(model, model_option)
+    if path is None:
         from runtime.model import demo_path
 
-        model = str(demo_path())
-    file = open_gguf(model)
+        path = str(demo_path())
+    file = open_gguf(path)
     chosen = _matching(file, tensors)
-    if as_json:
+    if as_json or output == "json":
         click.echo(json.dumps(_as_json(file, chosen, context), indent=1, ensure_ascii=False))
     elif tensors is not None:
         click.echo(_tensor_table(chosen))
     else:
-        click.echo("\n\n".join(_sections(file, chosen, context)))
+        click.echo("\n\n".join(_sections(file, context)))
 
 
 def _matching(file: Any, pattern: str | None) -> list[Any]:
@@ -78,31 +79,21 @@ def _matching(file: Any, pattern: str | None) -> list[Any]:
     return chosen
 
 
-def _sections(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> list[str]:
-    summary = [
-        ("model", facts.model_name(file)),
-        ("type", facts.model_type(file)),
-        ("file", f"{size(file.nbytes)}, GGUF version {file.version}"),
-        ("weights", f"{count(facts.n_params(file))} in {len(file.tensors)} tensors, "
-                    f"{size(file.tensors_nbytes)}, {_bits(file):.2f} bits each"),
-    ]  # fmt: skip
-    metadata = [(key, _shown(value)) for key, value in file.metadata.items()]
-    parts = [
-        str(file.path),
-        pairs(summary),
-        table(metadata, ("metadata", "value")),
-    ]
+def _sections(file: Any, contexts: Sequence[int]) -> list[str]:
+    from runtime.cli import facts, summary
+
+    needs, reason = _needs(file)
+    parts = [str(file.path), pairs(summary.rows(file, needs, reason))]
+    if needs:
+        parts.append(_memory_table(file, contexts, needs))
     if file.tensors:
         parts += [
-            _tensor_table(tensors),
             bars("bytes by type", facts.bytes_by(file, "type")),
             bars("bytes by role", facts.bytes_by(file, "role")),
         ]
-    return [*parts, _memory_table(file, contexts)]
-
-
-def _bits(file: Any) -> float:
-    return 8 * file.tensors_nbytes / max(1, facts.n_params(file))
+    metadata = [(key, _shown(value)) for key, value in file.metadata.items()]
+    header = (f"metadata (GGUF version {file.version})", "value")
+    return [*parts, table(metadata, header)]
 
 
 def _tensor_table(tensors: Sequence[Any]) -> str:
@@ -116,6 +107,7 @@ def _tensor_table(tensors: Sequence[Any]) -> str:
 def _needs(file: Any) -> tuple[dict[str, Memory], str]:
     """What the model needs by KV type, for those it can be run with, and why not with others."""
     from runtime.arguments import check_has_weights
+    from runtime.cli import facts
     from runtime.errors import Error
     from runtime.ops.rounding import KV_TYPES
 
@@ -133,19 +125,15 @@ def _memory(
     file: Any, contexts: Sequence[int], needs: Mapping[str, Memory]
 ) -> list[dict[str, int]]:
     """Bytes of weights, KV cache and recurrent state at each context, by KV type."""
-    trained = file.get(f"{file.get('general.architecture')}.context_length")
-    if not contexts:
-        most = trained if isinstance(trained, int) else _CONTEXTS[-1]
-        contexts = sorted({*(n for n in _CONTEXTS if n < most), most})
+    from runtime.cli import summary
+
+    lengths = contexts or summary.contexts(file)
     return [
-        {"context": n, **{kind: memory.of(n) for kind, memory in needs.items()}} for n in contexts
+        {"context": n, **{kind: memory.of(n) for kind, memory in needs.items()}} for n in lengths
     ]
 
 
-def _memory_table(file: Any, contexts: Sequence[int]) -> str:
-    needs, reason = _needs(file)
-    if not needs:
-        return f"memory: not known, because this file cannot be run\n{reason}"
+def _memory_table(file: Any, contexts: Sequence[int], needs: Mapping[str, Memory]) -> str:
     header = ("context", *(f"KV {kind}" for kind in needs))
     rows = _memory(file, contexts, needs)
     lines = [(str(row["context"]), *(size(row[kind]) for kind in needs)) for row in rows]
@@ -168,6 +156,8 @@ def _shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Numbers and lists as JSON knows them."""
+    import numpy as np
+
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, str | int | float | bool):
@@ -176,6 +166,10 @@ def _plain(value: Any) -> Any:
 
 
 def _as_json(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> Mapping[str, Any]:
+    from runtime.cli import facts, summary
+
+    needs, reason = _needs(file)
+    found = summary.fit(file, needs.get("f16"), reason)
     return {
         "path": str(file.path),
         "version": file.version,
@@ -192,5 +186,15 @@ def _as_json(file: Any, tensors: Sequence[Any], contexts: Sequence[int]) -> Mapp
         ],
         "bytes_by_type": facts.bytes_by(file, "type"),
         "bytes_by_role": facts.bytes_by(file, "role"),
-        "memory": _memory(file, contexts, _needs(file)[0]),
+        "memory": _memory(file, contexts, needs),
+        "context_length": summary.trained_context(file),
+        "chat_template": facts.has_chat_template(file),
+        "tools": summary.has_tools(file),
+        "runs": found.context > 0,
+        "reason": found.reason,
+        "context_that_fits": found.context,
+        "memory_available": found.free,
+        "token_nbytes": found.token_nbytes,
+        "read_bandwidth": found.bandwidth,
+        "tokens_per_s": found.tokens_per_s,
     }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -62,6 +62,16 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise wrong(name, value, "True or False")
     return bool(value)
+
+
+def listed(name: str, value: Any, legal: str) -> list[Any]:
+    """What an iterable other than text or a mapping holds; `legal` says what it has to be."""
+    try:
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+            raise TypeError
+        return list(value)
+    except TypeError:  # of an array without axes too
+        raise wrong(name, value, legal) from None
 
 
 def check_function(name: str, value: Any, of: str) -> None:

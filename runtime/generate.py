@@ -36,20 +36,39 @@ class TextModel:
     OptionError for an option or token, MemoryLimitError for a prompt past the context.
     """
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """What the file asks for (`general.sampling.*`), by option of `generate` and `chat`.
+
+        Options that are given come before it. Raises OptionError for a value that cannot be used.
+        """
+        from runtime.text.defaults import file_defaults
+
+        return file_defaults(cast("Model", self).file.metadata)
+
     def generate(
         self, prompt: str | Sequence[int], *, session: Session | None = None,
         max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
         seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
-        repeat_penalty: float | None = None, presence_penalty: float | None = None,
-        frequency_penalty: float | None = None, penalty_last_n: int | None = None,
+        top_n_sigma: float | None = None, xtc_probability: float | None = None,
+        xtc_threshold: float | None = None, repeat_penalty: float | None = None,
+        presence_penalty: float | None = None, frequency_penalty: float | None = None,
+        penalty_last_n: int | None = None, dry_multiplier: float | None = None,
+        dry_base: float | None = None, dry_allowed_length: int | None = None,
+        dry_penalty_last_n: int | None = None,
+        dry_sequence_breakers: str | Iterable[str] | None = None,
+        dynatemp_range: float | None = None, dynatemp_exponent: float | None = None,
+        mirostat: int | None = None, mirostat_tau: float | None = None,
+        mirostat_eta: float | None = None, samplers: str | Iterable[str] | None = None,
         logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
         ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
         on_prompt: OnPrompt | None = None,
     ) -> Generation:  # fmt: skip
         """The text that continues `prompt` (raw text, or token ids), to be read piece by piece.
 
-        Keywords: see `TextModel`; of sampling `runtime.Sampling`, None being its default.
+        Keywords: see `TextModel`; those of sampling are fields of `runtime.Sampling`, None being
+        what the file asks for (`sampling_defaults`), else the default there.
         """
         given = locals()  # each keyword under its name, and nothing else yet
         return _continuation(cast("Model", given.pop("self")), given.pop("prompt"), given)
@@ -60,8 +79,16 @@ class TextModel:
         max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
         seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
-        repeat_penalty: float | None = None, presence_penalty: float | None = None,
-        frequency_penalty: float | None = None, penalty_last_n: int | None = None,
+        top_n_sigma: float | None = None, xtc_probability: float | None = None,
+        xtc_threshold: float | None = None, repeat_penalty: float | None = None,
+        presence_penalty: float | None = None, frequency_penalty: float | None = None,
+        penalty_last_n: int | None = None, dry_multiplier: float | None = None,
+        dry_base: float | None = None, dry_allowed_length: int | None = None,
+        dry_penalty_last_n: int | None = None,
+        dry_sequence_breakers: str | Iterable[str] | None = None,
+        dynatemp_range: float | None = None, dynatemp_exponent: float | None = None,
+        mirostat: int | None = None, mirostat_tau: float | None = None,
+        mirostat_eta: float | None = None, samplers: str | Iterable[str] | None = None,
         logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
         ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
         on_prompt: OnPrompt | None = None,
@@ -144,6 +171,8 @@ def _session(model: Model, given: Any) -> Session | None:
 
 def _options(model: Model, given: dict[str, Any]) -> Options:
     """Checked options; OptionError names what cannot be used."""
+    from runtime.text.defaults import file_defaults
+    from runtime.text.samplers.chain import check_used
     from runtime.text.sampling import Sampling
 
     if not model.tokenizer.has_text:
@@ -157,7 +186,9 @@ def _options(model: Model, given: dict[str, Any]) -> Options:
         most = whole("max_tokens", most, -1, ", or None or -1 for no limit")
     check_function("on_token", own["on_token"], "one token")
     check_function("on_prompt", own["on_prompt"], "(done, total)")
-    sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+    chosen = {name: value for name, value in given.items() if value is not None}
+    sampling = Sampling(**file_defaults(model.file.metadata, chosen) | chosen)
+    check_used(sampling, chosen)
     unwanted = set(model.tokenizer.suppressed)
     if flag("ignore_eos", own["ignore_eos"]):
         unwanted |= model.tokenizer.end_ids

@@ -59,7 +59,7 @@ class Generation:
         sampling = options.sampling
         # rows of the output matrix past the vocabulary are padding, which has no text
         choices = min(model.vocab_size, model.tokenizer.vocab_size)
-        self._sampler = Sampler(sampling, choices)
+        self._sampler = Sampler(sampling, choices, model.tokenizer.token_bytes)
         self._answer = Answer(
             model.tokenizer, self._sampler, sampling.stop, self._most, self._at_most
         )

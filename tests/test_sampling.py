@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import BackendError, OptionError
+from runtime.text.samplers.candidates import Candidates
+from runtime.text.samplers.penalties import Penalties
 from runtime.text.sampling import Sampler, Sampling
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -156,10 +158,13 @@ def test_penalties(options, last):
         whole["presence_penalty"],
         whole["frequency_penalty"],
     )
-    sampler = Sampler(Sampling(**OFF, **options, penalty_last_n=last), len(LOGITS))
-    for token in prompt:
-        sampler.accept(token)
-    np.testing.assert_allclose(sampler._adjust(LOGITS), expected, rtol=1e-6)
+    penalties = Penalties(
+        whole["repeat_penalty"], whole["presence_penalty"], whole["frequency_penalty"], last
+    )
+    penalties.begin(prompt)
+    if last:  # 0 means off, and is left out of the chain
+        changed = penalties(Candidates(LOGITS.copy())).values
+        np.testing.assert_allclose(changed, expected, rtol=1e-6)
     assert draw(LOGITS, 1, prompt, temperature=0, penalty_last_n=last, **options) == [
         int(np.argmax(expected.astype(np.float32)))
     ]
@@ -192,13 +197,32 @@ def test_logits_stay_as_they_are():
     np.testing.assert_array_equal(logits, LOGITS)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(options, bad):
+EVERY_CHAIN = [
+    *({}, {"temperature": 0.0}, {"top_k": 3}, {"top_k": 1}, {"top_p": 0.5}, {"min_p": 0.1}),
+    *({"typical_p": 0.5}, {"top_n_sigma": 1.0}, {"mirostat": 2}, {"logit_bias": {0: 1.0}}),
+    *({"repeat_penalty": 1.1}, {"dry_multiplier": 0.8, "dry_sequence_breakers": ()}),
+    *({"xtc_probability": 1.0}, {"dynatemp_range": 0.5}, {"samplers": ()}, {"logprobs": 2}),
+    {"samplers": "temperature;min_p;top_k", "temperature": 0.5, "min_p": 0.1, "top_k": 3},
+]
+
+
+@pytest.mark.parametrize("options", EVERY_CHAIN, ids=str)
+@pytest.mark.parametrize("bad", ["7fc00000", "ffc00000", "7f800001", "ff800001", "7f800000"])
+@pytest.mark.parametrize("at", [0, 4, 9])
+def test_logits_that_are_not_finite_are_refused(options, bad, at):
     logits = LOGITS.copy()
-    logits[4] = bad
+    logits.view(np.uint32)[at] = int(bad, 16)  # NaN of both signs and kinds, and infinity
     with pytest.raises(BackendError, match="VALIDATE=1"):
-        draw(logits, 1, **options)
+        draw(logits, 1, [1, 2, 1], **options)
+    with pytest.raises(BackendError, match="VALIDATE=1"):
+        draw(np.full(10, -np.inf, np.float32), 1, [1, 2, 1], **options)
+
+
+@pytest.mark.parametrize("options", EVERY_CHAIN, ids=str)
+def test_tokens_that_the_model_excludes_are_not_drawn(options):
+    logits = np.full(10, -np.inf, np.float32)
+    logits[[3, 8]] = 1.0, 1.5
+    assert set(draw(logits, 20, [1, 3, 1], **options)) <= {3, 8}
 
 
 def test_extreme_temperatures_do_not_overflow():
@@ -226,6 +250,37 @@ def test_extreme_temperatures_do_not_overflow():
         ("logprobs", -1),
         ("seed", -1),
         ("seed", 1.0),
+        ("temperature", 10**400),
+        ("temperature", True),
+        ("temperature", 1j),
+        ("temperature", np.array([0.5])),
+        ("top_k", 10.0),
+        ("top_n_sigma", math.nan),
+        ("xtc_probability", 1.1),
+        ("xtc_threshold", -0.1),
+        ("dry_multiplier", -1),
+        ("dry_base", 0.5),
+        ("dry_allowed_length", 0),
+        ("dry_penalty_last_n", -2),
+        ("dry_sequence_breakers", [""]),
+        ("dry_sequence_breakers", 5),
+        ("dynatemp_range", -1),
+        ("dynatemp_exponent", math.inf),
+        ("mirostat", 1),
+        ("mirostat", True),
+        ("mirostat_tau", -1),
+        ("mirostat_eta", None),
+        ("samplers", "top_k;infill"),
+        ("samplers", 5),
+        ("samplers", [None]),
+        ("samplers", {"top_k": 1}),
+        ("logit_bias", None),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", {1: "x"}),
+        ("stop", 5),
+        ("stop", b"x"),
+        ("stop", {"a": 1}),
+        ("stop", np.array(3)),
         ("logit_bias", {-1: 0.0}),
         ("logit_bias", {1: math.nan}),
         ("logit_bias", [1]),
@@ -237,6 +292,13 @@ def test_values_out_of_range_name_the_option(name, value):
     with pytest.raises(OptionError) as caught:
         Sampling(**{name: value})
     assert name.split("_")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_taken_and_become_plain():
+    sampling = Sampling(temperature=np.float32(0.5), top_k=np.uint8(200), seed=np.int64(3))
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.5, 200, 3)
+    assert {type(sampling.temperature), type(sampling.top_k)} == {float, int}
+    assert Sampling(logit_bias={np.int32(3): np.float32(-np.inf)}).logit_bias == {3: -math.inf}
 
 
 def test_one_stop_string_may_be_given_as_it_is():
@@ -253,14 +315,24 @@ def test_bias_and_logits_have_to_fit_the_vocabulary():
 
 @pytest.mark.parametrize(
     ("options", "microseconds"),
-    [({"temperature": 0.0}, 150), ({}, 1000), ({"repeat_penalty": 1.1}, 1500)],
+    [
+        ({"temperature": 0.0}, 150),
+        ({}, 1000),
+        ({"repeat_penalty": 1.1}, 1500),
+        ({"dry_multiplier": 0.8}, 1500),
+        ({"dry_multiplier": 0.8, "dry_penalty_last_n": -1}, 6000),
+        ({"xtc_probability": 1.0}, 1000),
+        ({"top_n_sigma": 1.0}, 2500),
+        ({"dynatemp_range": 0.5}, 1000),
+        ({"mirostat": 2}, 8000),
+        ({"samplers": "temperature;top_k;top_p;min_p"}, 5000),
+    ],
     ids=str,
 )
 def test_a_large_vocabulary_is_sampled_quickly(options, microseconds):
     logits = np.random.default_rng(0).normal(0, 3, 151_936).astype(np.float32)
-    sampler = Sampler(Sampling(seed=1, **options), logits.size)
-    for token in range(64):
-        sampler.accept(token)
+    sampler = Sampler(Sampling(seed=1, **options), logits.size, lambda token: b"%d" % token)
+    sampler.begin([i % 50 for i in range(4000)])
     best = math.inf
     for _ in range(20):
         start = time.perf_counter()

@@ -1,21 +1,41 @@
-"""Choosing the next token from logits.
+"""Choosing the next token from logits: what can be asked for, and the state of one sequence.
 
-The order is llama.cpp's default: logit bias, penalties, top-k, typical, top-p, min-p,
-temperature. Every filter sees the distribution that the one before it left, and keeps at least
-one token. Ties go to the lowest id.
+Logit bias comes first, then the samplers in the order of `Sampling.samplers`. Every filter sees
+the distribution that the one before it left, and keeps at least one token. Ties go to the lowest
+id.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from runtime.arguments import listed, number, whole, wrong
 from runtime.ops.errors import BackendError, OptionError
+from runtime.text.samplers import chain
+from runtime.text.samplers.candidates import Candidates, best, ordered, softmax
+from runtime.text.samplers.dry import Dry
+from runtime.text.samplers.mirostat import Mirostat
+from runtime.text.samplers.penalties import Penalties
+
+_INF = math.inf
+_NUMBERS: dict[str, tuple[float, float]] = {  # option -> smallest and largest value
+    "temperature": (0, _INF), "dynatemp_range": (0, _INF), "dynatemp_exponent": (0, _INF),
+    "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1), "top_n_sigma": (-_INF, _INF),
+    "xtc_probability": (0, 1), "xtc_threshold": (0, 1),
+    "repeat_penalty": (0, _INF), "presence_penalty": (-_INF, _INF),
+    "frequency_penalty": (-_INF, _INF), "dry_multiplier": (0, _INF), "dry_base": (0, _INF),
+    "mirostat_tau": (0, _INF), "mirostat_eta": (0, _INF),
+}  # fmt: skip
+_WHOLES = {
+    "top_k": -1, "penalty_last_n": -1, "dry_allowed_length": 1, "dry_penalty_last_n": -1,
+    "mirostat": 0, "logprobs": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,14 +46,27 @@ class Sampling:
     - `top_k`: only the k most probable tokens (0 or -1: all).
     - `top_p`: the smallest set of most probable tokens whose sum reaches p (1: all).
     - `min_p`: only tokens at least this share as probable as the best one (0: all).
-    - `typical_p`: tokens of typical information first, up to sum p (1: all), arXiv:2202.00666.
+    - `typical_p`: tokens of typical information first, up to sum p (1: all).
+    - `top_n_sigma`: only logits within so many standard deviations of the best (-1 or 0: all).
+    - `xtc_probability`: how often all tokens of at least `xtc_threshold` but the least probable
+      of them are left out (0: never; so does a threshold over 0.5).
     - `repeat_penalty`: divides positive and multiplies negative logits of tokens among the last
-      `penalty_last_n` (0: none, -1: all), arXiv:1909.05858.
+      `penalty_last_n` (0: none, -1: all).
     - `presence_penalty`, `frequency_penalty`: taken from such logits, once and per occurrence.
+    - `dry_multiplier`: DRY; a token that would make a repeated passage one longer loses
+      multiplier * `dry_base` ** (length - `dry_allowed_length`); 0: off. It looks at the last
+      `dry_penalty_last_n` tokens (0: none, -1: all); passages end at `dry_sequence_breakers`.
+    - `dynatemp_range`: the temperature varies by so much with the entropy (0: not), by the power
+      `dynatemp_exponent`.
+    - `mirostat`: 2 keeps the surprise near `mirostat_tau` bits with rate `mirostat_eta`, in place
+      of every other sampler but temperature (0: off).
+    - `samplers`: which ones in which order, a list or "top_k;top_p;temperature".
     - `logit_bias`: id -> number added to its logit; -inf forbids it.
     - `seed`: the same seed gives the same tokens; None takes a fresh one.
     - `logprobs`: report the natural log-probabilities of this many best tokens.
     - `stop`: strings that end the text before them.
+
+    Definitions and their sources are in `runtime.text.samplers`.
     """
 
     temperature: float = 0.8
@@ -41,42 +74,59 @@ class Sampling:
     top_p: float = 0.95
     min_p: float = 0.05
     typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     repeat_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     penalty_last_n: int = 64
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    samplers: tuple[str, ...] = chain.ORDER
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int = 0
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, low=0.0)
-        for name in ("top_p", "min_p", "typical_p"):
-            _number(name, getattr(self, name), low=0.0, high=1.0)
-        _number("repeat_penalty", self.repeat_penalty, low=0.0)
-        if self.repeat_penalty == 0:
-            raise OptionError("repeat_penalty must be more than 0 (1 means none), not 0")
-        _number("presence_penalty", self.presence_penalty)
-        _number("frequency_penalty", self.frequency_penalty)
-        _whole("top_k", self.top_k, low=-1)
-        _whole("penalty_last_n", self.penalty_last_n, low=-1)
-        _whole("logprobs", self.logprobs, low=0)
+        plain: dict[str, Any] = {
+            "dry_sequence_breakers": _texts("dry_sequence_breakers", self.dry_sequence_breakers),
+            "samplers": _samplers(self.samplers),
+            "logit_bias": _bias(self.logit_bias),
+            "stop": _texts("stop", self.stop),
+        }
+        plain |= {n: number(n, getattr(self, n), *limits) for n, limits in _NUMBERS.items()}
+        plain |= {n: whole(n, getattr(self, n), low) for n, low in _WHOLES.items()}
         if self.seed is not None:
-            _whole("seed", self.seed, low=0)
-        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
-        object.__setattr__(self, "stop", _stops(self.stop))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is always taken."""
-        return self.temperature == 0 or self.top_k == 1
+            plain["seed"] = whole("seed", self.seed, 0, ", or None for a fresh one")
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+        if self.repeat_penalty == 0:
+            raise wrong("repeat_penalty", self.repeat_penalty, "more than 0 (1 means none)")
+        if 0 < self.dry_base < 1:
+            raise wrong("dry_base", self.dry_base, "at least 1, or 0 for no DRY")
+        if self.mirostat not in (0, 2):
+            raise wrong("mirostat", self.mirostat, "2, or 0 for none (version 1 is not made)")
 
     @property
     def penalises(self) -> bool:
         """Whether tokens seen before change the logits."""
         plain = self.repeat_penalty == 1 and not (self.presence_penalty or self.frequency_penalty)
         return not plain and self.penalty_last_n != 0
+
+    @property
+    def dries(self) -> bool:
+        """Whether DRY acts."""
+        return self.dry_multiplier > 0 and self.dry_base >= 1 and self.dry_penalty_last_n != 0
 
 
 class Token(NamedTuple):
@@ -90,200 +140,144 @@ class Token(NamedTuple):
 
 
 class Sampler:
-    """The state of one sequence: random numbers and the tokens seen so far."""
+    """The state of one sequence: random numbers and what samplers remember of its tokens."""
 
-    def __init__(self, sampling: Sampling, vocab_size: int):
-        """Raises OptionError when `logit_bias` names an id outside the vocabulary."""
+    def __init__(
+        self, sampling: Sampling, vocab_size: int,
+        token_bytes: Callable[[int], bytes] | None = None,
+    ) -> None:  # fmt: skip
+        """token_bytes: the text of a token, where DRY looks for its breakers.
+
+        Raises OptionError when `logit_bias` names an id outside the vocabulary.
+        """
         self.sampling = sampling
         self.vocab_size = vocab_size
         self._random = np.random.Generator(np.random.PCG64(sampling.seed))
-        self._seen: deque[int] = deque()
-        self._counts: Counter[int] = Counter()
-        self._scratch = np.empty(vocab_size, np.float32)
-        wrong = [i for i in sampling.logit_bias if not 0 <= i < vocab_size]
-        if wrong:
+        bias = sampling.logit_bias
+        wrong_id = next((i for i in bias if not 0 <= i < vocab_size), None)
+        if wrong_id is not None:
             raise OptionError(
-                f"logit_bias names token {wrong[0]}, outside the vocabulary of {vocab_size}"
+                f"logit_bias names token {wrong_id}, outside the vocabulary of {vocab_size}"
             )
-        self._bias_ids = np.array(list(sampling.logit_bias), np.int64)
-        self._bias = np.array(list(sampling.logit_bias.values()), np.float32)
+        self._bias_ids = np.array(list(bias), np.int64)
+        self._bias = np.array(list(bias.values()), np.float64)
+        self._mirostat = None
+        if sampling.mirostat:
+            self._mirostat = Mirostat(sampling.mirostat_tau, sampling.mirostat_eta)
+        self._memories = self._remember(token_bytes)
+        self._steps, self._greedy = chain.steps(sampling, self._memories, self._random)
+        changes = self._memories or self._bias.size
+        self._scratch = np.empty(vocab_size if changes else 0, np.float32)
 
-    def accept(self, token: int) -> None:
-        """Remember a token of the prompt or of the answer, for the penalties."""
-        if not self.sampling.penalises:
-            return
-        self._seen.append(token)
-        self._counts[token] += 1
-        if 0 <= self.sampling.penalty_last_n < len(self._seen):
-            oldest = self._seen.popleft()
-            self._counts[oldest] -= 1
-            if not self._counts[oldest]:
-                del self._counts[oldest]
+    def _remember(self, token_bytes: Callable[[int], bytes] | None) -> dict[str, Penalties | Dry]:
+        o, found = self.sampling, dict[str, Penalties | Dry]()
+        if o.mirostat:
+            return found
+        if o.penalises and "penalties" in o.samplers:
+            found["penalties"] = Penalties(
+                o.repeat_penalty, o.presence_penalty, o.frequency_penalty, o.penalty_last_n
+            )
+        if o.dries and "dry" in o.samplers:
+            breakers = tuple(text.encode() for text in o.dry_sequence_breakers)
+            if breakers and token_bytes is None:
+                raise OptionError("DRY needs token_bytes to find dry_sequence_breakers")
+            found["dry"] = Dry(
+                o.dry_multiplier, o.dry_base, o.dry_allowed_length, o.dry_penalty_last_n,
+                breakers, lambda i: token_bytes(i) if token_bytes and i < self.vocab_size else b"",
+            )  # fmt: skip
+        return found
 
     def begin(self, tokens: Sequence[int]) -> None:
         """Remember the tokens of a prompt."""
-        for token in tokens if self.sampling.penalises else ():
-            self.accept(token)
+        for memory in self._memories.values():
+            memory.begin(tokens)
+
+    def accept(self, token: int) -> None:
+        """Remember a token of the answer."""
+        for memory in self._memories.values():
+            memory.accept(token)
 
     def sample(self, logits: np.ndarray) -> Token:
         """Choose from `logits`, float32 [vocabulary], which is left as it is.
 
-        Raises BackendError when the logits are NaN.
+        Raises BackendError when they hold NaN or +inf, or nothing but -inf.
         """
         raw = np.asarray(logits, np.float32).reshape(-1)
         if raw.size != self.vocab_size:
             raise OptionError(f"{raw.size} logits for a vocabulary of {self.vocab_size}")
-        adjusted = self._adjust(raw)
-        if self.sampling.greedy:
-            chosen = int(adjusted.argmax())
-            _check_best(adjusted[chosen])
-        else:
-            chosen = self._draw(adjusted)
+        if not -_INF < raw.max() < _INF:  # NaN, of either sign, is no such maximum
+            raise BackendError(
+                "the model's logits are not finite, so no token can be chosen: the file or a "
+                "kernel is broken; VALIDATE=1 names the op"
+            )
+        chosen = self._choose(raw)
         if not self.sampling.logprobs:
             return Token(chosen)
         return _with_logprobs(raw, chosen, self.sampling.logprobs)
 
-    def _adjust(self, raw: np.ndarray) -> np.ndarray:
-        if not self._bias.size and not self._counts:
+    def _biased(self, raw: np.ndarray) -> np.ndarray:
+        """The logits, float32 [vocabulary], with logit bias; a copy where samplers change them."""
+        if not self._scratch.size:
             return raw
         logits = self._scratch
         np.copyto(logits, raw)
-        logits[self._bias_ids] += self._bias
-        if self._counts:
-            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
-            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
-            logits[ids] = _penalised(logits[ids], counts, self.sampling)
+        if self._bias.size:
+            Candidates(logits).change(self._bias_ids, logits[self._bias_ids] + self._bias)
+            if logits.max() == -_INF:
+                raise OptionError("logit_bias forbids every token: allow at least one")
         return logits
 
-    def _draw(self, logits: np.ndarray) -> int:
-        options = self.sampling
-        ids, values = _top_k(logits, options.top_k)
-        _check_best(values[0])
-        ids, values = _typical(ids, values, options.typical_p)
-        ids, values = _top_p(ids, values, options.top_p)
-        ids, values = _min_p(ids, values, options.min_p)
-        sums = np.cumsum(_softmax((values - values[0]) / options.temperature))
+    def _choose(self, raw: np.ndarray) -> int:
+        c = Candidates(self._biased(raw))
+        for step in self._steps:
+            c = step(c)
+        if self._greedy:
+            return int(c.values.argmax())
+        if self._mirostat is not None:
+            c = self._mirostat(c)
+        c = ordered(c)
+        chances = softmax(c.values)
+        sums = np.cumsum(chances)
         at = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
-        return int(ids[min(at, ids.size - 1)])
-
-
-def _penalised(values: np.ndarray, counts: np.ndarray, options: Sampling) -> np.ndarray:
-    repeat = np.float32(options.repeat_penalty)
-    scaled = np.where(values > 0, values / repeat, values * repeat)
-    return scaled - counts * options.frequency_penalty - options.presence_penalty
-
-
-def _top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and logits (float64) of the k best, best first, ties by id."""
-    if 0 < k < logits.size:
-        # A threshold from np.partition is several times faster than np.argpartition.
-        best = np.partition(logits, logits.size - k)[logits.size - k :]
-        _check_best(best.max())  # NaN counts as the largest
-        ids = np.flatnonzero(logits >= best[0])
-    else:
-        ids = np.arange(logits.size)
-    order = _descending(logits[ids])
-    ids = ids[order[:k] if k > 0 else order]
-    return ids, logits[ids].astype(np.float64)
-
-
-def _descending(values: np.ndarray) -> np.ndarray:
-    """The stable descending order of float32 `values`.
-
-    Sorts integers that hold the value's bits above its place: five times faster than argsort.
-    """
-    bits = (values + np.float32(0)).view(np.int32)  # + 0 makes -0 equal 0
-    ascending = bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
-    keys = ((~ascending).astype(np.int64) << 32) | np.arange(values.size)
-    keys.sort()
-    return keys & 0xFFFFFFFF
-
-
-def _typical(ids: np.ndarray, values: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
-    if p >= 1:
-        return ids, values
-    probabilities = _softmax(values)
-    surprise = -np.log(probabilities, where=probabilities > 0, out=np.full_like(values, -np.inf))
-    surprise[probabilities == 0] = np.inf
-    entropy = float(np.sum(np.where(probabilities > 0, probabilities * surprise, 0.0)))
-    order = np.argsort(np.abs(surprise - entropy), kind="stable")
-    keep = order[: _reaching(probabilities[order], p)]
-    keep.sort()  # back to best first
-    return ids[keep], values[keep]
-
-
-def _top_p(ids: np.ndarray, values: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
-    if p >= 1:
-        return ids, values
-    keep = _reaching(_softmax(values), p)
-    return ids[:keep], values[:keep]
-
-
-def _min_p(ids: np.ndarray, values: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
-    if p <= 0:
-        return ids, values
-    keep = max(1, int(np.count_nonzero(values >= values[0] + math.log(p))))
-    return ids[:keep], values[:keep]
-
-
-def _reaching(probabilities: np.ndarray, p: float) -> int:
-    """How many of `probabilities` have to be added up to reach `p`; at least one."""
-    return int(np.searchsorted(np.cumsum(probabilities), p)) + 1
-
-
-def _softmax(values: np.ndarray) -> np.ndarray:
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
+        at = min(at, chances.size - 1)
+        if self._mirostat is not None:
+            self._mirostat.learn(float(chances[at]))
+        return at if c.ids is None else int(c.ids[at])
 
 
 def _with_logprobs(raw: np.ndarray, chosen: int, n: int) -> Token:
-    ids, values = _top_k(raw, min(n, raw.size))
-    highest = values[0]
-    log_sum = float(highest) + math.log(float(np.sum(np.exp(raw.astype(np.float64) - highest))))
-    top = tuple((int(i), float(v) - log_sum) for i, v in zip(ids, values, strict=True))
-    return Token(chosen, float(raw[chosen]) - log_sum, top)
+    top = best(Candidates(raw), min(n, raw.size))
+    highest = float(top.values[0])
+    log_sum = highest + math.log(float(np.sum(np.exp(raw.astype(np.float64) - highest))))
+    ids = range(raw.size) if top.ids is None else top.ids
+    pairs = tuple((int(i), float(v) - log_sum) for i, v in zip(ids, top.values, strict=True))
+    return Token(chosen, float(raw[chosen]) - log_sum, pairs)
 
 
-def _check_best(value: np.floating) -> None:
-    if np.isnan(value) or value == np.inf:
-        raise BackendError(
-            "the model's logits are not finite, so no token can be chosen: the file or a kernel "
-            "is broken; VALIDATE=1 names the op"
-        )
-    if value == -np.inf:
-        raise OptionError("logit_bias forbids every token: allow at least one")
+def _samplers(given: Any) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return chain.parse(given.split(";"))
+    legal = "a list of names, or text such as 'top_k;temperature'"
+    return chain.parse(listed("samplers", given, legal))
 
 
-def _number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-    fits = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not fits or not math.isfinite(value) or not low <= value <= high:
-        bounds = "a finite number"
-        if high < math.inf:
-            bounds = f"a number from {low:g} to {high:g}"
-        elif low > -math.inf:
-            bounds = f"a finite number of at least {low:g}"
-        raise OptionError(f"{name} must be {bounds}, not {value!r}")
-
-
-def _whole(name: str, value: int, low: int) -> None:
-    fits = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not fits or value < low:
-        raise OptionError(f"{name} must be a whole number of at least {low}, not {value!r}")
-
-
-def _bias(bias: Mapping[int, float]) -> dict[int, float]:
+def _bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, Mapping):
-        raise OptionError(f"logit_bias must map token ids to numbers, not {bias!r}")
+        raise wrong("logit_bias", bias, "a mapping of token ids to numbers")
+    found = {}
     for token, value in bias.items():
-        _whole("a token id in logit_bias", token, low=0)
-        if value != -math.inf:
-            _number(f"logit_bias[{token}]", value)
-    return {int(token): float(value) for token, value in bias.items()}
+        i = whole("logit_bias, whose token id", token, 0)
+        forbids = isinstance(value, Real) and value == -_INF
+        found[i] = -_INF if forbids else number(f"logit_bias[{i}]", value)
+    return found
 
 
-def _stops(stop: Iterable[str] | None) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    for text in stops:
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    """Strings of one character at least; a single one may be given as it is, None is none."""
+    if given is None:
+        return ()
+    texts = [given] if isinstance(given, str) else listed(name, given, "text, or a list of texts")
+    for text in texts:
         if not isinstance(text, str) or not text:
-            raise OptionError(f"a stop string must be text with at least one character: {text!r}")
-    return stops
+            raise wrong(f"each {name} string", text, "text of at least one character")
+    return tuple(texts)

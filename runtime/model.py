@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.arguments import check_has_weights, check_load
+from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress, open_backend
 from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.errors import OptionError
@@ -79,7 +79,7 @@ class Model(TextModel):
         self.file = file
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self._closed = False
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self.kv_types = parse_kv_type(kv_type)

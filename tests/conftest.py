@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import write_model
+from small_models import NOVEL, write_model
 
 # Files whose tests take moments: they compile next to nothing.
 QUICK = frozenset({
@@ -37,6 +37,12 @@ def golden() -> Path:
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random qwen3 model of two layers, F32."""
     return write_model(tmp_path_factory.mktemp("models") / "small.gguf")
+
+
+@pytest.fixture(scope="session")
+def hybrid_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random qwen35 model of three layers, two of them recurrent, F32."""
+    return write_model(tmp_path_factory.mktemp("models") / "hybrid.gguf", NOVEL["qwen35"])
 
 
 @pytest.fixture

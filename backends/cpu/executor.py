@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends import forks
+from runtime.ops.errors import BackendError
+
 from .abi import CONTROL
 from .objects import function
 
@@ -39,7 +42,7 @@ class ThreadTeam:
             raise ValueError(f"a team needs at least one thread, not {n_threads}")
         self.n_threads = n_threads
         self._entry = function(loader("executor", {}))
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._control: np.ndarray | None = None
         self._end: weakref.finalize | None = None
         _teams.add(self)
@@ -49,20 +52,28 @@ class ThreadTeam:
 
         profile: address of n_rows + 1 int64 that receive nanoseconds at the start of each row
         (after its barrier) and at the end, or 0.
+        BackendError: the system lets no more threads start; a later call tries again.
         """
         if n_rows == 0:
             return
         with self._lock:
             if self._control is None:
                 self._start()
-            self._publish(table=table, n_rows=n_rows, profile=profile)
+            assert self._control is not None, "started"
+            words = {"table": table, "n_rows": n_rows, "profile": profile}
+            _lead(self._entry, self._control, self.n_threads, **words)
 
     def close(self) -> None:
         """End the threads. The next `run` starts new ones; a team nobody holds ends by itself."""
         with self._lock:
-            if self._end is not None:
-                self._end()
-            self._forget()
+            end = self._end
+            self.forget()  # before they end: a team without its threads would wait for ever
+            if end is not None:
+                end()
+
+    def forget(self) -> None:
+        """Begin anew with the next `run`, whatever has become of the threads."""
+        self._control = self._end = None
 
     def __enter__(self) -> ThreadTeam:
         return self
@@ -70,12 +81,8 @@ class ThreadTeam:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _publish(self, **words: int) -> None:
-        assert self._control is not None, "started before"
-        _lead(self._entry, self._control, self.n_threads, **words)
-
     def _start(self) -> None:
-        self._control = control = _control_block(self.n_threads)
+        control = _control_block(self.n_threads)
         threads = [
             threading.Thread(
                 target=_follow, args=(self._entry, control, number, self.n_threads),
@@ -83,14 +90,23 @@ class ThreadTeam:
             )
             for number in range(1, self.n_threads)
         ]  # fmt: skip
-        for thread in threads:
-            thread.start()
-        self._end = weakref.finalize(self, _end, self._entry, control, threads)
-
-    def _forget(self) -> None:
-        if self._end is not None:
-            self._end.detach()
-        self._control = self._end = None
+        ends = self._entry, control, threads, os.getpid()
+        try:
+            for thread in threads:
+                thread.start()
+        except RuntimeError as error:
+            _end(*ends)
+            started = sum(thread.ident is not None for thread in threads)
+            raise BackendError(
+                f"thread {started + 2} of {self.n_threads} cannot be started ({error}): load the "
+                f"model with threads={started + 1} or fewer, or raise the system's limit "
+                "(`ulimit -u`; memory; in a container its number of processes)"
+            ) from None
+        except BaseException:
+            _end(*ends)
+            raise
+        self._end = weakref.finalize(self, _end, *ends)
+        self._control = control
 
 
 def _lead(entry: Any, control: np.ndarray, n_threads: int, **words: int) -> None:
@@ -104,10 +120,13 @@ def _follow(entry: Any, control: np.ndarray, number: int, n_threads: int) -> Non
     entry(control.ctypes.data, number, n_threads)
 
 
-def _end(entry: Any, control: np.ndarray, threads: list[threading.Thread]) -> None:
+def _end(entry: Any, control: np.ndarray, threads: list[threading.Thread], process: int) -> None:
+    if process != os.getpid():
+        return  # a fork copies no threads, and whatever state their locks were in
     _lead(entry, control, len(threads) + 1, table=0, n_rows=0, profile=0, stop=1)
     for thread in threads:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _control_block(n_threads: int) -> np.ndarray:
@@ -185,10 +204,9 @@ def _close_all() -> None:
 
 
 def _after_fork() -> None:
-    # A fork copies no threads, and may copy locks that are held: begin anew.
+    # A fork copies no threads: none must be waited for.
     for team in list(_teams):
-        team._lock = threading.Lock()
-        team._forget()
+        team.forget()
 
 
 if hasattr(os, "register_at_fork"):

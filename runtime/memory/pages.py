@@ -6,12 +6,12 @@ same ones. A page that several sequences hold is never written: the writer takes
 
 from __future__ import annotations
 
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from runtime.backends import forks
 from runtime.errors import MemoryLimitError
 from runtime.ops import PAGE
 
@@ -21,7 +21,7 @@ class PagePool:
 
     def __init__(self, count: int, arrays: Sequence[np.ndarray]) -> None:
         self.count = count
-        self._lock = threading.RLock()  # sessions of several threads share the pool
+        self._lock = forks.lock()  # sessions of several threads share the pool
         self._arrays = arrays
         self._holders = np.zeros(count, np.int32)
         self._free = list(range(count - 1, -1, -1))

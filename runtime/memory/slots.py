@@ -8,12 +8,12 @@ past ("checkpoints") to go back to.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from runtime.backends import forks
 from runtime.errors import MemoryLimitError
 
 NONE = -1  # as `slot_in`: start from zeros
@@ -31,7 +31,7 @@ class SlotPool:
     def __init__(self, count: int) -> None:
         self.count = count
         self._users: weakref.WeakSet[Recurrent] = weakref.WeakSet()
-        self._lock = threading.RLock()
+        self._lock = forks.lock()
         self._holders = [0] * count
         self._free = list(range(count - 1, -1, -1))
         self._abandoned: deque[int] = deque()

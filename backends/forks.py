@@ -1,0 +1,35 @@
+"""Locks that a fork does not leave held.
+
+`os.fork` copies a process with the one thread that called it. A lock that another thread held at
+that moment stays locked in the child for ever, so a model that is used in the child would hang.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+_locks: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def lock() -> Any:
+    """A `threading.RLock` that in a forked child is free, unless the forking thread holds it.
+
+    What it guards must be valid whenever it is held: nobody in the child finishes what the
+    thread that held it was about.
+    """
+    made = threading.RLock()
+    _locks.add(made)
+    return made
+
+
+def _after_fork() -> None:
+    for each in list(_locks):
+        if not each._is_owned():
+            each._at_fork_reinit()  # as the standard library does with its own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -142,6 +142,8 @@ def _first_that_fits(template: Template, messages: list[Message], names: dict[st
             text = template.render({**names, "messages": reading})
         except TextError as error:
             refusal = refusal or error
+            if type(error) is not TextError:  # no reading will cost less
+                break
             continue
         if all(name in text for name in wanted):
             return text

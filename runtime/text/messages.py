@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -68,12 +68,13 @@ def readings(messages: Sequence[Message]) -> Iterator[list[Message]]:
     """The forms of `messages` to offer a template, the likeliest first; never none."""
     given = [{k: v for k, v in message.items() if v is not None} for message in messages]
     seen: list[list[Message]] = []
-    for arguments, reasoning, content in product(
-        (_same, _parsed_arguments),
+    for parts, arguments, reasoning, content in product(
+        (_same, _joined_parts),
+        (_same, _parsed_arguments, _written_arguments),
         (_named_reasoning, _same),
         (_same, _content_none, _content_empty),
     ):
-        form = [content(reasoning(arguments(message))) for message in given]
+        form = [content(reasoning(arguments(parts(message)))) for message in given]
         if form not in seen:
             seen.append(form)
             yield form
@@ -110,22 +111,48 @@ def _named_reasoning(message: Message) -> Message:
     return {"thinking": found, **message, "reasoning_content": found}
 
 
+def _joined_parts(message: Message) -> Message:
+    """The content as one text where it is a list of parts that are all text."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
+        return message
+    texts = [p.get("text") for p in parts if p.get("type", "text") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        return message
+    return {**message, "content": "\n".join(texts)}
+
+
 def _parsed_arguments(message: Message) -> Message:
     """Arguments of tool calls as mappings where they are the text of a JSON object."""
-    calls = [_parsed_call(call) for call in _calls(message)]
+    return _with_arguments(message, _parsed)
+
+
+def _written_arguments(message: Message) -> Message:
+    """Arguments of tool calls as JSON text where they are mappings."""
+    return _with_arguments(
+        message, lambda value: json.dumps(value) if isinstance(value, dict) else value
+    )
+
+
+def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:
+    calls = [_changed_call(call, change) for call in _calls(message)]
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _parsed_call(call: Any) -> Any:
+def _changed_call(call: Any, change: Callable[[Any], Any]) -> Any:
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):
-        return {**call, "function": _parsed_call(call["function"])}
+        return {**call, "function": _changed_call(call["function"], change)}
+    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _parsed(value: Any) -> Any:
     try:
-        parsed = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return call
-    return {**call, "arguments": parsed} if isinstance(parsed, dict) else call
+        parsed = json.loads(value)
+    except (TypeError, ValueError, RecursionError):
+        return value
+    return parsed if isinstance(parsed, dict) else value
 
 
 def _calls(message: Message) -> list[Any]:

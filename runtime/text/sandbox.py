@@ -1,7 +1,9 @@
 """Where chat templates run: jinja2's immutable sandbox, as Hugging Face templates expect it.
 
 Templates are programs from a model's file. They may use loop controls, `raise_exception`,
-`strftime_now`, `{% generation %}` blocks, and a `tojson` that escapes nothing for HTML.
+`strftime_now`, `{% generation %}` blocks, `from_json`, and a `tojson` that escapes nothing for
+HTML. What a rendering may cost is in limits.py; `guards.py` asks there at every place of a
+template that takes time or makes something.
 """
 
 from __future__ import annotations
@@ -14,6 +16,13 @@ from types import GeneratorType
 from typing import Any, NoReturn
 
 from runtime.ops.errors import TextError
+from runtime.text.limits import TEXT, Budget, LimitError, growth, size_of
+
+_LONGEST = 1 << 20  # characters of a template; those of real models have up to 30,000
+
+
+class TemplateLimitError(TextError):
+    """A chat template wants more time or memory than a rendering may use."""
 
 
 class Template:
@@ -25,6 +34,8 @@ class Template:
     def __init__(self, source: str):
         from jinja2 import TemplateError, meta
 
+        if len(source) > _LONGEST:
+            raise TextError(f"the chat template has {len(source)} characters: too many to compile")
         environment = _environment()
         try:
             self._template = environment.from_string(source)
@@ -35,10 +46,21 @@ class Template:
         except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
             _refuse("the chat template is nested too deep to be compiled", error)
 
-    def render(self, names: Mapping[str, Any]) -> str:
-        """The text with `names` filled in. Raises TextError, in one line, where that fails."""
+    def render(self, names: Mapping[str, Any], budget: Budget | None = None) -> str:
+        """The text with `names` filled in; `budget` says what that may cost.
+
+        Raises TextError, in one line, where that fails, TemplateLimitError where it costs more.
+        """
+        from runtime.text.guards import using
+
         try:
-            return self._template.render(names)
+            with using(budget or Budget(size_of(list(names.values())))):
+                text = self._template.render(names)
+            if len(text) > TEXT:
+                raise LimitError(f"it makes {len(text)} characters of text")
+            return text
+        except LimitError as error:
+            raise TemplateLimitError(f"the chat template is refused: {error}") from error
         except Exception as error:
             _refuse("the chat template cannot take these messages", error)
 
@@ -52,7 +74,8 @@ def _refuse(what: str, error: Exception) -> NoReturn:
 def _environment() -> Any:
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from runtime.text.guards import GuardedEnvironment
 
     class Generation(Extension):
         """`{% generation %}` marks the assistant's words for training; here it only groups."""
@@ -67,14 +90,19 @@ def _environment() -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = GuardedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = _to_json
-    environment.filters["from_json"] = json.loads
+    environment.add_filter("tojson", _to_json)
+    environment.add_filter("from_json", json.loads)
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["strftime_now"] = _now
     return environment
+
+
+def _now(pattern: str) -> str:
+    growth("strftime", pattern, ())
+    return datetime.now().strftime(pattern)
 
 
 def _to_json(

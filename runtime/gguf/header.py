@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.dtypes import DType, from_gguf, nbytes_for
+from runtime.ops.dtypes import MXFP4, DType, from_gguf, nbytes_for
 from runtime.ops.errors import FileError, OpError
 
+from .other_formats import HEAD, describe
 from .strings import StringArray, scan_strings
 
 MAX_DIMS = 4
@@ -28,30 +29,26 @@ _MAX_ELEMENTS = 1 << 62
 _MIN_KEY_BYTES = 13
 _MIN_TENSOR_BYTES = 24
 _AGAIN = "download or convert it again"
+_PAIRED_MXFP4 = 4  # a number that ggml had given up when Ollama took it
 
 # value type -> little-endian struct letter; 8 is a string and 9 an array
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-_OTHER_FORMATS = {
-    b"FUGG": "a big-endian GGUF file",
-    b"lmgg": "a GGML file from before GGUF",
-    b"tjgg": "a GGJT file from before GGUF",
-    b"algg": "a GGLA adapter from before GGUF",
-    b"fmgg": "a GGMF file from before GGUF",
-    b"PK\x03\x04": "a PyTorch or zip file",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One row of the tensor table; `offset` counts from the start of the file."""
+    """One row of the tensor table; `offset` counts from the start of the file.
+
+    paired: MXFP4 as Ollama's first gpt-oss files have it, see `GGUFTensor.data`.
+    """
 
     name: str
     shape: tuple[int, ...]  # outermost first
     dtype: DType
     offset: int
     nbytes: int
+    paired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +132,11 @@ def parse_header(buffer: memoryview, path: Path) -> Header:
 
 
 def _read_version(cursor: Cursor) -> int:
+    if bytes(cursor.buffer[:4]) != b"GGUF":
+        what, advice = describe(bytes(cursor.buffer[:HEAD]), cursor.size)
+        raise cursor.error(f"this is {what}", advice)
     if cursor.size < 8:
         raise cursor.error(f"{cursor.size} bytes are too few for a GGUF file")
-    magic = bytes(cursor.buffer[:4])
-    if magic != b"GGUF":
-        kind = _OTHER_FORMATS.get(magic, f"not a GGUF file (it starts with {magic!r})")
-        raise cursor.error(f"this is {kind}", "convert the model to little-endian GGUF v3")
     cursor.position = 4
     version = cursor.unpack("I", "the version")
     if version in (2, 3):
@@ -251,12 +247,13 @@ def _place_tensors(
                 f"which is no multiple of the alignment {alignment}"
             )
         try:
-            dtype = from_gguf(kind)
+            paired = kind == _PAIRED_MXFP4
+            dtype = MXFP4 if paired else from_gguf(kind)
             nbytes = nbytes_for(dtype, shape)
         except (FileError, OpError) as error:
             advice = "convert the model to a supported type"
             raise cursor.error(f"tensor {quoted(name)}: {error}", advice) from error
-        tensors[name] = TensorInfo(name, shape, dtype, data_start + offset, nbytes)
+        tensors[name] = TensorInfo(name, shape, dtype, data_start + offset, nbytes, paired)
     _check_extents(cursor, tensors)
     return tensors
 
@@ -268,8 +265,10 @@ def _check_extents(cursor: Cursor, tensors: dict[str, TensorInfo]) -> None:
         if previous and info.offset < previous.offset + previous.nbytes:
             raise cursor.error(f"tensors {quoted(previous.name)} and {quoted(info.name)} overlap")
         previous = info
-    if previous and previous.offset + previous.nbytes > cursor.size:
+    whole = previous.offset + previous.nbytes if previous else 0
+    if previous and whole > cursor.size:
         raise cursor.error(
-            f"truncated: {previous.offset + previous.nbytes} bytes expected (up to the end of "
-            f"tensor {quoted(previous.name)}), {cursor.size} present"
+            f"truncated: {whole} bytes expected (up to the end of tensor {quoted(previous.name)}), "
+            f"{cursor.size} present ({100 * cursor.size // whole} %); if the download still runs "
+            "let it finish"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.dtypes import DType
+from runtime.ops.dtypes import MXFP4, DType
 from runtime.ops.errors import FileError
 from runtime.ops.quants import dequantize
 
@@ -28,7 +28,7 @@ class GGUFTensor:
     """A named weight in a mapped file. Attributes: name, shape (outermost first), dtype, nbytes,
     offset (from the start of the file `path`)."""
 
-    __slots__ = ("_part", "dtype", "name", "nbytes", "offset", "shape")
+    __slots__ = ("_paired", "_part", "dtype", "name", "nbytes", "offset", "shape")
 
     def __init__(self, part: _Part, info: TensorInfo) -> None:
         self._part = part
@@ -37,6 +37,7 @@ class GGUFTensor:
         self.dtype: DType = info.dtype
         self.offset: int = info.offset
         self.nbytes: int = info.nbytes
+        self._paired: bool = info.paired
 
     @property
     def path(self) -> Path:
@@ -45,8 +46,12 @@ class GGUFTensor:
 
     @property
     def data(self) -> np.ndarray:
-        """The stored bytes, uint8 [nbytes], a read-only view of the map."""
-        return self._part.content[self.offset : self.offset + self.nbytes]
+        """The stored bytes, uint8 [nbytes], a read-only view of the map.
+
+        Of Ollama's first MXFP4 files a copy in the order of ggml.
+        """
+        stored = self._part.content[self.offset : self.offset + self.nbytes]
+        return _unpaired(stored) if self._paired else stored
 
     def array(self) -> np.ndarray:
         """The values of a plain type, in `shape`, a read-only view (bf16: its bits in uint16).
@@ -222,6 +227,15 @@ def _joined(parts: list[_Part]) -> GGUFFile:
         )
     nbytes = sum(len(part.content) for part in parts)
     return GGUFFile(first.path, first.header.version, first.header.metadata, tensors, nbytes)
+
+
+def _unpaired(stored: np.ndarray) -> np.ndarray:
+    """MXFP4 blocks where a byte holds neighbours, 2i and 2i + 1, with i and i + 16 in each."""
+    blocks = stored.reshape(-1, MXFP4.nbytes).copy()
+    codes = blocks[:, 1:]
+    in_turn = np.stack([codes & 15, codes >> 4], axis=-1).reshape(-1, MXFP4.block)
+    blocks[:, 1:] = in_turn[:, :16] | in_turn[:, 16:] << 4
+    return blocks.reshape(-1)
 
 
 def _advise(tensor: GGUFTensor, advice: str, inward: bool) -> None:

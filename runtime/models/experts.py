@@ -114,7 +114,8 @@ def _of_experts(
     [T, used, rows]; gate and up may be halves of one tensor.
     """
     name, both = f"{at}.ffn_{part}_exps", f"{at}.ffn_gate_up_exps"
-    stored, runs = rows, ()
+    stored: int = rows
+    runs: Runs = ()
     if part != "down" and f"{both}.weight" in w:
         name, stored, runs = both, 2 * rows, _half(part == "up", rows, e.interleaved)
     matrices = w.rows(f"{name}.weight", part, runs, e.count, stored, x.shape[-1])

@@ -47,13 +47,23 @@ MODELS: dict[str, tuple[Callable[[Keys, Weights, int, Any], Architecture], Any]]
     "gptoss": (GptOss.read, None),  # Ollama's name for it
 }
 
+# `general.type` of files that go with a model
+_PARTS = {
+    "adapter": "a LoRA adapter",
+    "mmproj": "the part of a model that sees or hears (mmproj)",
+    "imatrix": "an importance matrix",
+}
+
 
 def build(file: Any) -> Architecture:
     """The model of an open GGUF file; ModelError names an unknown architecture and the known.
 
     Whatever the file says is read, known to change nothing, or a ModelError.
     """
-    name, source = file.architecture, str(file.path)
+    source = str(file.path)
+    if part := _PARTS.get(str(file.metadata.get("general.type"))):
+        raise ModelError(f"{source}: this file is {part}; give the file of the model itself")
+    name = file.architecture
     if name not in MODELS:
         raise ModelError(
             f"{source}: architecture {name!r} is not supported; "

@@ -388,7 +388,7 @@ class TestProcess:
         assert done.stdout.strip() and b"\x1b" not in done.stdout
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")  # noqa: PTH110
-    @pytest.mark.parametrize("args", [("inspect",), ("run", "--devices", "null", "-q")])
+    @pytest.mark.parametrize("args", [("inspect", "-t"), ("run", "--devices", "null", "-q")])
     def test_a_full_disk_is_one_line(self, args):
         with open("/dev/full", "wb") as full:  # noqa: PTH123
             done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ class Conversation:
             return
         text = json.dumps(self.messages, ensure_ascii=False, indent=1)
         try:
-            Path(rest).expanduser().write_text(text + "\n", encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            note(f"cannot write {rest}: {getattr(error, 'strerror', None) or error}")
+            _path(rest).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            note(f"cannot write {rest}: {error.strerror or error}")
             return
         note(f"{_counted(len(self.messages))} kept in {rest}")
 
@@ -111,10 +112,10 @@ class Conversation:
             note("give a file: /load FILE")
             return
         try:
-            found = _messages(json.loads(Path(rest).expanduser().read_text(encoding="utf-8")))
-        except (OSError, RuntimeError) as error:
-            note(f"cannot read {rest}: {getattr(error, 'strerror', None) or error}")
-        except ValueError:
+            found = _messages(json.loads(_path(rest).read_text(encoding="utf-8")))
+        except OSError as error:
+            note(f"cannot read {rest}: {error.strerror or error}")
+        except (ValueError, RecursionError):
             note(f"{rest} holds no messages: a JSON list of objects with role and content")
         else:
             self._system = found[:1] if found[:1] and found[0]["role"] == "system" else []
@@ -195,6 +196,11 @@ class Conversation:
 def _help(rest: str) -> None:
     wide = max(map(len, _HELP))
     note("\n".join(f"{name.ljust(wide)}  {text}" for name, text in _HELP.items()))
+
+
+def _path(text: str) -> Path:
+    """A file, "~" standing for the home folder where there is one."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 (Path.expanduser may raise)
 
 
 def _counted(n: int) -> str:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 from fake_model import DEMO, needs_demo
+from small_models import Sizes, write_model
 
 import runtime
 from runtime import environment
 from runtime.cli import COMMANDS
+from runtime.models import registry
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+RESEARCH = (ROOT / "ops" / "README.md").read_text()
 
 
 @needs_demo
@@ -35,5 +39,24 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_its_commands_and_variables_exist():
     named = set(re.findall(r"^\| `runtime (\w+)", README, re.MULTILINE))
     assert named == set(COMMANDS)
-    variables = set(re.findall(r"^\| `([A-Z_]+)", README, re.MULTILINE))
+    variables = set(re.findall(r"^\| `([A-Z_]+)[`=]", README, re.MULTILINE))
     assert all(f"`{name}`" in str(environment.__doc__) for name in variables) and variables
+
+
+def test_the_model_of_fifteen_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
+    (code,) = re.findall(r"<!-- model -->\n```python\n(.*?)```", RESEARCH, re.DOTALL)
+    exec(code, {})
+    size = Sizes("parallel")
+    second = tuple(f"blk.{i}.post_attention_norm.weight" for i in range(size.layers))
+    path = write_model(tmp_path / "parallel.gguf", size, without=second)
+    ids = [3, 1, 4, 1, 5, 9]
+    logits, want = (
+        runtime.load(path, device, kv_type="f32").eval(ids) for device in ("cpu", "reference")
+    )
+    assert ((logits - want) ** 2).sum() <= 1e-10 * (want**2).sum()
+
+
+def test_the_places_of_an_op_exist():
+    for place in re.findall(r"^\| `([\w/.]+)` \|", RESEARCH, re.MULTILINE):
+        assert (ROOT / place).exists() or "FILE" in place, place

@@ -7,6 +7,7 @@ rope style, norms on queries and keys, experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from runtime import ops
 from runtime.models import blocks
@@ -65,10 +66,10 @@ class Decoder:
     p: Hyperparameters
     w: Weights
 
-    @staticmethod
-    def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Decoder:
+    @classmethod
+    def read(cls, keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Self:
         """The model of a file."""
-        return Decoder(Hyperparameters.read(keys, w, vocabulary, variant), w)
+        return cls(Hyperparameters.read(keys, w, vocabulary, variant), w)
 
     @property
     def positions_per_token(self) -> int:

@@ -32,8 +32,9 @@ class Foreign:
 
     def says(self, name: str, value: str | None) -> str:
         """What is said about it; "" for nothing."""
-        line = fetch(value) if self.line == _FETCH and value else self.line
-        return line.format(name=name, value=value)
+        if self.line == _FETCH and value:
+            return f"{name}: {fetch(value)}"
+        return self.line.format(name=name, value=value)
 
 
 def fetch(name: str) -> str:
@@ -153,7 +154,7 @@ _REFUSED = (
     ("--prompt-cache -lcs --lookup-cache-static -lcd --lookup-cache-dynamic", 1,
      "{name} is not supported: /save and /load keep a conversation"),
     ("--override-kv", 1, "{name} is not supported: what the file says is what is run"),
-    ("--dynatemp-range --dynatemp-exp --adaptive-target --adaptive-decay", 1, _NOT_HERE),
+    ("--adaptive-target --adaptive-decay", 1, _NOT_HERE),
     ("--sampler-seq --sampling-seq", 1, "{name} is not supported: name them with --samplers"),
     ("--in-prefix --in-suffix -bf --binary-file -ptc --print-token-count --rpc -rpc", 1,
      _NOT_HERE),

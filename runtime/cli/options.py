@@ -63,10 +63,34 @@ _RARE = (
      "Take X for each time a token was seen (0)."),
     ("--repeat-last-n", "penalty_last_n", int, "N",
      "Penalties look at the last N tokens; -1 all (64)."),
+    ("--top-nsigma | --top-n-sigma", "top_n_sigma", float, "N",
+     "Of logits within N standard deviations of the best; -1 all (-1)."),
+    ("--xtc-probability", "xtc_probability", float, "P",
+     "How often the most probable tokens are left out; 0 never (0)."),
+    ("--xtc-threshold", "xtc_threshold", float, "P",
+     "They are those of at least P but the least of them; over 0.5 none (0.1)."),
+    ("--dry-multiplier", "dry_multiplier", float, "X",
+     "Make repeated passages less likely; 0 not (0)."),
+    ("--dry-base", "dry_base", float, "X", "The more by this factor for each token (1.75)."),
+    ("--dry-allowed-length", "dry_allowed_length", int, "N",
+     "Passages up to N tokens may be repeated (2)."),
+    ("--dry-penalty-last-n", "dry_penalty_last_n", int, "N",
+     "Look for them in the last N tokens; 0 none, -1 all (64)."),
+    ("--dynatemp-range", "dynatemp_range", float, "X",
+     "Vary the temperature by X with the entropy; 0 not (0)."),
+    ("--dynatemp-exp", "dynatemp_exponent", float, "X", "By this power of the entropy (1)."),
+    ("--mirostat", "mirostat", int, "N",
+     "2: keep the surprise even, in place of the other samplers; 0 not (0)."),
+    ("--mirostat-ent", "mirostat_tau", float, "X", "The surprise to keep, in bits (5)."),
+    ("--mirostat-lr", "mirostat_eta", float, "X", "How fast it is corrected (0.1)."),
+    ("--samplers", "samplers", str, "A;B;...",
+     "Which samplers in which order, such as 'top_k;top_p;temperature'."),
 )  # fmt: skip
 _REPEATED = (
     ("-l --logit-bias", "logit_bias", "ID(+/-)BIAS",
      "Change a token's logit, such as 15043+1 or 29905-inf. May be repeated."),
+    ("--dry-sequence-breaker", "dry_sequence_breakers", "TEXT",
+     "Passages end at TEXT, in place of newline : \" and *; none nowhere. May be repeated."),
     ("--stop | -r --reverse-prompt", "stop", "TEXT", "Stop before this text. May be repeated."),
 )  # fmt: skip
 
@@ -135,6 +159,8 @@ def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in chosen.items() if value not in (None, ())}
     if given.get("seed") == -1:
         del given["seed"]
+    if given.get("dry_sequence_breakers") == ("none",):
+        given["dry_sequence_breakers"] = ()
     if "logit_bias" in given:
         given["logit_bias"] = dict(_bias(text) for text in given["logit_bias"])
     try:

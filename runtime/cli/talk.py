@@ -40,7 +40,7 @@ def talk_options(function: F) -> F:
 def loaded_model(path: str | None, options: dict[str, Any]) -> Iterator[Any]:
     """The model of `path`, closed at the end; what -v and --color ask for holds from here on."""
     if options["verbose"]:
-        os.environ.setdefault("DEBUG", "1")
+        os.environ["DEBUG"] = os.environ.get("DEBUG") or "1"
     if options["color"] != "auto":
         click.get_current_context().color = options["color"] == "on"
     started = time.perf_counter()

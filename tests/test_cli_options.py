@@ -1,0 +1,368 @@
+"""Options as users of other programs type them, and names that are no files."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import os
+import re
+import string
+import subprocess
+import sys
+from dataclasses import fields
+
+import click
+import pytest
+from click.testing import CliRunner
+from fake_model import DEMO, CommandLine, FakeModel, needs_demo
+
+import runtime
+from runtime.cli import COMMANDS, foreign, main
+from runtime.cli.options import SAMPLING_FIELDS
+from runtime.cli.parsing import Option
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    return CommandLine(monkeypatch)
+
+
+def command(name):
+    return main.get_command(click.Context(main), name)
+
+
+def names(of):
+    return [n for p in command(of).params if isinstance(p, click.Option) for n in p.opts]
+
+
+@needs_demo
+class TestFlags:
+    @pytest.mark.parametrize(
+        ("args", "option", "value"),
+        [
+            (("-n", "5"), "max_tokens", 5),
+            (("-n5",), "max_tokens", 5),
+            (("-n", "-1"), "max_tokens", -1),
+            (("--n-predict", "5"), "max_tokens", 5),
+            (("--n_predict", "5"), "max_tokens", 5),
+            (("-n-predict", "5"), "max_tokens", 5),
+            (("--predict=5",), "max_tokens", 5),
+            (("--max-tokens", "5"), "max_tokens", 5),
+            (("--temp", "0.5"), "temperature", 0.5),
+            (("--temperature", "0.5"), "temperature", 0.5),
+            (("--top-k", "3"), "top_k", 3),
+            (("--top_k=3",), "top_k", 3),
+            (("--top-p", "0.3"), "top_p", 0.3),
+            (("--min-p", "0.3"), "min_p", 0.3),
+            (("--typical-p", "0.3"), "typical_p", 0.3),
+            (("--repeat-penalty", "1.2"), "repeat_penalty", 1.2),
+            (("--repeat-last-n", "9"), "penalty_last_n", 9),
+            (("--seed", "7"), "seed", 7),
+            (("-s", "7"), "seed", 7),
+            (("-s7",), "seed", 7),
+            (("-l", "3-1"), "logit_bias", {3: -1.0}),
+            (("-r", "User:"), "stop", ("User:",)),
+            (("--reverse-prompt", "-User"), "stop", ("-User",)),
+            (("--ignore-eos",), "ignore_eos", True),
+            (("--top-n-sigma", "1.5"), "top_n_sigma", 1.5),
+            (("--top-nsigma", "-1"), "top_n_sigma", -1.0),
+            (("--xtc-probability", "0.5"), "xtc_probability", 0.5),
+            (("--xtc-threshold", "0.2"), "xtc_threshold", 0.2),
+            (("--dry-multiplier", "0.8"), "dry_multiplier", 0.8),
+            (("--dry-base", "1.5"), "dry_base", 1.5),
+            (("--dry-allowed-length", "3"), "dry_allowed_length", 3),
+            (("--dry-penalty-last-n", "-1"), "dry_penalty_last_n", -1),
+            (("--dry-sequence-breaker", "."), "dry_sequence_breakers", (".",)),
+            (("--dry-sequence-breaker", "none"), "dry_sequence_breakers", ()),
+            (("--dynatemp-range", "0.5"), "dynatemp_range", 0.5),
+            (("--dynatemp-exp", "2"), "dynatemp_exponent", 2.0),
+            (("--mirostat", "2"), "mirostat", 2),
+            (("--mirostat-ent", "4"), "mirostat_tau", 4.0),
+            (("--mirostat-lr", "0.2"), "mirostat_eta", 0.2),
+            (("--samplers", "top_k;temperature"), "samplers", "top_k;temperature"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    def test_of_sampling(self, invoke, args, option, value):
+        model = FakeModel()
+        result = invoke("run", "m.gguf", "-p", "x", *args, model=model)
+        assert result.exit_code == 0, result.stderr
+        assert model.calls[0][1][option] == value
+
+    @pytest.mark.parametrize(
+        ("args", "option", "value"),
+        [
+            (("-c", "64"), "context", 64),
+            (("--ctx-size", "64"), "context", 64),
+            (("--ctx_size=64",), "context", 64),
+            (("-c", "0"), "context", None),
+            (("-t", "2"), "threads", 2),
+            (("-t2",), "threads", 2),
+            (("-ctk", "q8_0"), "kv_type", "q8_0,f16"),
+            (("-ctk=q8_0",), "kv_type", "q8_0,f16"),
+            (("--cache-type-v", "q8_0"), "kv_type", "f16,q8_0"),
+            (("-ctk", "q8_0", "-ctv", "q8_0"), "kv_type", "q8_0"),
+            (("--kv-type", "f32,bf16", "-ctv", "f16"), "kv_type", "f32,f16"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+    )
+    @pytest.mark.parametrize("name", ["run", "chat", "warmup"])
+    def test_of_loading(self, invoke, name, args, option, value):
+        result = invoke(name, "m.gguf", *args, stdin="hi")
+        assert result.exit_code == 0, result.stderr
+        assert result.loaded[0][1][option] == value
+
+    @pytest.mark.parametrize("name", [n for n in COMMANDS if n != "devices"])
+    @pytest.mark.parametrize("option", ["-m", "--model"])
+    def test_the_model_may_be_an_option(self, invoke, name, option):
+        more = ("-p", "1", "-n", "0", "-r", "1") if name == "bench" else ()
+        result = invoke(name, *more, option, DEMO, stdin="hi")
+        assert result.exit_code == 0, result.stderr
+        assert result.loaded == [] if name == "inspect" else result.loaded[0][0] == str(DEMO)
+
+    def test_escapes(self, invoke):
+        for args, text in (((r"a\nb\q\\",), r"a\nb\q\\"), ((r"a\nb\q\\n", "-e"), "a\nb\\q\\n")):
+            model = FakeModel()
+            invoke("run", "m.gguf", "-p", *args, model=model)
+            assert model.calls[0][0][0]["content"] == text
+
+    def test_instructions_from_a_file(self, invoke, tmp_path):
+        (tmp_path / "s.txt").write_text("Be brief.\n")
+        for name in ("run", "chat"):
+            model = FakeModel()
+            invoke(name, "m.gguf", "-sysf", tmp_path / "s.txt", model=model, stdin="hi")
+            assert model.calls[0][0][0] == {"role": "system", "content": "Be brief."}
+
+    def test_verbose_shows_plans(self, invoke, monkeypatch):
+        monkeypatch.setenv("DEBUG", "")
+        invoke("run", "m.gguf", "-p", "x", "-v")
+        assert os.environ["DEBUG"] == "1"
+        monkeypatch.setenv("DEBUG", "3")
+        invoke("run", "m.gguf", "-p", "x", "--verbose")
+        assert os.environ["DEBUG"] == "3"
+
+    @pytest.mark.parametrize(
+        ("args", "coloured"),
+        [((), False), (("--color",), True), (("-co", "on"), True), (("--color=off",), False)],
+    )
+    def test_colours(self, invoke, args, coloured):
+        result = invoke("run", *args, "-p", "x", model=FakeModel())
+        assert result.exit_code == 0 and ("\x1b[" in result.stderr) is coloured
+        assert result.stdout == "one two\n"
+
+    @pytest.mark.parametrize("args", [("-p", "-5 degrees"), ("-p=-5 degrees",), ("--prompt", "-m")])
+    def test_values_may_look_like_options(self, invoke, args):
+        model = FakeModel()
+        invoke("run", "m.gguf", *args, model=model)
+        assert model.calls[0][0][0]["content"] == args[-1].removeprefix("-p=")
+
+    def test_words_after_two_dashes_are_the_prompt(self, invoke):
+        model = FakeModel()
+        invoke("run", "m.gguf", "--", "-why", "not", model=model)
+        assert model.calls[0][0][0]["content"] == "-why not"
+
+
+class TestWholeNames:
+    """A letter is never cut off an unknown word: `-ngl` is not `-n gl`."""
+
+    def test_no_two_letters_of_known_options_are_one(self, invoke):
+        for name in COMMANDS:
+            known = names(name)
+            letters = [n[1] for n in known if len(n) == 2]
+            for pair in itertools.product(letters, string.ascii_letters):
+                word = "-" + "".join(pair)
+                if word in known or word in foreign.OPTIONS:
+                    continue
+                result = invoke(name, word, "3")
+                assert result.exit_code == 2 and f"no option {word}" in result.stderr, (name, word)
+
+    @pytest.mark.parametrize(
+        ("word", "near"),
+        [("--tmp", "--temp"), ("--n-gpu-layer", "--n-gpu-layers"), ("-cttk", "-ctk"),
+         ("--contxt", "--context"), ("-nglx", "-ngl"), ("--promt=a", "--prompt")],
+    )  # fmt: skip
+    def test_the_nearest_name_is_offered(self, invoke, word, near):
+        result = invoke("run", word)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1
+        assert f"no option {word.partition('=')[0]}: did you mean {near}?" in result.stderr
+
+    def test_names_are_plain(self):
+        """No foreign name hides one of ours by mistake, and none is written twice."""
+        rows = (*foreign._SILENT, *foreign._ACCEPTED, *foreign._REFUSED)
+        words = [name for row in rows for name in row[0].split()]
+        assert len(words) == len(set(words)) == len(foreign.OPTIONS)
+        assert all(re.fullmatch(r"--?[a-z0-9A-Z-]+", word) for word in words)
+        for name in COMMANDS:
+            assert len(names(name)) == len(set(names(name)))
+
+
+@needs_demo
+class TestForeignOptions:
+    @pytest.mark.parametrize("name", sorted(foreign.OPTIONS))
+    @pytest.mark.parametrize("of", ["run", "bench", "chat"])
+    def test_each_is_answered_in_one_line(self, invoke, of, name):
+        if name in names(of):
+            return
+        found = foreign.OPTIONS[name]
+        value = () if not found.values else ("0",)
+        tail = ("-p", "1", "-n", "0", "-r", "1") if of == "bench" else ()
+        model = FakeModel()
+        result = invoke(of, name, *value, "m.gguf", *tail, model=model, stdin="hi")
+        assert result.exit_code == (2 if found.refused else 0), result.stderr
+        assert result.loaded == [] if found.refused else result.loaded[0][0] == "m.gguf"
+        line = next((x for x in result.stderr.splitlines() if name in x), "")
+        assert bool(line) == bool(found.line), result.stderr
+        assert not line or (line.count(name) == 1 and len(line) < 160)
+
+    @pytest.mark.parametrize("args", [("-fa",), ("-fa", "on"), ("-fa=1",), ("--no-mmap",)])
+    def test_an_optional_value_is_no_model(self, invoke, args):
+        result = invoke("run", *args, "m.gguf", "-p", "x")
+        assert result.exit_code == 0 and result.loaded[0][0] == "m.gguf"
+
+    def test_the_same_line_is_said_once(self, invoke):
+        result = invoke("run", "-ngl", "99", "-ngl", "99", "-p", "x", "m.gguf")
+        assert result.stderr.count("models run on the CPU here") == 1
+
+    def test_hub_names_say_how_to_get_the_file(self, invoke):
+        result = invoke("run", "-hf", "ggml-org/some-GGUF:Q4_K_M", "-p", "x")
+        assert result.exit_code == 2
+        assert "hf download ggml-org/some-GGUF --include '*Q4_K_M*.gguf'" in result.stderr
+
+
+@needs_demo
+class TestNames:
+    @pytest.mark.parametrize(
+        ("text", "says"),
+        [
+            ("ggml-org/gemma-3-GGUF", "hf download ggml-org/gemma-3-GGUF"),
+            ("org/name:Q8_0", "hf download org/name --include '*Q8_0*.gguf'"),
+            ("hf.co/org/name", "hf download org/name"),
+            ("llama3.2:1b", "a name of Ollama's"),
+            ("qwen3:0.6b-q4_K_M", "a name of Ollama's"),
+            ("https://example.org/a/b.gguf", "curl -LO https://example.org/a/b.gguf"),
+            ("hf://org/name/b.gguf", "models are not downloaded here"),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "way", [("run",), ("run", "-m"), (), ("chat",), ("bench",), ("inspect",)]
+    )
+    def test_of_other_programs(self, invoke, monkeypatch, tmp_path, way, text, says):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+        result = invoke(*way, text)
+        assert result.exit_code == 2 and result.loaded == []
+        assert says in result.stderr and result.stderr.count("\n") == 1
+        assert "Traceback" not in result.output
+
+    def test_a_file_is_a_file_whatever_its_name(self, invoke, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org").mkdir()
+        for name in ("llama3.2:1b", "org/name", "https:x", "run.x"):
+            (tmp_path / name).write_bytes(b"GGUF")
+            result = invoke(name, "-p", "x") if name != "run.x" else invoke("run", name, "-p", "x")
+            assert result.exit_code == 0 and result.loaded[0][0] == name
+
+    def test_what_ollama_has_fetched_is_named(self, invoke, monkeypatch, tmp_path):
+        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+        manifest = tmp_path / "manifests/registry.ollama.ai/library/llama3.2/1b"
+        manifest.parent.mkdir(parents=True)
+        layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:abc"}]
+        manifest.write_text(json.dumps({"layers": layers}))
+        assert "give the path of a .gguf" in invoke("run", "llama3.2:1b").stderr
+        (tmp_path / "blobs").mkdir()
+        (tmp_path / "blobs" / "sha256-abc").write_bytes(b"GGUF")
+        assert f"its file is here: {tmp_path / 'blobs/sha256-abc'}" in invoke("llama3.2:1b").stderr
+        for broken in ("[]", "{}", '{"layers": [1]}', "\0", '{"layers": [{"mediaType": 1}]}'):
+            manifest.write_text(broken)
+            assert "give the path of a .gguf" in invoke("run", "llama3.2:1b").stderr
+
+    def test_folders_say_what_is_in_them(self, invoke, tmp_path):
+        assert "with no .gguf file in it" in invoke("run", tmp_path).stderr
+        (tmp_path / "model.safetensors").touch()
+        assert "convert_hf_to_gguf.py" in invoke("run", tmp_path).stderr
+        for name in "abcde":
+            (tmp_path / f"{name}.gguf").touch()
+        result = invoke(tmp_path)
+        assert "a.gguf, b.gguf, c.gguf and 2 more" in result.stderr and result.exit_code == 2
+
+    def test_a_file_of_nearly_that_name_is_offered(self, invoke, tmp_path):
+        (tmp_path / "qwen3-0.6b-Q4_0.gguf").touch()
+        for wrong in ("qwen3-0.6b-q4_0.gguf", "qwen3-0.6b-Q4_0", "qwen3-0.6B-Q4_O.gguf"):
+            result = invoke("run", tmp_path / wrong)
+            assert "did you mean" in result.stderr and result.exit_code == 1
+            assert str(tmp_path / "qwen3-0.6b-Q4_0.gguf") in result.stderr
+
+    @pytest.mark.parametrize("name", ["pull", "serve", "list", "show", "ps", "rm"])
+    def test_commands_of_other_programs(self, invoke, name):
+        result = invoke(name, "x")
+        assert result.exit_code == 2 and f"no command {name!r}: " in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+class TestHelp:
+    @pytest.mark.parametrize("name", [*COMMANDS, "help", "version"])
+    def test_every_line_fits(self, name, monkeypatch):
+        for columns in ("60", "80", "100", "300"):
+            monkeypatch.setenv("COLUMNS", columns)
+            text = CliRunner().invoke(main, [name, "--help"]).output
+            assert max(map(len, text.splitlines())) <= 100
+            assert "\t" not in text and text.startswith("Usage: ")
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_help_of_a_command_has_three_names(self, name):
+        wanted = CliRunner().invoke(main, [name, "-h"]).output
+        assert CliRunner().invoke(main, [name, "--usage"]).output == wanted
+        assert CliRunner().invoke(main, ["help", name]).output == wanted
+        assert CliRunner().invoke(main, ["help"]).output == CliRunner().invoke(main).output
+
+    @pytest.mark.parametrize("way", [["version"], ["--version"]])
+    def test_version(self, way):
+        assert CliRunner().invoke(main, way).output == f"runtime, version {runtime.__version__}\n"
+
+    def test_aliases_work_and_are_not_shown(self):
+        text = CliRunner().invoke(main, ["run", "-h"]).output
+        assert "--n-predict" not in text and "--n-predict" in names("run")
+        for parameter in command("run").params:
+            if isinstance(parameter, Option):
+                shown = [n for n in parameter.opts if n not in parameter._aliases]
+                assert 1 <= len(shown) <= 2 and all(n in text for n in shown)
+
+    def test_python_m_runtime_is_the_command(self):
+        done = subprocess.run(
+            [sys.executable, "-m", "runtime", "version"], capture_output=True, text=True
+        )
+        assert done.stdout == f"runtime, version {runtime.__version__}\n" and not done.stderr
+
+    @pytest.mark.parametrize("name", [*COMMANDS, "help", "version"])
+    def test_help_imports_no_engine(self, name):
+        code = (
+            f"import sys; from runtime.cli import main\n"
+            f"try: main([{name!r}, '-h'])\n"
+            "except SystemExit: print([m for m in ('numpy', 'numba', 'llvmlite', 'rich', 'jinja2')"
+            " if m in sys.modules], file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stderr.strip() == "[]"
+
+
+class TestSampling:
+    """The options of sampling are the fields of `runtime.Sampling`, in one table."""
+
+    ELSEWHERE = ("logprobs",)  # of the Python interface alone
+
+    def test_every_field_has_an_option(self):
+        declared = {f.name for f in fields(runtime.Sampling)}
+        assert set(SAMPLING_FIELDS) == declared - set(self.ELSEWHERE)
+
+    def test_help_tells_the_default(self):
+        for parameter in command("run").params:
+            default = getattr(runtime.Sampling(), parameter.name or "", None)
+            told = re.search(r"\((-?[\d.]+)\)", getattr(parameter, "help", None) or "")
+            if told and parameter.name != "seed" and default is not None:
+                assert float(told[1]) == default, parameter.name
+
+    def test_generate_and_chat_take_what_the_options_give(self):
+        for function in (runtime.Model.generate, runtime.Model.chat):
+            known = inspect.signature(function).parameters
+            assert {*SAMPLING_FIELDS, "max_tokens", "ignore_eos"} <= set(known)

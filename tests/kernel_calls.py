@@ -6,6 +6,8 @@ import ctypes
 import functools
 import mmap
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,31 +17,36 @@ from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.library import Library
 from runtime.backends.cpu.objects import function
 from runtime.backends.cpu.signatures import SIGNATURES, float_bits
+from runtime.environment import cache_dir
 
 CANARY = 0x7FC0DEAD  # a NaN as float32, no index as int32
 ISAS = tuple(dict.fromkeys((selected(), "generic")))  # with FMA and without, on x86
-_BEFORE = 16  # elements
+_SPARE = 16  # elements on the other side
 
 
 @functools.cache
 def library(isa: str) -> Library:
-    """Compiled kernels of this test session; nothing is kept on disk."""
-    return Library(isa, None)
+    """The kernels of an instruction set, compiled once and kept as those of models are."""
+    return Library(isa, cache_dir())
 
 
 class Fenced:
-    """`values` [rows, n] of four bytes each, `stride` elements apart, at the very end of memory.
+    """`values` [rows, n] of four bytes each, `stride` elements apart, at one end of memory.
 
-    Everything is the canary at first; on POSIX systems a touch beyond the last element crashes.
+    Everything is the canary at first. On POSIX systems a touch beyond the last element crashes, or,
+    inside `at_the_front()`, a touch before the first.
     """
+
+    front = False
 
     def __init__(self, rows: int, n: int, stride: int = 0, dtype: Any = np.float32) -> None:
         self.n, self.stride = n, stride or n
-        count = _BEFORE + (max(rows - 1, 0) * self.stride + n if rows else 0)
-        self.flat = _guarded(count)
+        size = max(rows - 1, 0) * self.stride + n if rows else 0
+        self.start = 0 if Fenced.front else _SPARE
+        self.flat = _guarded(size + _SPARE, Fenced.front)
         self.flat[:] = CANARY
         shape, strides = (rows, n), (4 * self.stride, 4)
-        start = self.flat[_BEFORE:].view(dtype)
+        start = self.flat[self.start :].view(dtype)
         self.values = np.lib.stride_tricks.as_strided(start, shape, strides)
 
     @classmethod
@@ -50,30 +57,62 @@ class Fenced:
         made.values[:] = values
         return made
 
+    @classmethod
+    def like(cls, values: np.ndarray) -> Fenced:
+        """A copy of any contiguous array as one row, whole words of it."""
+        return cls.of(np.ascontiguousarray(values).reshape(1, -1).view(np.int32))
+
     @property
     def address(self) -> int:
-        return self.flat.ctypes.data + 4 * _BEFORE
+        return self.flat.ctypes.data + 4 * self.start
 
     def strays(self, live: int) -> int:
         """How many elements outside the first `live` rows are no longer the canary."""
         inside = np.zeros(self.flat.size, bool)
         for row in range(live):
-            start = _BEFORE + row * self.stride
+            start = self.start + row * self.stride
             inside[start : start + self.n] = True
         return int(np.count_nonzero(self.flat[~inside] != CANARY))
 
 
-def _guarded(count: int) -> np.ndarray:
-    """uint32 memory whose end is the end of a page, before one that may not be touched."""
+@contextmanager
+def at_the_front() -> Iterator[None]:
+    """Memory made in here begins behind a page that may not be touched."""
+    Fenced.front = True
+    try:
+        yield
+    finally:
+        Fenced.front = False
+
+
+def fenced_twice(call: Callable[[int], np.ndarray], threads: tuple[int, int] = (1, 3)) -> Any:
+    """call(threads) with guards behind all memory, then again with guards before it.
+
+    The result, after the bits of both were compared.
+    """
+    first = np.array(call(threads[0]))
+    with at_the_front():
+        again = np.array(call(threads[1]))
+    assert first.tobytes() == again.tobytes(), "other bits from run to run"
+    return first
+
+
+def _guarded(count: int, front: bool) -> np.ndarray:
+    return guarded_bytes(4 * count, front).view(np.uint32)
+
+
+def guarded_bytes(n: int, front: bool) -> np.ndarray:
+    """uint8 [n] of memory that begins or ends at a page that may not be touched."""
     page = mmap.PAGESIZE
-    used = -(-4 * count // page) * page
+    used = -(-n // page) * page
     memory = mmap.mmap(-1, used + page)
     whole = np.frombuffer(memory, np.uint8)
     if sys.platform != "win32":
-        guard = ctypes.c_void_p(whole.ctypes.data + used)
+        guard = ctypes.c_void_p(whole.ctypes.data + (0 if front else used))
         refused = ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(page), 0)
         assert not refused, "mprotect refused the guard page"
-    return whole[used - 4 * count : used].view(np.uint32)
+    start = page if front else used - n
+    return whole[start : start + n]
 
 
 def run(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
+from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 
 from runtime import ops
-from runtime.backends.cpu.isa import available, selected
+from runtime.backends.cpu.isa import available
 from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import library
-from runtime.backends.cpu.objects import function
 from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.cpu.signatures import (
-    SIGNATURES,
     attention_scratch_nbytes,
-    float_bits,
     kv_block_nbytes,
     padded_head,
 )
@@ -29,8 +23,6 @@ from runtime.ops.attention import PAGE, attention
 from runtime.ops.dtypes import DTYPES
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-FENCE = 64  # canary values on either side of what the kernel writes
-CANARY = np.float32(-7654.25)
 
 
 @dataclass
@@ -89,58 +81,45 @@ class Case:
             first += n
         return np.array(found, np.int32)
 
-    def run(self, n_threads: int = 1, tiles: np.ndarray | None = None) -> np.ndarray:
-        """The kernel's result; every thread's part in turn."""
+    def run(
+        self, n_threads: int = 1, tiles: np.ndarray | None = None, isa: str = ISAS[0]
+    ) -> np.ndarray:
+        """The kernel's result; every thread's part in turn. All memory is fenced."""
         a, tiles = self.arrays, self.tiles() if tiles is None else tiles
-        tokens = len(a["q"])
-        stride, step = self.heads * self.v_dim + 24, self.k_dim + 8
-        q = np.full((tokens, self.heads, step), np.nan, np.float32)
-        q[..., : self.k_dim] = a["q"]
-        out = np.full(2 * FENCE + tokens * stride, CANARY)
+        tokens, used = len(a["q"]), self.heads * self.v_dim
+        stride, step = used + 24, self.k_dim + 8
+        q = Fenced.of(a["q"].reshape(-1, self.k_dim), step)  # the canaries between are NaN
+        out = Fenced(tokens, used, stride)
         nbytes = attention_scratch_nbytes(self.heads, self.kv_heads, self.k_dim, self.v_dim)
-        scratch = np.full(n_threads * nbytes // 4 + FENCE, CANARY)
-        words = {
-            "q": q, "q_stride": self.heads * step, "q_head_stride": step, "k_pages": a["k"],
-            "v_pages": a["v"],
-            "k_page_bytes": self.kv_heads * kv_block_nbytes(self.k_type, self.k_dim),
-            "v_page_bytes": self.kv_heads * kv_block_nbytes(self.v_type, self.v_dim),
-            "table": a["table"], "table_stride": a["table"].shape[1], "tiles": tiles,
-            "n_tiles": np.array([len(tiles)]), "places": a["places"],
-            "out": out.ctypes.data + 4 * FENCE, "out_stride": stride, "n_heads": self.heads,
-            "n_kv_heads": self.kv_heads, "k_dim": self.k_dim, "v_dim": self.v_dim,
-            "scale": float_bits(self.scale), "window": self.window,
-            "softcap": float_bits(self.softcap), "sinks": a["sinks"] if self.sinks else 0,
-            "scratch": scratch, "scratch_bytes": nbytes,
-        }  # fmt: skip
-        call(words, self.k_type, self.v_type, n_threads)
-        rows = out[FENCE:-FENCE].reshape(tokens, stride)
-        used = self.heads * self.v_dim
-        assert (out[:FENCE] == CANARY).all() and (out[-FENCE:] == CANARY).all()
-        assert (rows[:, used:] == CANARY).all(), "wrote between two tokens"
-        assert (scratch[-FENCE:] == CANARY).all(), "wrote past its scratch"
-        return rows[:, :used].reshape(tokens, self.heads, self.v_dim).copy()
+        scratch = Fenced(n_threads, nbytes // 4)
+        run(
+            Kernel.of("attention", k_type=self.k_type, v_type=self.v_type), isa, n_threads, q=q,
+            q_stride=self.heads * step, q_head_stride=step, k_pages=Fenced.like(a["k"]),
+            v_pages=Fenced.like(a["v"]),
+            k_page_bytes=self.kv_heads * kv_block_nbytes(self.k_type, self.k_dim),
+            v_page_bytes=self.kv_heads * kv_block_nbytes(self.v_type, self.v_dim),
+            table=Fenced.of(a["table"]), table_stride=a["table"].shape[1], tiles=Fenced.of(tiles),
+            n_tiles=np.array([len(tiles)]), places=Fenced.of(a["places"][None]), out=out,
+            out_stride=stride, n_heads=self.heads, n_kv_heads=self.kv_heads, k_dim=self.k_dim,
+            v_dim=self.v_dim, scale=float(self.scale), window=self.window,
+            softcap=float(self.softcap), sinks=Fenced.of(a["sinks"][None]) if self.sinks else 0,
+            scratch=scratch, scratch_bytes=nbytes,
+        )  # fmt: skip
+        assert out.strays(tokens) == 0, "wrote between two tokens"
+        assert scratch.strays(n_threads) == 0, "wrote past its scratch"
+        return out.values.reshape(tokens, self.heads, self.v_dim).copy()
 
 
-def call(words: dict, k_type: str, v_type: str, n_threads: int) -> None:
-    kernel = Kernel("attention", (("k_type", k_type), ("v_type", v_type)))
-    values = [words[name] for name in SIGNATURES["attention"]]
-    values = [v.ctypes.data if isinstance(v, np.ndarray) else v for v in values]
-    table = (ctypes.c_int64 * len(values))(*values)
-    entry = function(library().address(kernel))
-    for thread in range(n_threads):
-        entry(ctypes.addressof(table), thread, n_threads)
-
-
-def check(case: Case, tolerance: float = 1e-11) -> None:
-    found, wanted = case.run(), case.expected()
+def check(case: Case, tolerance: float = 1e-11, isa: str = ISAS[0]) -> None:
+    found, wanted = fenced_twice(lambda threads: case.run(threads, isa=isa)), case.expected()
     error = np.sum((found - wanted) ** 2) / np.sum(wanted**2)
     assert error <= tolerance, f"normalised error {error:.2e}"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled() -> None:
-    pairs = [(k, v) for k in TYPES for v in TYPES]
-    library().prepare([Kernel("attention", (("k_type", k), ("v_type", v))) for k, v in pairs])
+    pairs = [Kernel.of("attention", k_type=k, v_type=v) for k in TYPES for v in TYPES]
+    library(ISAS[0]).prepare(pairs)
 
 
 @pytest.mark.parametrize("k_type", TYPES)
@@ -155,18 +134,35 @@ def test_grouped_heads(heads: int, kv_heads: int, kind: str) -> None:
     check(Case(heads=heads, kv_heads=kv_heads, k_type=kind, v_type=kind))
 
 
+def of_sizes(k_dim: int, v_dim: int, kind: str, **more: Any) -> Case:
+    return Case(k_dim=k_dim, v_dim=v_dim, k_type=kind, v_type=kind, **more)
+
+
 @pytest.mark.parametrize("k_dim, v_dim", [(8, 8), (32, 32), (40, 40), (80, 80), (128, 128),
-                                          (96, 64), (192, 128), (256, 256)])  # fmt: skip
-@pytest.mark.parametrize("kind", ["f32", "f16"])
+                                          (96, 64), (192, 128), (256, 256), (14, 14), (20, 28),
+                                          (100, 100), (112, 72), (1, 3), (255, 241)])  # fmt: skip
+@pytest.mark.parametrize("kind", TYPES)
 def test_head_sizes(k_dim: int, v_dim: int, kind: str) -> None:
-    check(Case(k_dim=k_dim, v_dim=v_dim, k_type=kind, v_type=kind))
-    one = Case(k_dim=k_dim, v_dim=v_dim, k_type=kind, v_type=kind, spans=((70, 1),))
-    check(one)
+    check(of_sizes(k_dim, v_dim, kind))
+    check(of_sizes(k_dim, v_dim, kind, spans=((70, 1),)))
 
 
-@pytest.mark.parametrize("dim", [32, 96, 256])
-def test_head_sizes_of_quantised_cache(dim: int) -> None:
-    check(Case(k_dim=dim, v_dim=dim, k_type="q8_0", v_type="q8_0"))
+SHORT = ((5, 4), (40, 3))
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_every_remainder_of_head_sizes(kind: str) -> None:
+    """K and V of other sizes, both in every remainder of 64."""
+    for n in range(1, 65):
+        check(of_sizes(n, n * 7 % 64 + 1, kind, spans=SHORT))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_head_size_on_every_processor(kind: str, isa: str) -> None:
+    for n in range(1, 257):
+        check(of_sizes(n, n * 7 % 256 + 1, kind, spans=SHORT), isa=isa)
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 50, 1000])
@@ -273,18 +269,10 @@ def test_a_nan_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize("isa", [name for name in ("generic", "avx2") if name in available()])
 def test_other_instruction_sets(isa: str) -> None:
-    if isa == selected():
-        pytest.skip("the tests above ran on it")
-    program = (
-        "import sys; sys.path.insert(0, 'tests'); import test_attention_kernel as t\n"
-        "for kind in ('f16', 'q8_0'):\n"
-        "    t.check(t.Case(6, k_type=kind, v_type=kind, sinks=True, window=40, softcap=30.0))\n"
-        "case = t.Case(heads=10, k_dim=40, v_dim=40, k_type='f16', v_type='f16')\n"
-        "t.check(case)\n"
-        "t.np.testing.assert_array_equal(case.run(), case.run(tiles=case.tiles(1)))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200,
-        env={**os.environ, "RUNTIME_CPU_ISA": isa},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    for kind in ("f16", "q8_0"):
+        check(of_sizes(64, 64, kind, heads=6, sinks=True, window=40, softcap=30.0), isa=isa)
+    for dim in (40, 100, 7):
+        case = of_sizes(dim, dim, "f16", heads=10)
+        check(case, isa=isa)
+        alone = case.run(tiles=case.tiles(1), isa=isa)
+        np.testing.assert_array_equal(case.run(isa=isa), alone)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
-from kernel_calls import ISAS, Fenced, library, run
+from kernel_calls import ISAS, Fenced, at_the_front, fenced_twice, library, run
 
 from runtime import ops
+from runtime.backends.cpu.isa import available
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.pages import to_plain
-from runtime.backends.cpu.signatures import kv_block_nbytes
+from runtime.backends.cpu.signatures import kv_block_nbytes, padded_head
 from runtime.ops.attention import PAGE
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.registry import OPS
@@ -89,10 +92,13 @@ def plain_pages(memory: Fenced, kind: str, heads: int, dim: int, which: str) -> 
     return to_plain(raw, leaf, which).reshape(-1, heads, dim)
 
 
-def write(which: str, kind: str, x: np.ndarray, isa: str = ISAS[0], threads: int = 1) -> np.ndarray:
+def write(
+    which: str, kind: str, x: np.ndarray, isa: str = ISAS[0], threads: int = 1,
+    memory: Fenced | None = None,
+) -> np.ndarray:  # fmt: skip
     """All slots of pages after x[:, heads, dim] was written to SLOTS."""
     rows, heads, dim = x.shape
-    memory = page_memory(kind, heads, dim)
+    memory = memory or page_memory(kind, heads, dim)
     run(
         Kernel.of("kv_write", which=which, type=kind), isa, threads, pages=memory, live=rows,
         x=Fenced.of(x.reshape(rows, -1), heads * dim + 3), slots=Fenced.of(SLOTS),
@@ -105,12 +111,35 @@ def write(which: str, kind: str, x: np.ndarray, isa: str = ISAS[0], threads: int
 @pytest.mark.parametrize("kind", KV_TYPES)
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_kv_write(rng, which, kind):
-    for dim in (32, 128) if kind == "q8_0" else (32, 24, 40):
+    check_kv_write(rng, which, kind, (*range(1, 65), 100, 128))
+
+
+def check_kv_write(rng, which: str, kind: str, dims: Iterable[int], isa: str = ISAS[0]) -> None:
+    for dim in dims:
         x = (rng.standard_normal((6, 2, dim)) * [[1e-7], [50]]).astype(np.float32)
         wanted = np.zeros((N_PAGES * PAGE, 2, dim), np.float32)
         wanted[SLOTS[:, 0]] = round_to(x, kind)
-        assert np.array_equal(write(which, kind, x), wanted)
-        assert np.array_equal(write(which, kind, x, threads=3), wanted)
+        found = fenced_twice(lambda n, x=x: write(which, kind, x, isa, n))
+        assert np.array_equal(found, wanted), f"head size {dim}"
+        assert not padding(kind, x, which, isa).any(), "what is behind a head's dims is zero"
+
+
+def padding(kind: str, x: np.ndarray, which: str, isa: str) -> np.ndarray:
+    """The dims of written tokens that the head does not have, in pages that were all ones."""
+    dim = x.shape[2]
+    whole = np.zeros((*x.shape[:2], padded_head(dim)), np.float32)
+    memory = page_memory(kind, x.shape[1], dim)
+    memory.values.view(np.uint8)[:] = 1
+    write(which, kind, x, isa, memory=memory)
+    return plain_pages(memory, kind, x.shape[1], whole.shape[2], which)[SLOTS[:, 0], :, dim:]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("kind", KV_TYPES)
+def test_kv_write_of_every_head_size_on_every_processor(rng, kind, isa):
+    for which in "kv":
+        check_kv_write(rng, which, kind, range(1, 257), isa)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
@@ -136,8 +165,19 @@ def test_kv_write_without_fused_multiply_add(rng, kind):
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("style", "dim", "half"), [("neox", 64, 24), ("neox", 256, 32),
-                                                    ("none", 64, 0)])  # fmt: skip
+                                                    ("neox", 100, 50), ("neox", 1024, 20),
+                                                    ("none", 64, 0), ("none", 37, 0)])  # fmt: skip
 def test_qkv_post(rng, style, dim, half, norm):
+    check_qkv_post(rng, style, dim, half, norm)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_qkv_post_of_every_remainder(rng, norm):
+    for dim in range(1, 65):
+        check_qkv_post(rng, "neox", dim, dim // 2, norm)
+
+
+def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
     heads, kv_heads = 6, 2
     types = ("q8_0", "f16") if style == "neox" else ("f32", "f32")
     q, k, v = (rng.standard_normal((6, h, dim)).astype(np.float32) for h in (heads, 2, 2))
@@ -150,12 +190,14 @@ def test_qkv_post(rng, style, dim, half, norm):
         out = Fenced(7, heads * dim, heads * dim + 3)
         run(
             Kernel.of("qkv_post", style=style, k_type=types[0], v_type=types[1]), threads=threads,
-            **{n: Fenced.of(x.reshape(6, -1)) for n, x in (("k", k), ("v", v))}, q=apart,
+            **{n: Fenced.of(x.reshape(6, -1)) for n, x in (("k", k), ("v", v))},
+            q=Fenced.like(apart),
             q_stride=heads * 2 * dim, q_head_stride=2 * dim, k_stride=kv_heads * dim,
             v_stride=kv_heads * dim, eps=EPS,
             q_norm=Fenced.of(weights[0]) if norm else 0,
             k_norm=Fenced.of(weights[1]) if norm else 0,
-            angles=angles, half=half, q_out=out, q_out_stride=heads * dim + 3, live=6,
+            angles=Fenced.like(angles) if half else 0, half=half, q_out=out,
+            q_out_stride=heads * dim + 3, live=6,
             k_pages=memory[0], v_pages=memory[1], slots=Fenced.of(SLOTS), n_heads=heads,
             n_kv_heads=kv_heads, head_dim=dim,
             k_page_bytes=kv_heads * kv_block_nbytes(types[0], dim),
@@ -179,5 +221,7 @@ def test_qkv_post(rng, style, dim, half, norm):
     np.testing.assert_allclose(new_k, round_to(exact, types[0]), rtol=2e-6, atol=step)
     assert (np.abs(new_k - exact) <= 0.51 * step + 2e-6).all()
     assert np.array_equal(new_v, round_to(v, types[1]))
-    for again, first in zip(post(3), post(1), strict=True):
-        assert again.tobytes() == first.tobytes()
+    with at_the_front():
+        again = post(3)
+    for other, first in zip(again, (new_q, new_k, new_v), strict=True):
+        assert other.tobytes() == first.tobytes()

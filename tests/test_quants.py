@@ -60,6 +60,10 @@ def test_formats_the_gguf_package_cannot_decode() -> None:
     assert dequantize(np.frombuffer(q1, np.uint8), DTYPES["q1_0"], (128,)).tolist() == [
         0.5, -0.5, 0.5, *[-0.5] * 125
     ]  # fmt: skip
+    q2 = half + bytes([0b11100100]) + bytes([0b01010101] * 15)
+    assert dequantize(np.frombuffer(q2, np.uint8), DTYPES["q2_0"], (64,)).tolist() == [
+        -0.5, 0.0, 0.5, 1.0, *[0.0] * 60
+    ]  # fmt: skip
     codes = np.arange(-16, 16, dtype=np.int8)
     q8_1 = np.frombuffer(half + half + codes.tobytes(), np.uint8)
     assert np.array_equal(dequantize(q8_1, DTYPES["q8_1"], (32,)), codes / 2)

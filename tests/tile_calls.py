@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from kernel_calls import Fenced, guarded_bytes
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu import isa, objects
@@ -16,7 +17,7 @@ from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8, pack_s
 
 Array = np.ndarray[Any, Any]
 CANARY = 0xA5
-FENCE = 256  # bytes before and after a guarded buffer
+FENCE = 256  # bytes on the other side of a guarded buffer
 
 ISAS = isa.available()  # asking also asks the system for the matrix registers
 FLOATS = ("F32", "F16", "BF16")
@@ -30,15 +31,26 @@ _HALVES = {
 
 
 class Guarded:
-    """`n_bytes` at a 64-byte boundary between two fences; `poison` fills them with NaN."""
+    """`n_bytes` between fences; `poison` fills them with NaN.
+
+    On POSIX systems the fence behind them, or inside `at_the_front()` the one before, is a page
+    whose touch crashes.
+    """
 
     def __init__(self, n_bytes: int, poison: int = 0xFF) -> None:
-        self.raw = np.full(n_bytes + 2 * FENCE + 64, CANARY, np.uint8)
-        self.start = FENCE + -(self.raw.ctypes.data + FENCE) % 64
-        self.n_bytes = n_bytes
+        self.raw = guarded_bytes(n_bytes + FENCE, Fenced.front)
+        self.raw[:] = CANARY
+        self.n_bytes, self.start = n_bytes, 0 if Fenced.front else FENCE
         self.bytes = self.raw[self.start : self.start + n_bytes]
         self.bytes[:] = poison
         self.address = self.bytes.ctypes.data
+
+    @classmethod
+    def of(cls, values: Array) -> Guarded:
+        """A copy of a contiguous array."""
+        made = cls(values.nbytes)
+        made.bytes[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        return made
 
     def check(self) -> None:
         """Fail if anything outside was written."""
@@ -104,8 +116,8 @@ def random_rows(name: str, n_rows: int, n_inner: int, seed: int = 0) -> Array:
 
 def packed(name: str, raw: Array, n_inner: int, isa_name: str, n_threads: int = 1) -> Guarded:
     """The rows packed by the kernel."""
-    goal = Guarded(packed_nbytes(name, len(raw), n_inner))
-    args = [raw.ctypes.data, goal.address, len(raw), n_inner, raw.shape[1], 1, 0, 0]
+    goal, source = Guarded(packed_nbytes(name, len(raw), n_inner)), Guarded.of(raw)
+    args = [source.address, goal.address, len(raw), n_inner, raw.shape[1], 1, 0, 0]
     call(pack_kernel(name, isa_name), args, n_threads)
     goal.check()
     return goal
@@ -140,8 +152,9 @@ def matmul(
     out = Guarded(4 * stride * (n_tokens + spare))
     live = np.array([n_tokens], np.int64)
     args = [weights.address, tiles.address, out.address, stride]
-    args += [0 if bias is None else bias.ctypes.data]
-    args += [0, 0] if add is None else [add.ctypes.data, add.shape[1]]
+    held = [None if v is None else Guarded.of(v) for v in (bias, add)]
+    addresses = [0 if v is None else v.address for v in held]
+    args += [*addresses, 0 if add is None else add.shape[1]]
     args += [live.ctypes.data, n_rows, n_inner]
     call(matmul_kernel(spec, isa_name), args, n_threads)
     out.check()

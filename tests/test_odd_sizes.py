@@ -1,0 +1,52 @@
+"""Every kernel that works on rows, at every length from 1 to 64, with guards on both sides."""
+
+from __future__ import annotations
+
+import pytest
+from kernel_calls import ISAS, fenced_twice
+from odd_rows import CASES
+
+from runtime.backends.cpu.isa import available
+from runtime.backends.cpu.signatures import FILE_OF, SIGNATURES
+
+LENGTHS = range(1, 65)
+# What models run most, and one of each way to end a row; the sweep takes all on all processors.
+DEFAULT = (
+    "add", "swiglu", "softmax", "rms_norm", "gather_rows", "rope-neox", "rope-normal",
+    "conv_post-4", "short_conv-3", "gated_delta", "expert_sum", "router-softmax", "pack-1",
+    "pack-8", "rms_norm_pack-4", "swiglu_pack-4", "pack_rows-4",
+)  # fmt: skip
+WITHOUT_FMA = ("softmax", "rope-neox", "gated_delta", "pack-8")
+# Whole blocks alone (quantised rows, heads of whole units), pages, or no rows at all.
+ELSEWHERE = {
+    "executor", "get_rows", "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
+    "take", "sigmoid_gate_pack", "gated_norm_pack",
+}  # fmt: skip
+
+
+def check(name: str, isa: str) -> None:
+    for n in LENGTHS:
+        case = CASES[name](n, isa)
+        case.check(fenced_twice(case.call))
+
+
+def test_every_kernel_has_a_case() -> None:
+    covered = {kernel for kernel in SIGNATURES if any(c.startswith(kernel) for c in CASES)}
+    assert covered | ELSEWHERE == set(FILE_OF)
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_rows_of_any_length(name: str) -> None:
+    check(name, ISAS[0])
+
+
+@pytest.mark.parametrize("name", WITHOUT_FMA)
+def test_rows_of_any_length_without_wide_registers(name: str) -> None:
+    check(name, "generic")
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("isa", available())
+def test_every_row_kernel_on_every_processor(isa: str, name: str) -> None:
+    check(name, isa)

@@ -8,6 +8,7 @@ from operator import index
 
 import numpy as np
 
+from runtime.advance import Advance
 from runtime.errors import MemoryLimitError, OptionError
 from runtime.session import Session
 
@@ -23,19 +24,15 @@ class Piece:
     """
 
     index: int
-    session: Session
+    advance: Advance
     ids: list[int]
     start: int
     wanted: range  # offsets in `ids` whose logits are asked for
     message_end: bool = False  # of several tokens that were given together: the last, or near it
 
     def finish(self) -> None:
-        """The step has ended: the session holds these tokens."""
-        tokens, stop = self.session.tokens, self.start + len(self.ids)
-        if stop > len(tokens):
-            tokens.extend(self.ids[len(tokens) - self.start :])
-        if self.session.state is not None:
-            self.session.state.end(stop, self.message_end)
+        """The step has ended."""
+        self.advance.end(self.start + len(self.ids), self.message_end)
 
 
 class Ubatch:
@@ -57,9 +54,9 @@ class Ubatch:
         return {"tokens": self.tokens, "outputs": self.outputs, "sequences": len(self.pieces)}
 
     def inputs(self, components: int = 1) -> dict[str, np.ndarray]:
-        """Step inputs, live parts only, of sessions that have reserved their memory.
+        """Step inputs, live parts only, of sessions whose memory is prepared.
 
-        components: numbers of a position. Where there is recurrent state a step begins here.
+        components: numbers of a position.
         """
         single = self.tokens == len(self.pieces)
         found = self._single_tokens() if single else self._any_tokens()
@@ -68,9 +65,9 @@ class Ubatch:
         found["positions"] = places
         if components > 1:  # of a text they are all the same
             found["positions"] = places.repeat(components).reshape(-1, components)
-        states = [p.session.state for p in self.pieces]
-        if states[0] is not None:
-            slots = [state.begin() for state in states if state is not None]
+        states = [(p.advance.state, p.advance.slot_out) for p in self.pieces]
+        if states[0][0] is not None:
+            slots = [(state.slot, out) for state, out in states if state is not None]
             found["slot_in"], found["slot_out"] = np.array(slots, np.int32).T
             found["runs"] = self._runs()
         return found
@@ -80,7 +77,7 @@ class Ubatch:
         pieces = self.pieces
         rows = [
             [p.ids[0] for p in pieces], [p.start for p in pieces],
-            [p.session.table.slot(p.start) for p in pieces], range(len(pieces)),
+            [p.advance.pages.slot(p.start) for p in pieces], range(len(pieces)),
         ]  # fmt: skip
         tokens, places, slots, sequences = np.array(rows, np.int32)
         wanted = [row for row, p in enumerate(pieces) if p.wanted]
@@ -98,14 +95,14 @@ class Ubatch:
             n = len(p.ids)
             columns["tokens"].append(np.array(p.ids, np.int32))
             columns["places"].append(np.arange(p.start, p.start + n, dtype=np.int32))
-            columns["slots"].append(p.session.table.slots(p.start, p.start + n))
+            columns["slots"].append(p.advance.pages.slots(p.start, p.start + n))
             columns["sequences"].append(np.full(n, row, np.int32))
             columns["output_rows"].append(np.array(p.wanted, np.int32) + np.int32(at))
             at += n
         return {n: np.concatenate(parts) for n, parts in columns.items()}
 
     def _table(self) -> np.ndarray:
-        rows = [p.session.table.row for p in self.pieces]
+        rows = [p.advance.pages.held for p in self.pieces]
         if len(rows) == 1:
             return rows[0][None]
         table = np.zeros((len(rows), max(map(len, rows))), np.int32)
@@ -161,19 +158,17 @@ def check_room(present: int, new: int, context: int) -> None:
 
 
 def cut(
-    batch: Sequence[tuple[Session, list[int]]], logits: str, most_tokens: int, most_rows: int
+    advances: Sequence[Advance], logits: str, most_tokens: int, most_rows: int
 ) -> Iterator[Ubatch]:
     """Steps of at most `most_tokens` tokens and `most_rows` rows of logits, in order.
 
-    Tokens that a session has but must evaluate again are put in front of its new ones. A piece
-    also ends where a state is to be kept.
+    A piece also ends where a state is to be kept.
     """
     step = Ubatch()
-    for number, (session, new) in enumerate(batch):
-        start = session.evaluated
-        ids = new if start == len(session) else session.tokens[start:] + new
-        first_row = len(ids) - {"all": len(new), "last": 1, "none": 0}[logits]
-        keep_at = _state_kept_at(session, len(ids), most_tokens)
+    for number, advance in enumerate(advances):
+        ids, start = advance.ids, advance.start
+        first_row = len(ids) - {"all": advance.new, "last": 1, "none": 0}[logits]
+        keep_at = _state_kept_at(advance, most_tokens)
         at = 0
         while at < len(ids):
             room = most_tokens - step.tokens
@@ -187,8 +182,8 @@ def cut(
             if at < keep_at < stop:
                 stop = keep_at
             wanted = range(max(first_row - at, 0), stop - at)
-            end = stop == keep_at or (stop == len(ids) and len(new) > 1)
-            step.add(Piece(number, session, ids[at:stop], start + at, wanted, end))
+            end = stop == keep_at or (stop == len(ids) and advance.new > 1)
+            step.add(Piece(number, advance, ids[at:stop], start + at, wanted, end))
             at = stop
             if at < len(ids):  # a session has one piece in a step
                 yield step
@@ -197,11 +192,12 @@ def cut(
         yield step
 
 
-def _state_kept_at(session: Session, n: int, most_tokens: int) -> int:
-    """Where in n tokens a piece has to end so that its state can be kept; 0: nowhere.
+def _state_kept_at(advance: Advance, most_tokens: int) -> int:
+    """Where in its tokens a piece has to end so that its state can be kept; 0: nowhere.
 
     The next message of a chat often differs from the last tokens of this one (an empty thought
     that the template drops), and would find no state near them. Prompts of one step are not cut:
     that costs them more than it saves.
     """
-    return n - _TAIL if session.state is not None and n > most_tokens else 0
+    n = len(advance.ids)
+    return n - _TAIL if advance.state is not None and n > most_tokens else 0

@@ -85,6 +85,11 @@ def validate() -> bool:
     return value in _TRUE
 
 
+def inspected() -> bool:
+    """Whether `DEBUG` or `VALIDATE` is there at all: quick, for every step asks."""
+    return "DEBUG" in os.environ or "VALIDATE" in os.environ
+
+
 def _read(name: str) -> str | None:
     return os.environ.get(name, "").strip() or None
 

@@ -139,8 +139,8 @@ def _reply(
 
 def common_start(session: Session, ids: Sequence[int]) -> int:
     """How many tokens of `session` begin `ids`; at least one of `ids` is left to evaluate."""
-    same = 0
-    while same < min(len(session), len(ids) - 1) and session.tokens[same] == ids[same]:
+    same, tokens = 0, session.tokens
+    while same < min(len(tokens), len(ids) - 1) and tokens[same] == ids[same]:
         same += 1
     return same
 

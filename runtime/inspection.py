@@ -159,7 +159,9 @@ def _reference(model: Model) -> Any:
         warn_of_nan(model)
         shadow = ReferenceBackend(model.file)
         step = model._step_inputs(1, 1)
-        model._pool.copy_too([shadow.state(x) for x in (*step.k.values(), *step.v.values())])
+        model._sequences.pages.copy_too(
+            [shadow.state(x) for x in (*step.k.values(), *step.v.values())]
+        )
         model._shadow = shadow  # type: ignore[attr-defined]
     return model._shadow  # type: ignore[attr-defined]
 

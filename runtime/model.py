@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,22 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.advance import Advance, Sequences, begin, commit
 from runtime.arguments import check_has_weights, check_load
 from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress, open_backend
 from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
+from runtime.environment import debug, inspected, validate
 from runtime.errors import OptionError
 from runtime.generate import TextModel
 from runtime.gguf.reader import GGUFFile, open_gguf
-from runtime.memory import pages, slots
 from runtime.memory.budget import CacheSize, Memory, choose
-from runtime.memory.pages import BlockTable, PagePool
-from runtime.memory.slots import Recurrent, SlotPool
+from runtime.memory.pages import Pages
+from runtime.memory.slots import Recurrent
 from runtime.models import registry
 from runtime.models.step import Step
 from runtime.ops import PAGE, Graph
 from runtime.ops.rounding import KV_TYPES
-from runtime.session import OnPrompt, Session
+from runtime.session import OnPrompt, Record, Session
 
 if TYPE_CHECKING:
     from runtime.text.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ class Model(TextModel):
         self.file = file
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
-        self.lock = forks.lock()
+        self._lock = forks.lock()
         self._closed = False
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self.kv_types = parse_kv_type(kv_type)
@@ -88,9 +88,7 @@ class Model(TextModel):
         self._size = self._choose_size(context, sequences)
         step = self._step_inputs(1, 1)
         pages = [self.backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
-        self._pool = PagePool(self._size.pages, pages)
-        self.slots = SlotPool(self._size.slots)
-        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()  # sessions and snapshots
+        self._sequences = Sequences(self._size.pages, pages, self._size.slots)
         self._progress = progress
         self._load_weights()
 
@@ -136,10 +134,10 @@ class Model(TextModel):
 
     def session(self) -> Session:
         """An empty sequence."""
-        with self.lock:
+        with self._alone():
             self._check_open()
-            state = Recurrent(self.slots) if self._size.slots else None
-            return Session(self, [], BlockTable(self._pool, self.context), state)
+            state = Recurrent() if self._size.slots else None
+            return Session(self, Record([], 0, Pages.room(self.context), state))
 
     def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
         """Logits of a fresh sequence, float32 [len(ids), vocabulary]; no BOS is added."""
@@ -163,27 +161,25 @@ class Model(TextModel):
             if session.model is not self:
                 raise OptionError("a session can only be evaluated by the model that made it")
         new = [(session, token_ids(ids)) for session, ids in batch]
-        with self.lock:
+        with self._alone():
             self._check_open()
             check(new, logits, self.vocab_size, self.context)
-            lengths = [len(session) for session, _ in new]
-            try:
-                _reserve(new)
-                return self._step(new, logits, on_prompt)
-            except BaseException:
-                for (session, _), length in zip(new, lengths, strict=True):
-                    session.cut_to(length)
-                raise
+            advances = self._sequences.prepare(new)
+            begin(advances)
+            results = self._advance(advances, logits, on_prompt)
+            commit(advances)
+        return results
 
-    def _step(
-        self, batch: list[tuple[Session, list[int]]], logits: str, on_prompt: OnPrompt | None
+    def _advance(
+        self, advances: list[Advance], logits: str, on_prompt: OnPrompt | None
     ) -> list[np.ndarray]:
-        counts = {"all": len, "last": lambda ids: 1, "none": lambda ids: 0}[logits]
-        results = [np.empty((counts(ids), self.vocab_size), np.float32) for _, ids in batch]
-        filled = [0] * len(batch)
+        counts = [{"all": a.new, "last": 1, "none": 0}[logits] for a in advances]
+        results = [np.empty((n, self.vocab_size), np.float32) for n in counts]
+        filled = [0] * len(advances)
         most_rows = max(1, _LOGITS_BYTES // (4 * self.vocab_size))
-        steps = cut(batch, logits, UBATCH, bucket_below(most_rows))
+        steps = cut(advances, logits, UBATCH, bucket_below(most_rows))
         for ubatch in steps if on_prompt is None else _told(list(steps), on_prompt):
+            self._sequences.reserve([piece.advance for piece in ubatch.pieces], advances)
             rows = self._run(ubatch)
             for piece in ubatch.pieces:
                 n = len(piece.wanted)
@@ -194,13 +190,22 @@ class Model(TextModel):
 
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""
-        with self.lock:
-            for holder in list(self.holders):
-                holder.close()
+        with self._alone():
             self._closed = True
+            for member in self._sequences.members():
+                member.close()
             self.backend.close()
             if self.validated is not None:
                 self.validated()
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """The lock that whoever changes sessions holds; OptionError where that cannot be."""
+        if self._lock._is_owned():
+            raise OptionError(
+                "a step of this model is under way; on_prompt can stop it by an exception, and "
+                "cannot use the model or change its sessions"
+            )
+        return self._lock
 
     def _check_open(self) -> None:
         if self._closed:
@@ -227,9 +232,7 @@ class Model(TextModel):
     def _execute(
         self, program: Program, inputs: dict[str, np.ndarray], live: dict[str, int]
     ) -> np.ndarray:
-        from runtime.environment import debug, validate
-
-        if validate() or debug() >= 2:
+        if inspected() and (validate() or debug() >= 2):
             from runtime.inspection import run_inspected
 
             return run_inspected(self, program, inputs, live, validate(), debug())
@@ -237,6 +240,8 @@ class Model(TextModel):
 
     def program(self, tokens: int, outputs: int) -> Program:
         """The program of the smallest bucket that holds a step of that size."""
+        if (tokens, outputs) in self._programs:
+            return self._programs[tokens, outputs]
         t, r = capacity(tokens, outputs)
         if (t, r) not in self._programs:
             graph = self.graph(t, r)
@@ -247,8 +252,6 @@ class Model(TextModel):
 
     def _show_plan(self, tokens: int, program: Any) -> None:
         """DEBUG=1: a line per program."""
-        from runtime.environment import debug
-
         if debug() >= 1 and hasattr(program, "plan"):
             print(f"{tokens} tokens: {str(program.plan).splitlines()[0]}", file=sys.stderr)
 
@@ -319,16 +322,6 @@ def _told(steps: list[Ubatch], on_prompt: OnPrompt) -> Iterator[Ubatch]:
         yield step
         done += step.tokens
         on_prompt(done, total)
-
-
-def _reserve(batch: Sequence[tuple[Session, list[int]]]) -> None:
-    """Memory for all tokens of a step; MemoryLimitError and nothing is taken."""
-    states = [(s.state, s, ids) for s, ids in batch if s.state is not None]
-    for state, session, ids in states:
-        if len(ids) > 1 and state.place == len(session):
-            state.keep(message_end=True)
-    slots.reserve([state for state, _, _ in states])
-    pages.reserve((s.table, s.evaluated, len(s) + len(ids)) for s, ids in batch)
 
 
 def parse_kv_type(text: str) -> tuple[str, str]:

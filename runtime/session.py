@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from runtime.errors import OptionError
-from runtime.memory.pages import BlockTable
+from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
 
 if TYPE_CHECKING:
@@ -17,47 +18,66 @@ if TYPE_CHECKING:
 OnPrompt = Callable[[int, int], Any]  # tokens evaluated, tokens to evaluate
 
 
-class _Sequence:
+class Record(NamedTuple):
+    """Everything about a sequence that changes, as one value.
+
+    A change makes another record and puts it in place by one store. So whatever breaks off a
+    change, at any point, leaves the old record or the new one; and what pages and slots are held
+    is what the records of the open sequences say.
+    """
+
+    tokens: list[int]  # past `length`: nobody's, where the next record puts its tokens
+    length: int
+    pages: Pages
+    state: Recurrent | None = None  # of models with recurrent layers
+    closed: bool = False
+
+    @property
+    def evaluated(self) -> int:
+        """How many tokens the next step need not evaluate."""
+        return self.length if self.state is None else self.state.place
+
+    def cut(self, length: int) -> Record:
+        """Without what is past `length` tokens."""
+        state = None if self.state is None else self.state.cut(length)
+        return Record(self.tokens, length, self.pages.cut(length), state)
+
+    def shared(self) -> Record:
+        """The same once another sequence may hold its pages and slots."""
+        state = None if self.state is None else self.state.shared()
+        return Record(self.tokens, self.length, self.pages.shared(), state)
+
+    def copy(self) -> Record:
+        """The same for another sequence; this one has to be `shared`."""
+        return Record(self.tokens[: self.length], self.length, self.pages.copy(), self.state)
+
+    def without_memory(self) -> Record:
+        """What is left of it when it is closed."""
+        state = None if self.state is None else Recurrent()
+        return Record(self.tokens, self.length, Pages.room(0), state, True)
+
+
+class Holder:
     """Tokens, the pages of their keys and values, and their recurrent state, until closed."""
 
     _what = ""
 
-    def __init__(
-        self, model: Model, tokens: Sequence[int], table: BlockTable, state: Recurrent | None
-    ) -> None:
-        self._closed = True  # until everything is set: __del__ may come at any time
+    def __init__(self, model: Model, record: Record) -> None:
         self.model = model
-        self._table, self._state = table, state
-        self.tokens = tokens
-        self._closed = False
-        model.holders.add(self)
+        self._record = record
+        model._sequences.add(self)
 
     def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def table(self) -> BlockTable:
-        """Pages of this sequence; OptionError once it is closed."""
-        self.check_open()
-        return self._table
-
-    @property
-    def state(self) -> Recurrent | None:
-        """Recurrent state, of models that have such layers."""
-        return self._state
+        return self._record.length
 
     def close(self) -> None:
         """Give its memory back; it cannot be used afterwards. Closing twice is once."""
-        with self.model.lock:
-            if not self._closed:
-                self._closed = True
-                self._table.truncate(0)
-                if self._state is not None:
-                    self._state.close()
+        with self.model._lock:
+            self._record = self._record.without_memory()
 
     def check_open(self) -> None:
         """OptionError once it is closed."""
-        if self._closed:
+        if self._record.closed:
             raise OptionError(f"this {self._what}")
 
     def __enter__(self) -> Self:
@@ -66,15 +86,15 @@ class _Sequence:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        # No lock here: a collection may come in the middle of anything, in any thread.
-        if not getattr(self, "_closed", True):
-            self._table.abandon()
-            if self._state is not None:
-                self._state.abandon()
+    def __reduce_ex__(self, _: object) -> Any:
+        kind = type(self).__name__.lower()
+        raise OptionError(
+            f"a {kind} holds memory of its model and cannot be copied or pickled; session.fork() "
+            "makes a second session, and session.tokens evaluated elsewhere give the same one"
+        )
 
 
-class Snapshot(_Sequence):
+class Snapshot(Holder):
     """A session as it was, to go back to with `session.restore`. Made by `session.snapshot()`.
 
     It shares pages and state with the session and costs what the session changes afterwards: one
@@ -83,13 +103,17 @@ class Snapshot(_Sequence):
     """
 
     _what = "snapshot is closed; make a new one with session.snapshot()"
-    tokens: tuple[int, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens that the session had."""
+        return tuple(self._record.tokens)
 
     def __repr__(self) -> str:
-        return f"<Snapshot of {len(self)} tokens{', closed' if self._closed else ''}>"
+        return f"<Snapshot of {len(self)} tokens{', closed' if self._record.closed else ''}>"
 
 
-class Session(_Sequence):
+class Session(Holder):
     """Tokens already evaluated, in order. Made by `model.session()`, continued by `eval`.
 
     Sessions of one model share its weights and its pools of memory. Calls from several threads
@@ -97,13 +121,17 @@ class Session(_Sequence):
     """
 
     _what = "session is closed; make a new one with model.session()"
-    tokens: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Its tokens, as a list of its own."""
+        return self._record.tokens[: self._record.length]
 
     @property
     def evaluated(self) -> int:
         """How many tokens the next step need not evaluate: all, or after a rewind of a model
         with recurrent layers those up to the last state that was kept."""
-        return len(self.tokens) if self._state is None else self._state.place
+        return self._record.evaluated
 
     def eval(
         self, ids: Sequence[int], logits: str = "all", on_prompt: OnPrompt | None = None
@@ -117,17 +145,21 @@ class Session(_Sequence):
 
     def fork(self) -> Session:
         """A second session that continues from here; memory is shared until one writes."""
-        with self.model.lock:
-            table = self.table.fork()
-            state = None if self._state is None else self._state.fork()
-            return Session(self.model, list(self.tokens), table, state)
+        with self.model._alone():
+            return Session(self.model, self._share().copy())
 
     def snapshot(self) -> Snapshot:
         """This session as it is now, exactly; nothing is copied but the list of tokens."""
-        with self.model.lock:
-            table = self.table.fork()
-            state = None if self._state is None else self._state.still()
-            return Snapshot(self.model, tuple(self.tokens), table, state)
+        with self.model._alone():
+            record = self._share().copy()
+            if record.state is not None:
+                record = record._replace(state=record.state.alone())
+            return Snapshot(self.model, record)
+
+    def _share(self) -> Record:
+        self.check_open()
+        self._record = self._record.shared()
+        return self._record
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot of this or another session of the same model.
@@ -135,7 +167,7 @@ class Session(_Sequence):
         What the session held is given back. OptionError, and nothing has changed, for a closed
         snapshot or one of another model.
         """
-        with self.model.lock:
+        with self.model._alone():
             self.check_open()
             if not isinstance(snapshot, Snapshot):
                 raise OptionError(
@@ -143,17 +175,21 @@ class Session(_Sequence):
                 )
             if snapshot.model is not self.model:
                 raise OptionError(_foreign(snapshot.model, self.model))
-            table = snapshot.table.fork()
-            if self._state is not None and snapshot.state is not None:
-                self._state.restore(snapshot.state, self._kept_of(snapshot.tokens))
-            self._table.truncate(0)
-            self._table, self.tokens = table, list(snapshot.tokens)
+            snapshot.check_open()
+            record = snapshot._record.copy()
+            if self._record.state is not None and record.state is not None:
+                same = min(self._kept_of(record), record.state.place)
+                past = self._record.state.cut(same).checkpoints
+                state = record.state._replace(checkpoints=past).kept(message_end=True)
+                record = record._replace(state=state)
+            self._record = record
 
-    def _kept_of(self, tokens: Sequence[int]) -> int:
-        """The last place of a checkpoint up to which these tokens are the session's own."""
-        places = [c.place for c in self._state.checkpoints] if self._state is not None else []
+    def _kept_of(self, other: Record) -> int:
+        """The last place of a checkpoint up to which the tokens of another are its own."""
+        own = self._record
+        places = [c.place for c in own.state.checkpoints] if own.state is not None else []
         for place in reversed(places):
-            if place <= len(tokens) and tuple(self.tokens[:place]) == tokens[:place]:
+            if place <= other.length and own.tokens[:place] == other.tokens[:place]:
                 return place
         return 0
 
@@ -164,22 +200,17 @@ class Session(_Sequence):
         kept (see runtime.memory.slots); the next step evaluates the tokens from there again. The
         bits are those of a session that never went further.
         """
-        with self.model.lock:
+        if not isinstance(n, Integral) or isinstance(n, bool):
+            raise OptionError(f"rewind takes a whole number of tokens, not {n!r:.60}")
+        with self.model._alone():
             self.check_open()
-            if not 0 <= n <= len(self.tokens):
-                raise OptionError(f"cannot rewind {n} tokens of a session of {len(self.tokens)}")
-            self.cut_to(len(self.tokens) - n)
-
-    def cut_to(self, length: int) -> None:
-        """Drop what is past `length` tokens, the remains of a step that failed included."""
-        del self.tokens[length:]
-        self._table.truncate(length)
-        if self._state is not None:
-            self._state.rewind(length)
+            if not 0 <= n <= len(self):
+                raise OptionError(f"cannot rewind {n} tokens of a session of {len(self)}")
+            self._record = self._record.cut(len(self) - int(n))
 
     def __repr__(self) -> str:
-        state = ", closed" if self._closed else ""
-        return f"<Session {len(self.tokens)} of {self.model.context} tokens{state}>"
+        state = ", closed" if self._record.closed else ""
+        return f"<Session {len(self)} of {self.model.context} tokens{state}>"
 
 
 def _foreign(theirs: Model, ours: Model) -> str:

@@ -81,10 +81,10 @@ def test_prompts_longer_than_a_step_do_not_change_bits(tmp_path: Path):
     with runtime.load(path, threads=2) as model:
         with model.session() as session:
             rows = [session.eval(ids[i : i + 500]) for i in range(0, len(ids), 500)]
-            assert len(session.table.row) == -(-1100 // 32)
+            assert len(session._record.pages.held) == -(-1100 // 32)
         with model.session() as session:
             whole = session.eval(ids)
-            assert session.tokens == ids and len(session.table.row) == -(-1100 // 32)
+            assert session.tokens == ids and len(session._record.pages.held) == -(-1100 // 32)
         other, short = model.session(), model.session()
         both = model.step([(short, ids[:30]), (other, ids)])
     np.testing.assert_array_equal(whole, np.concatenate(rows))

@@ -13,110 +13,154 @@ from small_models import NOVEL, write_model
 import runtime
 from runtime.errors import MemoryLimitError
 from runtime.memory import budget
-from runtime.memory.pages import BlockTable, PagePool, reserve
-from runtime.memory.slots import CHECKPOINTS, NONE, SPACING, Recurrent, SlotPool
-from runtime.memory.slots import reserve as reserve_slots
+from runtime.memory.pages import PagePool, Pages
+from runtime.memory.slots import CHECKPOINTS, SPACING, Recurrent
 from runtime.ops import PAGE
 
 
-def _pool(count: int = 8) -> tuple[PagePool, np.ndarray]:
-    memory = np.zeros((count, 4), np.uint8)
-    return PagePool(count, [memory]), memory
+class Sequence:
+    """Someone who holds pages, as sessions do."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.pages = pages
+
+
+class Pool(PagePool):
+    """A pool, memory of four bytes for each of its pages, and the sequences that hold them."""
+
+    def __init__(self, count: int = 8) -> None:
+        self.memory, self.sequences = np.zeros((count, 4), np.uint8), list[Sequence]()
+        super().__init__(count, [self.memory], lambda: [s.pages.held for s in self.sequences])
+
+    def sequence(self, capacity: int = 8 * PAGE) -> Sequence:
+        self.sequences.append(Sequence(Pages.room(capacity)))
+        return self.sequences[-1]
+
+    def fork(self, other: Sequence) -> Sequence:
+        other.pages = other.pages.shared()
+        self.sequences.append(Sequence(other.pages.copy()))
+        return self.sequences[-1]
+
+    def grow(self, *wanted: tuple[Sequence, int, int]) -> None:
+        found = self.prepare([(s.pages, start, stop) for s, start, stop in wanted])
+        for (sequence, start, stop), pages in zip(wanted, found, strict=True):
+            sequence.pages = pages
+            assert pages.writable(start, stop)
 
 
 def test_fork_shares_until_one_writes():
-    pool, memory = _pool()
-    first = BlockTable(pool, 4 * PAGE)
-    first.reserve(0, PAGE + 5)
-    memory[first.row[1]] = 7
-    second = first.fork()
-    assert list(second.row) == list(first.row) and pool.free == 6
-    second.reserve(PAGE + 5, PAGE + 6)
-    assert second.row[0] == first.row[0] and second.row[1] != first.row[1]
-    assert (memory[second.row[1]] == 7).all() and pool.free == 5
+    pool = Pool()
+    first = pool.sequence()
+    pool.grow((first, 0, PAGE + 5))
+    pool.memory[first.pages.row[1]] = 7
+    second = pool.fork(first)
+    assert list(second.pages.held) == list(first.pages.held) and pool.free == 6
+    assert not first.pages.writable(PAGE + 5, PAGE + 6), "nor can the one that was forked"
+    pool.grow((second, PAGE + 5, PAGE + 6))
+    ours, theirs = second.pages.row, first.pages.row
+    assert ours[0] == theirs[0] and ours[1] != theirs[1]
+    assert (pool.memory[ours[1]] == 7).all() and pool.free == 5
 
 
-def test_closing_gives_every_page_back():
-    pool, _ = _pool()
-    first = BlockTable(pool, 4 * PAGE)
-    first.reserve(0, 3 * PAGE)
-    second = first.fork()
-    second.reserve(2 * PAGE, 3 * PAGE)
-    first.truncate(0)
-    second.truncate(0)
-    assert pool.free == 8
+def test_what_is_prepared_and_not_taken_is_free_again():
+    pool = Pool()
+    first = pool.sequence()
+    pool.grow((first, 0, PAGE + 5))
+    second, before = pool.fork(first), first.pages
+    held = list(before.held)
+    for _ in range(3):
+        pool.prepare([(first.pages, PAGE + 5, 6 * PAGE), (second.pages, 3, 4)])
+        assert pool.free == 6 and first.pages is before and list(before.held) == held
+    pool.grow((first, PAGE + 5, 6 * PAGE))
+    assert pool.free == 1
+
+
+def test_a_page_is_not_copied_for_its_last_holder():
+    pool = Pool()
+    first = pool.sequence()
+    pool.grow((first, 0, PAGE + 5))
+    second, held = pool.fork(first), list(first.pages.held)
+    pool.sequences.remove(second)
+    pool.grow((first, PAGE + 5, PAGE + 6))
+    assert list(first.pages.held) == held and pool.free == 6
+
+
+def test_cutting_gives_pages_back():
+    pool = Pool()
+    first = pool.sequence()
+    pool.grow((first, 0, 3 * PAGE))
+    second = pool.fork(first)
+    pool.grow((second, 2 * PAGE, 3 * PAGE))
+    assert pool.free == 4
+    first.pages, second.pages = first.pages.cut(PAGE + 1), second.pages.cut(0)
+    assert pool.free == 6
 
 
 def test_exhaustion_says_what_to_do():
-    pool, _ = _pool(2)
-    table = BlockTable(pool, 4 * PAGE)
+    pool = Pool(2)
     with pytest.raises(MemoryLimitError, match=r"all 2 pages .* close sessions"):
-        table.reserve(0, 3 * PAGE)
+        pool.grow((pool.sequence(), 0, 3 * PAGE))
+    assert pool.free == 2
 
 
 def test_several_sequences_reserve_all_or_nothing():
-    pool, _ = _pool(7)
-    tables = [BlockTable(pool, 8 * PAGE) for _ in range(2)]
-    tables[0].reserve(0, PAGE + 1)
-    fork = tables[0].fork()
+    pool = Pool(7)
+    first, other = pool.sequence(), pool.sequence()
+    pool.grow((first, 0, PAGE + 1))
+    fork = pool.fork(first)
     with pytest.raises(MemoryLimitError, match="all 7 pages"):
-        reserve([(tables[0], PAGE + 1, PAGE + 2), (tables[1], 0, 5 * PAGE)])
-    assert pool.free == 5 and list(fork.row) == list(tables[0].row) and not len(tables[1].row)
+        pool.grow((first, PAGE + 1, PAGE + 2), (other, 0, 5 * PAGE))
+    held = list(first.pages.held)
+    assert pool.free == 5 and list(fork.pages.held) == held and not len(other.pages.held)
     # Of two that write to a page they share, the second may keep it: five pages are enough.
-    reserve([(t, PAGE + 1, PAGE + 2) for t in (tables[0], fork)] + [(tables[1], 0, 4 * PAGE)])
-    assert pool.free == 0 and fork.row[0] == tables[0].row[0] and fork.row[1] != tables[0].row[1]
+    pool.grow((first, PAGE + 1, PAGE + 2), (fork, PAGE + 1, PAGE + 2), (other, 0, 4 * PAGE))
+    ours, theirs = fork.pages.row, first.pages.row
+    assert pool.free == 0 and ours[0] == theirs[0] and ours[1] != theirs[1]
 
 
-def test_a_forgotten_table_gives_its_pages_back():
-    pool, _ = _pool()
-    table = BlockTable(pool, 4 * PAGE)
-    table.reserve(0, 2 * PAGE)
-    table.abandon()
-    assert pool.free == 8
+def test_slots_follow_the_pages():
+    pool = Pool()
+    first = pool.sequence()
+    pool.grow((first, 0, 2 * PAGE))
+    row, slots = first.pages.row, first.pages.slots(PAGE - 1, PAGE + 1)
+    assert list(slots) == [row[0] * PAGE + PAGE - 1, row[1] * PAGE]
+    assert [first.pages.slot(place) for place in (PAGE - 1, PAGE)] == list(slots)
 
 
-def test_slots_follow_the_table():
-    pool, _ = _pool()
-    table = BlockTable(pool, 4 * PAGE)
-    table.reserve(0, 2 * PAGE)
-    slots = table.slots(PAGE - 1, PAGE + 1)
-    assert list(slots) == [table.row[0] * PAGE + PAGE - 1, table.row[1] * PAGE]
-
-
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["grow", "fork", "cut", "close"]),
                           st.integers(1, 70)), max_size=30))  # fmt: skip
 def test_any_order_of_operations_keeps_sequences_apart(steps: list[tuple[int, str, int]]):
-    """Each sequence's pages always hold what was written through it, whatever forks did."""
-    pool, memory = _pool(40)
-    tables: list[BlockTable] = [BlockTable(pool, 8 * PAGE)]
+    """Each sequence's pages always hold what was written through it, whatever others did."""
+    pool = Pool(40)
+    pool.sequence()
     written: list[list[int]] = [[]]
     clock = 0
     for which, what, n in steps:
-        i = which % len(tables)
-        table, log = tables[i], written[i]
+        i = which % len(written)
+        sequence, log = pool.sequences[i], written[i]
         if what == "grow":
             stop = min(8 * PAGE, len(log) + n)
             try:
-                table.reserve(len(log), stop)
+                pool.grow((sequence, len(log), stop))
             except MemoryLimitError:
                 continue
             for place in range(len(log), stop):
                 clock = (clock + 1) % 251
-                memory[table.row[place // PAGE]] = clock
+                pool.memory[sequence.pages.row[place // PAGE]] = clock
                 log.append(clock)
-        elif what == "fork" and len(tables) < 4:
-            tables.append(table.fork())
+        elif what == "fork" and len(written) < 4:
+            pool.fork(sequence)
             written.append(list(log))
         elif what == "cut":
             del log[len(log) - min(n, len(log)) // PAGE * PAGE :]
-            table.truncate(len(log))
-        for t, w in zip(tables, written, strict=True):
+            sequence.pages = sequence.pages.cut(len(log))
+        elif what == "close" and len(written) > 1:
+            del pool.sequences[i], written[i]
+        for s, w in zip(pool.sequences, written, strict=True):
+            assert len(s.pages.held) == -(-len(w) // PAGE)
             for page in range(len(w) // PAGE):
-                assert memory[t.row[page]][0] == w[page * PAGE + PAGE - 1]
-    for table in tables:
-        table.truncate(0)
-    assert pool.free == 40
+                assert pool.memory[s.pages.row[page]][0] == w[page * PAGE + PAGE - 1]
 
 
 def test_choose_takes_what_fits(monkeypatch: pytest.MonkeyPatch):
@@ -148,26 +192,22 @@ def test_too_large_a_context_says_what_fits(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_checkpoints_thin_out_from_the_end():
-    pool = SlotPool(20)
-    state = Recurrent(pool)
+    state = Recurrent()
     for place in range(1, 2001):
-        state.begin()
-        state.end(place)
+        state = state.after(place, place)
     places = [c.place for c in state.checkpoints]
     gaps = np.diff([*places, 2000])
     assert len(places) == CHECKPOINTS and places[-1] > 2000 - SPACING - 1
     assert (gaps[:-1] >= SPACING).all() and gaps[0] >= 4 * gaps[-2]
-    assert pool.free == 20 - CHECKPOINTS - 1
-    state.close()
-    assert pool.free == 20
+    assert state.held == {2000, *places}
 
 
-def test_slots_are_reserved_together():
-    pool = SlotPool(3)
-    states = [Recurrent(pool) for _ in range(4)]
-    with pytest.raises(MemoryLimitError, match="all 3 slots"):
-        reserve_slots(states)
-    assert pool.free == 3 and all(s.slot == NONE for s in states)
+def test_a_state_goes_back_to_what_was_kept():
+    state = Recurrent().after(5, 30, message_end=True).after(6, 40).after(7, 41)
+    assert (state.slot, state.place, state.own, state.held) == (7, 41, True, {5, 7})
+    assert state.cut(41) == state and state.cut(40) == state.lost()
+    assert (state.cut(40).slot, state.cut(40).place, state.cut(40).own) == (5, 30, False)
+    assert state.cut(29) == Recurrent()
 
 
 @pytest.mark.parametrize(
@@ -182,7 +222,10 @@ def test_what_a_model_says_of_its_memory(tmp_path: Path, device: str, width: int
         memory = model.memory()
         assert memory.state == model.state_nbytes_per_sequence() == 2 * each * width
         assert memory.of(PAGE + 1) == memory.weights + 2 * memory.page + memory.state
-        assert (memory.slots, memory.pages) == (model.slots.count, model._pool.count)
+        assert (memory.slots, memory.pages) == (
+            model._sequences.slots.count,
+            model._sequences.pages.count,
+        )
 
 
 def test_a_model_without_recurrent_layers_has_no_slots(small_model: Path):

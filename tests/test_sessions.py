@@ -55,7 +55,13 @@ def whole(model: Model, prompt: list[int]) -> np.ndarray:
 def nothing_leaks(model: Model) -> Iterator[None]:
     yield
     gc.collect()
-    assert model.slots.free == model.slots.count and model._pool.free == model._pool.count
+    pools = model._sequences
+    assert free(model) == (pools.pages.count, pools.slots.count)
+
+
+def free(model: Model) -> tuple[int, int]:
+    """Pages and slots that no sequence holds."""
+    return model._sequences.pages.free, model._sequences.slots.free
 
 
 def same(model: Model, got: np.ndarray, want: np.ndarray) -> None:
@@ -208,7 +214,7 @@ def test_snapshots_take_a_slot_each(model: Model, prompt: list[int]):
         for at in range(0, 120, 4):
             session.eval(prompt[at : at + 4], "none")
             snapshots.append(session.snapshot())
-        assert model.slots.count - model.slots.free <= 30 + 1
+        assert model._sequences.slots.count - free(model)[1] <= 30 + 1
         for snapshot in snapshots:
             snapshot.close()
 
@@ -254,7 +260,7 @@ def test_a_model_that_closes_ends_its_snapshots(chosen: tuple[Path, str]):
 def _fill(model: Model) -> tuple[list, list]:
     """Sessions and snapshots that hold every slot."""
     holders = []
-    while model.slots.free:
+    while free(model)[1]:
         session = model.session()
         session.eval([1])
         holders.append(session)
@@ -265,11 +271,11 @@ def test_no_slot_left_changes_nothing(model: Model, prompt: list[int], whole: np
     session = model.session()
     session.eval(prompt[:20])
     holders, snapshots = _fill(model)
-    free, tokens = model._pool.free, list(session.tokens)
+    before, tokens = free(model), list(session.tokens)
     with pytest.raises(MemoryLimitError, match=r"slots of recurrent state are in use; close"):
         model.step([(session, prompt[20:30]), (holders[0], [3])])
-    assert model._pool.free == free and session.tokens == tokens and holders[0].tokens == [1]
-    assert model.slots.free == 0
+    assert free(model) == before and session.tokens == tokens and holders[0].tokens == [1]
+    assert free(model)[1] == 0
     for other in (*holders[1:], *snapshots):
         other.close()
     same(model, session.eval(prompt[20:]), whole[20:])
@@ -283,11 +289,11 @@ def test_checkpoints_give_way(model: Model, prompt: list[int], whole: np.ndarray
     with model.session() as session:
         for at in range(0, 150, 15):
             session.eval(prompt[at : at + 15], "none")
-        assert len(session.state.checkpoints) > 1
-        holders = [model.session() for _ in range(model.slots.count - 1)]
+        assert len(session._record.state.checkpoints) > 1
+        holders = [model.session() for _ in range(model._sequences.slots.count - 1)]
         for holder in holders:
             holder.eval([1])
-        assert model.slots.free == 0 and len(session.state.checkpoints) <= 1
+        assert free(model)[1] == 0 and len(session._record.state.checkpoints) <= 1
         session.rewind(10)
         same(model, session.eval(prompt[140:]), whole[140:])
         for holder in holders:
@@ -300,11 +306,11 @@ def test_no_page_left_changes_nothing(model: Model, prompt: list[int], whole: np
     session, other = model.session(), model.session()
     session.eval(prompt[:100], "none")
     child = session.fork()
-    free, slots = model._pool.free, model.slots.free
-    assert free == 48 - 7 * 6 - 4
+    before = free(model)
+    assert before[0] == 48 - 7 * 6 - 4
     with pytest.raises(MemoryLimitError, match="pages of the KV cache"):
         model.step([(child, prompt[100:101]), (session, prompt[100:]), (other, [1])])
-    assert (model._pool.free, model.slots.free) == (free, slots)
+    assert free(model) == before
     assert [len(s) for s in (child, session, other)] == [100, 100, 0]
     same(model, child.eval(prompt[100:120]), whole[100:120])
     for holder in (*filler, other):
@@ -397,4 +403,4 @@ def test_snapshots_of_a_model_without_recurrent_layers(small_model: Path, prompt
         session.rewind(100)
         assert session.evaluated == 50
         session.close()
-        assert model._pool.free == model._pool.count
+        assert free(model)[0] == model._sequences.pages.count

@@ -1,184 +1,136 @@
-"""Pages of the KV cache: who holds which, shared by count, copied on write.
+"""Pages of the KV cache: who holds which is read off the sequences, never counted.
 
 A page holds PAGE tokens of every layer. A sequence lists its pages in order; a fork lists the
-same ones. A page that several sequences hold is never written: the writer takes a copy first.
+same ones. A page that several sequences list is never written: the writer takes a copy first.
+A page that no sequence lists is free. So nothing is ever given back, and an operation that breaks
+off anywhere, before a sequence has what it took, leaves nothing behind.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from runtime.backends import forks
 from runtime.errors import MemoryLimitError
 from runtime.ops import PAGE
 
 
-class PagePool:
-    """`count` physical pages; `arrays` are the layers' memory, first axis = page."""
+class Pages(NamedTuple):
+    """The pages of one sequence, in order: a value, of which changes make another.
 
-    def __init__(self, count: int, arrays: Sequence[np.ndarray]) -> None:
+    The values of one sequence may have one `row`: what lies past `used` is nobody's, and where the
+    next value puts its new pages.
+    """
+
+    row: np.ndarray  # int32 [most pages of the sequence]
+    used: int = 0
+    own: int = 0  # no other sequence holds the pages from this one on
+
+    @classmethod
+    def room(cls, capacity: int) -> Pages:
+        """No pages, of a sequence of at most `capacity` tokens."""
+        return cls(np.zeros(-(-capacity // PAGE), np.int32))
+
+    @property
+    def held(self) -> np.ndarray:
+        """int32 physical pages in the order of the sequence, as kernels read them."""
+        return self.row[: self.used]
+
+    def writable(self, start: int, stop: int) -> bool:
+        """Whether places start..stop-1 are known to have pages that nobody else holds."""
+        return self.own * PAGE <= start and stop <= self.used * PAGE
+
+    def slots(self, start: int, stop: int) -> np.ndarray:
+        """int32 slot (page * PAGE + offset) of places start..stop-1."""
+        places = np.arange(start, stop, dtype=np.int32)
+        return self.row[places // PAGE] * PAGE + places % PAGE
+
+    def slot(self, place: int) -> int:
+        """The slot of one place."""
+        return int(self.row[place // PAGE]) * PAGE + place % PAGE
+
+    def cut(self, length: int) -> Pages:
+        """Without pages past `length` tokens."""
+        used = min(self.used, -(-length // PAGE))
+        return Pages(self.row, used, min(self.own, used))
+
+    def shared(self) -> Pages:
+        """The same once another sequence may hold all of them."""
+        return Pages(self.row, self.used, self.used)
+
+    def copy(self) -> Pages:
+        """The same pages for another sequence."""
+        return Pages(self.row.copy(), self.used, self.used)
+
+
+class PagePool:
+    """`count` physical pages; `arrays` are the layers' memory, first axis = page.
+
+    held: the pages of every sequence there is, each an int32 array of different pages.
+    """
+
+    def __init__(
+        self, count: int, arrays: Sequence[np.ndarray], held: Callable[[], Iterable[np.ndarray]]
+    ) -> None:
         self.count = count
-        self._lock = forks.lock()  # sessions of several threads share the pool
-        self._arrays = arrays
-        self._holders = np.zeros(count, np.int32)
-        self._free = list(range(count - 1, -1, -1))
-        self._abandoned: deque[np.ndarray] = deque()
+        self._arrays, self._held = arrays, held
+
+    def holders(self) -> np.ndarray:
+        """int32 [count]: how many sequences hold each page."""
+        found = np.zeros(self.count, np.int32)
+        for pages in self._held():
+            found[pages] += 1
+        return found
 
     @property
     def free(self) -> int:
         """Pages that no sequence holds."""
-        self._collect()
-        return len(self._free)
-
-    def need(self, n: int) -> None:
-        """MemoryLimitError unless n pages are free."""
-        if len(self._free) < n and self.free < n:
-            raise MemoryLimitError(
-                f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in use; "
-                "close sessions or snapshots, or load the model with a larger `sequences` or a "
-                "smaller `context`"
-            )
-
-    def allocate(self) -> int:
-        """A page with one holder; MemoryLimitError when all are held."""
-        with self._lock:
-            self.need(1)
-            page = self._free.pop()
-            self._holders[page] = 1
-            return page
-
-    def share(self, pages: np.ndarray) -> None:
-        """One more holder for each of these different pages."""
-        with self._lock:
-            self._holders[pages] += 1
-
-    def release(self, pages: np.ndarray) -> None:
-        """One holder less for each of these different pages; those without holders are free."""
-        with self._lock:
-            self._holders[pages] -= 1
-            self._free.extend(pages[self._holders[pages] == 0].tolist())
-
-    def abandon(self, pages: np.ndarray) -> None:
-        """`release` at the next opportunity: safe where a garbage collection may call."""
-        self._abandoned.append(pages)
-
-    def is_shared(self, page: int) -> bool:
-        """Whether more than one sequence holds it."""
-        return bool(self._holders[page] > 1)
-
-    def copies(self, writers: Counter[int]) -> int:
-        """How many copies it takes that each page has `writers[page]` writers on their own."""
-        return sum(min(n, int(self._holders[page]) - 1) for page, n in writers.items())
+        return int((self.holders() == 0).sum())
 
     def copy_too(self, arrays: Sequence[np.ndarray]) -> None:
         """From now on a copied page is copied in these arrays too; first axis = page."""
         self._arrays = [*self._arrays, *arrays]
 
-    def own(self, page: int) -> int:
-        """A page with the same content that only the caller holds: itself, or a copy.
+    def prepare(self, wanted: Sequence[tuple[Pages, int, int]]) -> list[Pages]:
+        """The same pages with places start..stop-1 of each writable.
 
-        MemoryLimitError leaves everything as it was.
+        New pages, and copies of those that others hold as well; of several here that hold one
+        page, the last may keep it if no other sequence does. The pages given stay as they were:
+        nothing has happened until all sequences have what comes back. MemoryLimitError when there
+        are not pages enough for all of them.
         """
-        if not self.is_shared(page):
-            return page
-        with self._lock:
-            copy = self.allocate()
-            for array in self._arrays:
-                array[copy] = array[page]
-            self._holders[page] -= 1
-            return copy
+        holders = self.holders()
+        free = np.flatnonzero(holders == 0)[::-1].tolist()  # the first are used before the last
+        return [self._prepare(pages, start, stop, holders, free) for pages, start, stop in wanted]
 
-    def _collect(self) -> None:
-        with self._lock:
-            while self._abandoned:
-                self.release(self._abandoned.popleft())
+    def _prepare(
+        self, pages: Pages, start: int, stop: int, holders: np.ndarray, free: list[int]
+    ) -> Pages:
+        first, end = start // PAGE, -(-stop // PAGE)
+        row, held = pages.row, pages.row[first : min(pages.used, end)]
+        shared = np.flatnonzero(holders[held] > 1) + first
+        if len(shared):
+            row = row.copy()
+        for index in shared.tolist():
+            page = int(row[index])
+            row[index] = self._copy(page, self._take(free))
+            holders[page] -= 1
+        for index in range(pages.used, end):
+            row[index] = self._take(free)
+        return Pages(row, max(end, pages.used), min(pages.own, first))
 
+    def _take(self, free: list[int]) -> int:
+        if not free:
+            raise MemoryLimitError(
+                f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in use; "
+                "close sessions or snapshots, or load the model with a larger `sequences` or a "
+                "smaller `context`"
+            )
+        return free.pop()
 
-class BlockTable:
-    """The pages of one sequence of at most `capacity` tokens, as kernels read them."""
-
-    def __init__(self, pool: PagePool, capacity: int) -> None:
-        self.pool = pool
-        self._row = np.zeros(-(-capacity // PAGE), np.int32)
-        self._used = 0
-
-    @property
-    def row(self) -> np.ndarray:
-        """int32 physical pages in the order of the sequence."""
-        return self._row[: self._used]
-
-    def reserve(self, start: int, stop: int) -> None:
-        """Make places start..stop-1 writable: new pages, and copies of shared ones.
-
-        MemoryLimitError leaves everything as it was.
-        """
-        reserve([(self, start, stop)])
-
-    def writable(self, start: int, stop: int) -> bool:
-        """Whether places start..stop-1 have pages that nobody else holds."""
-        return -(-stop // PAGE) <= self._used and not any(
-            self.pool.is_shared(page) for page in self._row[start // PAGE : -(-stop // PAGE)]
-        )
-
-    def wanted(self, start: int, stop: int) -> tuple[np.ndarray, int]:
-        """Pages of places start..stop-1 that are there, and how many are still to come."""
-        end = -(-stop // PAGE)
-        return self._row[start // PAGE : min(end, self._used)], max(0, end - self._used)
-
-    def take(self, start: int, stop: int) -> None:
-        """As `reserve`, where it is known that there are pages enough."""
-        for index in range(start // PAGE, min(self._used, -(-stop // PAGE))):
-            self._row[index] = self.pool.own(int(self._row[index]))
-        for index in range(self._used, -(-stop // PAGE)):
-            self._row[index] = self.pool.allocate()
-            self._used = index + 1
-
-    def slots(self, start: int, stop: int) -> np.ndarray:
-        """int32 slot (page * PAGE + offset) of places start..stop-1."""
-        places = np.arange(start, stop, dtype=np.int32)
-        return self._row[places // PAGE] * PAGE + places % PAGE
-
-    def slot(self, place: int) -> int:
-        """The slot of one place."""
-        return int(self._row[place // PAGE]) * PAGE + place % PAGE
-
-    def truncate(self, length: int) -> None:
-        """Give back pages past `length` tokens."""
-        keep = -(-length // PAGE)
-        if keep < self._used:
-            self.pool.release(self._row[keep : self._used].copy())
-            self._used = keep
-
-    def abandon(self) -> None:
-        """Give back all pages, whenever the pool is next asked."""
-        self.pool.abandon(self.row.copy())
-        self._used = 0
-
-    def fork(self) -> BlockTable:
-        """The same pages, held once more."""
-        other = BlockTable(self.pool, 0)
-        other._row, other._used = self._row.copy(), self._used
-        self.pool.share(self.row)
-        return other
-
-
-def reserve(requests: Iterable[tuple[BlockTable, int, int]]) -> None:
-    """Make places start..stop-1 of several tables (of one pool) writable, or change nothing.
-
-    MemoryLimitError when there are not pages enough for all of them.
-    """
-    requests = [r for r in requests if not r[0].writable(r[1], r[2])]
-    if not requests:
-        return
-    pool = requests[0][0].pool
-    new, writers = 0, Counter[int]()
-    for table, start, stop in requests:
-        held, missing = table.wanted(start, stop)
-        writers.update(held.tolist())
-        new += missing
-    pool.need(new + pool.copies(writers))
-    for table, start, stop in requests:
-        table.take(start, stop)
+    def _copy(self, page: int, copy: int) -> int:
+        for array in self._arrays:
+            array[copy] = array[page]
+        return copy

@@ -225,6 +225,30 @@ def test_tokens_that_the_model_excludes_are_not_drawn(options):
     assert set(draw(logits, 20, [1, 3, 1], **options)) <= {3, 8}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logit_bias": {0: 1e300, 1: -1e300}},
+        {"presence_penalty": 1e300},
+        {"frequency_penalty": -1e300},
+        {"repeat_penalty": 1e-300},
+        {"repeat_penalty": 1e300},
+        {"dry_multiplier": 1e300, "dry_allowed_length": 1},
+        {"temperature": 1e-300},
+        {"samplers": "temperature;penalties", "temperature": 1e-300, "presence_penalty": 1e300},
+        {"top_n_sigma": 1e300},
+        {"mirostat": 2, "mirostat_tau": 1e300},
+        {"mirostat": 2, "mirostat_tau": 0, "mirostat_eta": 1e300},
+    ],
+    ids=str,
+)
+def test_extreme_values_are_no_fault_of_the_model(options):
+    sampler = Sampler(Sampling(**{**OFF, **options}), LOGITS.size, lambda token: b"")
+    sampler.begin([1, 0, 2, 1, 0])
+    assert all(0 <= sampler.sample(LOGITS).id < LOGITS.size for _ in range(3))
+
+
 def test_extreme_temperatures_do_not_overflow():
     assert draw(LOGITS, 3, temperature=1e-300) == draw(LOGITS, 3, temperature=1e-300)
     assert set(draw(LOGITS, 300, temperature=1e300)) == set(range(len(LOGITS)))

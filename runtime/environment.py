@@ -22,7 +22,7 @@ from pathlib import Path
 
 from runtime.ops.errors import OptionError
 
-CPU_ISAS = ("amx", "avx512vnni", "avx2", "arm_dotprod", "generic")
+CPU_ISAS = ("amx", "avx512vnni", "avx2", "arm_i8mm", "arm_dotprod", "generic")
 DEBUG_LEVELS = range(5)
 _FOLDER = "graph-runtime"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

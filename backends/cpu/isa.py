@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import platform
 import sys
+import sysconfig
 from dataclasses import dataclass
 
+from runtime.backends.cpu.features import host_features
 from runtime.ops.errors import BackendError
 
 # A kernel for a larger set may read these of its features to choose instructions.
@@ -37,6 +39,16 @@ class Isa:
         """Whether vpdpbusd is there for 512-bit vectors."""
         return "avx512vnni" in self.needs
 
+    @property
+    def has_sdot(self) -> bool:
+        """Whether Arm's dot product is there, which can take one word of a vector for all lanes."""
+        return "dotprod" in self.needs
+
+    @property
+    def has_smmla(self) -> bool:
+        """Whether Arm's product of 2 x 8 by 8 x 2 bytes is there."""
+        return "i8mm" in self.needs
+
 
 @dataclass(frozen=True)
 class Target:
@@ -51,8 +63,10 @@ _ARCHES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 
 def host_arch() -> str:
-    """This machine's architecture as LLVM spells it: `x86_64`, `aarch64` or another name."""
+    """This process's architecture as LLVM spells it: `x86_64`, `aarch64` or another name."""
     machine = platform.machine().lower()
+    if sys.platform == "win32":  # an Arm machine may be emulating this x86 Python: the build tells
+        machine = sysconfig.get_platform().removeprefix("win-")
     return _ARCHES.get(machine, machine)
 
 
@@ -60,6 +74,9 @@ def host_arch() -> str:
 _V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512vnni"}
 _AMX_NEEDS = _V4 | {"avx512bf16", "amx-tile", "amx-int8", "amx-bf16"}
+
+_DOT = frozenset({"dotprod"})
+_MATRIX = _DOT | {"i8mm"}
 
 # Armv8 has fused multiply-add and float16 conversions from the start; x86-64 has neither.
 _BASE_IS_ARM = host_arch() == "aarch64"
@@ -70,7 +87,8 @@ _TABLE = {
         Isa("amx", "x86_64", "x86-64-v4", _AMX, _AMX_NEEDS, lanes=16),
         Isa("avx512vnni", "x86_64", "x86-64-v4", _VNNI, _V4, lanes=16),
         Isa("avx2", "x86_64", "x86-64-v3", "", _V3, lanes=8),
-        Isa("arm_dotprod", "aarch64", "generic", "+neon,+dotprod", frozenset({"dotprod"}), lanes=4),
+        Isa("arm_i8mm", "aarch64", "generic", "+neon,+dotprod,+i8mm", _MATRIX, lanes=4),
+        Isa("arm_dotprod", "aarch64", "generic", "+neon,+dotprod", _DOT, lanes=4),
         Isa("generic", "", "", "", frozenset(), 4, has_fma=_BASE_IS_ARM, has_f16=_BASE_IS_ARM),
     )
 }
@@ -101,7 +119,7 @@ def target(name: str) -> Target:
 @functools.cache
 def available() -> tuple[str, ...]:
     """Names of the instruction sets this machine can run, best first; `generic` is the last."""
-    return tuple(name for name, isa in _TABLE.items() if _runs_here(isa))
+    return tuple(name for name, isa in _TABLE.items() if not _missing(isa))
 
 
 def detect() -> str:
@@ -112,45 +130,31 @@ def detect() -> str:
 def selected() -> str:
     """Name of the instruction set to use: `RUNTIME_CPU_ISA` if set, else `detect()`.
 
-    Raises BackendError when the one that was asked for cannot run here.
+    Raises BackendError when the one that was asked for cannot run here, with what is missing.
     """
     from runtime.environment import cpu_isa
 
     forced = cpu_isa()
     if forced is not None and forced not in available():
         raise BackendError(
-            f"RUNTIME_CPU_ISA={forced} cannot run on this processor: "
-            f"it has {', '.join(available())}"
+            f"RUNTIME_CPU_ISA={forced} cannot run on this processor: {_missing(isa(forced))}; "
+            f"unset it, or give one of {', '.join(available())}"
         )
     return forced or detect()
 
 
-def _runs_here(isa: Isa) -> bool:
+def _missing(isa: Isa) -> str:
+    """What this machine lacks to run `isa`, in words; empty if nothing."""
     if isa.arch and isa.arch != host_arch():
-        return False
-    if isa.needs and not isa.needs <= _host_features():
-        return False
+        return f"it needs {isa.arch}, and this is {host_arch()}"
+    lacks = sorted(isa.needs - host_features(host_arch())) if isa.needs else ()
+    if lacks:
+        return f"it lacks {', '.join(lacks)}"
     if isa.name == "amx":
         from runtime.backends.cpu.amx import request_amx
 
-        return request_amx()
-    return True
-
-
-@functools.cache
-def _host_features() -> frozenset[str]:
-    import llvmlite.binding as llvm
-
-    try:
-        features = llvm.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot read this system's processor description
-        return frozenset({"dotprod"} if _is_apple_arm() else ())
-    return frozenset(name for name, present in features.items() if present)
-
-
-def _is_apple_arm() -> bool:
-    # Every Arm processor Apple has sold in a computer has the dot product.
-    return sys.platform == "darwin" and host_arch() == "aarch64"
+        return "" if request_amx() else "the system does not give this process AMX tiles"
+    return ""
 
 
 def _triple(arch: str) -> str:

@@ -24,6 +24,7 @@ class Block:
     scales: list[Any]  # one float vector, or one for each half
     minimum: Any = None
     halves: tuple[Any, ...] = ()
+    prepared: bool = False  # words are what `dots.prepared_words` gave
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,12 @@ class Problem:
         if self.spec.activations == "int8":
             if self.spec.columns == 1 and (self.code.lanes < ROWS or self.layout.chunk > _LARGEST):
                 return 1
+            if (
+                self.spec.columns == _WIDE
+                and self.code.isa.has_sdot
+                and not self.code.isa.has_smmla
+            ):
+                return 1  # 16 dots of 4 rows leave 32 registers no room: a third more instructions
             return _GROUPS_INT8[self.spec.columns]
         return (_GROUPS_FLOAT if self.layout.is_float else _GROUPS_CODES)[self.spec.columns]
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from runtime.backends.cpu.tile.blocks import by_groups, by_part, prefetch
 from runtime.backends.cpu.tile.codes import Block, Rows, Word
+from runtime.backends.cpu.tile.dots import prepared_words
 from runtime.backends.cpu.tile.formats import LINE, ROWS
 from runtime.backends.cpu.tile.problem import Part, Problem, Span
 from runtime.backends.cpu.tile.store import store_tile
@@ -131,7 +132,8 @@ def _bytes(p: Problem, row: Any) -> Any:
 
 
 def _write(p: Problem, block: Block, record: Any) -> None:
-    values = [word() for word in block.words] + list(block.scales)
+    words = [word() for word in block.words]
+    values = [*prepared_words(p.code, p.layout, words, COLUMNS), *block.scales]
     if p.layout.minimum:
         values += [block.minimum, *block.halves]
     for i, value in enumerate(values):
@@ -153,7 +155,7 @@ def _read(p: Problem, record: Any) -> Block:
     minimum = floats[scales] if p.layout.minimum else None
     halves = range(2) if p.layout.half_minima else ()
     integers = tuple(load(9 + scales + i, I32, code.lanes) for i in halves)
-    return Block(words, floats[:scales], minimum, integers)
+    return Block(words, floats[:scales], minimum, integers, prepared=True)
 
 
 def _one_part(p: Problem, s: _Scratch, where: Any, place: Any, t: Any, span: Span) -> None:

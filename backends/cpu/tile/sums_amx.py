@@ -147,7 +147,8 @@ def _with_half_minima(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> 
     result = []
     for c, total in enumerate(sums):
         dot = code.load(code.at(s.dots, SUMS * g.slot + LINE * c), vec(I32, ROWS), LINE)
-        starts = [code.at(g.side, 4 * (which * AMX_COLUMNS + c)) for which in (3, 4)]
-        value = less_minimum(code, (dot, scale), (half_sums(code, halves, starts), unit))
+        places = [code.at(g.side, 4 * (which * AMX_COLUMNS + c)) for which in (3, 4)]
+        row_sums = [code.load_splat(place, I32) for place in places]
+        value = less_minimum(code, (dot, scale), (half_sums(code, halves, row_sums), unit))
         result.append(code.fma(value, code.load_splat(code.at(g.side, 4 * c), F32), total))
     return result

@@ -16,7 +16,7 @@ from runtime.backends.cpu.tile.codes import Block
 from runtime.backends.cpu.tile.dots import dot_words, half_sums
 from runtime.backends.cpu.tile.problem import Part, Problem
 from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES
-from runtime.backends.cpu.tile.vector import F32, Code, vec
+from runtime.backends.cpu.tile.vector import F32, I32, Broadcasts, Code, vec
 
 # Side data of a block, [5][columns]: scale, scale * sum(q), and -8 * sum(q) of all and each half.
 _D, _S, _C, _C_LOW = range(4)
@@ -69,20 +69,23 @@ class Waiting:
 
 
 class X:
-    """Addresses in one block of a tile of packed activations."""
+    """One block of a tile of packed activations."""
 
     def __init__(self, p: Problem, quants: Any, sides: Any, number: Any) -> None:
         self.code, self.columns = p.code, p.spec.columns
         self.quants = p.code.at(quants, p.code.times(number, Q_BYTES * self.columns))
         self.sides = p.code.at(sides, p.code.times(number, SIDE_BYTES * self.columns))
 
-    def word(self, column: int, w: int) -> Any:
-        """Address of the four int8 values of word w."""
-        return self.code.at(self.quants, Q_BYTES * column + 4 * w)
+    def words(self, first: int, count: int) -> list[Broadcasts]:
+        """For each column the words from `first` on, of four int8 values each."""
+        starts = (Q_BYTES * column + 4 * first for column in range(self.columns))
+        return [Broadcasts(self.code, self.quants, start, I32, count) for start in starts]
 
-    def side(self, which: int, column: int) -> Any:
-        """Address of a 4-byte value of the side data."""
-        return self.code.at(self.sides, 4 * (which * self.columns + column))
+    def side(self, which: int) -> Broadcasts:
+        """The 4-byte values of one kind of side data, by column."""
+        kind = F32 if which in (_D, _S) else I32
+        start = 4 * which * self.columns
+        return Broadcasts(self.code, self.sides, start, kind, self.columns)
 
 
 def one_block(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[Any]:
@@ -90,16 +93,10 @@ def one_block(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[An
     parts = p.layout.scales
     words = 8 // parts
     for part in range(parts):
-        start = (_C if parts == 1 else _C_LOW) + part
-
-        def word(c: int, w: int, skip: int = part * words) -> Any:
-            return x.word(c, skip + w)
-
-        def correction(c: int, which: int = start) -> Any:
-            return x.side(which, c)
-
+        start = x.side((_C if parts == 1 else _C_LOW) + part)
         picked = [b.words[part * words : (part + 1) * words] for b in blocks]
-        dots = dot_words(p.code, p.layout, picked, p.spec.columns, word, correction)
+        activations = x.words(part * words, words)
+        dots = dot_words(p.code, p.layout, picked, activations, start, blocks[0].prepared)
         if p.layout.half_minima:
             return _with_half_minima(p, blocks, dots, x, sums)
         sums = _scaled(p, dots, [b.scales[part] for b in blocks], x, sums)
@@ -107,33 +104,33 @@ def one_block(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[An
 
 
 def _scaled(p: Problem, dots: Any, scales: list[Any], x: X, sums: list[Any]) -> list[Any]:
-    code, result = p.code, []
+    code, result, d = p.code, [], x.side(_D)
     for i, total in enumerate(sums):
         g, c = divmod(i, p.spec.columns)
-        d = code.load_splat(x.side(_D, c), F32)
-        value = code.b.fmul(code.b.sitofp(dots[g][c], vec(F32, code.lanes)), d)
+        scale = d[c]
+        value = code.b.fmul(code.b.sitofp(dots[g][c], vec(F32, code.lanes)), scale)
         result.append(code.fma(value, scales[g], total))
     return result
 
 
 def _with_minimum(p: Problem, blocks: list[Block], x: X, sums: list[Any]) -> list[Any]:
-    result = []
+    result, s = [], x.side(_S)
     for i, total in enumerate(sums):
         g, c = divmod(i, p.spec.columns)
-        s = p.code.load_splat(x.side(_S, c), F32)
-        result.append(p.code.fma(blocks[g].minimum, s, total))
+        result.append(p.code.fma(blocks[g].minimum, s[c], total))
     return result
 
 
 def _with_half_minima(p: Problem, blocks: list[Block], dots: Any, x: X, sums: Any) -> list[Any]:
-    code, result = p.code, []
+    code, result, d = p.code, [], x.side(_D)
     units = [minimum_unit(code, b) for b in blocks]
+    starts = [x.side(_C_LOW + h) for h in range(2)]
     for i, total in enumerate(sums):
         g, c = divmod(i, p.spec.columns)
-        both = half_sums(code, blocks[g].halves, [x.side(_C_LOW + h, c) for h in range(2)])
-        d = code.load_splat(x.side(_D, c), F32)
+        both = half_sums(code, blocks[g].halves, [start[c] for start in starts])
+        scale = d[c]
         value = less_minimum(code, (dots[g][c], blocks[g].scales[0]), (both, units[g]))
-        result.append(code.fma(value, d, total))
+        result.append(code.fma(value, scale, total))
     return result
 
 

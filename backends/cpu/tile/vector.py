@@ -46,6 +46,36 @@ class Variable:
         self.b.store(value, self.place)
 
 
+class Broadcasts:
+    """4-byte values that lie one after another in memory, each as a vector of it in every lane.
+
+    For Arm's instructions by element four are loaded at once and an instruction names the lane it
+    takes: no instruction is spent on spreading them. Elsewhere each is loaded where it is used,
+    which is what memory operands want. All uses are in one stretch of code without jumps.
+    """
+
+    def __init__(self, code: Code, base: Any, offset: int, kind: ir.Type, count: int) -> None:
+        """`count` values of `kind` from `offset` bytes after the int64 address `base` on."""
+        self.code, self.base, self.offset, self.kind = code, base, offset, kind
+        self.together = code.lanes if code.isa.has_sdot and count % code.lanes == 0 else 1
+        self.loaded: dict[int, Any] = {}
+
+    def __getitem__(self, i: int) -> Any:
+        code = self.code
+        if self.together == 1:
+            return code.load_splat(code.at(self.base, self.offset + 4 * i), self.kind)
+        value, lane = self.vector_with(i)
+        return code.shuffle(value, value, [lane] * code.lanes)
+
+    def vector_with(self, i: int) -> tuple[Any, int]:
+        """The loaded vector that value i is in, and its lane there (where four are loaded)."""
+        number, lane = divmod(i, self.together)
+        if number not in self.loaded:
+            place = self.code.at(self.base, self.offset + 4 * self.together * number)
+            self.loaded[number] = self.code.load(place, vec(self.kind, self.together), 4)
+        return self.loaded[number], lane
+
+
 class Code:
     """One kernel function under construction, for one instruction set."""
 
@@ -179,6 +209,10 @@ class Code:
     def load_splat(self, address: Any, kind: ir.Type) -> Any:
         """The 4-byte value of `kind` at `address` in every lane."""
         return self.splat(self.load(address, kind, 4))
+
+    def shuffle(self, x: Any, y: Any, picks: Sequence[int]) -> Any:
+        """The lanes `picks` of x followed by y."""
+        return self.b.shuffle_vector(x, y, ir.Constant(vec(I32, len(picks)), list(picks)))
 
     def fill(self, kind: ir.Type, value: float, n: int | None = None) -> ir.Constant:
         """A constant vector of `value`."""

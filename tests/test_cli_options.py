@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -354,6 +355,24 @@ class TestSampling:
     def test_every_field_has_an_option(self):
         declared = {f.name for f in fields(runtime.Sampling)}
         assert set(SAMPLING_FIELDS) == declared - set(self.ELSEWHERE)
+
+    @needs_demo
+    @pytest.mark.parametrize("name", ["run", "chat"])
+    def test_what_the_file_asks_for_is_told(self, invoke, name):
+        model = FakeModel()
+        asked = {"temp": 0.6, "top_k": 20, "sequence": "top_k;temperature", "nonsense": 1}
+        held = {**model.file.metadata, **{f"general.sampling.{k}": v for k, v in asked.items()}}
+        model.file = dataclasses.replace(model.file, metadata=held)
+        result = invoke(name, "m.gguf", model=model, stdin="hi")
+        told = "the file asks for --temp 0.6 --top-k 20 --samplers top_k;temperature\n"
+        assert result.stderr.count(told) == 1
+        assert result.stderr.count("warning: the file's general.sampling.nonsense = 1 is not") == 1
+        result = invoke(name, "m.gguf", "--temp", "1", "--top-k", "3", "--samplers", "top_k",
+                        model=model, stdin="hi")  # fmt: skip
+        assert "asks for" not in result.stderr
+        held["general.sampling.top_p"] = "much"
+        result = invoke(name, "m.gguf", model=model, stdin="hi")
+        assert result.exit_code == 1 and "general.sampling.top_p" in result.stderr
 
     def test_help_tells_the_default(self):
         for parameter in command("run").params:

@@ -11,6 +11,7 @@ import difflib
 import errno
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,20 @@ class CommandGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         _write_any_character()
+        with warnings.catch_warnings():
+            warnings.showwarning = _Warnings().show
+            code = self._code(args, prog_name, complete_var, **extra)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def _code(self, args: Any, prog_name: Any, complete_var: Any, **extra: Any) -> Any:
+        """The exit status of a run; a mistake is one line on stderr."""
         try:
-            code = super().main(args, prog_name, complete_var, False, **extra)
+            return super().main(args, prog_name, complete_var, False, **extra)
         except click.Abort:
-            code = 130
+            return 130
         except Exception as error:
             click.echo(f"error: {' '.join(_mistake(error).split())}", err=True)
-            code = 2 if isinstance(error, click.UsageError) else 1
-        sys.exit(code if isinstance(code, int) else 0)
+            return 2 if isinstance(error, click.UsageError) else 1
 
 
 def _is_run(args: Sequence[str]) -> bool:
@@ -132,6 +139,20 @@ def _mistake(error: Exception) -> str:
     if isinstance(error, Error | OSError):
         return str(error)
     raise error
+
+
+class _Warnings:
+    """Shows what modules warn of as lines for a user, each once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def show(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        """Stands in for `warnings.showwarning`."""
+        text = " ".join(str(message).split())
+        if text not in self._said:
+            self._said.add(text)
+            click.secho(f"warning: {text}", err=True, dim=True)
 
 
 def _write_any_character() -> None:

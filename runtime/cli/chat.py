@@ -36,5 +36,5 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     """
     path = model_argument(model, model_option)
     system, arguments = given_system(options), generation_arguments(options)
-    with loaded_model(path, options) as loaded:
+    with loaded_model(path, options, arguments) as loaded:
         converse(loaded, system, arguments, options["quiet"])

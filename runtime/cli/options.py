@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -170,6 +171,19 @@ def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:
     if options["max_tokens"] is not None:
         given["max_tokens"] = max(-1, options["max_tokens"])
     return given | ({"ignore_eos": True} if options["ignore_eos"] else {})
+
+
+def asked_by_file(metadata: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What a model's file asks for (`general.sampling.*`) that is not given, as options; or ""."""
+    from runtime.text.defaults import file_defaults
+
+    names = {row[1]: row[0].split()[0] for row in (*_COMMON, *_RARE, *_REPEATED)}
+    found = file_defaults(metadata, given).items()
+    return " ".join(f"{names[field]} {_shown(value)}" for field, value in found)
+
+
+def _shown(value: Any) -> str:
+    return ";".join(value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -58,7 +58,7 @@ def command(words: tuple[str, ...], model_option: str | None, **options: Any) ->
     system, arguments = given_system(options), generation_arguments(options)
     if options["raw"] and (options["converse"] or system):
         raise click.UsageError("--raw is no conversation: leave --conversation and --system out")
-    with loaded_model(model, options) as loaded:
+    with loaded_model(model, options, arguments) as loaded:
         _use(loaded, model, prompt, system, arguments, options)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from runtime.cli.answer import Screen
-from runtime.cli.options import load_arguments
+from runtime.cli.options import asked_by_file, load_arguments
 from runtime.cli.output import note
 from runtime.cli.parsing import F, decorated, option
 from runtime.cli.prompt import at_terminal
@@ -37,8 +37,13 @@ def talk_options(function: F) -> F:
 
 
 @contextmanager
-def loaded_model(path: str | None, options: dict[str, Any]) -> Iterator[Any]:
-    """The model of `path`, closed at the end; what -v and --color ask for holds from here on."""
+def loaded_model(
+    path: str | None, options: dict[str, Any], arguments: dict[str, Any]
+) -> Iterator[Any]:
+    """The model of `path`, closed at the end; what -v and --color ask for holds from here on.
+
+    arguments: of the generation; what else the model's file asks for is told.
+    """
     if options["verbose"]:
         os.environ["DEBUG"] = os.environ.get("DEBUG") or "1"
     if options["color"] != "auto":
@@ -50,6 +55,8 @@ def loaded_model(path: str | None, options: dict[str, Any]) -> Iterator[Any]:
     loaded = runtime.load(path, **load_arguments(options, options["quiet"]))
     try:
         note(f"loaded in {time.perf_counter() - started:.2f} s", options["quiet"])
+        asked = asked_by_file(loaded.file.metadata, arguments)
+        note(f"the file asks for {asked}", options["quiet"] or not asked)
         yield loaded
     finally:
         loaded.close()

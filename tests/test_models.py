@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import Sizes, write_model
+from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime.errors import ModelError
+from runtime.models.keys import Keys
 from runtime.models.rotary import rotary
 from runtime.models.scaling import Scaling
 
@@ -90,6 +91,98 @@ def test_yarn_of_gpt_oss_ramps_between_dimensions(truncate: bool, low: float, hi
     plain, found = (rotary(64, 150_000.0, s).inv_freq for s in (Scaling(), scaling))
     keep = 1 - np.clip((np.arange(32) - low) / (high - low), 0, 1)
     np.testing.assert_allclose(found / plain, keep + (1 - keep) / 32, rtol=1e-5)
+
+
+SCALED = {"rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+YARN = {**SCALED, "rope.scaling.type": "yarn"}
+OWN = 1 + 0.1 * math.log(4)
+
+
+@pytest.mark.parametrize(
+    "extra, magnitude",
+    [
+        (YARN, OWN),
+        (YARN | {"rope.scaling.yarn_attn_factor": 1.25}, 1.25),
+        (YARN | {"rope.scaling.yarn_attn_factor": 1.25, "rope.scaling.attn_factor": 2.0}, 2.5),
+        (YARN | {"rope.scaling.attn_factor": 0.5}, OWN / 2),
+        (YARN | {"rope.scaling.yarn_log_multiplier": 1.0}, 1.0),
+        (YARN | {"rope.scaling.yarn_log_multiplier": 0.5}, OWN / (1 + 0.05 * math.log(4))),
+        (YARN | {"rope.scaling.yarn_ext_factor": -1.0}, OWN),  # llama.cpp's sign of unset
+        (SCALED | {"rope.scaling.type": "linear"}, 1.0),
+        (SCALED | {"rope.scaling.attn_factor": 1.5}, 1.5),
+    ],
+)
+def test_what_cos_and_sin_are_multiplied_by(extra: dict, magnitude: float):
+    keys = {f"llama.{key}": value for key, value in extra.items()}
+    scaling = Scaling.read(Keys(keys, "llama", "m.gguf"), 256)
+    assert rotary(32, 1e4, scaling).magnitude == pytest.approx(magnitude, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "extra, kind, factor",
+    [
+        ({}, "linear", 1.0), (SCALED, "linear", 4.0), ({"rope.scale_linear": 2.0}, "linear", 2.0),
+        (SCALED | {"rope.scale_linear": 2.0}, "linear", 4.0),
+        (SCALED | {"rope.scaling.type": "none"}, "none", 4.0),
+        ({"rope.scaling.factor": 0.0}, "linear", 1.0),
+    ],
+)  # fmt: skip
+def test_a_factor_alone_is_linear(extra: dict, kind: str, factor: float):
+    keys = {f"llama.{key}": value for key, value in extra.items()}
+    scaling = Scaling.read(Keys(keys, "llama", "m.gguf"), 256)
+    assert (scaling.kind, scaling.factor) == (kind, factor)
+    stretched = rotary(8, 1e4, scaling).inv_freq * (factor if kind == "linear" else 1)
+    np.testing.assert_allclose(stretched, rotary(8, 1e4, Scaling()).inv_freq, rtol=1e-6)
+
+
+def test_longrope_has_factors_for_short_and_for_long_contexts(tmp_path: Path):
+    """Those of the context that the model is loaded with, as for phi-3; a magnitude for both."""
+    short, long = (np.linspace(1, n, 16, dtype=np.float32) for n in (1.5, 8))
+    extra = {
+        "rope.scaling.type": "longrope", "rope.scaling.original_context_length": 96,
+        "rope.scaling.attn_factor": 1.25,
+    }  # fmt: skip
+    names = ("rope_factors_short.weight", "rope_factors_long.weight")
+    path = write_model(
+        tmp_path / "m.gguf",
+        Sizes("llama"),
+        extra=extra,
+        replace=dict(zip(names, (short, long), strict=True)),
+    )
+    plain = write_model(tmp_path / "plain.gguf", Sizes("llama"))
+    ids = list(range(1, 40))
+    for context, factors in ((96, short), (97, long), (None, long)):
+        with runtime.load(path, devices="null", context=context) as model:
+            constants = [n for n in model.graph().nodes if n.op == "constant"]
+            want = rotary(32, 1e4, Scaling(), factors).inv_freq
+            np.testing.assert_array_equal(constants[0].attrs["value"], want)
+    same = {"rope_freqs.weight": long}
+    usual = write_model(
+        tmp_path / "usual.gguf", Sizes("llama"), extra={"rope.scaling.attn_factor": 1.25},
+        replace=same,
+    )  # fmt: skip
+    logits = []
+    for file in (path, usual, plain):
+        with runtime.load(file, kv_type="f32", activations="f32") as model:
+            logits.append(model.eval(ids))
+    np.testing.assert_array_equal(logits[0], logits[1])
+    assert ((logits[0] - logits[2]) ** 2).sum() > 1e-3 * (logits[2] ** 2).sum()
+
+
+def test_layers_with_a_window_may_have_a_base_of_their_own(tmp_path: Path):
+    size = NOVEL["gpt-oss"]
+    usual, own = (
+        write_model(tmp_path / f"{len(extra)}.gguf", size, extra=extra)
+        for extra in ({}, {"rope.freq_base_swa": 500.0})
+    )
+    with runtime.load(own, devices="null") as model:
+        ropes = [n for n in model.graph().nodes if n.op == "rope"]
+        angles = [n.inputs[1].inputs[1].attrs["value"] for n in ropes]
+    for angle, base in zip(angles, (500.0, 500.0, 1e4, 1e4), strict=True):  # layer 0 has a window
+        want = rotary(32, base, Scaling("yarn", 4.0, 64)).inv_freq
+        np.testing.assert_array_equal(angle, want)
+    with runtime.load(usual, devices="null") as model:
+        assert len([n for n in model.graph().nodes if n.op == "rope_angles"]) == 1
 
 
 def test_yarn_model_differs_from_plain_and_agrees_with_the_reference(tmp_path: Path):

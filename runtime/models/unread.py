@@ -116,13 +116,12 @@ def _keys_that_matter(keys: Keys) -> Iterable[str]:
 
 
 def _neutral(keys: Keys, name: str) -> bool:
-    """Whether a key has the value that changes nothing."""
-    missing = object()
-    neutral = _NEUTRAL.get(name.removeprefix(f"{keys.architecture}."), missing)
-    value = keys.metadata[name]
-    if hasattr(value, "__len__"):  # a list of nothing, or of one value for each layer
-        return neutral is not missing and all(v == neutral or v == 0 for v in value)
-    return value == neutral or (neutral == 1 and neutral is not True and value == 0)
+    """Whether a key has the value that changes nothing, perhaps once for each layer."""
+    neutral, value = _NEUTRAL.get(name.removeprefix(f"{keys.architecture}.")), keys.metadata[name]
+    values = value.tolist() if hasattr(value, "tolist") else [value]
+    if isinstance(neutral, bool):
+        return all(v is neutral for v in values)
+    return neutral is not None and all(type(v) is not bool and v in (neutral, 0) for v in values)
 
 
 def _listed(names: list[str], what: str) -> str:

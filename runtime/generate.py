@@ -75,7 +75,8 @@ class TextModel:
 
     def chat(
         self, messages: str | Sequence[Mapping[str, Any]], *, session: Session | None = None,
-        room: int = 0,
+        room: int = 0, tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        template: str | None = None, template_options: Mapping[str, Any] | None = None,
         max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
         seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
@@ -99,7 +100,11 @@ class TextModel:
         With `session` only tokens after the longest common start of what the session holds and
         the rendered chat are evaluated; it is rewound to there when reading begins.
         room: tokens of context that have to be left for the answer, else MemoryLimitError.
-        Other keywords as `generate` has them.
+        tools: functions, or their JSON descriptions as OpenAI's interface has them.
+        template: which of the file's templates, by name, or the text of one of your own.
+        template_options: what the template takes besides, such as {"enable_thinking": False}.
+        Other keywords as `generate` has them. Raises TextError, too, for messages that the
+        template refuses.
         """
         given = locals()
         return _reply(cast("Model", given.pop("self")), given.pop("messages"), given)
@@ -122,13 +127,12 @@ def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, An
 def _reply(
     model: Model, messages: str | Sequence[Mapping[str, Any]], given: dict[str, Any]
 ) -> Generation:
-    from runtime.text.chat import ChatTemplate
-
     owned = _session(model, given.pop("session"))
     room = whole("room", given.pop("room"), 0)
+    extra = _template_options(given.pop("template_options"))
+    extra |= {name: given.pop(name) for name in ("tools", "template")}
     options = _options(model, given)
-    template = ChatTemplate.of(model.tokenizer, model.file.metadata)
-    ids = template.encode(model.tokenizer, _messages(messages))
+    ids = model.tokenizer.chat_template.encode(model.tokenizer, _messages(messages), **extra)
     if not ids:
         raise OptionError("the chat template makes an empty prompt of these messages")
     session = model.session() if owned is None else owned
@@ -155,6 +159,18 @@ def _messages(given: Any) -> list[Any]:
             f'[{{"role": "user", "content": "Hi"}}], not {shown(given)}'
         )
     return list(given)
+
+
+def _template_options(given: Any) -> dict[str, Any]:
+    """What a template is given besides messages, tools and its own choice."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise wrong("template_options", given, "a mapping of names to values, or None")
+    taken = next((n for n in given if n in ("messages", "tools", "template")), None)
+    if taken is not None:
+        raise OptionError(f"template_options cannot hold {taken!r}: it is a keyword of chat itself")
+    return dict(given)
 
 
 def _session(model: Model, given: Any) -> Session | None:

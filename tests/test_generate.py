@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import threading
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ from fake_model import DEMO, needs_demo
 from small_models import write_model
 
 import runtime
-from runtime.errors import MemoryLimitError, OptionError
+from runtime.errors import Error, MemoryLimitError, OptionError
 from runtime.model import Model
 
 pytestmark = needs_demo
@@ -180,6 +181,67 @@ def test_one_message_may_be_a_text(model: Model):
     options = {"max_tokens": 2, **chooses(5)}
     listed = model.chat([{"role": "user", "content": "Hi"}], **options)
     assert model.chat("Hi", **options).prompt_tokens == listed.prompt_tokens
+
+
+def test_a_chat_takes_tools_a_template_and_what_it_wants_to_know(model: Model):
+    def weather(city: str) -> str:
+        """The weather.
+
+        Args:
+            city: Where.
+        """
+
+    own = "{{ messages[0].content }}{{ tools[0].function.name if tools }}{{ more }}{{ tokenizer }}"
+    said = {"template": own, "tools": [weather], "max_tokens": 0}
+    tokens = len(model.tokenizer.encode("Hiweatherabcd"))
+    options = {"more": "ab", "tokenizer": "cd"}
+    assert model.chat("Hi", template_options=options, **said).prompt_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"template": "nmae"}, "template='nmae' is not in this file"),
+        ({"template": 5}, "template=5"),
+        ({"template": "{{ messages"}, "chat template is broken"),
+        ({"template_options": 5}, "template_options=5 must be a mapping"),
+        ({"template_options": {1: 2}}, "template_options={1: 2} must be"),
+        ({"template_options": {"tools": []}}, "template_options cannot hold 'tools'"),
+        ({"tools": 5}, "tools=5"),
+        ({"room": -1}, "room=-1"),
+        ({"room": None}, "room=None"),
+    ],
+    ids=str,
+)
+def test_options_of_a_chat_alone(model: Model, options: dict, says: str):
+    with pytest.raises(Error, match=re.escape(says)):
+        model.chat("Hi", **options)
+
+
+@pytest.mark.parametrize("messages", [None, 5, b"Hi", {"role": "user"}, [], [None], [{}], ["Hi"]])
+def test_what_are_no_messages(model: Model, messages):
+    with pytest.raises(Error) as caught:
+        model.chat(messages)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"samplers": "top_k", "top_p": 0.5}, "top_p=0.5 has no effect with samplers='top_k'"),
+        ({"mirostat": 2, "top_k": 40}, "top_k=40 has no effect with mirostat=2"),
+        ({"mirostat": 2, "samplers": "top_k"}, "samplers has no effect with mirostat=2"),
+    ],
+    ids=str,
+)
+def test_an_option_that_nobody_looks_at_is_refused(model: Model, options: dict, says: str):
+    with pytest.raises(OptionError, match=re.escape(says)):
+        model.generate("Once", **options)
+
+
+def test_options_that_mean_off_may_be_left_out(model: Model):
+    model.generate("Once", samplers="top_k", top_p=1.0, min_p=0).close()
+    model.generate("Once", mirostat=2, top_k=0, temperature=0.5).close()
 
 
 def test_what_ends_with_an_error_stays_ended(model: Model):

@@ -235,7 +235,7 @@ def test_tokens_that_the_model_excludes_are_not_drawn(options):
         {"repeat_penalty": 1e-300},
         {"repeat_penalty": 1e300},
         {"dry_multiplier": 1e300, "dry_allowed_length": 1},
-        {"temperature": 1e-300},
+        {"temperature": 5e-324},
         {"samplers": "temperature;penalties", "temperature": 1e-300, "presence_penalty": 1e300},
         {"top_n_sigma": 1e300},
         {"mirostat": 2, "mirostat_tau": 1e300},

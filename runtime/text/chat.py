@@ -70,6 +70,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         add_generation_prompt: bool = True,
         tools: Sequence[Any] | None = None,
         template: str | None = None,
@@ -78,8 +79,8 @@ class ChatTemplate:
         """The prompt for `messages`, each a mapping with `role` and `content`.
 
         add_generation_prompt: open the assistant's turn. tools: functions, or their descriptions
-        as OpenAI's interface has them. template: the name of one of `sources`. `extra` reaches
-        the template under its names (enable_thinking=False).
+        as OpenAI's interface has them. template: the name of one of `sources`, or the text of
+        another. `extra` reaches the template under its names (enable_thinking=False).
         Raises TextError, in one line, for a template that is broken or refuses the messages, and
         OptionError for a template or tools that it does not have a place for.
         """
@@ -91,7 +92,7 @@ class ChatTemplate:
         return _first_that_fits(chosen, given, names)
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **options: Any
     ) -> list[int]:
         """The ids of `render(messages, **options)`, with one BOS where the model wants it."""
         ids = tokenizer.encode(self.render(messages, **options), add_special=False)
@@ -103,12 +104,13 @@ class ChatTemplate:
     def _choose(self, name: str | None, tools: bool) -> Template:
         if name is None:
             name = self._usual(tools)
-        if name not in self.sources:
+        own = isinstance(name, str) and ("{{" in name or "{%" in name)
+        if not own and name not in self.sources:
             near = difflib.get_close_matches(str(name), self.sources, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(sorted(self.sources))
             raise OptionError(f"template={name!r:.60} is not in this file, which has {known}{hint}")
-        chosen = _compiled(self.sources[name])
+        chosen = _compiled(name if own else self.sources[name])
         if tools and "tools" not in chosen.names:
             raise OptionError(
                 "tools= cannot be used: the chat template of this model has no place for tools"

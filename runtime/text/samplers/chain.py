@@ -59,17 +59,18 @@ def _name(given: Any) -> str:
 
 def check_used(o: Sampling, given: Collection[str]) -> None:
     """OptionError for an option that was given and that this order of samplers never looks at."""
-    names = _names(o)
     if o.mirostat and "samplers" in given:
         raise OptionError(
             f"samplers has no effect with mirostat={o.mirostat}; give one or the other"
         )
+    names, acting = _names(o), _steps_that_act(o)
     for sampler, options in OPTIONS.items():
-        idle = [name for name in options if name in given]
-        if sampler not in names and idle and sampler in _steps_that_act(o):
+        idle = next((name for name in options if name in given), None)
+        if idle is not None and sampler in acting and sampler not in names:
             why = f"mirostat={o.mirostat}" if o.mirostat else f"samplers={';'.join(names)!r}"
+            of_file = " of the file" * (why.partition("=")[0] not in given)
             raise OptionError(
-                f"{idle[0]}={shown(getattr(o, idle[0]))} has no effect with {why}, which leaves "
+                f"{idle}={shown(getattr(o, idle))} has no effect with {why}{of_file}, which leaves "
                 f"out the sampler {sampler}; give one or the other"
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_files import gguf_bytes
 from small_models import Sizes, metadata, tensors
 from tile_calls import random_rows
 
@@ -59,3 +60,24 @@ def test_every_format_agrees_with_the_reference(path: Path) -> None:
         with model.session() as session:
             np.testing.assert_array_equal(session.eval(TOKENS), got)
     assert float(((got - want) ** 2).sum() / (want**2).sum()) <= 5e-3
+
+
+@pytest.mark.parametrize("name, number", [("Q1_0", 41), ("Q2_0", 42)])
+def test_formats_the_gguf_package_may_not_know(tmp_path: Path, name: str, number: int) -> None:
+    """Every matrix and the embedding, written byte by byte."""
+    size = Sizes("qwen3", layers=1, hidden=128, inner=256, dim=32)
+    keys = {f"qwen3.{key}": value for key, value in metadata(size).items()}
+    keys |= {"general.architecture": "qwen3", "tokenizer.ggml.model": "none"}
+    stored = {}
+    for seed, (key, values) in enumerate(tensors(size).items()):
+        vector = values.ndim == 1
+        data = values if vector else rows_of(name, values.shape, seed)
+        stored[key] = (values.shape, 0 if vector else number, data)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(keys, stored))
+    with runtime.load(path, devices="reference", kv_type="f32") as exact:
+        want = exact.eval(TOKENS)
+    for activations, limit in (("f32", 1e-10), ("int8", 5e-3)):
+        with runtime.load(path, kv_type="f32", activations=activations) as model:
+            got = model.eval(TOKENS)
+        assert float(((got - want) ** 2).sum() / (want**2).sum()) <= limit, activations

@@ -1,0 +1,226 @@
+"""An interrupt at every line of the engine: sessions are what they were or what they became.
+
+Each case prepares sessions of a small model and names what is done with them. It is done once for
+every line that it runs, with an interrupt before that line, and then everything is looked at: what
+tokens the sessions have, whether their next logits are those of the same tokens evaluated anew,
+and whether all pages and slots are free once they are closed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from interruptions import interrupted, lines_of
+from small_models import NOVEL, Sizes, write_model
+
+import runtime
+import runtime.model
+from runtime.errors import MemoryLimitError
+from runtime.model import Model
+from runtime.session import Session, Snapshot
+
+PACKAGE = Path(runtime.__file__).parent
+FILES = [
+    str(PACKAGE / name)
+    for name in (
+        "session.py", "advance.py", "batch.py", "model.py", "generate.py", "generation.py",
+        "memory/pages.py", "memory/slots.py",
+    )
+]  # fmt: skip
+IDS = np.random.default_rng(4).integers(0, 80, 300).tolist()
+STRIDE = 4  # of the default run; all lines are swept when asked for
+
+
+class Case(NamedTuple):
+    """Sessions with these numbers of tokens, what is made of them, and what is then done."""
+
+    lengths: tuple[int, ...]
+    action: Callable[..., Any]
+    prepare: Callable[..., Any] = lambda model, *sessions: ()  # more sessions and snapshots
+
+
+def fill(model: Model, *sessions: Session) -> list[Session]:
+    """Sessions that hold every page but one."""
+    found = []
+    while (free := model._sequences.pages.free) > 1:
+        found.append(model.session())
+        found[-1].eval((IDS * 2)[: min(7, free - 1) * 32], "none")
+    return found
+
+
+def forked(model: Model, session: Session) -> list[Session]:
+    return [session.fork(), session.fork()]
+
+
+def snapped(model: Model, session: Session, *others: Session) -> list[Any]:
+    snapshot = session.snapshot()
+    session.eval(IDS[:3], "none")
+    session.eval(IDS[:1], "none")
+    return [snapshot]
+
+
+def fails(model: Model, session: Session, *others: Session) -> None:
+    with suppress(MemoryLimitError):
+        model.step([(session, IDS[:70]), (others[0], [2])], "last")
+
+
+def run_out(model: Model, *others: Session) -> list[Any]:
+    """No slot is free, and the checkpoints of one sequence are all there is to drop."""
+    pools = model._sequences
+    found = [model.session() for _ in range(pools.slots.free)]
+    for session in found:
+        session.eval([1], "none")
+    return found
+
+
+CASES = {
+    "prompt": Case((0,), lambda m, s: s.eval(IDS[:40])),
+    "long prompt": Case((5,), lambda m, s: s.eval(IDS[:90], "last", lambda *at: None)),
+    "a program's first step": Case(
+        (3,), lambda m, s: s.eval([7, 8]), lambda m, *_: m._programs.clear() or ()
+    ),
+    "decode": Case((40,), lambda m, s: s.eval([7], "last")),
+    "decode into a new page": Case((63, 1), lambda m, s, o: s.eval([7], "last")),
+    "decode after a fork": Case((40,), lambda m, s, *o: s.eval([7], "last"), forked),
+    "fork": Case((40,), lambda m, s: s.fork()),
+    "snapshot": Case((40,), lambda m, s: s.snapshot()),
+    "rewind": Case((20, 20), lambda m, s, o: s.rewind(15)),
+    "rewind to nothing": Case((40,), lambda m, s: s.rewind(40)),
+    "eval after a rewind": Case(
+        (70,), lambda m, s: s.eval([7, 8], "last"), lambda m, s: s.rewind(9) or ()
+    ),
+    "restore": Case((50,), lambda m, s, snapshot: s.restore(snapshot), snapped),
+    "restore elsewhere": Case((50, 35), lambda m, s, o, snapshot: o.restore(snapshot), snapped),
+    "close": Case((40, 3), lambda m, s, o: s.close()),
+    "close a snapshot": Case((50,), lambda m, s, snapshot: snapshot.close(), snapped),
+    "step": Case(
+        (40, 33, 0), lambda m, a, b, c, *o: m.step([(a, [1]), (c, IDS[:20]), (b, [2, 3])], "last")
+    ),
+    "step of decodes": Case((40, 33), lambda m, *all: m.step([(s, [5]) for s in all])),
+    "step of forks": Case((40,), lambda m, *all: m.step([(s, [5]) for s in all]), forked),
+    "no memory": Case((40,), fails, fill),
+    "checkpoints give way": Case((70, 60), lambda m, a, b, *o: a.eval([1, 2]), run_out),
+    "session": Case((3,), lambda m, s: m.session()),
+    "model.eval": Case((3,), lambda m, s: m.eval([1, 2, 3])),
+}
+
+
+@pytest.fixture(scope="module", params=["dense", "hybrid"])
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Model, Model]]:
+    """A model, and one more of the same file that says what is right."""
+    size = Sizes(layers=1) if request.param == "dense" else replace(NOVEL["qwen35"], layers=2)
+    path = write_model(tmp_path_factory.mktemp("interrupts") / "m.gguf", size)
+    options = {"threads": 1, "context": 256, "sequences": 1}
+    with runtime.load(path, **options) as model, runtime.load(path, **options) as right:
+        yield model, right
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of a few dozen tokens take several steps."""
+    monkeypatch.setattr(runtime.model, "UBATCH", 32)
+
+
+class Scene:
+    """The sessions of a case, once."""
+
+    def __init__(self, model: Model, right: Model, case: Case) -> None:
+        self.model, self.right, self.case = model, right, case
+        self.sessions: list[Any] = []
+        for n in case.lengths:
+            self.sessions.append(model.session())
+            for at in range(0, n, 30):
+                self.sessions[-1].eval(IDS[at : min(n, at + 30)], "none")
+        self.sessions += case.prepare(model, *self.sessions)
+
+    def act(self) -> None:
+        self.case.action(self.model, *self.sessions)
+
+    def tokens(self) -> list[tuple[int, ...] | None]:
+        """Of every session, None where it is closed."""
+        return [None if s._record.closed else tuple(s.tokens) for s in self.sessions]
+
+    def free(self, wanted: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """Free pages and slots; where less than wanted, after a collection, which takes long."""
+        pools = self.model._sequences
+        if pools.pages.free < wanted[0] or pools.slots.free < wanted[1]:
+            gc.collect()
+        return pools.pages.free, pools.slots.free
+
+    def check_logits(self) -> None:
+        """The next logits of all that can go on, in one step and then one by one."""
+        left = [s for s in self.sessions if not s._record.closed]
+        for session in left[3:]:
+            session.close()  # what is only there to fill the pools
+        going = [s if isinstance(s, Session) else self._restored(s) for s in left[:3]]
+        rows = self.model.step([(s, [9]) for s in going])
+        for session, row in zip(going, rows, strict=True):
+            np.testing.assert_array_equal(row, self._expected(session))
+            np.testing.assert_array_equal(session.eval([3], "last"), self._expected(session))
+            session.close()
+
+    def _restored(self, snapshot: Snapshot) -> Session:
+        session = self.model.session()
+        session.restore(snapshot)
+        return session
+
+    def _expected(self, session: Session) -> np.ndarray:
+        key = tuple(session.tokens)
+        if (self.right, key) not in _right:
+            _right[self.right, key] = self.right.eval(key, "last")
+        return _right[self.right, key]
+
+    def close(self) -> None:
+        for session in self.sessions:
+            session.close()
+
+
+_right: dict[Any, np.ndarray] = {}
+
+
+def sweep(models: tuple[Model, Model], case: Case, stride: int) -> int:
+    """Interrupts before every stride-th line of a case; how many lines there were."""
+    model = models[0]
+    everything = model._sequences.pages.count, model._sequences.slots.count
+    for _ in range(2):  # the first time programs are made, which is a case of its own
+        scene = Scene(*models, case)
+        old, free_old = scene.tokens(), scene.free()
+        total = lines_of(scene.act, FILES)
+        new, free_new = scene.tokens(), scene.free()
+        scene.check_logits()
+        scene.close()
+        assert scene.free(everything) == everything
+    for line in range(0, total, stride):
+        scene = Scene(*models, case)
+        assert scene.tokens() == old and scene.free(free_old) == free_old
+        where = interrupted(scene.act, FILES, line)
+        assert where, f"line {line} of {total} was not reached"
+        assert not model._lock._is_owned(), f"{where}: the model stays locked"
+        assert scene.tokens() in (old, new), where
+        least = min(free_old[0], free_new[0]), min(free_old[1], free_new[1])
+        found = scene.free(least)
+        assert found[0] >= least[0] and found[1] >= least[1], where
+        scene.check_logits()
+        scene.close()
+        assert scene.free(everything) == everything, where
+    return total
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_interrupt_leaves_the_old_state_or_the_new_one(models: tuple[Model, Model], name: str):
+    assert sweep(models, CASES[name], STRIDE) >= 5
+
+
+@pytest.mark.sweep
+def test_an_interrupt_at_every_line(models: tuple[Model, Model]):
+    lines = {name: sweep(models, case, 1) for name, case in CASES.items()}
+    print(sum(lines.values()), "lines:", lines)

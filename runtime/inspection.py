@@ -130,6 +130,8 @@ def _validate(
     def compare(n: int, results: list[tuple[Any, np.ndarray]]) -> None:
         for tensor, got in results:
             want = expected.values.get(tensor.name)
+            if tensor.op == "conv_post":  # more is done in it than in the plain node of its name
+                continue
             if want is None or want.size == 0 or want.dtype.kind != "f":
                 continue
             if getattr(tensor.shape[0], "name", "") == "outputs" and len(want) == live["tokens"]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from small_models import Sizes, write_model
+from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime import inspection, step_table
@@ -92,6 +92,16 @@ def test_validate_says_once_that_all_is_well(small: Path, monkeypatch, capsys):
     assert re.fullmatch(
         r"VALIDATE: \d+ results of 2 steps agree with the reference \(largest NMSE .*\)\n", said
     )
+
+
+@pytest.mark.parametrize("name", NOVEL)
+def test_validate_knows_every_fused_result(tmp_path: Path, name: str, monkeypatch, capsys):
+    """What a fused kernel leaves under a plain node's name may be more than that node's result."""
+    monkeypatch.setenv("VALIDATE", "1")
+    path = write_model(tmp_path / "m.gguf", NOVEL[name])
+    with runtime.load(path, threads=1, kv_type="f32") as model:
+        model.eval([1, 2, 3, 4, 5])
+    assert "results of 1 step agree" in capsys.readouterr().err
 
 
 def test_validate_follows_forks_and_rewinds(small: Path, monkeypatch, capsys):

@@ -137,15 +137,18 @@ def _first_that_fits(template: Template, messages: list[Message], names: dict[st
 
     Of those it takes, one that shows all tool calls comes first.
     """
+    from runtime.text.sandbox import TemplateLimitError
+
     wanted = tool_names(messages)
+    budget = template.budget([messages, names])
     texts, refusal = [], None
     for reading in readings(messages):
         try:
-            text = template.render({**names, "messages": reading})
+            text = template.render({**names, "messages": reading}, budget)
+        except TemplateLimitError:  # what is left is no more for the next one
+            raise
         except TextError as error:
             refusal = refusal or error
-            if type(error) is not TextError:  # no reading will cost less
-                break
             continue
         if all(name in text for name in wanted):
             return text

@@ -31,6 +31,7 @@ _PASSING = {
 }
 _SCANS = ("index", "count")  # methods of lists that compare items
 _CONTAINERS = (dict, list, tuple)
+_ITEM = 16  # characters that an item of a new list counts as, for its memory
 
 
 @contextmanager
@@ -106,8 +107,10 @@ def _checked_call(obj: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def _spent(result: Any) -> Any:
-    if isinstance(result, str | list | tuple):
+    if isinstance(result, str | bytes):
         _spend(len(result))
+    elif isinstance(result, _CONTAINERS):
+        _spend(_ITEM * len(result))
     return result
 
 

@@ -18,7 +18,8 @@ TEXT = 16 << 20  # characters of one text
 MADE = 64 << 20  # characters made in one rendering, beside MADE_PER_GIVEN for each one given
 MADE_PER_GIVEN = 64
 _DEPTH = 200  # of lists in lists: hashing and comparing deeper ones can exhaust the C stack
-_ITEMS = 1_000_000
+_ITEMS = 300_000
+_PIECES = 5_000_000  # of a text that is split
 _BITS = 100_000  # of a whole number
 _WIDTH = 10_000  # of padding and indentation
 _SLOW_TEXT = 1 << 20  # characters, for filters that take a microsecond for each
@@ -31,10 +32,9 @@ class LimitError(Exception):
 class Budget:
     """What is left to one rendering; `given` is the size of its messages in characters."""
 
-    def __init__(self, given: int = 0, seconds: float = SECONDS, made: int = MADE):
-        self._end = time.perf_counter() + seconds
-        self._seconds = seconds
-        self._left = made + MADE_PER_GIVEN * given
+    def __init__(self, given: int = 0):
+        self._end = time.perf_counter() + SECONDS
+        self._left = MADE + MADE_PER_GIVEN * given
 
     def spend(self, characters: int = 0) -> None:
         """Count text that was made or is about to be, and look at the clock.
@@ -45,7 +45,7 @@ class Budget:
         if self._left < 0 or characters > TEXT:
             raise LimitError("it makes too much text")
         if time.perf_counter() > self._end:
-            raise LimitError(f"it takes longer than {self._seconds:g} seconds")
+            raise LimitError(f"it takes longer than {SECONDS:g} seconds")
 
 
 def size_of(value: Any) -> int:
@@ -70,7 +70,7 @@ def _size_of_items(value: Any) -> int:
         items += 1
         size += 1 + depth  # a comma, and indentation by one
         if depth > _DEPTH or items > _ITEMS:
-            raise LimitError("it builds lists too big or too deep to be written")
+            raise LimitError("lists are too big or too deep to be written")
         if isinstance(value, dict):
             rest += ((item, depth + 1) for pair in value.items() for item in pair)
         elif isinstance(value, list | tuple):
@@ -152,7 +152,7 @@ def _joined(value: Any, arguments: tuple[Any, ...]) -> int:
     return _check(size_of(parts) + len(parts) * between, TEXT, "a text")
 
 
-_WIDE = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{5})|\{[^{}]*(?:\{|:[^{}]*\d{5})")
+_WIDE = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{5})|\{[^{}]*(?:\{|\d{5})")
 _TWICE = re.compile(r"%\(|\{\w")
 
 
@@ -178,6 +178,18 @@ def _slow(value: Any, arguments: tuple[Any, ...]) -> int:
     return _check(size * (1 + texts), _SLOW_TEXT, "a text for a slow filter")
 
 
+def _split(value: Any, arguments: tuple[Any, ...]) -> int:
+    separator = next((a for a in arguments if isinstance(a, str) and a), None)
+    pieces = value.count(separator) if separator and isinstance(value, str) else len(value) // 2
+    return _check(pieces, _PIECES, "a list")
+
+
+def _translated(value: Any, arguments: tuple[Any, ...]) -> int:
+    tables = [a for a in arguments if isinstance(a, dict)]
+    longest = max((_length(item) for table in tables for item in table.values()), default=1)
+    return _check(len(value) * longest, TEXT, "a text")
+
+
 def _summed(value: Any, arguments: tuple[Any, ...]) -> int:
     """Adding lists one by one copies the sum each time."""
     items = value if isinstance(value, list | tuple) else ()
@@ -194,5 +206,7 @@ _GROWTH: Mapping[str, _Rule] = {
     "join": _joined,
     "sum": _summed,
     "tojson": _json,
+    "translate": _translated,
+    **dict.fromkeys(("split", "rsplit", "splitlines"), _split),
     "strftime": _formatted,
 }

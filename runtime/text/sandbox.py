@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from runtime.ops.errors import TextError
 from runtime.text.limits import TEXT, Budget, LimitError, growth, size_of
 
-_LONGEST = 1 << 20  # characters of a template; those of real models have up to 30,000
+_LONGEST = 1 << 16  # characters of a template, some seconds to compile; real ones have 20,000
 
 
 class TemplateLimitError(TextError):
@@ -32,29 +32,38 @@ class Template:
     """
 
     def __init__(self, source: str):
-        from jinja2 import TemplateError, meta
+        from jinja2 import TemplateError, nodes
 
         if len(source) > _LONGEST:
             raise TextError(f"the chat template has {len(source)} characters: too many to compile")
         environment = _environment()
         try:
-            self._template = environment.from_string(source)
-            self.names = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            tree = environment.parse(source)
+            self.names = frozenset(n.name for n in tree.find_all(nodes.Name) if n.ctx == "load")
+            self._template = environment.from_string(tree)
         except TemplateError as error:
             line = getattr(error, "lineno", None)
             _refuse(f"the chat template is broken{f' in line {line}' if line else ''}", error)
         except (SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
-            _refuse("the chat template is nested too deep to be compiled", error)
+            _refuse("the chat template is too deep or too big to be compiled", error)
 
-    def render(self, names: Mapping[str, Any], budget: Budget | None = None) -> str:
-        """The text with `names` filled in; `budget` says what that may cost.
+    def budget(self, given: Any) -> Budget:
+        """What rendering `given`, messages and other names, may cost in all."""
+        try:
+            return Budget(size_of(given))
+        except LimitError as error:
+            raise TemplateLimitError(f"these messages are too big: {error}") from error
 
-        Raises TextError, in one line, where that fails, TemplateLimitError where it costs more.
+    def render(self, names: Mapping[str, Any], budget: Budget) -> str:
+        """The text with `names` filled in.
+
+        Raises TextError, in one line, where that fails, TemplateLimitError where it costs more
+        than `budget` has left.
         """
         from runtime.text.guards import using
 
         try:
-            with using(budget or Budget(size_of(list(names.values())))):
+            with using(budget):
                 text = self._template.render(names)
             if len(text) > TEXT:
                 raise LimitError(f"it makes {len(text)} characters of text")

@@ -16,7 +16,8 @@ from types import GeneratorType
 from typing import Any, NoReturn
 
 from runtime.ops.errors import TextError
-from runtime.text.limits import TEXT, Budget, LimitError, growth, size_of
+from runtime.text import limits
+from runtime.text.limits import Budget, LimitError, growth, size_of
 
 _LONGEST = 1 << 16  # characters of a template, some seconds to compile; real ones have 20,000
 
@@ -65,7 +66,7 @@ class Template:
         try:
             with using(budget):
                 text = self._template.render(names)
-            if len(text) > TEXT:
+            if len(text) > limits.TEXT:
                 raise LimitError(f"it makes {len(text)} characters of text")
             return text
         except LimitError as error:

@@ -68,7 +68,7 @@ def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def _binary(name: str, wanted: Callable[..., np.ndarray], **more: float) -> Callable[..., Odd]:
     def make(n: int, isa: str) -> Odd:
-        x, y = Numbers(n)(2, ROWS, n)
+        x, y = Numbers(n)(2, LIVE, n)
 
         def call(threads: int) -> np.ndarray:
             out = Fenced(ROWS, n, n + 3)
@@ -79,14 +79,14 @@ def _binary(name: str, wanted: Callable[..., np.ndarray], **more: float) -> Call
             assert out.strays(LIVE) == 0
             return out.values[:LIVE].copy()
 
-        return Odd(call, wanted(x, y)[:LIVE])
+        return Odd(call, wanted(x, y))
 
     return make
 
 
 def _unary(name: str, wanted: Callable[..., np.ndarray], **more: float) -> Callable[..., Odd]:
     def make(n: int, isa: str) -> Odd:
-        x = Numbers(n)(ROWS, n)
+        x = Numbers(n)(LIVE, n)
         x = np.abs(x) + np.float32(0.1) if name in ("log", "normalize") else x
 
         def call(threads: int) -> np.ndarray:
@@ -98,13 +98,13 @@ def _unary(name: str, wanted: Callable[..., np.ndarray], **more: float) -> Calla
             assert out.strays(LIVE) == 0
             return out.values[:LIVE].copy()
 
-        return Odd(call, wanted(x)[:LIVE])
+        return Odd(call, wanted(x))
 
     return make
 
 
 def _row_scale(n: int, isa: str) -> Odd:
-    x, factors = Numbers(n)(ROWS, n), Numbers(n + 1)(ROWS, 1)
+    x, factors = Numbers(n)(LIVE, n), Numbers(n + 1)(LIVE, 1)
 
     def call(threads: int) -> np.ndarray:
         out = Fenced(ROWS, n, n + 3)
@@ -115,12 +115,12 @@ def _row_scale(n: int, isa: str) -> Odd:
         assert out.strays(LIVE) == 0
         return out.values[:LIVE].copy()
 
-    return Odd(call, (wide(x) * factors)[:LIVE])
+    return Odd(call, wide(x) * factors)
 
 
 def _rms_norm(weighted: bool) -> Callable[..., Odd]:
     def make(n: int, isa: str) -> Odd:
-        x, w = Numbers(n)(ROWS, n), Numbers(n + 1)(1, n) if weighted else None
+        x, w = Numbers(n)(LIVE, n), Numbers(n + 1)(1, n) if weighted else None
 
         def call(threads: int) -> np.ndarray:
             out = Fenced(ROWS, n, n + 3)
@@ -131,13 +131,13 @@ def _rms_norm(weighted: bool) -> Callable[..., Odd]:
             assert out.strays(LIVE) == 0
             return out.values[:LIVE].copy()
 
-        return Odd(call, normed(x, w)[:LIVE])
+        return Odd(call, normed(x, w))
 
     return make
 
 
 def _gather_rows(n: int, isa: str) -> Odd:
-    x, ids = Numbers(n)(7, n), Numbers(n).ids(7, ROWS, 1)
+    x, ids = Numbers(n)(7, n), np.array([[6], [0], [6]], np.int32)
 
     def call(threads: int) -> np.ndarray:
         out = Fenced(ROWS, n, n + 3)
@@ -148,32 +148,32 @@ def _gather_rows(n: int, isa: str) -> Odd:
         assert out.strays(LIVE) == 0
         return out.values[:LIVE].copy()
 
-    return Odd(call, wide(x[ids[:LIVE, 0]]), 0)
+    return Odd(call, wide(x[ids[:, 0]]), 0)
 
 
 def _rope(style: str) -> Callable[..., Odd]:
     def make(n: int, isa: str) -> Odd:
         """n pairs; some dims behind them are left as they are."""
         dim, heads = 2 * n + n % 5, 3
-        x, angles = Numbers(n)(ROWS, heads, dim), Numbers(n + 1)(ROWS, n, 2)
+        x, angles = Numbers(n)(LIVE, heads, dim), Numbers(n + 1)(LIVE, n, 2)
 
         def call(threads: int) -> np.ndarray:
             out = Fenced(ROWS, heads * dim, heads * dim + 3)
             run(
                 Kernel.of("rope", style=style), isa, threads, x=Fenced.like(x), out=out, live=LIVE,
-                angles=Fenced.of(angles.reshape(ROWS, -1)), n_heads=heads, head_dim=dim, half=n,
+                angles=Fenced.of(angles.reshape(LIVE, -1)), n_heads=heads, head_dim=dim, half=n,
                 x_stride=heads * dim, x_head_stride=dim, out_stride=heads * dim + 3,
             )  # fmt: skip
             assert out.strays(LIVE) == 0
             return out.values[:LIVE].reshape(LIVE, heads, dim).copy()
 
-        return Odd(call, reference("rope", x, angles, style=style)[:LIVE])
+        return Odd(call, reference("rope", x, angles, style=style))
 
     return make
 
 
 def _l2_norm(n: int, isa: str) -> Odd:
-    x, heads = Numbers(n)(ROWS, 2, n), 2
+    x, heads = Numbers(n)(LIVE, 2, n), 2
 
     def call(threads: int) -> np.ndarray:
         out = Fenced(ROWS * heads, n)
@@ -184,7 +184,7 @@ def _l2_norm(n: int, isa: str) -> Odd:
         assert out.strays(LIVE * heads) == 0
         return out.values[: LIVE * heads].reshape(LIVE, heads, n).copy()
 
-    return Odd(call, reference("l2_norm", x, eps=EPS)[:LIVE])
+    return Odd(call, reference("l2_norm", x, eps=EPS))
 
 
 RUNS = np.array([[0, 2], [2, 5]], np.int32)  # first row and tokens of two sequences
@@ -262,7 +262,7 @@ def _gated_delta(n: int, isa: str) -> Odd:
 
 def _expert_sum(n: int, isa: str) -> Odd:
     k, draw = 3, Numbers(n)
-    y, weights, shared, add = draw(ROWS, k, n), draw(ROWS, k), draw(ROWS, n), draw(ROWS, n)
+    y, weights, shared, add = draw(LIVE, k, n), draw(LIVE, k), draw(LIVE, n), draw(LIVE, n)
 
     def call(threads: int) -> np.ndarray:
         out = Fenced(ROWS, n, n + 3)
@@ -274,12 +274,12 @@ def _expert_sum(n: int, isa: str) -> Odd:
         assert out.strays(LIVE) == 0
         return out.values[:LIVE].copy()
 
-    return Odd(call, (reference("expert_sum", y, weights) + shared + add)[:LIVE])
+    return Odd(call, reference("expert_sum", y, weights) + shared + add)
 
 
 def _expert_bias(n: int, isa: str) -> Odd:
     k, draw = 2, Numbers(n)
-    y, bias, ids = draw(ROWS, k, n), draw(5, n), draw.ids(5, ROWS, k)
+    y, bias, ids = draw(LIVE, k, n), draw(5, n), draw.ids(5, LIVE, k)
 
     def call(threads: int) -> np.ndarray:
         out = Fenced(ROWS * k, n, n + 3)
@@ -290,11 +290,11 @@ def _expert_bias(n: int, isa: str) -> Odd:
         assert out.strays(LIVE * k) == 0
         return out.values[: LIVE * k].reshape(LIVE, k, n).copy()
 
-    return Odd(call, reference("expert_bias", y, bias, ids)[:LIVE], 0)
+    return Odd(call, reference("expert_bias", y, bias, ids))
 
 
 def _top_k(n: int, isa: str) -> Odd:
-    x, k = Numbers(n)(ROWS, n), min(n, 5)
+    x, k = Numbers(n)(LIVE, n), min(n, 5)
 
     def call(threads: int) -> np.ndarray:
         out = Fenced(ROWS, k, dtype=np.int32)
@@ -305,13 +305,13 @@ def _top_k(n: int, isa: str) -> Odd:
         assert out.strays(LIVE) == 0
         return out.values[:LIVE].copy()
 
-    return Odd(call, reference("top_k", x, k=k)[:LIVE], 0)
+    return Odd(call, reference("top_k", x, k=k), 0)
 
 
 def _router(scoring: str) -> Callable[..., Odd]:
     def make(n: int, isa: str) -> Odd:
         """n experts."""
-        x, k = Numbers(n)(ROWS, n), min(n, 5)
+        x, k = Numbers(n)(LIVE, n), min(n, 5)
 
         def call(threads: int) -> np.ndarray:
             ids, weights = Fenced(ROWS, k, dtype=np.int32), Fenced(ROWS, k)
@@ -328,7 +328,7 @@ def _router(scoring: str) -> Callable[..., Odd]:
         scores = x if scoring == "softmax_topk" else reference(scoring, x)
         shares = np.take_along_axis(scores, chosen, -1)
         op = "softmax" if scoring == "softmax_topk" else "normalize"
-        return Odd(call, np.stack([chosen, reference(op, shares)])[:, :LIVE])
+        return Odd(call, np.stack([chosen, reference(op, shares)]))
 
     return make
 

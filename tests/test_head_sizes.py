@@ -96,6 +96,24 @@ def test_other_odd_sizes(tmp_path: Path, name: str) -> None:
         check(path, kv)
 
 
+# Heads that are no multiple of 16 in rows that are whole blocks, and rows that are not.
+BLOCKS = Sizes("qwen3moe", 1, 96, 160, 4, 2, 24, 41, 64, experts=3)
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [
+        ("BF16", "wide"),
+        ("Q4_0", "blocks"),
+        pytest.param("F16", "wide", marks=pytest.mark.sweep),
+        pytest.param("BF16", "blocks", marks=pytest.mark.sweep),
+    ],
+)
+def test_odd_sizes_of_other_weights(tmp_path: Path, kind: str, size: str) -> None:
+    path = write_model(tmp_path / "m.gguf", BLOCKS if size == "blocks" else ODD[size], kind)
+    check(path, "f32")
+
+
 def test_heads_larger_than_the_fused_kernel_takes(tmp_path: Path) -> None:
     size, extra = of_head(1026)
     check(write_model(tmp_path / "m.gguf", size, extra=extra), "f16")

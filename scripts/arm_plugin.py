@@ -1,0 +1,58 @@
+"""pytest plugin of an emulated Arm machine: what tests compile, one process on the host compiles.
+
+    python -m pytest -p arm_plugin ...        (as scripts/check_arm.sh does)
+
+The compile processes of a run are those of scripts/arm_cross.py already, by the Python that
+check_arm.sh makes; this keeps one per instruction set for all tests of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from runtime.backends.cpu import compilers, objects
+from runtime.backends.cpu.kernel import Kernel
+from runtime.ops.errors import BackendError
+
+
+class HostCompiler:
+    """A compile process; one question at a time."""
+
+    def __init__(self, isa: str) -> None:
+        self.process = compilers._start(isa)
+        self.lock = threading.Lock()
+
+    def ask(self, question: str) -> tuple[str, bytes]:
+        """Symbol and object code of a line; BackendError with what the process says."""
+        with self.lock:
+            self.process.stdin.write(question.encode() + b"\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+            header = json.loads(answer) if answer else {"error": self.process.stderr.read()[-500:]}
+            if "error" in header:
+                raise BackendError(str(header["error"]).removeprefix("BackendError: "))
+            return header["symbol"], self.process.stdout.read(header["nbytes"])
+
+
+host_compiler = functools.cache(HostCompiler)
+
+
+def compile_ir(ir: str, isa_name: str) -> bytes:
+    """In the place of `objects.compile_ir`."""
+    return host_compiler(isa_name).ask(json.dumps({"ir": ir}))[1]
+
+
+def compile_all(
+    kernels: list[Kernel], isa: str, progress: Any = None
+) -> Iterator[tuple[Kernel, str, bytes]]:
+    """In the place of `compilers.compile_all`."""
+    for kernel in kernels:
+        yield kernel, *host_compiler(isa).ask(kernel.dump())
+
+
+objects.compile_ir = compile_ir
+compilers.compile_all = compile_all

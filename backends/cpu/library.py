@@ -8,6 +8,7 @@ the compile processes. A cache that cannot be written costs time, never correctn
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -56,9 +57,11 @@ class Library:
         if absent:
             from runtime.backends.cpu.compilers import compile_all
 
-            for kernel, symbol, code in compile_all(absent, self.isa, progress):
-                self.entries.write(self.name(kernel), symbol, code)
-                self._load(kernel, symbol, code)
+            # closing: an interrupt here ends the compile processes now, not at some collection
+            with contextlib.closing(compile_all(absent, self.isa, progress)) as compiled:
+                for kernel, symbol, code in compiled:
+                    self.entries.write(self.name(kernel), symbol, code)
+                    self._load(kernel, symbol, code)
 
     def name(self, kernel: Kernel) -> str:
         """The name of a kernel's entry, which says all that its code depends on."""

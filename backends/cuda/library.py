@@ -8,6 +8,7 @@ correctness.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -68,10 +69,11 @@ class Library:
         if absent:
             from .compilers import compile_all
 
-            for kernel, compiled in compile_all(absent, self.target, progress):
-                name = self.name(kernel, toolchain_digest())
-                self.entries.write(name, json.dumps(head(compiled)), compiled.code)
-                self._kernels[kernel] = compiled
+            with contextlib.closing(compile_all(absent, self.target, progress)) as found:
+                for kernel, compiled in found:
+                    name = self.name(kernel, toolchain_digest())
+                    self.entries.write(name, json.dumps(head(compiled)), compiled.code)
+                    self._kernels[kernel] = compiled
 
     def name(self, kernel: Kernel, toolchain: str) -> str:
         """The name of a kernel's entry, which says all that its code depends on."""

@@ -155,7 +155,9 @@ def test_damaged_entry_is_compiled_again(
 ):
     kernel = Kernel.of("swiglu", packed=False)
     again = [(kernel, compiled["sm_90a"].get(kernel))]
-    monkeypatch.setattr("runtime.backends.cuda.compilers.compile_all", lambda *a: (found for found in again))
+    monkeypatch.setattr(
+        "runtime.backends.cuda.compilers.compile_all", lambda *a: (found for found in again)
+    )
     Library("sm_90a", tmp_path).get(kernel)
     entry = next(tmp_path.rglob("*.cubin"))
     good = entry.read_bytes()

@@ -210,7 +210,6 @@ def use_everything(path: Path) -> None:
     assert isinstance(file.architecture, str)
     for tensor in file.tensors.values():
         tensor.to_float32()
-        file.drop_pages(tensor)
 
 
 @pytest.mark.timeout(60)

@@ -1,13 +1,13 @@
 """Weights in the forms that kernels read: file bytes, float32 vectors, packed tiles.
 
-Packing runs on all threads, tensor by tensor; the file's pages are given back to the system
-afterwards, so a model never lies in memory twice.
+Packing runs on all threads, some MiB of the file at a time, so a model never lies in memory twice.
+Nothing of it refers to the file afterwards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from runtime.backends.cpu.library import Library
 from runtime.backends.cpu.plan import ALIGNMENT, Buffer
 from runtime.backends.cpu.rewrite import tile_format
 from runtime.backends.cpu.table import Table
-from runtime.backends.cpu.tile.formats import packed_nbytes
+from runtime.backends.cpu.tile.formats import ROWS, packed_nbytes
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor, stored_name
 
-_CHUNK = 64 << 20  # bytes of float32 made at a time from types without a tile format
+_PIECE = 16 << 20  # bytes read, and packed or widened, at a time; an interrupt waits for one
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:
@@ -37,7 +37,7 @@ class WeightStore:
     def __init__(self, file: Any, library: Library, team: Any) -> None:
         self._file, self._library, self._team = file, library, team
         self._made: dict[tuple[str, str], np.ndarray] = {}
-        self._slab = aligned_empty(0)
+        self._slab = self._room = aligned_empty(0)
 
     def address(self, buffer: Buffer) -> int:
         """Where a weight lies in the form its buffer asks for."""
@@ -48,8 +48,8 @@ class WeightStore:
         return self._made[key].ctypes.data
 
     def nbytes(self) -> int:
-        """Bytes of memory taken, the file's own pages aside."""
-        return sum(a.nbytes for (kind, _), a in self._made.items() if kind != "raw")
+        """Bytes of memory taken."""
+        return sum(a.nbytes for a in self._made.values())
 
     def stored_nbytes(self, buffers: Iterable[Buffer]) -> int:
         """Bytes of the file that `load` reads for these buffers."""
@@ -64,18 +64,20 @@ class WeightStore:
         wanted = [b for b in buffers if (b.kind, b.key) not in self._made]
         packed = [_packed_nbytes(b.tensor) for b in wanted if b.kind == "packed" and b.tensor]
         self._slab = aligned_empty(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
+        self._room = aligned_empty(_PIECE)
         for buffer in wanted:
             self.address(buffer)
             yield _stored_nbytes(buffer)
+        self._room = aligned_empty(0)
 
     def _raw(self, w: Tensor) -> np.ndarray:
-        """The stored bytes, uint8; a copy where the weight takes some of the tensor's rows."""
-        source = self._file.tensors[stored_name(w)]
+        """The stored bytes, uint8; of a weight that takes some of the tensor's rows these."""
+        stored = self._file.tensors[stored_name(w)].data
         if not (runs := w.attrs.get("rows")):
-            return source.data
+            return stored
         axis = w.ndim + w.attrs["axis"]
         before, inner = math.prod(w.shape[:axis]), math.prod(w.shape[axis + 1 :])
-        rows = source.data.reshape(before, -1, inner // w.dtype.block * w.dtype.nbytes)
+        rows = stored.reshape(before, -1, inner // w.dtype.block * w.dtype.nbytes)
         return np.concatenate([rows[:, a:b] for a, b in runs], axis=1).reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:
@@ -83,14 +85,34 @@ class WeightStore:
 
     def _packed(self, w: Tensor) -> np.ndarray:
         """Tiles of a matrix [rows, inner], or of the matrices of all experts one after another."""
-        raw = self._raw(w)
-        out = self._take(_packed_nbytes(w))
-        if tile_format(w.dtype) == w.dtype.name.upper():
-            self._pack(w, raw, out, _matrix(w)[0], _experts(w))
-        else:
-            self._pack_widened(w, raw, out)
-        self._file.drop_pages(self._file.tensors[stored_name(w)])
+        out, format = self._take(_packed_nbytes(w)), tile_format(w.dtype)
+        (rows, inner), matrices = _matrix(w), _experts(w)
+        row_nbytes, each = w.nbytes // (rows * matrices), out.nbytes // matrices
+        read, widened = self._reader(w), format != w.dtype.name.upper()
+        for matrix, count, first, stop in _pieces(
+            matrices, rows, 4 * inner if widened else row_nbytes
+        ):
+            raw = read((matrix * rows + first) * row_nbytes, count * (stop - first) * row_nbytes)
+            if widened:
+                wide = dequantize(raw, w.dtype, (count * (stop - first), inner))
+                raw = np.ascontiguousarray(wide, np.float32).view(np.uint8).reshape(-1)
+            at = matrix * each + packed_nbytes(format, first, inner)
+            self._pack(format, raw, out[at:], (stop - first, inner), count, each)
         return out
+
+    def _reader(self, w: Tensor) -> Callable[[int, int], np.ndarray]:
+        """A function (start, nbytes) that gives stored bytes of a weight, until it is called
+        again."""
+        if w.attrs.get("rows"):
+            raw = self._raw(w)
+            return lambda start, nbytes: raw[start : start + nbytes]
+        tensor = self._file.tensors[stored_name(w)]
+
+        def read(start: int, nbytes: int) -> np.ndarray:
+            room = self._room[:nbytes] if nbytes <= self._room.nbytes else aligned_empty(nbytes)
+            return tensor.read(start, room)
+
+        return read
 
     def _take(self, nbytes: int) -> np.ndarray:
         """Memory from the slab, or of its own for a weight that comes later."""
@@ -100,30 +122,36 @@ class WeightStore:
         self._slab = self._slab[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
         return out
 
-    def _pack_widened(self, w: Tensor, raw: np.ndarray, out: np.ndarray) -> None:
-        """As float32, some rows at a time."""
-        (rows, inner), size = _matrix(w), out.nbytes // _experts(w)
-        step = max(16, _CHUNK // (4 * inner) // 16 * 16)
-        row_nbytes = raw.nbytes // (rows * _experts(w))
-        for expert in range(_experts(w)):
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                start = (expert * rows + first) * row_nbytes
-                chunk = raw[start : start + count * row_nbytes]
-                wide = np.ascontiguousarray(dequantize(chunk, w.dtype, (count, inner)), np.float32)
-                at = expert * size + packed_nbytes("F32", first, inner)
-                self._pack(w, wide.view(np.uint8).reshape(-1), out[at:], count, 1)
-
-    def _pack(self, w: Tensor, raw: np.ndarray, out: np.ndarray, rows: int, matrices: int) -> None:
-        name, inner = tile_format(w.dtype), _matrix(w)[1]
-        kernel = Kernel.of("pack_weights", format=name)
-        each = raw.nbytes // matrices
+    def _pack(
+        self, format: str, raw: np.ndarray, out: np.ndarray, shape: tuple[int, int], matrices: int,
+        apart: int,
+    ) -> None:  # fmt: skip
+        """Pack matrices of one shape that lie one after another; their tiles begin `apart` bytes
+        from each other."""
+        (rows, inner), each = shape, raw.nbytes // matrices
+        kernel = Kernel.of("pack_weights", format=format)
         arguments = [
-            raw.ctypes.data, out.ctypes.data, rows, inner, each // rows, matrices, each,
-            packed_nbytes(name, rows, inner),
+            raw.ctypes.data, out.ctypes.data, rows, inner, each // rows, matrices, each, apart,
         ]  # fmt: skip
         table = Table.single(self._library.address(kernel), arguments)
         self._team.run(*table.records())
+
+
+def _pieces(matrices: int, rows: int, row_nbytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first matrix, how many, first row, end row) of pieces of some MiB of several matrices.
+
+    Several whole matrices, or some rows of one, whole tiles but at its end.
+    """
+    whole = max(1, _PIECE // row_nbytes)  # rows
+    if whole >= rows:
+        step = min(matrices, whole // rows)
+        for matrix in range(0, matrices, step):
+            yield matrix, min(step, matrices - matrix), 0, rows
+        return
+    step = max(ROWS, whole // ROWS * ROWS)
+    for matrix in range(matrices):
+        for first in range(0, rows, step):
+            yield matrix, 1, first, min(rows, first + step)
 
 
 def _matrix(w: Tensor) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from runtime.ops.dtypes import MXFP4, DType, from_gguf, nbytes_for
 from runtime.ops.errors import FileError, OpError
 
 from .other_formats import HEAD, describe
+from .source import Head
 from .strings import StringArray, scan_strings
 
 MAX_DIMS = 4
@@ -68,11 +68,16 @@ def quoted(name: str) -> str:
 class Cursor:
     """Reads numbers and strings one after another, each checked against the end of the file."""
 
-    def __init__(self, buffer: memoryview, path: Path) -> None:
-        self.buffer = buffer
-        self.path = path
-        self.size = len(buffer)
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.path = head.source.path
+        self.size = head.source.size
         self.position = 0
+
+    @property
+    def buffer(self) -> memoryview:
+        """The bytes up to `position`, and some more."""
+        return self.head.loaded
 
     def error(self, what: str, advice: str = _AGAIN) -> FileError:
         """A FileError about this file, to be raised by the caller."""
@@ -87,6 +92,7 @@ class Cursor:
                 f"{self.size - position} present"
             )
         self.position = position + nbytes
+        self.head.load(self.position)
         return position
 
     def unpack(self, letter: str, what: str) -> Any:
@@ -120,9 +126,9 @@ class Cursor:
             raise self.error(f"{what} before byte {self.position} is not UTF-8") from error
 
 
-def parse_header(buffer: memoryview, path: Path) -> Header:
-    """Header of the GGUF file at `path`, whose bytes are `buffer`; FileError on any fault."""
-    cursor = Cursor(buffer, path)
+def parse_header(head: Head) -> Header:
+    """Header of the GGUF file that begins with `head`; FileError on any fault."""
+    cursor = Cursor(head)
     version = _read_version(cursor)
     n_tensors = cursor.count(_MIN_TENSOR_BYTES, "the number of tensors")
     n_keys = cursor.count(_MIN_KEY_BYTES, "the number of metadata keys")
@@ -200,7 +206,7 @@ def _read_strings(cursor: Cursor, what: str) -> StringArray:
         raise cursor.error(f"{what} has {count} strings, more than the {_MAX_STRINGS} allowed")
     start = cursor.position
     try:
-        prefixes, end = scan_strings(cursor.buffer, start, count)
+        prefixes, end = scan_strings(cursor.head, start, count)
     except (struct.error, OverflowError):
         end = cursor.size + 1
     if end > cursor.size:
@@ -208,7 +214,7 @@ def _read_strings(cursor: Cursor, what: str) -> StringArray:
             f"{what} is {count} strings from byte {start} that run past the end of the file "
             f"({cursor.size} bytes)"
         )
-    cursor.position = end
+    cursor.skip(end - start, what)
     return StringArray(cursor.buffer, prefixes, end)
 
 

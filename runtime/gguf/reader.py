@@ -1,11 +1,11 @@
-"""Open GGUF files: memory-mapped, split or whole, with tensors as views of the map.
+"""Open GGUF files, split or whole.
 
-Opening reads metadata and the tensor table only; weights come in as they are touched.
+Opening reads metadata and the tensor table only; weights are read when they are asked for, into
+memory of their own. What was read stays as it was, whatever becomes of the file.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from collections.abc import Mapping
@@ -20,12 +20,13 @@ from runtime.ops.errors import FileError
 from runtime.ops.quants import dequantize
 
 from .header import Header, TensorInfo, parse_header, quoted
+from .source import Head, Source
 
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 class GGUFTensor:
-    """A named weight in a mapped file. Attributes: name, shape (outermost first), dtype, nbytes,
+    """A named weight of an open file. Attributes: name, shape (outermost first), dtype, nbytes,
     offset (from the start of the file `path`)."""
 
     __slots__ = ("_paired", "_part", "dtype", "name", "nbytes", "offset", "shape")
@@ -46,15 +47,22 @@ class GGUFTensor:
 
     @property
     def data(self) -> np.ndarray:
-        """The stored bytes, uint8 [nbytes], a read-only view of the map.
+        """The stored bytes, uint8 [nbytes], read now. FileError: the file has changed."""
+        return self.read(0, np.empty(self.nbytes, np.uint8))
 
-        Of Ollama's first MXFP4 files a copy in the order of ggml.
+    def read(self, start: int, out: np.ndarray) -> np.ndarray:
+        """Fill `out`, uint8 and contiguous, with stored bytes from `start` on; `out`.
+
+        Both are whole blocks; those of Ollama's first MXFP4 files come in the order of ggml.
+        FileError: the file cannot be read, or has changed.
         """
-        stored = self._part.content[self.offset : self.offset + self.nbytes]
-        return _unpaired(stored) if self._paired else stored
+        self._part.source.read(self.offset + start, out)
+        if self._paired:
+            _unpair(out)
+        return out
 
     def array(self) -> np.ndarray:
-        """The values of a plain type, in `shape`, a read-only view (bf16: its bits in uint16).
+        """The values of a plain type, in `shape`, read now (bf16: its bits in uint16).
 
         FileError for a block format, which has no addressable elements.
         """
@@ -75,12 +83,14 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One mapped file and what its header says."""
+    """One file and what its header says."""
 
-    path: Path
-    map: mmap.mmap
-    content: np.ndarray  # the whole file, uint8
+    source: Source
     header: Header
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class GGUFFile:
 
     `path` and `version` are the first part's. `metadata` maps keys to Python numbers, bools and
     strings, numeric arrays to numpy arrays, string arrays to `StringArray`. `tensors` keeps the
-    order of the file. The map lives as long as this object or any view of it.
+    order of the file.
     """
 
     path: Path
@@ -118,17 +128,6 @@ class GGUFFile:
         """Bytes of all tensors together, which is less than the file by its header."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def drop_pages(self, tensor: GGUFTensor) -> None:
-        """Tell the system that `tensor`'s pages may leave memory; they are read again on need.
-
-        Does nothing where the system has no such call.
-        """
-        _advise(tensor, "MADV_DONTNEED", inward=True)
-
-    def prefetch(self, tensor: GGUFTensor) -> None:
-        """Tell the system that `tensor` is read soon, so that it starts to read ahead."""
-        _advise(tensor, "MADV_WILLNEED", inward=False)
-
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """Open the model at `path`; of a split model (`-00001-of-00003.gguf`) any part opens all.
@@ -141,32 +140,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 def _open_part(path: Path) -> _Part:
-    try:
-        if path.is_dir():
-            raise FileError(f"{path}: this is a folder; {_files_in(path)}")
-        if not path.is_file():
-            what = "is not a file" if path.exists() else "no such file"
-            raise FileError(f"{path}: {what}; check the path")
-        with path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise FileError(f"{path}: the file is empty; download it again")
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"{path}: cannot be read ({reason}); check its permissions") from error
-    content = np.frombuffer(mapped, np.uint8)
-    return _Part(path, mapped, content, parse_header(memoryview(mapped), path))
-
-
-def _files_in(folder: Path) -> str:
-    """What to do about a folder that was given for a file."""
-    names = sorted(path.name for path in folder.glob("*.gguf"))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    if not names:
-        return "give the path of a .gguf file"
-    return f"give a file in it: {', '.join(names[:3])}{more}"
+    source = Source(path)
+    return _Part(source, parse_header(Head(source)))
 
 
 def _integer(part: _Part, key: str) -> int | None:
@@ -225,26 +200,13 @@ def _joined(parts: list[_Part]) -> GGUFFile:
             f"{first.path}: the parts hold {len(tensors)} tensors, {expected} are announced; "
             "download the parts again"
         )
-    nbytes = sum(len(part.content) for part in parts)
+    nbytes = sum(part.source.size for part in parts)
     return GGUFFile(first.path, first.header.version, first.header.metadata, tensors, nbytes)
 
 
-def _unpaired(stored: np.ndarray) -> np.ndarray:
-    """MXFP4 blocks where a byte holds neighbours, 2i and 2i + 1, with i and i + 16 in each."""
-    blocks = stored.reshape(-1, MXFP4.nbytes).copy()
+def _unpair(stored: np.ndarray) -> None:
+    """MXFP4 blocks where a byte holds neighbours, 2i and 2i + 1: now i and i + 16 in each."""
+    blocks = stored.reshape(-1, MXFP4.nbytes)
     codes = blocks[:, 1:]
     in_turn = np.stack([codes & 15, codes >> 4], axis=-1).reshape(-1, MXFP4.block)
     blocks[:, 1:] = in_turn[:, :16] | in_turn[:, 16:] << 4
-    return blocks.reshape(-1)
-
-
-def _advise(tensor: GGUFTensor, advice: str, inward: bool) -> None:
-    """madvise the whole pages within (or around) a tensor's bytes."""
-    option = getattr(mmap, advice, None)
-    begin, end = tensor.offset, tensor.offset + tensor.nbytes
-    if inward:
-        begin, end = begin + -begin % mmap.PAGESIZE, end - end % mmap.PAGESIZE
-    else:
-        begin -= begin % mmap.PAGESIZE
-    if option is not None and end > begin:
-        tensor._part.map.madvise(option, begin, end - begin)

@@ -1,4 +1,4 @@
-"""Arrays of strings that stay in the file until they are asked for.
+"""Arrays of strings that stay bytes until they are asked for.
 
 A vocabulary is some 300,000 length-prefixed strings. Opening a file only walks their lengths;
 text is decoded on demand, one string at a time or all at once.
@@ -13,28 +13,44 @@ from typing import overload
 
 import numpy as np
 
+from .source import Head
+
 PREFIX = 8  # bytes of the length in front of every string
 _read_length = struct.Struct("<Q").unpack_from
 _SEPARATORS = b"\x00\x01\x1e\x1f\n"
 
 
-def scan_strings(buffer: memoryview, start: int, count: int) -> tuple[np.ndarray, int]:
+def scan_strings(head: Head, start: int, count: int) -> tuple[np.ndarray, int]:
     """Walk `count` strings from byte `start`: (int64 [count] positions of their prefixes, end).
 
-    The end may lie past the buffer for the last string. struct.error or OverflowError when a
+    The end may lie past the file for the last string. struct.error or OverflowError when a
     prefix would.
     """
     starts = array("q")
-    add, read = starts.append, _read_length
-    position = start
-    for _ in range(count):
-        add(position)
-        position += PREFIX + read(buffer, position)[0]
+    position, size = start, head.source.size
+    while True:
+        try:
+            position = _scan(head.loaded, starts, position, count)
+            break
+        except struct.error:  # a prefix past what is loaded
+            position = int(starts.pop())
+            if position + PREFIX > size:
+                raise
+            head.load(position + PREFIX)
     return np.frombuffer(starts, np.int64) if count else np.empty(0, np.int64), position
 
 
+def _scan(buffer: memoryview, starts: array[int], position: int, count: int) -> int:
+    """Append positions of prefixes until there are `count`; where the last string ends."""
+    add, read = starts.append, _read_length
+    for _ in range(count - len(starts)):
+        add(position)
+        position += PREFIX + read(buffer, position)[0]
+    return position
+
+
 class StringArray(Sequence[str]):
-    """A read-only sequence of the strings between two places of a mapped file.
+    """A read-only sequence of the strings between two places of a file's head.
 
     Bytes that are not UTF-8 become lone surrogates (`surrogateescape`), so no string is lost;
     `raw(i)` gives the bytes as they are.

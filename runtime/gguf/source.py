@@ -1,0 +1,118 @@
+"""Bytes of an open file, read into memory of our own.
+
+Models are not mapped into memory: a map of a file that someone shortens kills the process, and one
+that is overwritten changes a model that computes. Here a short file is an error, and a file that
+has changed since it was opened is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from runtime.ops.errors import FileError
+
+_PIECE = 16 << 20  # bytes of one call of the system: an interrupt waits no longer than for these
+_HEAD_STEP = 1 << 20  # bytes by which a head grows
+_MOST_HEAD = 256 << 20  # ten times the largest header seen
+
+
+class Source:
+    """A file that is open for reading. `size`: its bytes when it was opened.
+
+    FileError, in one line, wherever the file cannot be read, is short, or has changed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if path.is_dir():
+                raise FileError(f"{path}: this is a folder; {_files_in(path)}")
+            if not path.is_file():
+                what = "is not a file" if path.exists() else "no such file"
+                raise FileError(f"{path}: {what}; check the path")
+            self._file = path.open("rb", buffering=0)
+            self._opened = self._state()
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileError):
+                raise
+            raise self._unreadable(error) from error
+        self.size = self._opened[0]
+        self._lock = threading.Lock()  # of the place in the file, where reading needs one
+        if not self.size:
+            raise FileError(f"{path}: the file is empty; download it again")
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def read(self, start: int, out: np.ndarray) -> np.ndarray:
+        """Fill `out`, uint8 and contiguous, with the bytes from `start` on; `out`."""
+        room, at = memoryview(out), 0
+        while at < len(room):
+            count = self._some(start + at, room[at : at + _PIECE])
+            if not count:
+                break
+            at += count
+        if at < len(room) or self._state() != self._opened:
+            raise FileError(
+                f"{self.path}: the file was changed after it was opened; load it again when "
+                "nothing writes to it any more"
+            )
+        return out
+
+    def _some(self, start: int, room: memoryview) -> int:
+        """How many bytes came; 0 at the end of the file."""
+        try:
+            if hasattr(os, "preadv"):
+                return os.preadv(self._file.fileno(), [room], start)
+            with self._lock:
+                self._file.seek(start)
+                return self._file.readinto(room) or 0
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def _unreadable(self, error: Exception) -> FileError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return FileError(f"{self.path}: cannot be read ({reason}); check its permissions and disk")
+
+
+class Head:
+    """The first bytes of a file, read as far as they are asked for and kept."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        # memory that is never written takes no room
+        self._room = np.empty(min(source.size, _MOST_HEAD), np.uint8)
+        self.loaded = memoryview(self._room)[:0]
+        self.load(1)
+
+    def load(self, end: int) -> memoryview:
+        """What is loaded once bytes up to `end` are, and some more. FileError: too many."""
+        have = len(self.loaded)
+        if end > have:
+            if end > len(self._room) and len(self._room) < self.source.size:
+                raise FileError(
+                    f"{self.source.path}: the header is longer than {_MOST_HEAD >> 20} MiB; "
+                    "download or convert the file again"
+                )
+            goal = min(max(end, have + _HEAD_STEP), len(self._room))
+            self.source.read(have, self._room[have:goal])
+            self.loaded = memoryview(self._room)[:goal].toreadonly()
+        return self.loaded
+
+
+def _files_in(folder: Path) -> str:
+    """What to do about a folder that was given for a file."""
+    names = sorted(path.name for path in folder.glob("*.gguf"))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    if not names:
+        return "give the path of a .gguf file"
+    return f"give a file in it: {', '.join(names[:3])}{more}"

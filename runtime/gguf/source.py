@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from runtime.ops.errors import FileError
 
 _PIECE = 16 << 20  # bytes of one call of the system: an interrupt waits no longer than for these
+_READERS, _SHARE = 4, 4 << 20  # threads that read at once, and bytes that are worth one
 _HEAD_STEP = 1 << 20  # bytes by which a head grows
 _MOST_HEAD = 256 << 20  # ten times the largest header seen
 
@@ -50,30 +52,55 @@ class Source:
             self._file.close()
 
     def read(self, start: int, out: np.ndarray) -> np.ndarray:
-        """Fill `out`, uint8 and contiguous, with the bytes from `start` on; `out`."""
-        room, at = memoryview(out), 0
-        while at < len(room):
-            count = self._some(start + at, room[at : at + _PIECE])
-            if not count:
-                break
-            at += count
-        if at < len(room) or self._state() != self._opened:
+        """Fill `out`, uint8 and contiguous, with the bytes from `start` on; `out`.
+
+        Much is read by several threads: one alone copies no faster than a few packing threads use
+        it up.
+        """
+        room, readers = memoryview(out), min(_READERS, os.cpu_count() or 1)
+        share = max(_SHARE, -(-len(room) // readers))
+        parts = [(start + at, room[at : at + share]) for at in range(0, len(room), share)]
+        results: list[Any] = []
+        helpers = [
+            threading.Thread(target=self._note, args=(results, *part), daemon=True)
+            for part in parts[1:]
+        ]
+        begun = next((n for n, helper in enumerate(helpers) if not _start(helper)), len(helpers))
+        for part in (parts[0], *parts[1 + begun :]) if parts else ():
+            self._note(results, *part)
+        for helper in helpers[:begun]:
+            helper.join()
+        self._check(results)
+        return out
+
+    def _note(self, results: list[Any], start: int, room: memoryview) -> None:
+        """Fill `room`; append whether there was enough, or the error."""
+        at, count = 0, 1
+        try:
+            while at < len(room) and count:
+                count = self._some(start + at, room[at : at + _PIECE])
+                at += count
+            results.append(at == len(room))
+        except OSError as error:
+            results.append(error)
+
+    def _check(self, results: list[Any]) -> None:
+        for error in results:
+            if isinstance(error, OSError):
+                raise self._unreadable(error) from error
+        if not all(results) or self._state() != self._opened:
             raise FileError(
                 f"{self.path}: the file was changed after it was opened; load it again when "
                 "nothing writes to it any more"
             )
-        return out
 
     def _some(self, start: int, room: memoryview) -> int:
         """How many bytes came; 0 at the end of the file."""
-        try:
-            if hasattr(os, "preadv"):
-                return os.preadv(self._file.fileno(), [room], start)
-            with self._lock:
-                self._file.seek(start)
-                return self._file.readinto(room) or 0
-        except OSError as error:
-            raise self._unreadable(error) from error
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [room], start)
+        with self._lock:
+            self._file.seek(start)
+            return self._file.readinto(room) or 0
 
     def _state(self) -> tuple[int, int]:
         found = os.fstat(self._file.fileno())
@@ -107,6 +134,15 @@ class Head:
             self.source.read(have, self._room[have:goal])
             self.loaded = memoryview(self._room)[:goal].toreadonly()
         return self.loaded
+
+
+def _start(thread: threading.Thread) -> bool:
+    """Start a thread; False where the system has no more."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _files_in(folder: Path) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from kernel_calls import ISAS, Fenced, library, run
+from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
@@ -94,11 +94,7 @@ class Device:
     """One delta-net layer on the CPU backend, with its slots."""
 
     def __init__(self, size: Sizes, threads: int = 1, fuse: bool = True) -> None:
-        stored = {
-            name: SimpleNamespace(dtype=F32, nbytes=x.nbytes, data=x.view(np.uint8).reshape(-1))
-            for name, x in weights(size).items()
-        }
-        file = SimpleNamespace(tensors=stored, drop_pages=lambda t: None)
+        file = file_of({name: Stored(x) for name, x in weights(size).items()})
         self.size, graph = size, layer(size)
         self.backend = CpuBackend(file, threads, fuse=fuse)
         self.plan = self.backend.plan(graph, guarded=True)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
@@ -19,15 +20,12 @@ EPS, SECTIONS = 1e-6, (4, 2, 2, 0)
 def _file(**shapes: tuple[int, ...]) -> SimpleNamespace:
     rng = np.random.default_rng(5)
 
-    def tensor(shape: tuple[int, ...]) -> SimpleNamespace:
+    def tensor(shape: tuple[int, ...]) -> Stored:
         value = (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32)
-        return SimpleNamespace(
-            shape=shape, dtype=F32, nbytes=value.nbytes, to_float32=lambda: value,
-            data=value.view(np.uint8).reshape(-1),
-        )  # fmt: skip
+        return Stored(value)
 
     tensors = {name: tensor(shape) for name, shape in shapes.items()}
-    return SimpleNamespace(tensors=tensors, drop_pages=lambda t: None)
+    return file_of(tensors)
 
 
 FILE = _file(

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
+from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
@@ -48,11 +49,8 @@ def file(kind: str) -> SimpleNamespace:
             dtype, known = DTYPES[kind], gguf.GGMLQuantizationType[kind.upper()]
             data = gguf.quants.quantize(value, known)
             value = gguf.quants.dequantize(data, known).astype(np.float32)
-        tensors[name] = SimpleNamespace(
-            shape=shape, dtype=dtype, nbytes=data.nbytes, data=data.reshape(-1),
-            to_float32=lambda value=value: value,
-        )  # fmt: skip
-    return SimpleNamespace(tensors=tensors, drop_pages=lambda t: None)
+        tensors[name] = Stored(value, data, dtype)
+    return file_of(tensors)
 
 
 FILES = {kind: file(kind) for kind in ("f32", "q8_0")}

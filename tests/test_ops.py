@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
@@ -41,7 +42,7 @@ class Built:
     def __init__(self, name: str, case: Case) -> None:
         rng = np.random.default_rng(1)
         self.inputs: dict[str, np.ndarray] = {}
-        self.tensors: dict[str, SimpleNamespace] = {}
+        self.tensors: dict[str, Stored] = {}
         self.states: dict[str, tuple[ops.Tensor, np.ndarray]] = {}
         self.values: list[np.ndarray] = []
         leaves = [self._leaf(i, arg, rng) for i, arg in enumerate(case.arguments())]
@@ -56,10 +57,7 @@ class Built:
         self.values.append(value.astype(np.float64) if value.dtype == np.float32 else value)
         if arg.leaf == "weight" or (arg.leaf == "input" and len(arg.shape) == 1 and i == 1
                                     and arg.dtype is F32):  # fmt: skip
-            self.tensors[name] = SimpleNamespace(
-                shape=arg.shape, dtype=F32, nbytes=value.nbytes, to_float32=lambda: value,
-                data=np.ascontiguousarray(value).view(np.uint8).reshape(-1),
-            )  # fmt: skip
+            self.tensors[name] = Stored(np.ascontiguousarray(value))
             return ops.weight(name, arg.shape, F32)
         if arg.leaf == "state":
             leaf = ops.state(name, arg.shape, arg.dtype)
@@ -72,8 +70,8 @@ class Built:
         self.inputs[name] = value
         return ops.step_input(name, arg.shape, arg.dtype)
 
-    def file(self) -> SimpleNamespace:
-        return SimpleNamespace(tensors=self.tensors, drop_pages=lambda t: None)
+    def file(self) -> Any:
+        return file_of(self.tensors)
 
     def live(self) -> dict[str, int]:
         tokens = self.values[0].shape[0] if self.node.op == "attention" else 0

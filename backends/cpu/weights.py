@@ -110,7 +110,8 @@ class WeightStore:
 
         def read(start: int, nbytes: int) -> np.ndarray:
             room = self._room[:nbytes] if nbytes <= self._room.nbytes else aligned_empty(nbytes)
-            return tensor.read(start, room)
+            tensor.read(start, room)
+            return room
 
         return read
 

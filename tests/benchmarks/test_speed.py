@@ -20,6 +20,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend, isa
@@ -38,8 +39,7 @@ def _weights(kind: str, rows: int, inner: int) -> SimpleNamespace:
     values = np.random.default_rng(0).standard_normal((64, inner)).astype(np.float32)
     raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
     data = np.tile(raw.reshape(-1).view(np.uint8), rows // 64)
-    tensor = SimpleNamespace(data=data, nbytes=data.nbytes)
-    return SimpleNamespace(tensors={"w": tensor}, drop_pages=lambda t: None)
+    return file_of({"w": Stored(values, data)})
 
 
 def _matmul(kind: str, tokens: int, rows: int, inner: int) -> Callable[[], Any]:

@@ -100,7 +100,7 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kv_type, str) and not pair:
         raise wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
     progress = options["progress"]
-    if not isinstance(progress, bool) and not callable(progress):
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
         raise wrong("progress", progress, "True, False or a function of (done, total, what)")
     return {**options, **plain}
 

@@ -43,7 +43,7 @@ def load(
     threads: int | None = None,
     activations: str = "int8",
     sequences: int = 8,
-    progress: bool | Progress = False,
+    progress: bool | Progress | None = None,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -51,7 +51,11 @@ def load(
     apart ("q8_0,f16"). context: tokens of one sequence (default: what the file was trained for,
     or what fits). threads: default one per core. activations: "int8", or "f32" to keep them in
     float for every weight type. sequences: full contexts the cache has room for, memory allowing.
-    progress: True draws bars on stderr; or a function of (done, total, what).
+    progress: None tells on stderr when kernels are compiled, and how long it takes, or when
+    loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
+
+    The file is read once: a loaded model stays as it is when it is deleted, replaced, cut short
+    or written over. What changes while it is being read is refused.
     Raises a `runtime.Error` that names the file, tensor or option.
     """
     given: dict[str, Any] = {
@@ -74,7 +78,8 @@ class Model(TextModel):
 
     def __init__(
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
-        threads: int | None, activations: str, sequences: int, progress: bool | Progress,
+        threads: int | None, activations: str, sequences: int,
+        progress: bool | Progress | None,
     ) -> None:  # fmt: skip
         self.file = file
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and

@@ -42,9 +42,9 @@ class CpuBackend:
         self.name = f"cpu ({self._library.isa}, {self.threads} threads)"
         amx = self._library.isa == "amx"
         self.options = Options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx)
+        address = self._library.address
         self._team = ThreadTeam(
-            self.threads,
-            lambda name, constants: self._library.address(Kernel.of(name, **constants)),
+            self.threads, lambda name, constants: address(Kernel.of(name, **constants))
         )
         self.weights = WeightStore(file, self._library, self._team)
         self._file = file

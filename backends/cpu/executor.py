@@ -33,15 +33,16 @@ _teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()
 class ThreadTeam:
     """`n_threads` threads, the caller's among them, that run one plan at a time together.
 
-    loader: gives the address of a compiled kernel for its name and constants.
-    Threads start with the first plan. Use as a context manager, or `close()` it.
+    loader: gives the address of a compiled kernel for its name and constants; like the threads'
+    start it waits for the first plan. Use as a context manager, or `close()` it.
     """
 
     def __init__(self, n_threads: int, loader: Callable[[str, dict[str, Any]], int]) -> None:
         if n_threads < 1:
             raise ValueError(f"a team needs at least one thread, not {n_threads}")
         self.n_threads = n_threads
-        self._entry = function(loader("executor", {}))
+        self._loader = loader
+        self._entry: Any = None  # the executor, once it is needed
         self._lock = forks.lock()
         self._control: np.ndarray | None = None
         self._end: weakref.finalize | None = None
@@ -82,6 +83,8 @@ class ThreadTeam:
         self.close()
 
     def _start(self) -> None:
+        if self._entry is None:
+            self._entry = function(self._loader("executor", {}))
         control = _control_block(self.n_threads)
         threads = [
             threading.Thread(

@@ -34,6 +34,7 @@ class Weights:
     source: str
     looked_up: set[str] = field(default_factory=set)
     _made: dict[str, Tensor] = field(default_factory=dict)
+    _values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
         """Whether the file has a tensor, under this name or another converter's."""
@@ -92,7 +93,9 @@ class Weights:
             return None
         stored = self(name, *shape).name
         self.looked_up.add(stored)
-        return self.tensors[stored].to_float32()
+        if stored not in self._values:  # a graph made later must not need the file
+            self._values[stored] = self.tensors[stored].to_float32()
+        return self._values[stored]
 
     def number(self, name: str) -> float | None:
         """The one number of a tensor [1] needed while building, or None."""

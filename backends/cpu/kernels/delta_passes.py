@@ -24,25 +24,23 @@ WIDEST = _WIDTHS[0] * e.LANES  # columns
 
 
 class _Columns:
-    """How a pass reads and writes its columns of a row: some vectors, or part of one."""
+    """How a pass reads and writes its columns of a row: some vectors, or the start of one."""
 
-    def __init__(self, vectors: int, mask: Any = None) -> None:
-        self.vectors, self.mask = range(vectors), mask
+    def __init__(self, vectors: int, part: Any = None) -> None:
+        self.vectors, self.part = range(vectors), part
 
     def load(self, b: ir.IRBuilder, address: Any, j: int) -> Any:
         at = e.offset(b, address, 64 * j)
-        if self.mask is None:
+        if self.part is None:
             return e.load(b, at, e.wide(e.f32), 4)
-        given = [e.pointer(b, at, e.wide(e.f32)), ir.Constant(e.i32, 4), self.mask, e.floats(0.0)]
-        return e.intrinsic_call(b, "llvm.masked.load.v16f32.p0", e.wide(e.f32), given)
+        return e.load_first(b, at, self.part)
 
     def store(self, b: ir.IRBuilder, value: Any, address: Any, j: int) -> None:
         at = e.offset(b, address, 64 * j)
-        if self.mask is None:
+        if self.part is None:
             e.store(b, value, at, 4)
-            return
-        given = [value, e.pointer(b, at, e.wide(e.f32)), ir.Constant(e.i32, 4), self.mask]
-        e.intrinsic_call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), given)
+        else:
+            e.store_first(b, value, at, self.part)
 
     def sums(self, b: ir.IRBuilder) -> list:
         """Running sums, zero at first; LLVM keeps them in registers."""
@@ -57,8 +55,7 @@ class _Columns:
 def _fitting(b: ir.IRBuilder, n: Any, emit: Callable[[_Columns], None], widths: tuple) -> None:
     """emit for as many columns as n says."""
     if not widths:
-        places = ir.Constant(e.wide(e.i32), list(range(e.LANES)))
-        emit(_Columns(1, b.icmp_signed("<", places, e.splat(b, b.trunc(n, e.i32)))))
+        emit(_Columns(1, n))
         return
     with b.if_else(b.icmp_signed(">=", n, number(widths[0] * e.LANES))) as (yes, no):
         with yes:

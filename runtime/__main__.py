@@ -1,6 +1,9 @@
 """`python -m runtime` is the `runtime` command."""
 
-from runtime.cli import main
-
 if __name__ == "__main__":
-    main(prog_name="runtime")
+    try:
+        from runtime.cli import main
+
+        main(prog_name="runtime")
+    except KeyboardInterrupt:  # before the command could take it
+        raise SystemExit(130) from None

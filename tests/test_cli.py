@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -397,6 +398,14 @@ class TestProcess:
             )  # fmt: skip
         assert done.returncode == 1
         assert done.stderr == b"error: cannot write to stdout: No space left on device\n"
+
+    @pytest.mark.skipif(os.name == "nt", reason="a shell's way to close streams")
+    @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+    @pytest.mark.parametrize("args", ["run --devices null -n 2 -p hi", "chat --devices null -n 2"])
+    def test_streams_that_are_closed(self, args, closed):
+        line = f"{shlex.join(self.COMMAND)} {args} </dev/null {closed}"
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
 
     @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
     def test_ctrl_c_ends_a_generation_cleanly(self):

@@ -221,6 +221,24 @@ class TestForeignOptions:
         result = invoke("run", *args, "m.gguf", "-p", "x")
         assert result.exit_code == 0 and result.loaded[0][0] == "m.gguf"
 
+    @pytest.mark.parametrize(
+        "args",
+        ["--rope-freq-base 1e6", "--rope-scale 2", "--yarn-orig-ctx 4096", "--lora a.gguf",
+         "--grammar x", "-j {}", "--chat-template chatml", "--mmproj a.gguf", "--image a.png",
+         "--override-kv a=int:1", "--control-vector a.gguf", "-md a.gguf", "--prompt-cache f"],
+    )  # fmt: skip
+    def test_what_would_change_the_answer_is_refused(self, invoke, args):
+        result = invoke("run", "m.gguf", "-p", "x", *args.split())
+        assert result.exit_code == 2 and result.loaded == []
+
+    @pytest.mark.parametrize(
+        "args", ["-ngl 99", "-fa", "-fa on", "--no-mmap", "--mlock", "-t 2 -tb 4", "--numa isolate",
+                 "-sm none", "-nkvo", "--jinja", "--no-warmup", "--prio 2", "--poll 0"],
+    )  # fmt: skip
+    def test_what_would_not_need_not_stop_a_run(self, invoke, args):
+        result = invoke("run", "m.gguf", "-p", "x", *args.split())
+        assert result.exit_code == 0 and result.stdout == "one two\n"
+
     def test_the_same_line_is_said_once(self, invoke):
         result = invoke("run", "-ngl", "99", "-ngl", "99", "-p", "x", "m.gguf")
         assert result.stderr.count("models run on the CPU here") == 1
@@ -242,6 +260,7 @@ class TestNames:
             ("llama3.2:1b", "a name of Ollama's"),
             ("qwen3:0.6b-q4_K_M", "a name of Ollama's"),
             ("https://example.org/a/b.gguf", "curl -LO https://example.org/a/b.gguf"),
+            ("", "the model's name is empty"),
             ("hf://org/name/b.gguf", "models are not downloaded here"),
         ],
     )

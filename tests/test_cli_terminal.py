@@ -38,14 +38,17 @@ class TestConversation:
             terminal.expect("> ")
             terminal.send("again\r")
             terminal.expect("3: 'again' ok")
+            terminal.expect("> ")
             terminal.send("/bye\r")
             assert terminal.status() == 0
 
     def test_a_prompt_can_be_the_first_message(self):
         with talk("run", "m.gguf", "-cnv", "-p", "first") as terminal:
             terminal.expect("1: 'first' ok")
+            terminal.expect("> ")
             terminal.send("second\r")
             terminal.expect("3: 'second' ok")
+            terminal.expect("> ")
             terminal.send("\x04")  # Ctrl-D
             assert terminal.status() == 0
 
@@ -55,6 +58,7 @@ class TestConversation:
             terminal.expect("1: 'one' ok")
             assert terminal.status() == 0
         with talk("run", "m.gguf", "-st") as terminal:
+            terminal.expect("> ")
             terminal.send("one\r")
             terminal.expect("1: 'one' ok")
             assert terminal.status() == 0
@@ -68,6 +72,7 @@ class TestConversation:
     def test_a_paste_is_one_message(self):
         with talk() as terminal:
             terminal.expect("> ")
+            assert "\x1b[?2004h" in terminal.seen, "the terminal is asked to mark what is pasted"
             terminal.send("\x1b[200~two\nlines\x1b[201~")
             terminal.send(" more\r")
             terminal.expect(r"1: 'two\nlines more' ok")
@@ -79,8 +84,10 @@ class TestConversation:
             terminal.expect("... ")
             terminal.send(' second\rend"""\r')
             terminal.expect(r"1: 'first\n second\nend' ok")
+            terminal.expect("> ")
             terminal.send("one \\\rtwo\r")
             terminal.expect(r"3: 'one \ntwo' ok")
+            terminal.expect("> ")
             terminal.send('"""in one line"""\r')
             terminal.expect("5: 'in one line' ok")
 
@@ -91,6 +98,7 @@ class TestConversation:
             terminal.expect("not this")
             terminal.interrupt()
             terminal.expect("Ctrl-C again")
+            terminal.expect("> ")
             terminal.send("but this\r")
             terminal.expect("1: 'but this' ok")
             terminal.expect("> ")

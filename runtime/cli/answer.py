@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from runtime.cli.output import note
+from runtime.cli.output import is_terminal, note
 from runtime.cli.stats import Stopwatch
 from runtime.cli.wrap import Wrapper
 
@@ -20,7 +20,7 @@ class PromptProgress:
     """A line on a terminal's stderr while a prompt is read, gone before the answer begins."""
 
     def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted and sys.stderr is not None and sys.stderr.isatty()
+        self._wanted = wanted and is_terminal(sys.stderr)
         self._begun = time.monotonic()
         self._shown = False
 
@@ -59,7 +59,7 @@ class Screen:
 
     def show(self, answer: Iterable[str], pieces: list[str], before: str = "") -> bool:
         """Print `before` and the pieces of an answer, and keep those; False after Ctrl-C."""
-        wrapper = Wrapper(_write) if sys.stdout.isatty() else None
+        wrapper = Wrapper(_write) if is_terminal(sys.stdout) else None
         write = wrapper.feed if wrapper else _write
         if before:
             write(before)
@@ -82,7 +82,7 @@ class Screen:
         self.watch.prompt_tokens = answer.prompt_tokens
         if answer.reason == "context":
             note(f"the answer was cut: the context of {model.context} tokens is full (-c sets it)")
-        note(self.watch.summary(), not self._timed)
+        note(self.watch.summary(), not self._timed or not self.watch.tokens)
 
 
 def _write(text: str) -> None:

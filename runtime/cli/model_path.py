@@ -40,6 +40,8 @@ def model_file(text: str | None) -> str | None:
     """
     if text is None or Path(text).is_file():
         return text
+    if not text.strip():
+        raise Refused("the model's name is empty: give the path of a .gguf file")
     if Path(text).is_dir():
         raise Refused(_folder(Path(text)))
     line = _download(text)

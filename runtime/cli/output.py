@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -14,6 +15,14 @@ def note(text: str, quiet: bool = False) -> None:
     """A line on stderr, dim on a terminal."""
     if not quiet:
         click.secho(text, err=True, dim=True)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal; one that is closed or was never there is none."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False
 
 
 def size(nbytes: float) -> str:

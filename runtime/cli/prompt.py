@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from runtime.cli.output import note
+from runtime.cli.output import is_terminal, note
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\", '"': '"', "'": "'"}
 
@@ -44,7 +44,7 @@ def given_system(options: dict[str, Any]) -> str | None:
 
 def at_terminal() -> bool:
     """Whether somebody types at stdin; without a stdin nobody does."""
-    return sys.stdin is not None and sys.stdin.isatty()
+    return is_terminal(sys.stdin)
 
 
 def text_of(file: str) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 
 import click
 
+from runtime.cli.output import is_terminal
+
 _QUOTES = '"""'
 
 
@@ -55,7 +57,7 @@ def _message(read: Callable[[str], str]) -> str:
 
 
 def _piped(prompt: str) -> str:
-    line = sys.stdin.buffer.readline()
+    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
     if not line:
         raise EOFError
     return line.decode("utf-8", "replace").rstrip("\r\n")
@@ -72,7 +74,7 @@ def _prompted() -> Callable[[str], str]:
 
 
 def _ask(prompt: str) -> str:
-    if sys.stdout.isatty():
+    if is_terminal(sys.stdout):
         return input(prompt)
     # input() writes its prompt to stdout, which holds nothing but answers
     click.echo(prompt, nl=False, err=True)

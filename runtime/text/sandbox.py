@@ -9,6 +9,7 @@ template that takes time or makes something.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cache
@@ -39,9 +40,11 @@ class Template:
             raise TextError(f"the chat template has {len(source)} characters: too many to compile")
         environment = _environment()
         try:
-            tree = environment.parse(source)
-            self.names = frozenset(n.name for n in tree.find_all(nodes.Name) if n.ctx == "load")
-            self._template = environment.from_string(tree)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's, about the code that jinja2 writes
+                tree = environment.parse(source)
+                self.names = frozenset(n.name for n in tree.find_all(nodes.Name) if n.ctx == "load")
+                self._template = environment.from_string(tree)
         except TemplateError as error:
             line = getattr(error, "lineno", None)
             _refuse(f"the chat template is broken{f' in line {line}' if line else ''}", error)

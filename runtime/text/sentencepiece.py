@@ -113,7 +113,7 @@ class UnigramOptions:
 
     add_space_prefix: bool
     remove_extra_whitespaces: bool
-    precompiled_charsmap: bytes
+    charsmap: Callable[[str], str]
 
 
 def unigram_encoder(
@@ -155,10 +155,8 @@ def _pieces(vocabulary: Vocabulary, token_scores: np.ndarray) -> list[tuple[str,
 
 
 def _normaliser(options: UnigramOptions) -> Callable[[str], str]:
-    charsmap = _charsmap(options.precompiled_charsmap)
-
     def normalise(text: str) -> str:
-        text = charsmap(text.replace("\uffff", "\ufffd"))
+        text = options.charsmap(text.replace("\uffff", "\ufffd"))
         if options.remove_extra_whitespaces:
             return "".join(ESCAPED_SPACE + word for word in text.split(" ") if word)
         body = text.lstrip(" ")
@@ -166,17 +164,6 @@ def _normaliser(options: UnigramOptions) -> Callable[[str], str]:
         return (text[: len(text) - len(body)] + prefix + body).replace(" ", ESCAPED_SPACE)
 
     return normalise
-
-
-def _charsmap(precompiled: bytes) -> Callable[[str], str]:
-    if not precompiled:
-        return lambda text: text
-    from tokenizers import normalizers
-
-    try:
-        return normalizers.Precompiled(precompiled).normalize_str
-    except Exception as error:
-        raise TextError(f"tokenizer.ggml.precompiled_charsmap cannot be used: {error}") from None
 
 
 def _speller(vocabulary: Vocabulary) -> Callable[[str], Sequence[int]]:

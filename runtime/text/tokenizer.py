@@ -8,11 +8,16 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.ops.errors import TextError
+import numpy as np
+
+from runtime.ops.errors import OptionError, TextError
 from runtime.text import bytepair, sentencepiece
+from runtime.text.charsmap import CharsMap
 from runtime.text.detokenizer import TextStream
 from runtime.text.pretokenize import PreTokenizer, pre_tokenizer
 from runtime.text.special import SpecialTokens
@@ -40,6 +45,8 @@ _DEFAULTS = {
     "t5": Defaults(eos=1, unknown=2, add_eos=True),
 }
 _NO_TEXT = ("none", "no_vocab")
+_MASKED = ("jina-v2-de", "jina-v2-es", "jina-v2-code", "mmbert")
+_SPACES = " \t\n\v\f\r"
 
 
 class Tokenizer:
@@ -77,13 +84,33 @@ class Tokenizer:
     def from_gguf(cls, source: str | os.PathLike[str] | Any) -> Tokenizer:
         """The tokenizer of a GGUF file, given its path or the open file.
 
-        Raises FileError for a damaged file and TextError for an unusable vocabulary.
+        Raises FileError for a damaged file, TextError naming file and key for an unusable
+        vocabulary, OptionError for what is neither path nor file.
         """
-        if not isinstance(source, str | os.PathLike):
-            return cls(source.metadata)
         from runtime.gguf.reader import open_gguf
 
-        return cls(open_gguf(Path(source)).metadata)
+        if isinstance(source, str | os.PathLike):
+            source = open_gguf(Path(source))
+        metadata = getattr(source, "metadata", None)
+        if not isinstance(metadata, Mapping):
+            raise OptionError(f"{source!r:.60} must be the path of a .gguf file, or the open file")
+        try:
+            return cls(metadata)
+        except TextError as error:
+            path = getattr(source, "path", None)
+            raise TextError(f"{path}: {error}" if path else str(error)) from None
+
+    def __call__(
+        self, text: str, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """As `encode`."""
+        return self.encode(text, add_special, parse_special)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __bool__(self) -> bool:
+        return True  # one that only knows its size is a tokenizer all the same
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The ids of `text`.
@@ -98,13 +125,13 @@ class Tokenizer:
         ids: list[int] = []
         if add_special and known.add_bos and known.bos_id is not None:
             ids.append(known.bos_id)
-        for piece in special.find(_valid(text)):
+        for piece in self._stripped(special.find(_valid(text))):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
                 for form in self._normal_forms:
                     piece = unicodedata.normalize(form, piece)
-                ids += self._encode(self._strip_after_special(piece, ids, known))
+                ids += self._encode(piece)
         if add_special and known.add_eos and known.eos_id is not None:
             ids.append(known.eos_id)
         return ids
@@ -113,8 +140,10 @@ class Tokenizer:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
         `skip_special` leaves control tokens out. The space that SentencePiece puts before the
-        first word is taken away again. Raises TextError for an id outside the vocabulary.
+        first word is taken away again. Raises TextError for an id outside the vocabulary and
+        OptionError for what is no list of whole numbers.
         """
+        ids = _whole_numbers(ids)
         text = b"".join(map(self._shown(skip_special), ids)).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._space_prefix else text
 
@@ -259,7 +288,7 @@ class Tokenizer:
             return bytepair.encoder(known, self._merges(), self._pre)
         if self.kind == "llama":
             return sentencepiece.MergeEncoder(known, self._scores(), self._space_prefix)
-        charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
+        packed = metadata.get("tokenizer.ggml.precompiled_charsmap")
         return sentencepiece.unigram_encoder(
             known,
             self._scores(),
@@ -268,7 +297,7 @@ class Tokenizer:
                 remove_extra_whitespaces=bool(
                     switch(metadata, "tokenizer.ggml.remove_extra_whitespaces")
                 ),
-                precompiled_charsmap=b"" if charsmap is None else bytes(v & 255 for v in charsmap),
+                charsmap=str if packed is None else CharsMap.from_numbers(packed),
             ),
         )
 
@@ -284,16 +313,48 @@ class Tokenizer:
         known = self._known
         return SpecialTokens({known.texts[i]: i for i in known.of_kind(*kinds)})
 
-    @cached_property
-    def _strips_after_special(self) -> bool:
-        # Phi-3's own tokenizer swallows the space after its chat marks; GGUF has no key for it.
-        name = str(self._metadata.get("general.name", "")).lower()
-        return "phi-3" in name or "phi3" in name
+    def _stripped(self, pieces: Iterable[str | int]) -> Iterable[str | int]:
+        """Pieces of a text without the spaces that special tokens swallow."""
+        before, after = self._strips_before, self._strips_after
+        if not before and not after:
+            return pieces
+        found = list(pieces)
+        for i, (left, right) in enumerate(pairwise(found)):
+            if isinstance(left, str) and right in before:
+                found[i] = left.rstrip(_SPACES)
+            if isinstance(right, str) and left in after:
+                found[i + 1] = right.lstrip(_SPACES)
+        return [piece for piece in found if piece != ""]
 
-    def _strip_after_special(self, piece: str, ids: list[int], known: Vocabulary) -> str:
-        if not (self._strips_after_special and ids and known.kinds[ids[-1]] == CONTROL):
-            return piece
-        return piece if known.texts[ids[-1]] in ("<s>", "<|endoftext|>") else piece.lstrip()
+    @cached_property
+    def _strips_after(self) -> frozenset[int]:
+        """Special tokens that swallow the spaces after them.
+
+        Phi-3's own tokenizer has such ones; GGUF has no key for it, so its name has to do.
+        """
+        name = str(self._metadata.get("general.name", "")).lower()
+        if "phi-3" not in name and "phi3" not in name:
+            return frozenset()
+        kept = {self._known.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
+        return frozenset(self._known.of_kind(CONTROL, UNKNOWN, USER_DEFINED)) - kept
+
+    @cached_property
+    def _strips_before(self) -> frozenset[int]:
+        """Special tokens that swallow the spaces before them: masks of some encoders."""
+        encoder = self._metadata.get("general.architecture") in ("nomic-bert-moe", "jina-bert-v3")
+        mask = self._known.ids.get("<mask>")
+        masked = encoder or self._metadata.get("tokenizer.ggml.pre") in _MASKED
+        return frozenset((mask,) if masked and mask is not None else ())
+
+
+def _whole_numbers(ids: Any) -> list[int]:
+    try:
+        found = list(ids)
+        if not any(isinstance(i, bool | np.bool_) for i in found):
+            return list(map(index, found))
+    except TypeError:
+        pass
+    raise OptionError(f"token ids must be a list of whole numbers, not {ids!r:.60}")
 
 
 def _bare_size(metadata: Mapping[str, Any]) -> int:

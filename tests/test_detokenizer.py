@@ -99,3 +99,83 @@ class TestStopFilter:
         assert (shown, cut.stop) == (whole.feed(text) + whole.flush(), whole.stop)
         assert not any(stop in shown for stop in stops)
         assert text.startswith(shown + (cut.stop or ""))
+
+
+class TestHiddenText:
+    """Stop strings are found in the text of control tokens, which is never shown."""
+
+    @pytest.mark.parametrize(
+        ("stops", "pieces", "shown", "stop"),
+        [
+            (["<c>"], ["a", ("<c>",), "b"], "a", "<c>"),
+            (["<c>"], ["a", ("<d>",), "b"], "ab", None),
+            (["a<c>"], ["xa", ("<c>",)], "x", "a<c>"),
+            (["<c>b"], ["a", ("<c>",), "b"], "a", "<c>b"),
+            (["<c>user"], ["a", ("<c>",), "us", "er"], "a", "<c>user"),
+            (["<c>user"], ["a", ("<c>",), "us", "ed"], "aused", None),
+            (["a<c>b<d>"], ["xa", ("<c>",), "b", ("<d>",)], "x", "a<c>b<d>"),
+            (["ab"], ["xa", ("<c>",), "b"], "x", "ab"),
+            (["ab", "<c>"], ["xa", ("<c>",), "b"], "xa", "<c>"),
+            (["c>b", "ab"], ["xa", ("<c>",), "b"], "x", "ab"),
+            (["<"], ["a", ("<c>",)], "a", "<"),
+            (["a<"], ["xa", ("<c>",), "b"], "x", "a<"),
+            (["END"], ["E", ("<c>",), "N", ("<d>",), "D"], "", "END"),
+            (["END"], ["E", ("<c>",), "N", ("<d>",), "E", "ND"], "EN", "END"),
+            ([], ["a", ("<c>",), "b"], "ab", None),
+        ],
+    )
+    def test_stop_strings(self, stops, pieces, shown, stop):
+        found = StopFilter(stops)
+        text = "".join(
+            found.feed("", p[0]) if isinstance(p, tuple) else found.feed(p) for p in pieces
+        )
+        assert (text + found.flush(), found.stop) == (shown, stop)
+
+    @settings(max_examples=500, deadline=None)
+    @given(
+        st.lists(st.tuples(st.booleans(), st.text("ab", min_size=1, max_size=3)), max_size=8),
+        st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+        st.data(),
+    )
+    def test_it_does_what_the_definition_says(self, pieces, stops, data):
+        """The first place where a stop string is complete, in all of the text or the visible."""
+        found, shown = StopFilter(stops), []
+        for hidden, text in pieces:
+            if hidden:
+                shown.append(found.feed("", text))
+                continue
+            cut = data.draw(st.integers(0, len(text)))
+            shown += (found.feed(text[:cut]), found.feed(text[cut:]))
+        assert ("".join(shown) + found.flush(), found.stop) == stopped_text(pieces, stops)
+
+    def test_a_stream_says_what_it_hides(self):
+        ids = BYTES.encode("he<|im_end|><tag>", add_special=False)
+        assert [BYTES.stream().hidden_text(i) for i in ids] == ["", "<|im_end|>", ""]
+        assert [BYTES.stream(skip_special=False).hidden_text(i) for i in ids] == [""] * 3
+
+
+def stopped_text(pieces: list[tuple[bool, str]], stops: list[str]) -> tuple[str, str | None]:
+    """(visible text, stop string), character by character; hidden pieces come at once."""
+    steps = [
+        step
+        for hidden, text in pieces
+        for step in ([(True, text)] if hidden else [(False, c) for c in text])
+    ]
+    everything = visible = ""
+    where: list[int] = []  # of each character of everything: how much of visible is before it
+    for hidden, text in steps:
+        begin = len(everything)
+        where += [len(visible)] * len(text)
+        everything += text
+        visible += "" if hidden else text
+        found = ((everything.find(s, max(0, begin - len(s) + 1)), s) for s in stops)
+        met = [(at + len(s), at, s) for at, s in found if at >= 0]
+        if met:  # of those in all of the text, the one that is complete first
+            end, at, stop = min(met)
+            met = [(where[end] if end < len(where) else len(visible), where[at], stop)]
+        if not hidden:
+            met += [(len(visible), len(visible) - len(s), s) for s in stops if visible.endswith(s)]
+        if met:
+            _, start, stop = min(met)
+            return visible[:start], stop
+    return visible, None

@@ -49,15 +49,16 @@ def _move_up(graph: Graph, select: Tensor) -> Graph:
         if not _per_row(x, source):
             return x
         if x not in made:
-            made[x] = rebuilt(x) if x in cone else select_rows(x, ids)
+            made[x] = select_rows(x, ids)
         return made[x]
 
-    def rebuilt(x: Tensor) -> Tensor:
-        shape = (select.shape[0], *x.shape[1:])
-        attrs = x.attrs if x.op != "reshape" else MappingProxyType({"shape": shape})
-        return Tensor(x.op, tuple(map(chosen, x.inputs)), shape, x.dtype, attrs, x.name)
-
-    return _replace(graph, select, chosen(source))
+    for node in graph.nodes:  # inputs before those that use them
+        if node in cone:
+            shape = (select.shape[0], *node.shape[1:])
+            attrs = node.attrs if node.op != "reshape" else MappingProxyType({"shape": shape})
+            inputs = tuple(map(chosen, node.inputs))
+            made[node] = Tensor(node.op, inputs, shape, node.dtype, attrs, node.name)
+    return _replace(graph, select, made[source])
 
 
 def _view_of_rows(node: Tensor) -> bool:

@@ -85,14 +85,21 @@ class Tensor:
         """Bytes at full capacity, block formats included."""
         return self.size // self.dtype.block * self.dtype.nbytes
 
-    @cached_property
+    @property
     def layout(self) -> Layout:
         """The layout of this tensor inside the tensor that owns its memory."""
+        # one's own is made anew each time: kept, it would be a circle
+        return self._view or Layout(self, self._dense)
+
+    @cached_property
+    def _view(self) -> Layout | None:
         from runtime.ops.views import VIEW_LAYOUTS
 
-        if self.op in VIEW_LAYOUTS:
-            return VIEW_LAYOUTS[self.op](self)
-        return Layout(self, dense_strides(self.shape))
+        return VIEW_LAYOUTS[self.op](self) if self.op in VIEW_LAYOUTS else None
+
+    @cached_property
+    def _dense(self) -> Shape:
+        return dense_strides(self.shape)
 
     @property
     def base(self) -> Tensor:

@@ -143,9 +143,11 @@ class Sequences:
     """The sessions and snapshots of a model, and the pools of memory that they hold parts of."""
 
     def __init__(self, n_pages: int, arrays: Sequence[np.ndarray], n_slots: int) -> None:
-        self._members: weakref.WeakSet[Holder] = weakref.WeakSet()
-        self.pages = PagePool(n_pages, arrays, self._held_pages)
-        self.slots = SlotPool(n_slots, lambda: [keeper.held for keeper in self._keepers()])
+        members: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._members = members
+        # of the members, not of this object: pools that referred to it would never be freed
+        self.pages = PagePool(n_pages, arrays, lambda: [m._record.pages.held for m in set(members)])
+        self.slots = SlotPool(n_slots, lambda: [Keeper(m).held for m in set(members)])
 
     def add(self, member: Holder) -> None:
         """From now on what its record says is held."""
@@ -197,6 +199,3 @@ class Sequences:
         """Every sequence once: those in a step as they are there."""
         under_way = {advance.sequence for advance in advances}
         return [*advances, *(Keeper(m) for m in self.members() if m not in under_way)]
-
-    def _held_pages(self) -> list[np.ndarray]:
-        return [member._record.pages.held for member in self.members()]

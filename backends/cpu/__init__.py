@@ -14,12 +14,13 @@ from runtime.backends.cpu.executor import ThreadTeam
 from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.library import Library, library
 from runtime.backends.cpu.lower import lower
+from runtime.backends.cpu.memory import FixedMemory
 from runtime.backends.cpu.plan import Buffer, Plan
 from runtime.backends.cpu.program import Program
 from runtime.backends.cpu.rewrite import Options, distinct_sizes
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
-from runtime.backends.cpu.weights import ALIGNMENT, WeightStore, aligned_empty
-from runtime.ops.errors import BackendError, OptionError
+from runtime.backends.cpu.weights import WeightStore, aligned_empty
+from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
@@ -47,8 +48,7 @@ class CpuBackend:
             self.threads, lambda name, constants: address(Kernel.of(name, **constants))
         )
         self.weights = WeightStore(file, self._library, self._team)
-        self._file = file
-        self._states: dict[str, np.ndarray] = {}
+        self._memory = FixedMemory(self.weights)
         self._plans: dict[str, Plan] = {}
         self._programs: dict[str, Program] = {}
         self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
@@ -58,16 +58,7 @@ class CpuBackend:
 
         The system gives memory to what is written, so room never used costs nothing.
         """
-        if leaf.name not in self._states:
-            shape = (int(leaf.shape[0]), self.state_page_nbytes(leaf))
-            try:
-                self._states[leaf.name] = aligned_zeros(shape[0] * shape[1]).reshape(shape)
-            except MemoryError:
-                raise BackendError(
-                    f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes; load the model with "
-                    "a smaller `context` or fewer `sequences`"
-                ) from None
-        return self._states[leaf.name]
+        return self._memory.state(leaf)
 
     def state_page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""
@@ -97,7 +88,7 @@ class CpuBackend:
         if scratch > self._scratch.nbytes:
             self._scratch = aligned_empty(scratch)
         return Program(
-            plan, self._team, self._library.address, self._fixed, self._arena, self._scratch
+            plan, self._team, self._library.address, self._memory, self._arena, self._scratch
         )
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
@@ -138,19 +129,6 @@ class CpuBackend:
         self._team.close()
         self._programs.clear()
         self._plans.clear()
-
-    def _fixed(self, buffer: Buffer) -> int:
-        if buffer.kind == "state":
-            assert buffer.tensor is not None, "a state buffer has its tensor"
-            return self.state(buffer.tensor).ctypes.data
-        return self.weights.address(buffer)
-
-
-def aligned_zeros(nbytes: int) -> np.ndarray:
-    """uint8 [nbytes], zero, starting at a cache line; untouched until it is used."""
-    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes]
 
 
 def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.cpu.memory import FixedMemory
 from runtime.backends.cpu.plan import GUARD, Buffer, Plan, Ref
 from runtime.backends.cpu.table import Table
 from runtime.ops.errors import BackendError
@@ -22,10 +23,10 @@ class Program:
 
     def __init__(
         self, plan: Plan, team: Any, kernel_address: Callable[..., int],
-        fixed_address: Callable[[Buffer], int], arena: np.ndarray, scratch: np.ndarray,
+        memory: FixedMemory, arena: np.ndarray, scratch: np.ndarray,
     ) -> None:  # fmt: skip
         self.plan, self._team, self._arena = plan, team, arena
-        self._fixed, self._scratch = fixed_address, scratch
+        self._memory, self._scratch = memory, scratch  # kept alive: the table has addresses
         self._inputs: dict[str, np.ndarray] = {}
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
@@ -132,7 +133,7 @@ class Program:
             assert buffer.tensor is not None, "a constant has its tensor"
             self._constants.append(np.ascontiguousarray(buffer.tensor.attrs["value"]))
             return self._constants[-1].ctypes.data
-        return self._fixed(buffer)
+        return self._memory.address(buffer)
 
     def _input(self, buffer: Buffer) -> np.ndarray:
         if buffer.key not in self._inputs:

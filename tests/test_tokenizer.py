@@ -6,7 +6,9 @@ import json
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -413,3 +415,14 @@ def test_a_model_without_text_only_knows_its_size():
     for use in (lambda: tokenizer.encode("x"), lambda: tokenizer.decode([1]), tokenizer.stream):
         with pytest.raises(TextError, match="no vocabulary"):
             use()
+
+
+@pytest.mark.parametrize("key", ["model", "pre", "merges", "tokens"])
+@pytest.mark.parametrize("value", [np.zeros(3), np.zeros(0), 5, np.ones(1, bool), [1, 2]])
+def test_words_of_another_type_are_refused(key: str, value: Any):
+    """Files damaged in the type of a value: a TextError that names the key, nothing else."""
+    metadata = byte_pairs(**{f"tokenizer.ggml.{key}": value})
+    if key == "merges" and not np.size(value):
+        return  # no merges at all
+    with pytest.raises(TextError, match=rf"tokenizer\.ggml\.{key}"):
+        Tokenizer(metadata).encode("hello")

@@ -66,7 +66,7 @@ def build(file: Any) -> Architecture:
     name = file.architecture
     if name not in MODELS:
         raise ModelError(
-            f"{source}: architecture {name!r} is not supported; "
+            f"{source}: architecture {name!r:.60} is not supported; "
             f"supported are {', '.join(sorted(MODELS))}"
         )
     read, variant = MODELS[name]

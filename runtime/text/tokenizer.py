@@ -26,10 +26,11 @@ from runtime.text.vocabulary import (
     ESCAPED_SPACE,
     Defaults,
     Vocabulary,
-    array,
     byte_of,
     normal_forms,
+    strings,
     switch,
+    word,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ class Tokenizer:
         """`metadata` holds the `tokenizer.*` keys. Raises TextError naming what is wrong."""
         self._metadata = metadata
         self._normal_forms: list[Any] = normal_forms(metadata)
-        kind = metadata.get("tokenizer.ggml.model", "none")
-        self.kind: str = "none" if kind in _NO_TEXT else str(kind)
+        kind = word(metadata, "tokenizer.ggml.model") or "none"
+        self.kind: str = "none" if kind in _NO_TEXT else kind
         self._vocabulary: Vocabulary | None = None
         if self.kind != "none":
             self._vocabulary = Vocabulary.read(metadata, self._defaults())
@@ -242,7 +243,7 @@ class Tokenizer:
     def _pre(self) -> PreTokenizer | None:
         if self.kind not in ("gpt2", "gemma4"):
             return None
-        name = "gemma4" if self.kind == "gemma4" else self._metadata.get("tokenizer.ggml.pre")
+        name = "gemma4" if self.kind == "gemma4" else word(self._metadata, "tokenizer.ggml.pre")
         if not name:
             warnings.warn(
                 "the file has no tokenizer.ggml.pre: words are cut by the 'default' rules, which "
@@ -250,7 +251,7 @@ class Tokenizer:
                 stacklevel=4,
             )
             name = "default"
-        return pre_tokenizer(str(name))
+        return pre_tokenizer(name)
 
     def _defaults(self) -> Defaults:
         if self.kind not in _DEFAULTS:
@@ -269,7 +270,7 @@ class Tokenizer:
             self._scores()
 
     def _merges(self) -> Any:
-        return array(
+        return strings(
             self._metadata, "tokenizer.ggml.merges", "a byte-pair vocabulary cannot do without"
         )
 

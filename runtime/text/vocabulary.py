@@ -135,6 +135,22 @@ def array(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
     return value
 
 
+def strings(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
+    """`metadata[key]`, which has to be an array of strings. Raises TextError naming the key."""
+    value = array(metadata, key, needed_for)
+    if not (len(value) == 0 or isinstance(value[0], str)):
+        raise TextError(f"{key} is not an array of strings: convert the model again")
+    return value
+
+
+def word(metadata: Mapping[str, Any], key: str) -> str | None:
+    """`metadata[key]` as text, None where it is not set. Raises TextError otherwise."""
+    value = metadata.get(key)
+    if value is not None and not isinstance(value, str):
+        raise TextError(f"{key} is {type(value).__name__}, not text: convert the model again")
+    return value
+
+
 def switch(metadata: Mapping[str, Any], key: str) -> bool | None:
     """`metadata[key]` as true or false, None where it is not set. Raises TextError otherwise."""
     value = metadata.get(key)
@@ -163,11 +179,9 @@ def normal_forms(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def _texts(metadata: Mapping[str, Any]) -> list[str]:
-    texts = list(array(metadata, "tokenizer.ggml.tokens", "holds the vocabulary"))
+    texts = list(strings(metadata, "tokenizer.ggml.tokens", "holds the vocabulary"))
     if not texts:
         raise TextError("tokenizer.ggml.tokens is empty: the file has no vocabulary")
-    if not all(isinstance(text, str) for text in texts):
-        raise TextError("tokenizer.ggml.tokens is not an array of strings: convert the model again")
     return texts
 
 

@@ -46,7 +46,7 @@ except KeyboardInterrupt:
 
 
 def _interrupt(program: str, *arguments: str, after: float, group: bool) -> tuple[str, float]:
-    """What it printed, and the seconds from a Ctrl-C to its end; `group`: as a terminal sends it."""
+    """What it printed, and seconds from a Ctrl-C to its end. group: as a terminal sends it."""
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kernel_calls import ISAS, Fenced, library, run
+from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 from packed_rows import Packed, pack
 
 import runtime.gguf  # noqa: F401  (provides the code books)
@@ -251,12 +251,14 @@ def test_gathered_packs(rng, kind):
     assert found == [w if r >= 0 else zero for w, r in zip(whole, rows, strict=True)]
 
 
-def get_rows(kind: str, raw: np.ndarray, n: int, isa: str = ISAS[0]) -> np.ndarray:
+def get_rows(
+    kind: str, raw: np.ndarray, n: int, isa: str = ISAS[0], threads: int = 3
+) -> np.ndarray:
     ids = np.array([[3], [6], [0], [3], [1]], np.int32)
     out = Fenced(5, n, n + 2)
     run(
-        Kernel.of("get_rows", format=kind), isa, 3, table=raw, ids=Fenced.of(ids), out=out,
-        live=4, n=n, row_bytes=raw.shape[1], out_stride=n + 2,
+        Kernel.of("get_rows", format=kind), isa, threads, table=Fenced.like(raw),
+        ids=Fenced.of(ids), out=out, live=4, n=n, row_bytes=raw.shape[1], out_stride=n + 2,
     )  # fmt: skip
     assert out.strays(4) == 0
     return out.values[:4].copy()
@@ -270,7 +272,8 @@ def test_get_rows_is_exact(rng, kind):
         raw[:, dtype.nbytes - 1 :: dtype.nbytes] &= 0x3F
     with np.errstate(all="ignore"):
         wanted = dequantize(raw, dtype, (7, n))[[3, 6, 0, 3]]
-    assert np.array_equal(get_rows(kind, raw, n), wanted, equal_nan=True)
+    found = fenced_twice(lambda threads: get_rows(kind, raw, n, threads=threads))
+    assert np.array_equal(found, wanted, equal_nan=True)
 
 
 def test_gather_rows(rng):

@@ -56,10 +56,10 @@ def _uninterrupted(code: CodeType) -> frozenset[int]:
     block and that of `__exit__`. A trace function can raise there, and a lock would stay held.
     """
     found, steps = set(), list(dis.get_instructions(code))
-    for i, step in enumerate(steps[:-4]):
-        nones = [s.opname == "LOAD_CONST" and s.argval is None for s in steps[i : i + 3]]
-        call = steps[i + 3].opname in ("PRECALL", "CALL") and steps[i + 3].arg == 2
-        handler = step.opname == "PUSH_EXC_INFO" and steps[i + 1].opname == "WITH_EXCEPT_START"
-        if (all(nones) and call) or handler:
+    for i, step in enumerate(steps):
+        names = [s.opname for s in steps[i : i + 6] if s.opname not in ("SWAP", "NOP", "PRECALL")]
+        nones = sum(s.opname == "LOAD_CONST" and s.argval is None for s in steps[i : i + 5])
+        ends = names[:4] == ["LOAD_CONST"] * 3 + ["CALL"] and nones >= 3
+        if ends or names[:2] == ["PUSH_EXC_INFO", "WITH_EXCEPT_START"]:
             found.add(step.offset)
     return frozenset(found)

@@ -35,7 +35,7 @@ FILES = [
     )
 ]  # fmt: skip
 IDS = np.random.default_rng(4).integers(0, 80, 300).tolist()
-STRIDE = 4  # of the default run; all lines are swept when asked for
+STRIDE, SHORT = 5, 60  # of the default run, but for short cases; all lines are swept when asked for
 
 
 class Case(NamedTuple):
@@ -57,6 +57,12 @@ def fill(model: Model, *sessions: Session) -> list[Session]:
 
 def forked(model: Model, session: Session) -> list[Session]:
     return [session.fork(), session.fork()]
+
+
+def gone_back(model: Model, session: Session) -> list[Session]:
+    other = session.fork()
+    other.rewind(5)
+    return [other]
 
 
 def snapped(model: Model, session: Session, *others: Session) -> list[Any]:
@@ -105,6 +111,9 @@ CASES = {
     ),
     "step of decodes": Case((40, 33), lambda m, *all: m.step([(s, [5]) for s in all])),
     "step of forks": Case((40,), lambda m, *all: m.step([(s, [5]) for s in all]), forked),
+    "step with a fork that went back": Case(
+        (40,), lambda m, *all: m.step([(s, [5]) for s in all]), gone_back
+    ),
     "no memory": Case((40,), fails, fill),
     "checkpoints give way": Case((70, 60), lambda m, a, b, *o: a.eval([1, 2]), run_out),
     "session": Case((3,), lambda m, s: m.session()),
@@ -138,8 +147,10 @@ class Scene:
         self.sessions: list[Any] = []
         for n in case.lengths:
             self.sessions.append(model.session())
-            for at in range(0, n, 30):
-                self.sessions[-1].eval(IDS[at : min(n, at + 30)], "none")
+            for at in range(0, n - 1, 30):
+                self.sessions[-1].eval(IDS[at : min(n - 1, at + 30)], "none")
+            if n:  # alone, so that a state is nobody else's, no checkpoint either
+                self.sessions[-1].eval(IDS[n - 1 : n], "none")
         self.sessions += case.prepare(model, *self.sessions)
 
     def act(self) -> None:
@@ -199,7 +210,7 @@ def sweep(models: tuple[Model, Model], case: Case, stride: int) -> int:
         scene.check_logits()
         scene.close()
         assert scene.free(everything) == everything
-    for line in range(0, total, stride):
+    for line in range(0, total, stride if total > SHORT else 1):
         scene = Scene(*models, case)
         assert scene.tokens() == old and scene.free(free_old) == free_old
         where = interrupted(scene.act, FILES, line)

@@ -17,7 +17,7 @@ from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress, open_backend
 from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
 from runtime.environment import debug, inspected, validate
-from runtime.errors import OptionError
+from runtime.errors import BackendError, OptionError
 from runtime.generate import TextModel
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.memory.budget import CacheSize, Memory, choose
@@ -230,6 +230,11 @@ class Model(TextModel):
         program = self.program(ubatch.tokens, ubatch.outputs)
         inputs = ubatch.inputs(self._architecture.positions_per_token)
         rows = self._execute(program, inputs, ubatch.live)
+        if not np.isfinite(rows).all():
+            raise BackendError(
+                f"{self.file.path}: the model's logits are not finite: a weight of the file is "
+                "damaged, or a kernel is broken; fetch the file again, or let VALIDATE=1 name the op"
+            )
         for piece in ubatch.pieces:
             piece.finish()
         return rows

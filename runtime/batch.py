@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import index
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.advance import Advance
+from runtime.arguments import listed, shown, wrong
 from runtime.errors import MemoryLimitError, OptionError
 from runtime.session import Session
+
+if TYPE_CHECKING:
+    from runtime.model import Model
 
 UBATCH = 512  # tokens of the largest step
 _TAIL = 32  # tokens after the last state kept within a long prompt
@@ -118,32 +123,63 @@ class Ubatch:
         return np.array(rows, np.int32)
 
 
+def pairs(batch: Any, model: Model) -> list[tuple[Session, list[int]]]:
+    """The sessions of a step and their new tokens; OptionError for what is no such batch."""
+    found = []
+    given = (
+        batch if type(batch) is list else listed("batch", batch, "a list of (session, ids) pairs")
+    )
+    for entry in given:
+        try:
+            session, ids = entry
+        except (TypeError, ValueError):
+            raise OptionError(f"a step takes (session, ids) pairs, not {shown(entry)}") from None
+        if not isinstance(session, Session):
+            raise OptionError(
+                f"a step takes sessions made by model.session(), not {shown(session)}"
+            )
+        if session.model is not model:
+            raise OptionError("a session can only be evaluated by the model that made it")
+        found.append((session, token_ids(ids)))
+    return found
+
+
 def token_ids(ids: Iterable[int]) -> list[int]:
     """Token ids as Python ints; OptionError for anything that is no whole number."""
     try:
-        return list(map(index, ids))
+        given = list(ids)
+        found = list(map(index, given))
     except TypeError:
-        raise OptionError(
-            f"token ids must be a list of whole numbers, got {ids!r:.60}; "
-            "text becomes ids with model.tokenizer.encode(text)"
-        ) from None
+        raise _no_ids(ids) from None
+    if bool in map(type, given):
+        raise _no_ids(ids)
+    if type(ids) is not list and isinstance(ids, bytes | bytearray | Mapping | Set):
+        raise _no_ids(ids)
+    return found
+
+
+def _no_ids(ids: Any) -> OptionError:
+    return OptionError(
+        f"token ids must be a list of whole numbers, got {shown(ids)}; "
+        "text becomes ids with model.tokenizer.encode(text)"
+    )
 
 
 def check(
     batch: Sequence[tuple[Session, list[int]]], logits: str, vocabulary: int, context: int
 ) -> None:
     """OptionError or MemoryLimitError for what a step cannot take; nothing has happened yet."""
-    if logits not in ("all", "last", "none"):
-        raise OptionError(f"logits={logits!r} must be 'all', 'last' or 'none'")
+    if not isinstance(logits, str) or logits not in ("all", "last", "none"):
+        raise wrong("logits", logits, "'all', 'last' or 'none'")
     if len({id(s) for s, _ in batch}) != len(batch):
         raise OptionError("a session stands twice in one step; join its tokens")
     for session, ids in batch:
         if not ids:
             raise OptionError("there are no tokens to evaluate; give at least one id")
         if min(ids) < 0 or max(ids) >= vocabulary:
-            wrong = next(i for i in ids if not 0 <= i < vocabulary)
-            raise OptionError(f"token id {wrong} is outside the vocabulary of {vocabulary}")
-        session.check_open()
+            outside = next(i for i in ids if not 0 <= i < vocabulary)
+            raise OptionError(f"token id {outside} is outside the vocabulary of {vocabulary}")
+        session._check_open()
         check_room(len(session), len(ids), context)
 
 

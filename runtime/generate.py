@@ -181,7 +181,7 @@ def _session(model: Model, given: Any) -> Session | None:
         raise wrong("session", given, "a session made by model.session(), or None")
     if given.model is not model:
         raise OptionError("a session can only be continued by the model that made it")
-    given.check_open()
+    given._check_open()
     return given
 
 

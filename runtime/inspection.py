@@ -106,9 +106,9 @@ class _Tally:
 
 def _tally(model: Model) -> _Tally:
     """The model's tally, which reports when the model is closed or the program ends."""
-    if model.validated is None:
+    if model._validated is None:
         tally = _Tally()
-        model.validated = weakref.finalize(model, tally.report)
+        model._validated = weakref.finalize(model, tally.report)
         _tallies[model] = tally
     return _tallies[model]
 

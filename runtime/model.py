@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.advance import Advance, Sequences, begin, commit
-from runtime.arguments import check_has_weights, check_load
+from runtime.arguments import check_function, check_has_weights, check_load, whole
 from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress, open_backend
-from runtime.batch import UBATCH, Ubatch, check, cut, token_ids
+from runtime.batch import UBATCH, Ubatch, check, cut, pairs
 from runtime.environment import debug, inspected, validate
 from runtime.errors import BackendError, OptionError
 from runtime.generate import TextModel
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from runtime.text.tokenizer import Tokenizer
 
 _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
+
+_GRAPH_TOKENS = 1 << 20  # of a graph to look at: far more than a step has
 
 
 def load(
@@ -86,7 +88,7 @@ class Model(TextModel):
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
         self._lock = forks.lock()
         self._closed = False
-        self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
+        self._validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self.kv_types = parse_kv_type(kv_type)
         self._architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations)
@@ -127,8 +129,15 @@ class Model(TextModel):
         return self._tokenizer
 
     def graph(self, tokens: int = 1, outputs: int | None = None) -> Graph:
-        """The plain graph of a step of that capacity; `print` it to read it."""
-        return self._architecture.graph(self._step_inputs(tokens, outputs or tokens))
+        """The plain graph of a step of that capacity; `print` it to read it.
+
+        tokens: how many the step has room for; outputs: rows of logits, as many by default.
+        """
+        tokens = whole("tokens", tokens, 1)
+        outputs = tokens if outputs is None else whole("outputs", outputs, 1)
+        if max(tokens, outputs) > _GRAPH_TOKENS:
+            raise OptionError(f"a graph of {max(tokens, outputs)} tokens; most is {_GRAPH_TOKENS}")
+        return self._architecture.graph(self._step_inputs(tokens, outputs))
 
     def _step_inputs(self, tokens: int, outputs: int) -> Step:
         return Step.capacity(
@@ -144,13 +153,13 @@ class Model(TextModel):
             state = Recurrent() if self._size.slots else None
             return Session(self, Record([], 0, Pages.room(self.context), state))
 
-    def eval(self, ids: Sequence[int], logits: str = "all") -> np.ndarray:
+    def eval(self, ids: Iterable[int], logits: str = "all") -> np.ndarray:
         """Logits of a fresh sequence, float32 [len(ids), vocabulary]; no BOS is added."""
         with self.session() as session:
             return session.eval(ids, logits)
 
     def step(
-        self, batch: Sequence[tuple[Session, Sequence[int]]], logits: str = "all",
+        self, batch: Iterable[tuple[Session, Iterable[int]]], logits: str = "all",
         on_prompt: OnPrompt | None = None,
     ) -> list[np.ndarray]:  # fmt: skip
         """Evaluate new tokens of several sessions together, as one ragged batch.
@@ -162,10 +171,8 @@ class Model(TextModel):
         on_prompt: called with (done, total) tokens of the whole batch: (0, total) before the
         first part of it is evaluated, and after each part. What it raises ends the step.
         """
-        for session, _ in batch:
-            if session.model is not self:
-                raise OptionError("a session can only be evaluated by the model that made it")
-        new = [(session, token_ids(ids)) for session, ids in batch]
+        new = pairs(batch, self)
+        check_function("on_prompt", on_prompt, "(done, total)")
         with self._alone():
             self._check_open()
             check(new, logits, self.vocab_size, self.context)
@@ -200,8 +207,8 @@ class Model(TextModel):
             for member in self._sequences.members():
                 member.close()
             self.backend.close()
-            if self.validated is not None:
-                self.validated()
+            if self._validated is not None:
+                self._validated()
 
     def _alone(self) -> AbstractContextManager[Any]:
         """The lock that whoever changes sessions holds; OptionError where that cannot be."""
@@ -216,6 +223,12 @@ class Model(TextModel):
         if self._closed:
             raise OptionError("this model is closed; load it again")
 
+    def __reduce_ex__(self, _: object) -> Any:
+        raise OptionError(
+            "a model holds threads and memory and cannot be copied or pickled; another process "
+            f"loads it itself: runtime.load({str(self.file.path)!r})"
+        )
+
     def __repr__(self) -> str:
         name = self.file.path.name
         return f"<Model {name} {self.architecture}, context {self.context}, {self.backend.name}>"
@@ -227,13 +240,13 @@ class Model(TextModel):
         self.close()
 
     def _run(self, ubatch: Ubatch) -> np.ndarray:
-        program = self.program(ubatch.tokens, ubatch.outputs)
+        program = self._program(ubatch.tokens, ubatch.outputs)
         inputs = ubatch.inputs(self._architecture.positions_per_token)
         rows = self._execute(program, inputs, ubatch.live)
         if not np.isfinite(rows).all():
             raise BackendError(
                 f"{self.file.path}: the model's logits are not finite: a weight of the file is "
-                "damaged, or a kernel is broken; fetch the file again, or let VALIDATE=1 name the op"
+                "damaged, or a kernel is broken; fetch the file again; VALIDATE=1 names the op"
             )
         for piece in ubatch.pieces:
             piece.finish()
@@ -248,7 +261,7 @@ class Model(TextModel):
             return run_inspected(self, program, inputs, live, validate(), debug())
         return program.run(inputs, live)[0]
 
-    def program(self, tokens: int, outputs: int) -> Program:
+    def _program(self, tokens: int, outputs: int) -> Program:
         """The program of the smallest bucket that holds a step of that size."""
         if (tokens, outputs) in self._programs:
             return self._programs[tokens, outputs]
@@ -271,9 +284,15 @@ class Model(TextModel):
         size = self._size
         return Memory(self.file.tensors_nbytes, page, state, size.pages, size.slots)
 
-    def state_nbytes_per_sequence(self) -> int:
-        """Bytes of the recurrent state of one sequence; each token reads and writes them all."""
-        return self._state_nbytes()[1]
+    def warmup(self, progress: bool | Progress = False) -> None:
+        """Compile every kernel this model can need, so that no later step waits for one.
+
+        progress: as for `load`. Kernels are kept on disk, for all models of the same types.
+        """
+        from runtime.progress import reporter
+
+        with reporter(progress) as report:
+            self.backend.load(self._warm_graphs(), report)
 
     def _state_nbytes(self) -> tuple[int, int]:
         """Bytes of a page and of a slot, all layers together."""
@@ -308,7 +327,7 @@ class Model(TextModel):
         if missing is None or not missing(graphs):
             return False
         with self._reporter() as report:
-            self.backend.load([*self.warm_graphs(), *graphs], report)
+            self.backend.load([*self._warm_graphs(), *graphs], report)
         return True
 
     def _reporter(self) -> AbstractContextManager[Progress | None]:
@@ -316,7 +335,7 @@ class Model(TextModel):
 
         return reporter(self._progress)
 
-    def warm_graphs(self) -> list[Graph]:
+    def _warm_graphs(self) -> list[Graph]:
         """Graphs that between them use every kernel this model can need."""
         buckets = [1 << n for n in range(UBATCH.bit_length())]
         distinct = getattr(self.backend, "distinct_sizes", None)

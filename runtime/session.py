@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+from runtime.arguments import shown, whole
 from runtime.errors import OptionError
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
@@ -60,9 +60,11 @@ class Record(NamedTuple):
 class Holder:
     """Tokens, the pages of their keys and values, and their recurrent state, until closed."""
 
-    _what = ""
+    _what = _made_by = ""
 
     def __init__(self, model: Model, record: Record) -> None:
+        if not isinstance(record, Record):
+            raise OptionError(f"{type(self).__name__} is not made directly: {self._made_by}")
         self.model = model
         self._record = record
         model._sequences.add(self)
@@ -75,7 +77,7 @@ class Holder:
         with self.model._lock:
             self._record = self._record.without_memory()
 
-    def check_open(self) -> None:
+    def _check_open(self) -> None:
         """OptionError once it is closed."""
         if self._record.closed:
             raise OptionError(f"this {self._what}")
@@ -103,6 +105,7 @@ class Snapshot(Holder):
     """
 
     _what = "snapshot is closed; make a new one with session.snapshot()"
+    _made_by = "session.snapshot() makes one"
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -121,6 +124,7 @@ class Session(Holder):
     """
 
     _what = "session is closed; make a new one with model.session()"
+    _made_by = "model.session() makes one"
 
     @property
     def tokens(self) -> list[int]:
@@ -134,7 +138,7 @@ class Session(Holder):
         return self._record.evaluated
 
     def eval(
-        self, ids: Sequence[int], logits: str = "all", on_prompt: OnPrompt | None = None
+        self, ids: Iterable[int], logits: str = "all", on_prompt: OnPrompt | None = None
     ) -> np.ndarray:
         """Evaluate `ids` after what is there; float32 [len(ids), vocabulary] of the new tokens.
 
@@ -157,7 +161,7 @@ class Session(Holder):
             return Snapshot(self.model, record)
 
     def _share(self) -> Record:
-        self.check_open()
+        self._check_open()
         self._record = self._record.shared()
         return self._record
 
@@ -168,14 +172,14 @@ class Session(Holder):
         snapshot or one of another model.
         """
         with self.model._alone():
-            self.check_open()
+            self._check_open()
             if not isinstance(snapshot, Snapshot):
                 raise OptionError(
-                    f"restore takes a snapshot made by session.snapshot(), not {snapshot!r:.60}"
+                    f"restore takes a snapshot made by session.snapshot(), not {shown(snapshot)}"
                 )
             if snapshot.model is not self.model:
                 raise OptionError(_foreign(snapshot.model, self.model))
-            snapshot.check_open()
+            snapshot._check_open()
             record = snapshot._record.copy()
             if self._record.state is not None and record.state is not None:
                 same = min(self._kept_of(record), record.state.place)
@@ -200,13 +204,12 @@ class Session(Holder):
         kept (see runtime.memory.slots); the next step evaluates the tokens from there again. The
         bits are those of a session that never went further.
         """
-        if not isinstance(n, Integral) or isinstance(n, bool):
-            raise OptionError(f"rewind takes a whole number of tokens, not {n!r:.60}")
+        n = whole("n", n, 0)
         with self.model._alone():
-            self.check_open()
-            if not 0 <= n <= len(self):
+            self._check_open()
+            if n > len(self):
                 raise OptionError(f"cannot rewind {n} tokens of a session of {len(self)}")
-            self._record = self._record.cut(len(self) - int(n))
+            self._record = self._record.cut(len(self) - n)
 
     def __repr__(self) -> str:
         state = ", closed" if self._record.closed else ""

@@ -83,7 +83,7 @@ class FakeModel:
         whether the file has one for chats."""
         self.pieces, self.raises, self.threads = pieces, raises, threads
         self.reason, self.refuses = reason, refuses
-        self.calls, self.evals, self.warmed, self.closed = [], [], [], False
+        self.calls, self.evals, self.warmed, self.closed = [], [], False, False
         self.backend = self
         self.file = open_gguf(DEMO)
         if not template:
@@ -102,11 +102,8 @@ class FakeModel:
             raise MemoryLimitError("the messages do not fit")
         return self.generate([dict(m) for m in messages], **options)
 
-    def warm_graphs(self):
-        return ["graph"]
-
-    def load(self, graphs, progress):
-        self.warmed += graphs
+    def warmup(self, progress):
+        self.warmed = True
 
     def session(self):
         return FakeSession(self.evals)

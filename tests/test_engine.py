@@ -175,7 +175,7 @@ def test_nothing_is_allocated_after_the_first_token(model: Model):
         session.eval([1, 2, 3])
         session.eval([4], "last")
         programs = dict(model._programs)
-        program = model.program(1, 1)
+        program = model._program(1, 1)
         tables = program._table._records.copy(), program._table._arguments.copy()
         for token in range(20):
             session.eval([token], "last")

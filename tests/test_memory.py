@@ -220,7 +220,7 @@ def test_what_a_model_says_of_its_memory(tmp_path: Path, device: str, width: int
     each = (size.taps - 1) * channels + size.value_heads * size.k_dim * size.v_dim
     with runtime.load(write_model(tmp_path / "m.gguf", size), devices=device) as model:
         memory = model.memory()
-        assert memory.state == model.state_nbytes_per_sequence() == 2 * each * width
+        assert memory.state == 2 * each * width
         assert memory.of(PAGE + 1) == memory.weights + 2 * memory.page + memory.state
         assert (memory.slots, memory.pages) == (
             model._sequences.slots.count,
@@ -230,4 +230,4 @@ def test_what_a_model_says_of_its_memory(tmp_path: Path, device: str, width: int
 
 def test_a_model_without_recurrent_layers_has_no_slots(small_model: Path):
     with runtime.load(small_model, devices="null") as model:
-        assert model.state_nbytes_per_sequence() == 0 == model.memory().slots
+        assert model.memory().state == 0 == model.memory().slots

@@ -49,7 +49,7 @@ def _check(path: Path, kv_type: str, options: Options, monkeypatch: pytest.Monke
     with runtime.load(path, devices="null", kv_type=kv_type) as model:
         monkeypatch.setattr(model.backend, "options", options)
         needed = _kernels(list(_steps(model)), options)
-        assert needed - _kernels(model.warm_graphs(), options) == set()
+        assert needed - _kernels(model._warm_graphs(), options) == set()
         assert len({kernel.name for kernel in needed}) > 6
 
 

@@ -36,13 +36,11 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
 
     import runtime
     from runtime.environment import cache_dir
-    from runtime.progress import reporter
 
     started = time.perf_counter()
     loaded = runtime.load(path, **load_arguments(options))
     try:
-        with reporter(True) as report:
-            loaded.backend.load(loaded.warm_graphs(), report)
+        loaded.warmup(progress=True)
     finally:
         loaded.close()
     click.echo(f"kernels ready in {time.perf_counter() - started:.1f} s, kept in {cache_dir()}")

@@ -212,12 +212,11 @@ def write_model(
     """Write a model with matrices of type `kind`; `extra` overrides metadata keys."""
     size = size or Sizes()
     writer = gguf.GGUFWriter(path, size.architecture)
-    keys = {**metadata(size), **(extra or {})}
+    keys = {**metadata(size), "tokenizer.ggml.model": "none", **(extra or {})}
     keys.pop(without_key, None)
     for key, value in keys.items():
         name = key if "." in key and key.split(".")[0] in ("general", "tokenizer") else ""
         _add(writer, name or f"{size.architecture}.{key}", value)
-    _add(writer, "tokenizer.ggml.model", "none")
     for name, values in {**tensors(size), **(replace or {})}.items():
         if name in without:
             continue

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabularies import byte_pairs, scored
+from vocabularies import byte_pairs, charsmap, scored
 
-from runtime.errors import TextError
+from runtime.errors import OptionError, TextError
 from runtime.text import sentencepiece
 from runtime.text.bytepair import BYTE_LETTERS, letters_to_bytes
+from runtime.text.charsmap import CharsMap
 from runtime.text.pretokenize import PRE_TOKENIZERS, pre_tokenizer
 from runtime.text.special import SpecialTokens
 from runtime.text.tokenizer import Tokenizer
@@ -170,6 +172,51 @@ class TestBytePairs:
 CACHE: dict[str, Tokenizer] = {}
 
 
+def test_equal_tokens_are_one():
+    metadata = byte_pairs()
+    metadata["tokenizer.ggml.tokens"] += ["hello", "<tag>"]
+    metadata["tokenizer.ggml.token_type"] += [1, 4]
+    metadata["tokenizer.ggml.merges"] += ["h e", "h e"]
+    twice, once = Tokenizer(metadata), Tokenizer(byte_pairs())
+    assert twice("hello<tag>") == once("hello<tag>")
+    assert twice.decode([len(twice) - 2]) == "hello"
+
+
+class TestStrippedSpaces:
+    """Special tokens that swallow spaces: Phi-3's those after them, masks those before."""
+
+    WORDS: ClassVar = {"▁": -1.0, "a": -2.0, "▁a": -0.5, "<|user|>": 0.0, "<mask>": 0.0}
+
+    def metadata(self, **extra):
+        metadata = scored(self.WORDS, **extra)
+        metadata["tokenizer.ggml.token_type"][-2:] = [3, 3]
+        return metadata
+
+    @pytest.mark.parametrize(
+        ("text", "pieces"),
+        [
+            ("<|user|>\n a", ["<|user|>", "▁a"]),
+            ("<|user|> \n<|user|>", ["<|user|>", "<|user|>"]),
+            ("</s> a", ["</s>", "▁a"]),
+            ("<s> a", ["<s>", "▁", "▁a"]),
+            ("<unk> a", ["<unk>", "▁", "▁a"]),
+            ("a <|user|>", ["▁a", "▁", "<|user|>"]),
+            ("<|user|>\xa0", ["<|user|>", "▁", "<0xC2>", "<0xA0>"]),
+        ],
+    )
+    def test_phi3(self, text, pieces):
+        found = Tokenizer(self.metadata(**{"general.name": "Phi-3 mini"}))
+        assert texts_of(found, found.encode(text, add_special=False)) == pieces
+
+    def test_masks(self):
+        found = Tokenizer(self.metadata(**{"general.architecture": "nomic-bert-moe"}))
+        assert texts_of(found, found("a  <mask> a", add_special=False)) == [
+            *("▁a", "<mask>", "▁", "▁a"),
+        ]
+        plain = Tokenizer(self.metadata())
+        assert texts_of(plain, plain("a <mask>", add_special=False)) == ["▁a", "▁", "<mask>"]
+
+
 @pytest.mark.parametrize("text", ["", "\ud800", "a\udc80b", "\ud83d\ude00", "\x00", "\ufeff"])
 def test_odd_texts(text):
     for metadata in (byte_pairs(), scored({"▁": -1.0, "a": -2.0}), scored({"▁": -1.0}, "t5")):
@@ -234,6 +281,63 @@ def slow_merge(word: str, costs: dict[str, float]) -> list[str]:
             return parts
         _, i = min(joined)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+MAP = {
+    "ﬁ": "fi",
+    "ⓐ": "a",
+    "a\u0300": "à",
+    "\t": " ",
+    "\u200b": "",
+    "①": "1",
+    "e\u0301\u0302": "?",
+}
+
+
+class TestCharsMap:
+    @pytest.mark.parametrize(
+        ("text", "written"),
+        [
+            ("ﬁnd ⓐ", "find a"),
+            ("a\u0300a", "àa"),
+            ("a\u0301", "a\u0301"),
+            ("x\u0300\u0301", "x\u0300\u0301"),
+            ("①\u0301", "1\u0301"),
+            ("e\u0301", "e\u0301"),
+            ("e\u0301\u0302", "?"),
+            ("e\u0301e\u0301\u0302\u200b", "e\u0301?"),
+            ("a\tb", "a b"),
+            ("", ""),
+            ("漢字😀", "漢字😀"),
+        ],
+    )
+    def test_the_longest_is_replaced_and_marks_stay(self, text, written):
+        assert CharsMap(charsmap(MAP))(text) == written
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.text("aeﬁⓐ\u0300\u0301\u0302\u200b①\t漢", max_size=12))
+    def test_it_does_what_the_definition_says(self, text):
+        longest_first = sorted(MAP, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, longest_first)))
+        assert CharsMap(charsmap(MAP))(text) == pattern.sub(lambda m: MAP[m[0]], text)
+
+    def test_vocabularies_use_it(self):
+        packed = [b - 256 if b > 127 else b for b in charsmap(MAP)]  # as int8, as files have it
+        words = {"▁": -1.0, "fi": -2.0, "a": -2.0, "\u0301": -2.0}
+        keys = {"tokenizer.ggml.precompiled_charsmap": packed}
+        found = Tokenizer(scored(words, "t5", **keys))
+        assert texts_of(found, found.encode("ﬁa\u0301", add_special=False)) == [
+            *("fi", "a", "\u0301"),
+        ]
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.binary(min_size=4, max_size=60), st.text("a\u0300ﬁ", max_size=5))
+    def test_damaged_maps_are_one_line(self, units, text):
+        units = units[: len(units) // 4 * 4]
+        try:
+            CharsMap(len(units).to_bytes(4, "little") + units + b"x\0")(text)
+        except TextError as error:
+            assert "precompiled_charsmap is damaged" in str(error)
 
 
 UNIGRAMS = {"▁": -3.0, "a": -4.0, "b": -4.5, "ab": -6.0, "▁a": -5.0, "aab": -8.0, "bb": -7.0}
@@ -343,6 +447,16 @@ def test_the_longest_special_token_wins_from_left_to_right():
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.tokens": []}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": "ab"}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": ["a", 2]}, "tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.merges": "a b"}, "tokenizer.ggml.merges"),
+        ({"tokenizer.ggml.token_type": 3}, "tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.token_type": [1.0] * 274}, "tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.token_type": [True] * 274}, "tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.token_type": [[1]] * 274}, "tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.token_type": [1, [2]]}, "tokenizer.ggml.token_type"),
+        ({"tokenizer.ggml.token_type": [2**70] * 274}, "tokenizer.ggml.token_type"),
         ({"tokenizer.ggml.token_type": [1]}, "tokenizer.ggml.token_type"),
         ({"tokenizer.ggml.token_type": ["x"]}, "tokenizer.ggml.token_type"),
         ({"tokenizer.ggml.pre": "qwen-2"}, "did you mean 'qwen2'"),
@@ -351,6 +465,21 @@ def test_the_longest_special_token_wins_from_left_to_right():
         (
             {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]},
             "tokenizer.ggml.scores has 1 entries",
+        ),
+        *(
+            ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}, "ggml.scores")
+            for scores in (["x"] * 274, 5, "abc", [[1.0]] * 274, [float("nan")] * 274, [None] * 274)
+        ),
+        *(
+            (
+                {
+                    "tokenizer.ggml.model": "t5",
+                    "tokenizer.ggml.scores": [0.0] * 274,
+                    "tokenizer.ggml.precompiled_charsmap": charsmap,
+                },
+                "tokenizer.ggml.precompiled_charsmap",
+            )
+            for charsmap in ([], 5, "abc", ["a"], [1, 2, 3], [9, 0, 0, 0], [255] * 40)
         ),
         (
             {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.add_bos_token": True},
@@ -387,15 +516,36 @@ def test_text_is_normalised_only_where_the_file_asks():
         Tokenizer(byte_pairs(**{"tokenizer.huggingface.json": "{"}))
 
 
-def test_special_ids_outside_the_vocabulary_do_not_count():
-    tokenizer = Tokenizer(byte_pairs(**{"tokenizer.ggml.bos_token_id": 10**9}))
-    assert tokenizer.bos_id is None
-
-
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_wrong_ids_are_refused(token):
     with pytest.raises(TextError, match="outside the vocabulary"):
         Tokenizer(byte_pairs()).decode([token])
+
+
+@pytest.mark.parametrize("ids", [5, [True], None, ["1"], "12", [1.0], [None], [np.bool_(1)]])
+def test_ids_have_to_be_whole_numbers(ids):
+    with pytest.raises(OptionError, match="list of whole numbers"):
+        Tokenizer(byte_pairs()).decode(ids)
+
+
+def test_any_iterable_of_whole_numbers_decodes():
+    tokenizer = Tokenizer(byte_pairs())
+    ids = tokenizer("hello")
+    for same in (tuple(ids), iter(ids), np.array(ids), np.array(ids, np.uint16), map(int, ids)):
+        assert tokenizer.decode(same) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("source", [None, 5, [], object(), b"x.gguf"])
+def test_a_tokenizer_comes_from_a_path_or_a_file(source):
+    with pytest.raises(OptionError, match=r"path of a \.gguf file"):
+        Tokenizer.from_gguf(source)
+
+
+def test_a_tokenizer_can_be_called_and_has_a_length():
+    tokenizer = Tokenizer(byte_pairs("llama-bpe"))
+    assert tokenizer("he") == tokenizer.encode("he")
+    assert tokenizer("he", add_special=False) == tokenizer.encode("he", add_special=False)
+    assert len(tokenizer) == tokenizer.vocab_size and tokenizer
 
 
 def test_text_has_to_be_text():

@@ -55,3 +55,37 @@ def scored(words: dict[str, float], model: str = "llama", **extra: Any) -> dict[
         "tokenizer.ggml.eos_token_id": 2,
         **extra,
     }
+
+
+def charsmap(texts: dict[str, str]) -> bytes:
+    """A character map of SentencePiece models: a double array of the keys, then the texts."""
+    keys = sorted((key.encode(), text.encode()) for key, text in texts.items())
+    units, taken, values = {0: 0}, {0}, b""
+
+    def place(node: int, parent: int, prefix: bytes) -> None:
+        """Give the children of a node a free block and say in its unit how far away that is."""
+        nonlocal values
+        rest = [(k[len(prefix) :], v) for k, v in keys if k.startswith(prefix)]
+        labels = sorted({k[0] for k, _ in rest if k} | ({0} if rest[0][0] == b"" else set()))
+        block = next(
+            b for b in range(256, 1 << 20, 256)
+            if not any((b ^ label) in taken for label in range(256))
+        )  # fmt: skip
+        taken.update(block ^ label for label in range(256))
+        distance = parent ^ block
+        assert distance < 1 << 21, "small maps only"
+        units[node] |= distance << 10
+        for label in labels:
+            child = block ^ label
+            if label == 0:
+                units[node] |= 0x100
+                units[child] = 0x80000000 | len(values)
+                values += rest[0][1] + b"\0"
+            else:
+                units[child] = label
+                place(child, child, prefix + bytes([label]))
+
+    place(0, 0, b"")
+    array = [units.get(i, 0) for i in range(max(taken) + 1)]
+    packed = b"".join(unit.to_bytes(4, "little") for unit in array)
+    return len(packed).to_bytes(4, "little") + packed + values

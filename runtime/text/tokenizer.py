@@ -312,7 +312,8 @@ class Tokenizer:
 
     def _special(self, *kinds: int) -> SpecialTokens:
         known = self._known
-        return SpecialTokens({known.texts[i]: i for i in known.of_kind(*kinds)})
+        texts = [known.texts[i] for i in known.of_kind(*kinds)]
+        return SpecialTokens({text: known.ids[text] for text in texts})
 
     def _stripped(self, pieces: Iterable[str | int]) -> Iterable[str | int]:
         """Pieces of a text without the spaces that special tokens swallow."""

@@ -75,8 +75,6 @@ def _model(vocabulary: Vocabulary, merges: Iterable[str], pre: PreTokenizer):
 
 
 def _pair(merge: str) -> tuple[str, str]:
-    if not isinstance(merge, str):
-        raise TextError("tokenizer.ggml.merges is not an array of strings: convert the model again")
     # from 1, because the left half may itself begin with a space
     cut = merge.find(" ", 1)
     if cut < 0:

@@ -44,7 +44,7 @@ class CharsMap:
 
     def __call__(self, text: str) -> str:
         data = text.encode("utf-8", "replace")
-        pieces = []
+        pieces: list[bytes] = []
         at = done = 0
         while at < len(data):
             length, value = self._longest(data, at)

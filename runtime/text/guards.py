@@ -60,8 +60,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(optimized=False, finalize=_written, **options)
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
-        for name, function in list(self.tests.items()):
-            self.tests[name] = _guarded_test(function)
+        self.tests |= {name: _guarded_test(test) for name, test in self.tests.items()}
         self.filters |= {
             _TICK: _tick, _JOIN: _join, _MADE: _made, _SEEN: _seen, _SEARCHED: _searched
         }  # fmt: skip
@@ -71,7 +70,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         """Have `function` as the filter `name`, within the budget."""
         self.filters[name] = _guarded_filter(name, function)
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+    def _parse(self, source: str, name: str | None, filename: str | None) -> Any:
         return _Rewrite(self).visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,7 @@ def listed_ids(metadata: Mapping[str, Any], key: str, n_tokens: int) -> list[int
 
 
 def _checked(key: str, value: Any, n_tokens: int) -> int | None:
-    if not isinstance(value, Integral) or isinstance(value, bool | np.bool_):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TextError(f"{key} is {value!r:.60}, not a token id: convert the model again")
     if 0 <= value < n_tokens:
         return int(value)

@@ -138,7 +138,8 @@ def array(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
 def strings(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
     """`metadata[key]`, which has to be an array of strings. Raises TextError naming the key."""
     value = array(metadata, key, needed_for)
-    if not (len(value) == 0 or isinstance(value[0], str)):
+    some = value if isinstance(value, list | tuple) else value[:1]  # a file's are of one type
+    if not all(isinstance(text, str) for text in some):
         raise TextError(f"{key} is not an array of strings: convert the model again")
     return value
 

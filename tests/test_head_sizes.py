@@ -15,9 +15,9 @@ from small_models import NOVEL, Sizes, write_model
 import runtime
 from runtime.errors import ModelError
 
-# Of the worst row: a value near a border of the cache type may be rounded to either side. Most
-# rows meet none, and are exact.
-LIMITS = {"f32": 1e-10, "f16": 3e-6, "bf16": 3e-4, "q8_0": 3e-3}
+# Of the worst row and of half of them: a value near a border of the cache type may be rounded to
+# either side, which the rows behind it see as one among many.
+LIMITS = {"f32": (1e-10, 1e-11), "f16": (3e-6, 1e-9), "bf16": (3e-4, 1e-7), "q8_0": (3e-3, 1e-7)}
 PLAIN = Sizes(
     "llama", layers=1, hidden=24, inner=40, heads=3, kv_heads=1, vocabulary=40, context=64
 )
@@ -41,8 +41,9 @@ def check(path: Path, kv: str) -> None:
     want = answers(path, kv, devices="reference")
     got = answers(path, kv, threads=1, activations="f32")
     rows = ((got - want) ** 2).sum(1) / (want**2).sum(1)
-    assert rows.max() <= LIMITS[kv], f"{kv}: row {rows.argmax()} is off by {rows.max():.1e}"
-    assert np.median(rows) <= 1e-10, f"{kv}: half of the rows are off by {np.median(rows):.1e}"
+    worst, half = LIMITS[kv]
+    assert rows.max() <= worst, f"{kv}: row {rows.argmax()} is off by {rows.max():.1e}"
+    assert np.median(rows) <= half, f"{kv}: half of the rows are off by {np.median(rows):.1e}"
     again = answers(path, kv, threads=2, activations="f32")
     np.testing.assert_array_equal(again.view(np.uint32), got.view(np.uint32))
 

@@ -6,22 +6,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from operator import index
 from typing import Any
 
 import numpy as np
 
 from runtime.errors import FileError, OptionError
+from runtime.ops.errors import shown
 
 _TEXTS = ("devices", "activations")
-
-
-def shown(value: Any) -> str:
-    """A value for an error text: its repr in one line, not too long, whatever it is."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a repr of somebody else's, or an int too long to print
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def wrong(name: str, value: Any, legal: str) -> OptionError:
@@ -29,8 +22,8 @@ def wrong(name: str, value: Any, legal: str) -> OptionError:
     return OptionError(f"{name}={shown(value)} must be {legal}")
 
 
-def whole(name: str, value: Any, low: int, note: str = "") -> int:
-    """`value` as an int of at least `low`; numpy's are taken, booleans are not.
+def whole(name: str, value: Any, low: int, note: str = "", high: float = 2**63 - 1) -> int:
+    """`value` as an int from `low` to `high`; numpy's are taken, booleans are not.
 
     note: what else the option takes, for the error text.
     """
@@ -38,6 +31,8 @@ def whole(name: str, value: Any, low: int, note: str = "") -> int:
         raise wrong(name, value, f"a whole number{note}")
     if value < low:
         raise wrong(name, value, f"at least {low}{note}")
+    if value > high:
+        raise wrong(name, value, f"at most {high}")
     return int(value)
 
 
@@ -55,6 +50,18 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     if isinstance(value, bool) or not math.isfinite(plain) or not low <= plain <= high:
         raise wrong(name, value, legal)
     return plain
+
+
+def token_ids(name: str, value: Any) -> list[int]:
+    """`value` as a list of ints; OptionError for anything that holds more than whole numbers."""
+    legal = "a list of whole numbers; text becomes ids with model.tokenizer.encode(text)"
+    found = listed(name, value, legal)
+    try:
+        if bool in map(type, found):
+            raise TypeError
+        return list(map(index, found))
+    except TypeError:
+        raise wrong(name, value, legal) from None
 
 
 def flag(name: str, value: Any) -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.advance import Advance
-from runtime.arguments import listed, shown, wrong
+from runtime.arguments import listed, shown, token_ids, wrong
 from runtime.errors import MemoryLimitError, OptionError
 from runtime.session import Session
 
@@ -144,27 +143,6 @@ def pairs(batch: Any, model: Model) -> list[tuple[Session, list[int]]]:
     return found
 
 
-def token_ids(ids: Iterable[int]) -> list[int]:
-    """Token ids as Python ints; OptionError for anything that is no whole number."""
-    try:
-        given = list(ids)
-        found = list(map(index, given))
-    except TypeError:
-        raise _no_ids(ids) from None
-    if bool in map(type, given):
-        raise _no_ids(ids)
-    if type(ids) is not list and isinstance(ids, bytes | bytearray | Mapping | Set):
-        raise _no_ids(ids)
-    return found
-
-
-def _no_ids(ids: Any) -> OptionError:
-    return OptionError(
-        f"token ids must be a list of whole numbers, got {shown(ids)}; "
-        "text becomes ids with model.tokenizer.encode(text)"
-    )
-
-
 def check(
     batch: Sequence[tuple[Session, list[int]]], logits: str, vocabulary: int, context: int
 ) -> None:
@@ -178,7 +156,7 @@ def check(
             raise OptionError("there are no tokens to evaluate; give at least one id")
         if min(ids) < 0 or max(ids) >= vocabulary:
             outside = next(i for i in ids if not 0 <= i < vocabulary)
-            raise OptionError(f"token id {outside} is outside the vocabulary of {vocabulary}")
+            raise OptionError(f"token id {shown(outside)} is outside the vocabulary of {vocabulary}")
         session._check_open()
         check_room(len(session), len(ids), context)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime.arguments import check_function, flag, shown, whole, wrong
-from runtime.batch import check, check_room, token_ids
+from runtime.arguments import check_function, flag, listed, token_ids, whole, wrong
+from runtime.batch import check, check_room
 from runtime.errors import OptionError
 from runtime.generation import Generation, Options, Prompt
 from runtime.session import OnPrompt, Session
@@ -117,7 +117,7 @@ def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, An
     if isinstance(prompt, str):
         ids = model.tokenizer.encode(prompt, add_special=not len(session))
     else:
-        ids = token_ids(prompt)
+        ids = token_ids("prompt", prompt)
     if not ids:
         raise OptionError("the prompt is empty and the model adds no start token; give some text")
     check([(session, ids)], "last", model.vocab_size, model.context)
@@ -153,12 +153,8 @@ def _messages(given: Any) -> list[Any]:
     """Messages as a list; what one of them may be the template says."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
-    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
-        raise OptionError(
-            "messages must be the text of one, or a list such as "
-            f'[{{"role": "user", "content": "Hi"}}], not {shown(given)}'
-        )
-    return list(given)
+    example = '[{"role": "user", "content": "Hi"}]'
+    return listed("messages", given, f"the text of one message, or a list such as {example}")
 
 
 def _template_options(given: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from runtime.arguments import shown, whole
 from runtime.errors import OptionError
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
+from runtime.ops.errors import shown
 
 if TYPE_CHECKING:
     from runtime.model import Model

@@ -128,7 +128,7 @@ def test_a_model_only_takes_its_own_sessions_and_ends(path: Path, model: Model):
 
 @pytest.mark.parametrize("ids", ["text", 3, None, [1.5], [[1, 2]]])
 def test_ids_must_be_whole_numbers(model: Model, ids: object):
-    with pytest.raises(OptionError, match="token ids must be a list of whole numbers"):
+    with pytest.raises(OptionError, match="must be a list of whole numbers"):
         model.eval(ids)  # type: ignore[arg-type]
 
 

@@ -25,31 +25,31 @@ from runtime.session import Session
 pytestmark = needs_demo
 
 
-class Theirs(Exception):
+class TheirError(Exception):
     """What a caller's own object raises: it reaches the caller as it is."""
 
 
 class Unprintable:
     def __repr__(self) -> str:
-        raise Theirs
+        raise TheirError
 
 
 class Lying:
     """Looks like a whole number and like a list, and is neither."""
 
     def __index__(self) -> int:
-        raise Theirs
+        raise TheirError
 
     def __len__(self) -> int:
-        raise Theirs
+        raise TheirError
 
     def __iter__(self) -> Iterator[int]:
-        raise Theirs
+        raise TheirError
 
 
 def _breaks() -> Iterator[int]:
     yield 1
-    raise Theirs
+    raise TheirError
 
 
 # name -> a new such value for each call
@@ -85,7 +85,7 @@ VALUES: dict[str, Callable[[], Any]] = {
     "dict of text": lambda: {"a": "b"},
     "set": lambda: {1},
     "object": object,
-    "class": lambda: int,
+    "class": lambda: Exception,
     "function": lambda: print,
     "generator": lambda: iter([1]),
     "generator that raises": _breaks,
@@ -123,9 +123,10 @@ class World:
 
     def values(self) -> dict[str, Callable[[], Any]]:
         """All values, the things of this package among them."""
-        things = ("model", "session", "closed", "foreign", "snapshot", "gone")
+        things = ("model", "closed", "foreign", "snapshot", "gone")
         own = {name: lambda name=name: getattr(self, name) for name in things}
-        return {**VALUES, **own, "tokenizer": lambda: self.model.tokenizer}
+        made = {"session": self.session.fork, "tokenizer": lambda: self.model.tokenizer}
+        return {**VALUES, **own, **made}
 
     def state(self) -> tuple:
         return self.session.tokens, len(self.snapshot), self.free(), len(self.foreign)
@@ -253,7 +254,7 @@ def _raw_error(w: World, call: Callable[[World, Any], Any], value: Any) -> str |
     except runtime.Error as error:
         text = str(error)
         return f"{len(text)} characters: {text!r:.80}" if "\n" in text or len(text) > 500 else None
-    except Theirs:
+    except TheirError:
         return None
     except BaseException as error:
         return f"{type(error).__name__}: {error!s:.100}"

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from runtime.ops.errors import OptionError, TextError
+from runtime.arguments import wrong
+from runtime.ops.errors import OptionError, TextError, shown
 from runtime.text.messages import Message, plain, plain_messages, readings, tool_names
 from runtime.text.tools import tool_schemas
 
@@ -104,12 +105,16 @@ class ChatTemplate:
     def _choose(self, name: str | None, tools: bool) -> Template:
         if name is None:
             name = self._usual(tools)
-        own = isinstance(name, str) and ("{{" in name or "{%" in name)
+        if not isinstance(name, str):
+            raise wrong("template", name, "the name of a template, or the text of one")
+        own = "{{" in name or "{%" in name
         if not own and name not in self.sources:
-            near = difflib.get_close_matches(str(name), self.sources, n=1)
+            near = difflib.get_close_matches(name, self.sources, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(sorted(self.sources))
-            raise OptionError(f"template={name!r:.60} is not in this file, which has {known}{hint}")
+            raise OptionError(
+                f"template={shown(name)} is not in this file, which has {known}{hint}"
+            )
         chosen = _compiled(name if own else self.sources[name])
         if tools and "tools" not in chosen.names:
             raise OptionError(

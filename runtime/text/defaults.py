@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from runtime.errors import OptionError
+from runtime.ops.errors import OptionError, shown
 from runtime.text.sampling import Sampling
 
 _PREFIX = "general.sampling."
@@ -30,7 +30,7 @@ def file_defaults(metadata: Mapping[str, Any], given: Collection[str] = ()) -> d
             continue
         name = _OPTIONS.get(key.removeprefix(_PREFIX))
         if name is None:
-            warnings.warn(f"the file's {key} = {metadata[key]!r:.40} is not used", stacklevel=2)
+            warnings.warn(f"the file's {key} = {shown(metadata[key])} is not used", stacklevel=2)
         elif name not in given:
             found[name] = _checked(key, name, metadata[key])
     return found

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.errors import TextError
+from runtime.ops.errors import TextError, shown
 
 Message = dict[str, Any]
 
@@ -28,12 +28,14 @@ def plain_messages(messages: Any) -> list[Message]:
     if isinstance(messages, str | bytes | Mapping) or not hasattr(messages, "__iter__"):
         raise TextError(
             f"messages must be a list such as [{{'role': 'user', 'content': 'Hi'}}], not "
-            f"{messages!r:.60}"
+            f"{shown(messages)}"
         )
     found = [plain(message) for message in messages]
     for i, message in enumerate(found):
         if not isinstance(message, dict) or "role" not in message:
-            raise TextError(f"message {i} is no mapping with 'role' and 'content': {message!r:.60}")
+            raise TextError(
+                f"message {i} is no mapping with 'role' and 'content': {shown(message)}"
+            )
     if not found:
         raise TextError("there are no messages: give at least one")
     return found

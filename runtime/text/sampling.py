@@ -107,7 +107,7 @@ class Sampling:
         plain |= {n: number(n, getattr(self, n), *limits) for n, limits in _NUMBERS.items()}
         plain |= {n: whole(n, getattr(self, n), low) for n, low in _WHOLES.items()}
         if self.seed is not None:
-            plain["seed"] = whole("seed", self.seed, 0, ", or None for a fresh one")
+            plain["seed"] = whole("seed", self.seed, 0, ", or None for a fresh one", _INF)
         for name, value in plain.items():
             object.__setattr__(self, name, value)
         if self.repeat_penalty == 0:

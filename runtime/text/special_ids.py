@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.errors import TextError
+from runtime.ops.errors import TextError, shown
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -81,7 +81,7 @@ def listed_ids(metadata: Mapping[str, Any], key: str, n_tokens: int) -> list[int
 
 def _checked(key: str, value: Any, n_tokens: int) -> int | None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TextError(f"{key} is {value!r:.60}, not a token id: convert the model again")
+        raise TextError(f"{key} is {shown(value)}, not a token id: convert the model again")
     if 0 <= value < n_tokens:
         return int(value)
     warnings.warn(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-from runtime.ops.errors import OptionError
+from runtime.ops.errors import OptionError, shown
 
 _TYPES: dict[Any, dict[str, str]] = {
     int: {"type": "integer"},
@@ -49,7 +49,7 @@ def tool_schemas(tools: Any) -> list[Mapping[str, Any]] | None:
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
         raise OptionError(
-            f"tools={tools!r:.60} must be a list of functions or of their JSON descriptions"
+            f"tools={shown(tools)} must be a list of functions or of their JSON descriptions"
         )
     return [_schema(tool) for tool in tools] or None
 
@@ -59,7 +59,7 @@ def _schema(tool: Any) -> Mapping[str, Any]:
         return tool
     if inspect.isfunction(tool) or inspect.ismethod(tool):
         return function_schema(tool)
-    raise OptionError(f"the tool {tool!r:.60} is neither a function nor a JSON description of one")
+    raise OptionError(f"the tool {shown(tool)} is neither a function nor a JSON description of one")
 
 
 def function_schema(function: Callable[..., Any]) -> dict[str, Any]:
@@ -202,6 +202,6 @@ def _union(arguments: Sequence[Any], where: str) -> dict[str, Any]:
 def _values(values: list[Any], where: str) -> dict[str, Any]:
     kinds = [_TYPES.get(type(value), {}).get("type") for value in values]
     if None in kinds or not kinds:
-        raise OptionError(f"the choices {values!r:.60} of {where} have no JSON form")
+        raise OptionError(f"the choices {shown(values)} of {where} have no JSON form")
     names = list(dict.fromkeys(kinds))
     return {"type": names[0] if len(names) == 1 else names, "enum": values}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.errors import TextError
+from runtime.ops.errors import TextError, shown
 from runtime.text import special_ids
 from runtime.text.special_ids import BYTE, CONTROL, NORMAL, UNKNOWN
 
@@ -158,7 +158,7 @@ def switch(metadata: Mapping[str, Any], key: str) -> bool | None:
     if value is None:
         return None
     if not isinstance(value, bool | np.bool_ | int | np.integer):
-        raise TextError(f"{key} is {value!r:.60}, not true or false: convert the model again")
+        raise TextError(f"{key} is {shown(value)}, not true or false: convert the model again")
     return bool(value)
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.arguments import shown
-from runtime.ops.errors import OptionError
+from runtime.ops.errors import OptionError, shown
 from runtime.text.samplers import filters
 from runtime.text.samplers.candidates import Candidates
 

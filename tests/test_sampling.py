@@ -344,7 +344,6 @@ def test_bias_and_logits_have_to_fit_the_vocabulary():
         ({}, 1000),
         ({"repeat_penalty": 1.1}, 1500),
         ({"dry_multiplier": 0.8}, 1500),
-        ({"dry_multiplier": 0.8, "dry_penalty_last_n": -1}, 6000),
         ({"xtc_probability": 1.0}, 1000),
         ({"top_n_sigma": 1.0}, 2500),
         ({"dynatemp_range": 0.5}, 1000),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from runtime.arguments import wrong
+from runtime.arguments import flag, wrong
 from runtime.ops.errors import OptionError, TextError, shown
 from runtime.text.messages import Message, plain, plain_messages, readings, tool_names
 from runtime.text.tools import tool_schemas
@@ -89,7 +89,7 @@ class ChatTemplate:
         schemas = tool_schemas(tools)
         chosen = self._choose(template, schemas is not None)
         names = self._special | {"documents": None, "tools": plain(schemas), **plain(extra)}
-        names["add_generation_prompt"] = bool(add_generation_prompt)
+        names["add_generation_prompt"] = flag("add_generation_prompt", add_generation_prompt)
         return _first_that_fits(chosen, given, names)
 
     def encode(

@@ -29,9 +29,10 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """The text that `token` completes; may be empty. Raises TextError for a wrong id."""
+        written = self._token_bytes(token)
         if token in self._hidden:
             return ""
-        return self._show(self._decoder.decode(self._token_bytes(token)))
+        return self._show(self._decoder.decode(written))
 
     def hidden_text(self, token: int) -> str:
         """The text of a token that `feed` does not show ("<|im_start|>"), else ""."""

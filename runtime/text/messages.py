@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.arguments import listed
 from runtime.ops.errors import TextError, shown
 
 Message = dict[str, Any]
@@ -24,13 +25,12 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def plain_messages(messages: Any) -> list[Message]:
-    """A copy of `messages` in plain JSON types. Raises TextError, one line, for no messages."""
-    if isinstance(messages, str | bytes | Mapping) or not hasattr(messages, "__iter__"):
-        raise TextError(
-            f"messages must be a list such as [{{'role': 'user', 'content': 'Hi'}}], not "
-            f"{shown(messages)}"
-        )
-    found = [plain(message) for message in messages]
+    """A copy of `messages` in plain JSON types.
+
+    Raises TextError, one line, for no messages, and OptionError for what is no list.
+    """
+    legal = "a list such as [{'role': 'user', 'content': 'Hi'}]"
+    found = [plain(message) for message in listed("messages", messages, legal)]
     for i, message in enumerate(found):
         if not isinstance(message, dict) or "role" not in message:
             raise TextError(

@@ -9,13 +9,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from runtime.ops.errors import OptionError, TextError
+from runtime.arguments import flag, token_ids, whole, wrong
+from runtime.ops.errors import TextError, shown
 from runtime.text import bytepair, sentencepiece
 from runtime.text.charsmap import CharsMap
 from runtime.text.detokenizer import TextStream
@@ -64,6 +62,8 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any]):
         """`metadata` holds the `tokenizer.*` keys. Raises TextError naming what is wrong."""
+        if not isinstance(metadata, Mapping):
+            raise wrong("metadata", metadata, "a mapping; Tokenizer.from_gguf takes a path")
         self._metadata = metadata
         self._normal_forms: list[Any] = normal_forms(metadata)
         kind = word(metadata, "tokenizer.ggml.model") or "none"
@@ -94,7 +94,7 @@ class Tokenizer:
             source = open_gguf(Path(source))
         metadata = getattr(source, "metadata", None)
         if not isinstance(metadata, Mapping):
-            raise OptionError(f"{source!r:.60} must be the path of a .gguf file, or the open file")
+            raise wrong("source", source, "the path of a .gguf file, or the open file")
         try:
             return cls(metadata)
         except TextError as error:
@@ -122,7 +122,9 @@ class Tokenizer:
         defined for ordinary use are always matched. Lone surrogates become U+FFFD.
         """
         known = self._known
-        special = self._all_special if parse_special else self._user_defined
+        add_special = flag("add_special", add_special)
+        marked = flag("parse_special", parse_special)
+        special = self._all_special if marked else self._user_defined
         ids: list[int] = []
         if add_special and known.add_bos and known.bos_id is not None:
             ids.append(known.bos_id)
@@ -144,8 +146,8 @@ class Tokenizer:
         first word is taken away again. Raises TextError for an id outside the vocabulary and
         OptionError for what is no list of whole numbers.
         """
-        ids = _whole_numbers(ids)
-        text = b"".join(map(self._shown(skip_special), ids)).decode("utf-8", "replace")
+        shows = self._shown(flag("skip_special", skip_special))
+        text = b"".join(map(shows, token_ids("ids", ids))).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._space_prefix else text
 
     def stream(self, skip_special: bool = True, strip_space: bool = False) -> TextStream:
@@ -153,7 +155,8 @@ class Tokenizer:
 
         `strip_space` takes one leading space away, as `decode` does for SentencePiece.
         """
-        hidden = self._known.hidden if skip_special else frozenset()
+        hidden = self._known.hidden if flag("skip_special", skip_special) else frozenset()
+        strip_space = flag("strip_space", strip_space)
         return TextStream(self.token_bytes, strip_space, hidden)
 
     def _shown(self, skip_special: bool) -> Callable[[int], bytes]:
@@ -164,10 +167,15 @@ class Tokenizer:
 
     def token_text(self, token: int) -> str:
         """The token as the file writes it ("Ġthe", "▁the"). Raises TextError for a wrong id."""
-        texts = self._known.texts
-        if not 0 <= token < len(texts):
-            raise TextError(f"token id {token} is outside the vocabulary of {len(texts)}")
-        return texts[token]
+        return self._known.texts[self._checked(token)]
+
+    def _checked(self, token: int) -> int:
+        if type(token) is not int:  # numpy's are taken, booleans are not
+            token = whole("token", token, 0)
+        if not 0 <= token < len(self._known.texts):
+            n = len(self._known.texts)
+            raise TextError(f"token id {shown(token)} is outside the vocabulary of {n}")
+        return token
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of text that a token stands for. Raises TextError for a wrong id."""
@@ -209,7 +217,7 @@ class Tokenizer:
     ) -> list[int] | str:
         """The prompt for a chat, as ids or (tokenize=False) as text; see `ChatTemplate.render`."""
         options |= {"tools": tools, "add_generation_prompt": add_generation_prompt}
-        if tokenize:
+        if flag("tokenize", tokenize):
             return self.chat_template.encode(self, messages, **options)
         return self.chat_template.render(messages, **options)
 
@@ -225,7 +233,7 @@ class Tokenizer:
 
     def is_control(self, token: int) -> bool:
         """Whether a token steers the model instead of standing for text."""
-        return bool(self._known.kinds[token] == CONTROL)
+        return bool(self._known.kinds[self._checked(token)] == CONTROL)
 
     @property
     def _known(self) -> Vocabulary:
@@ -347,16 +355,6 @@ class Tokenizer:
         mask = self._known.ids.get("<mask>")
         masked = encoder or self._metadata.get("tokenizer.ggml.pre") in _MASKED
         return frozenset((mask,) if masked and mask is not None else ())
-
-
-def _whole_numbers(ids: Any) -> list[int]:
-    try:
-        found = list(ids)
-        if not any(isinstance(i, bool | np.bool_) for i in found):
-            return list(map(index, found))
-    except TypeError:
-        pass
-    raise OptionError(f"token ids must be a list of whole numbers, not {ids!r:.60}")
 
 
 def _bare_size(metadata: Mapping[str, Any]) -> int:

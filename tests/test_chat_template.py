@@ -382,7 +382,7 @@ class TestNamedTemplates:
     ],
 )
 def test_messages_have_roles(messages, says):
-    with pytest.raises(TextError, match=says):
+    with pytest.raises((TextError, OptionError), match=says):
         ChatTemplate(None).render(messages)
 
 

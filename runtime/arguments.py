@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
 from operator import index
 from typing import Any
@@ -52,16 +52,19 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     return plain
 
 
-def token_ids(name: str, value: Any) -> list[int]:
-    """`value` as a list of ints; OptionError for anything that holds more than whole numbers."""
-    legal = "a list of whole numbers; text becomes ids with model.tokenizer.encode(text)"
-    found = listed(name, value, legal)
+def token_ids(ids: Any) -> list[int]:
+    """Token ids as ints; OptionError for what is no list of whole numbers."""
     try:
-        if bool in map(type, found):
-            raise TypeError
-        return list(map(index, found))
+        found = list(ids)
+        unfit = type(ids) is not list and isinstance(ids, bytes | bytearray | Mapping | Set)
+        if not unfit and bool not in map(type, found):
+            return list(map(index, found))
     except TypeError:
-        raise wrong(name, value, legal) from None
+        pass
+    raise OptionError(
+        f"token ids must be a list of whole numbers, got {shown(ids)}; "
+        "text becomes ids with model.tokenizer.encode(text)"
+    )
 
 
 def flag(name: str, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +156,9 @@ def check(
             raise OptionError("there are no tokens to evaluate; give at least one id")
         if min(ids) < 0 or max(ids) >= vocabulary:
             outside = next(i for i in ids if not 0 <= i < vocabulary)
-            raise OptionError(f"token id {shown(outside)} is outside the vocabulary of {vocabulary}")
+            raise OptionError(
+                f"token id {shown(outside)} is outside the vocabulary of {vocabulary}"
+            )
         session._check_open()
         check_room(len(session), len(ids), context)
 

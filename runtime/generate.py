@@ -117,7 +117,7 @@ def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, An
     if isinstance(prompt, str):
         ids = model.tokenizer.encode(prompt, add_special=not len(session))
     else:
-        ids = token_ids("prompt", prompt)
+        ids = token_ids(prompt)
     if not ids:
         raise OptionError("the prompt is empty and the model adds no start token; give some text")
     check([(session, ids)], "last", model.vocab_size, model.context)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from runtime.arguments import shown, whole
+from runtime.arguments import whole
 from runtime.errors import OptionError
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent

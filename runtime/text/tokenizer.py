@@ -147,7 +147,7 @@ class Tokenizer:
         OptionError for what is no list of whole numbers.
         """
         shows = self._shown(flag("skip_special", skip_special))
-        text = b"".join(map(shows, token_ids("ids", ids))).decode("utf-8", "replace")
+        text = b"".join(map(shows, token_ids(ids))).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._space_prefix else text
 
     def stream(self, skip_special: bool = True, strip_space: bool = False) -> TextStream:

@@ -6,6 +6,7 @@ operating system that it calls by address, and the lives of the threads.
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
 import os
@@ -21,11 +22,13 @@ from runtime.backends import forks
 from runtime.ops.errors import BackendError
 
 from .abi import CONTROL
+from .control import ABORT
 from .objects import function
 
 _SPIN_NS = 200_000  # a worker waits this long for the next plan before it parks
 _SPINS = 500  # turns in a barrier before a thread gives its processor away
 _LINE = 64
+_HEAR, _AGAIN = 0.05, 0.001  # seconds between two looks at signals, and at the end of an abort
 
 _teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()
 
@@ -46,13 +49,16 @@ class ThreadTeam:
         self._lock = forks.lock()
         self._control: np.ndarray | None = None
         self._end: weakref.finalize | None = None
+        self._last: LongRun | None = None
         _teams.add(self)
 
-    def run(self, table: int, n_rows: int, profile: int = 0) -> None:
+    def run(self, table: int, n_rows: int, profile: int = 0, long: bool = False) -> None:
         """Run the plan of `n_rows` rows at address `table`; returns when all threads are done.
 
         profile: address of n_rows + 1 int64 that receive nanoseconds at the start of each row
-        (after its barrier) and at the end, or 0.
+        (after its barrier) and at the end, or 0. long: it may take so long that who presses
+        Ctrl-C waits for the end; then KeyboardInterrupt comes after the row under way, and what
+        the plan writes is worth nothing.
         BackendError: the system lets no more threads start; a later call tries again.
         """
         if n_rows == 0:
@@ -61,12 +67,19 @@ class ThreadTeam:
             if self._control is None:
                 self._start()
             assert self._control is not None, "started"
+            self._end_last()
             words = {"table": table, "n_rows": n_rows, "profile": profile}
-            _lead(self._entry, self._control, self.n_threads, **words)
+            if long and threading.current_thread() is threading.main_thread():
+                self._last = run = LongRun(self._entry, self._control, self.n_threads, words)
+                run.run()
+                self._last = None
+            else:
+                _lead(self._entry, self._control, self.n_threads, **words)
 
     def close(self) -> None:
         """End the threads. The next `run` starts new ones; a team nobody holds ends by itself."""
         with self._lock:
+            self._end_last()
             end = self._end
             self.forget()  # before they end: a team without its threads would wait for ever
             if end is not None:
@@ -74,7 +87,13 @@ class ThreadTeam:
 
     def forget(self) -> None:
         """Begin anew with the next `run`, whatever has become of the threads."""
-        self._control = self._end = None
+        self._control = self._end = self._last = None
+
+    def _end_last(self) -> None:
+        """A run that was interrupted twice, so that not even its early end was waited for."""
+        if self._last is not None:
+            self._last.abort()
+            self._last = None
 
     def __enter__(self) -> ThreadTeam:
         return self
@@ -110,6 +129,57 @@ class ThreadTeam:
             raise
         self._end = weakref.finalize(self, _end, *ends)
         self._control = control
+
+
+class LongRun:
+    """A plan run from a thread of its own, while this one waits and hears of signals.
+
+    Python runs the handlers of signals in the main thread, between two of its own instructions:
+    not while that is inside of the plan.
+    """
+
+    def __init__(
+        self, entry: Any, control: np.ndarray, n_threads: int, words: dict[str, int]
+    ) -> None:
+        self._control = control
+        self._arguments, self._words = (entry, control, n_threads), words
+        self._unclaimed, self._running = threading.Lock(), threading.Lock()
+        self._running.acquire()
+
+    def run(self) -> None:
+        """Run it; what a signal's handler raises ends it early."""
+        try:
+            try:
+                _thread.start_new_thread(self._lead, ())
+            except RuntimeError:  # no more threads, so no signals meanwhile
+                self._lead()
+            self.wait()
+        except BaseException:
+            self.abort()
+            raise
+
+    def wait(self) -> None:
+        """Until it has ended, or a signal's handler raises. Windows hears of signals in between."""
+        while not self._running.acquire(timeout=_HEAR):
+            pass
+        self._running.release()
+
+    def abort(self) -> None:
+        """End it after the row under way, and wait for that."""
+        if self._unclaimed.acquire(blocking=False):
+            self._running.release()  # it has not begun, and will not
+            return
+        while not self._running.acquire(timeout=_AGAIN):
+            self._control[ABORT] = 1  # again, for the plan may only now have begun
+        self._running.release()
+
+    def _lead(self) -> None:
+        if self._unclaimed.acquire(blocking=False):
+            try:
+                entry, control, n_threads = self._arguments
+                _lead(entry, control, n_threads, **self._words)
+            finally:
+                self._running.release()
 
 
 def _lead(entry: Any, control: np.ndarray, n_threads: int, **words: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from runtime.ops.tensor import Tensor
 TILE_TOKENS = 8  # tokens of one attention tile: they share the conversion of a page
 _PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unused
 _CANARY = 0xA5
+_LONG = 0.02  # seconds that a step may take without a look at signals
 
 
 class Program:
@@ -28,6 +31,7 @@ class Program:
         self.plan, self._team, self._arena = plan, team, arena
         self._memory, self._scratch = memory, scratch  # kept alive: the table has addresses
         self._inputs: dict[str, np.ndarray] = {}
+        self._pace = math.inf  # seconds a token took in the last step
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
         self._table = Table([
@@ -48,7 +52,9 @@ class Program:
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step; see backends/base.py. Results are views of the arena."""
         self._prepare(inputs, live)
-        self._team.run(*self._table.records())
+        tokens, started = live.get("tokens", 1), time.perf_counter()
+        self._team.run(*self._table.records(), long=self._pace * tokens > _LONG)
+        self._pace = (time.perf_counter() - started) / tokens
         return self._results(live)
 
     def profile(

@@ -5,6 +5,8 @@ all have finished; the others wait for plans until they are told to stop. A wait
 for a bounded time, then parks on a condition variable whose functions are called by address, so
 no Python and no allocation lies between two plans. The barrier counts arrivals and never resets:
 the goal of a barrier is where the count stood when the plan began, plus n_threads per barrier.
+A plan that is aborted is walked to its end all the same, so that all threads meet at every
+barrier, but no kernel is called any more.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from llvmlite import ir
 
 from runtime.backends.cpu.abi import CONTROL as _WORDS
 from runtime.backends.cpu.abi import PLAN_BARRIER, PLAN_ROW_WORDS
+from runtime.backends.cpu.control import ABORT
 from runtime.backends.cpu.isa import host_arch
 
 from . import emit as e
@@ -28,6 +31,7 @@ _SELF = 8 * _WORDS["self"]
 _GENERATION, _ARRIVALS, _SLEEPERS = (8 * _WORDS[k] for k in ("generation", "arrivals", "sleepers"))
 _TABLE, _N_ROWS, _BASE = (8 * _WORDS[k] for k in ("table", "n_rows", "base"))
 _PROFILE, _STOP = (8 * _WORDS[k] for k in ("profile", "stop"))
+_ABORT = 8 * ABORT
 _YIELD, _LOCK, _UNLOCK = (8 * _WORDS[k] for k in ("yield", "lock", "unlock"))
 _WAIT, _BROADCAST, _CLOCK = (8 * _WORDS[k] for k in ("wait", "broadcast", "clock"))
 _CLOCK_ID, _CLOCK_HIGH, _CLOCK_LOW = (
@@ -112,7 +116,8 @@ def run_plan(control, thread, n_threads):
             await_arrivals(control, goal)
         if profile != 0 and thread == 0:
             s.store_i64(profile + i * 8, clock(control, thread))
-        call_kernel(s.load_i64(row), s.load_i64(row + 8), thread, n_threads)
+        if observe(control + _ABORT) == 0:
+            call_kernel(s.load_i64(row), s.load_i64(row + 8), thread, n_threads)
     fetch_add(control + _ARRIVALS, 1)
     if thread == 0:
         await_arrivals(control, goal + n_threads)
@@ -148,6 +153,7 @@ def await_plan(control, thread, seen):
 @helper
 def lead(control):
     s.store_i64(control + _BASE, observe(control + _ARRIVALS))
+    s.store_i64(control + _ABORT, 0)
     fetch_add(control + _GENERATION, 1)
     if observe(control + _SLEEPERS) > 0:
         call(s.load_i64(control + _LOCK), control + _MUTEX, 0, 0, 0)

@@ -17,7 +17,7 @@ from fake_model import DEMO, CommandLine, FakeModel, needs_demo
 from gguf_files import gguf_bytes
 
 from runtime import traffic
-from runtime.cli import bandwidth, facts, main, summary
+from runtime.cli import bandwidth, bench, bench_plan, facts, main, summary
 from runtime.cli.output import bar, bars, count, size, table
 from runtime.errors import ModelError
 from runtime.gguf.reader import open_gguf
@@ -110,6 +110,14 @@ class TestBench:
         model = FakeModel()
         invoke("bench", "-p", "8", "-n", "0", "-r", "1", "--no-warmup", model=model)
         assert model.evals == [8, "closed"]
+
+    def test_logits_of_the_last_token_that_is_sent_at_once(self):
+        setting = bench_plan.Setting(None, 8, 3, "f16", "f16", None)
+        pieces = bench._pieces(list(range(12)), bench_plan.Test(10, 2, 0), setting)
+        assert list(pieces) == [
+            ([0, 1, 2], "none"), ([3, 4, 5], "none"), ([6, 7], "last"), ([8, 9], "last"),
+            ([10], "last"), ([11], "last"),
+        ]  # fmt: skip
 
     def test_a_prompt_and_a_generation_as_one(self, invoke):
         model = FakeModel()

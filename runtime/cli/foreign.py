@@ -42,7 +42,7 @@ def fetch(name: str) -> str:
     repository, _, kind = name.partition(":")
     only = f" --include '*{kind}*.gguf'" if kind else ""
     return (
-        f'{NO_DOWNLOAD}: get the file with "hf download {repository}{only}" '
+        f'{NO_DOWNLOAD}: get the file with "hf download {repository}{only} --local-dir ." '
         "(pip install huggingface_hub), then give its path"
     )
 

@@ -42,6 +42,13 @@ class Sources:
             self._digests[modules] = hashlib.sha256(text.encode()).hexdigest()
         return self._digests[modules]
 
+    def unchanged(self, *modules: str) -> bool:
+        """Whether all these files are still what this process read of them.
+
+        Compile processes read them later: what they make of an edited one must not be kept.
+        """
+        return all(_content(m)[0] == content for m, content in self._closure(modules).items())
+
     def modules(self, *modules: str) -> list[str]:
         """The names of all modules that a digest covers, sorted."""
         return sorted(self._closure(modules))
@@ -61,13 +68,10 @@ class Sources:
     def _file(self, module: str) -> tuple[str, list[str]]:
         """The hash of a module's name and source, and what it imports."""
         if module not in self._files:
-            path = _path(module)
-            assert path is not None, f"{module} is a module of the package"
-            source = path.read_bytes()
-            content = hashlib.sha256(f"{module}\n".encode() + source).hexdigest()
+            content, path = _content(module)
             if content not in self._memory():
                 package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-                self._memory()[content] = sorted(set(_imports(source, package)))
+                self._memory()[content] = sorted(set(_imports(path.read_bytes(), package)))
             self._files[module] = content, self._memory()[content]
         return self._files[module]
 
@@ -78,6 +82,13 @@ class Sources:
             if len(self._imports) > _MOST:
                 self._imports = {}
         return self._imports
+
+
+def _content(module: str) -> tuple[str, Path]:
+    """The hash of a module's name and source, and its file."""
+    path = _path(module)
+    assert path is not None, f"{module} is a module of the package"
+    return hashlib.sha256(f"{module}\n".encode() + path.read_bytes()).hexdigest(), path
 
 
 def _imports(source: bytes, package: str) -> Iterator[str]:

@@ -109,6 +109,21 @@ def test_the_entry_of_another_kernel_is_not_loaded(library: Library, compiled: d
     assert _entry(library).read_bytes() == compiled[KERNEL]
 
 
+def test_what_is_compiled_of_a_file_edited_meanwhile_is_not_kept(
+    library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The process that compiles reads the file later than the one that names the entry."""
+    from runtime.backends import sources
+
+    real, edited = sources._path, tmp_path / "pack.py"
+    library.name(KERNEL)
+    _entry(library).unlink()
+    edited.write_bytes(real("runtime.backends.cpu.tile.pack").read_bytes() + b"# edited\n")
+    changed = {"runtime.backends.cpu.tile.pack": edited}
+    monkeypatch.setattr(sources, "_path", lambda module: changed.get(module) or real(module))
+    assert library.address(KERNEL) and not _entry(library).exists()
+
+
 def test_writers_of_one_entry_never_mix(tmp_path: Path):
     """Threads, as two models loaded side by side are, and processes."""
     contents = [bytes([65 + n]) * (200_000 + n) for n in range(6)]

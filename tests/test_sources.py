@@ -54,13 +54,19 @@ def _names(checkout: Path) -> dict[Kernel, str]:
     return {Kernel.parse(text): name for text, name in json.loads(done.stdout).items()}
 
 
-def _edited(checkout: Path, file: str) -> set[str]:
-    """Names of the kernels that are others once `file` has one more line."""
-    path, before = checkout / file, _names(checkout)
-    source = path.read_text()
-    path.write_text(source + "\nFURTHER = 1\n")
+@pytest.fixture(scope="module")
+def before(checkout: Path) -> dict[Kernel, str]:
+    return _names(checkout)
+
+
+def _edited(checkout: Path, before: dict[Kernel, str], *files: str) -> set[str]:
+    """Names of the kernels that are others once these files have one more line."""
+    sources = {checkout / file: (checkout / file).read_text() for file in files}
+    for path, source in sources.items():
+        path.write_text(source + "\nFURTHER = 1\n")
     after = _names(checkout)
-    path.write_text(source)
+    for path, source in sources.items():
+        path.write_text(source)
     return {kernel.name for kernel in KERNELS if before[kernel] != after[kernel]}
 
 
@@ -68,25 +74,31 @@ def _numba(*files: str) -> set[str]:
     return {name for name, file in FILE_OF.items() if file in files}
 
 
-def test_an_edited_kernel_alone_is_compiled_again(checkout: Path):
-    assert _edited(checkout, "backends/cpu/kernels/norm.py") == {"rms_norm"}
-    assert _edited(checkout, "backends/cpu/kernels/moe.py") == _numba("moe")
-    assert _edited(checkout, "backends/cpu/tile/emit.py") == {"matmul", "matmul_id"}
-    assert _edited(checkout, "backends/cpu/tile/pack.py") == {"pack_weights"}
+@pytest.mark.parametrize(
+    ("file", "kernels"),
+    [
+        ("cpu/kernels/norm.py", {"rms_norm"}),
+        ("cpu/kernels/moe.py", _numba("moe")),
+        ("cpu/tile/emit.py", {"matmul", "matmul_id"}),
+        ("cpu/tile/pack.py", {"pack_weights"}),
+        ("cpu/kernels/simd.py", set(FILE_OF)),
+        ("cpu/kernels/attention_block.py", _numba("attention", "short_conv", "delta")),
+    ],
+)
+def test_what_an_edited_file_is_part_of_alone_is_compiled_again(
+    checkout: Path, before: dict[Kernel, str], file: str, kernels: set[str]
+):
+    assert _edited(checkout, before, f"backends/{file}") == kernels
 
 
-def test_what_several_kernels_import_is_part_of_all_of_them(checkout: Path):
-    assert _edited(checkout, "backends/cpu/kernels/simd.py") == set(FILE_OF)
-    assert _edited(checkout, "backends/cpu/kernels/attention_block.py") == _numba(
-        "attention", "short_conv", "delta"
-    )
-    assert _edited(checkout, "ops/quants_iq.py") >= {"get_rows", "matmul"}
+def test_other_packages_count_too(checkout: Path, before: dict[Kernel, str]):
+    assert _edited(checkout, before, "ops/quants_iq.py") >= {"get_rows", "matmul"}
 
 
-def test_what_no_code_is_made_of_changes_none(checkout: Path):
-    for file in ("signatures.py", "isa.py", "lower.py", "library.py", "executor.py"):
-        assert _edited(checkout, f"backends/cpu/{file}") == set(), file
-    assert _edited(checkout, "ops/errors.py") == set()
+def test_what_no_code_is_made_of_changes_none(checkout: Path, before: dict[Kernel, str]):
+    files = ("signatures.py", "isa.py", "lower.py", "library.py", "executor.py")
+    edited = [f"backends/cpu/{file}" for file in files]
+    assert _edited(checkout, before, *edited, "ops/errors.py") == set()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from runtime.backends import pool
 from runtime.backends.base import Progress
@@ -36,7 +36,7 @@ def _compile_tile(kernel: Kernel, isa: str) -> tuple[str, bytes]:
 
 def compile_all(
     kernels: list[Kernel], isa: str, progress: Progress | None = None
-) -> Iterator[tuple[Kernel, str, bytes]]:
+) -> Generator[tuple[Kernel, str, bytes], None, None]:
     """Compile in parallel processes; yields (kernel, symbol, object code) as they finish.
 
     BackendError names the kernel that failed and the compiler's last line.

@@ -60,7 +60,8 @@ class Library:
             # closing: an interrupt here ends the compile processes now, not at some collection
             with contextlib.closing(compile_all(absent, self.isa, progress)) as compiled:
                 for kernel, symbol, code in compiled:
-                    self.entries.write(self.name(kernel), symbol, code)
+                    if self._sources.unchanged(*source_modules(kernel)):
+                        self.entries.write(self.name(kernel), symbol, code)
                     self._load(kernel, symbol, code)
 
     def name(self, kernel: Kernel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from runtime.backends import pool
 from runtime.backends.base import Progress
@@ -15,7 +15,7 @@ from .catalogue import Compiled, from_head, head
 
 def compile_all(
     kernels: list[Kernel], target: str, progress: Progress | None = None
-) -> Iterator[tuple[Kernel, Compiled]]:
+) -> Generator[tuple[Kernel, Compiled], None, None]:
     """Compile in parallel processes; yields kernels as they finish.
 
     BackendError names the kernel that failed, or the extra to install.

@@ -71,14 +71,14 @@ class Library:
 
             with contextlib.closing(compile_all(absent, self.target, progress)) as found:
                 for kernel, compiled in found:
-                    name = self.name(kernel, toolchain_digest())
-                    self.entries.write(name, json.dumps(head(compiled)), compiled.code)
+                    if self._sources.unchanged(*_source_modules(kernel)):
+                        name = self.name(kernel, toolchain_digest())
+                        self.entries.write(name, json.dumps(head(compiled)), compiled.code)
                     self._kernels[kernel] = compiled
 
     def name(self, kernel: Kernel, toolchain: str) -> str:
         """The name of a kernel's entry, which says all that its code depends on."""
-        file = f"{_HERE}.kernels.{FILE_OF[kernel.name]}"
-        source = self._sources.digest(file, f"{_HERE}.compile")[:32]
+        source = self._sources.digest(*_source_modules(kernel))[:32]
         return f"cuda-{self.target}/{kernel}-{source}-{toolchain[:16]}.cubin"
 
     def _read(self, kernel: Kernel) -> bool:
@@ -100,6 +100,11 @@ class Library:
             return [self.name(kernel, toolchain_digest())]
         found = sorted(self.entries.folder.glob(self.name(kernel, "*")))
         return [path.relative_to(self.entries.folder).as_posix() for path in found]
+
+
+def _source_modules(kernel: Kernel) -> tuple[str, ...]:
+    """The modules a kernel is compiled from; what they import comes with them."""
+    return f"{_HERE}.kernels.{FILE_OF[kernel.name]}", f"{_HERE}.compile"
 
 
 @functools.cache

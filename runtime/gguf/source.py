@@ -57,7 +57,7 @@ class Source:
         Much is read by several threads: one alone copies no faster than a few packing threads use
         it up.
         """
-        room, readers = memoryview(out), min(_READERS, os.cpu_count() or 1)
+        room, readers = out.data, min(_READERS, os.cpu_count() or 1)
         share = max(_SHARE, -(-len(room) // readers))
         parts = [(start + at, room[at : at + share]) for at in range(0, len(room), share)]
         results: list[Any] = []
@@ -118,7 +118,7 @@ class Head:
         self.source = source
         # memory that is never written takes no room
         self._room = np.empty(min(source.size, _MOST_HEAD), np.uint8)
-        self.loaded = memoryview(self._room)[:0]
+        self.loaded = self._room.data[:0]
         self.load(1)
 
     def load(self, end: int) -> memoryview:
@@ -132,7 +132,7 @@ class Head:
                 )
             goal = min(max(end, have + _HEAD_STEP), len(self._room))
             self.source.read(have, self._room[have:goal])
-            self.loaded = memoryview(self._room)[:goal].toreadonly()
+            self.loaded = self._room.data[:goal].toreadonly()
         return self.loaded
 
 

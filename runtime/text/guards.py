@@ -134,7 +134,7 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
     return guarded
 
 
-def _guarded_test(function: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded_test(function: Any) -> Callable[..., Any]:
     own = int(hasattr(function, "jinja_pass_arg"))
 
     @wraps(function)

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sqlite3
+import time
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -178,6 +179,13 @@ class TestBench:
         result = invoke("bench", f"--n-prompt={text}")
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
 
+    def test_delay_comes_before_every_test(self, invoke, monkeypatch):
+        waits = []
+        monkeypatch.setattr(bench, "time", SimpleNamespace(
+            sleep=waits.append, perf_counter=time.perf_counter))  # fmt: skip
+        invoke("bench", "-p", "1,2", "-n", "0", "-r", "2", "--delay", "1.5")
+        assert waits == [1.5, 1.5]
+
     def test_options_may_be_repeated(self, invoke):
         args = (
             "bench",
@@ -259,6 +267,16 @@ class TestInspect:
         assert len(calls) == 1
         (tmp_path / "new" / "bandwidth.json").write_text("[]")
         assert bandwidth.remembered(1) is None
+
+    def test_metadata_does_not_steer_the_terminal(self, invoke, tmp_path):
+        path = tmp_path / "odd.gguf"
+        evil = "\x1b]0;owned\x07\x9b2J"
+        words = {"general.architecture": f"no{evil}", "general.name": evil, f"key{evil}": evil}
+        path.write_bytes(gguf_bytes(words, {}))
+        for args in (("inspect", path), ("run", path, "-p", "x")):
+            output = invoke(*args).output
+            assert "\x1b" not in output and "\x07" not in output and "\x9b" not in output
+        assert r"\x1b]0;owned\x07\x9b2J" in invoke("inspect", path).stdout
 
     def test_lengths_shown(self, tmp_path):
         assert summary.contexts(FakeFile({}, **{"unknown.context_length": 131072})) == [

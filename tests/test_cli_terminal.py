@@ -252,6 +252,9 @@ class TestWrap:
         assert width("a\u0301") == 1 and width("海a") == 3 and width("\u200b") == 0
         assert width("😀") == 2 and unicodedata.east_asian_width("é") != "W"
 
+    def test_an_answer_does_not_steer_the_terminal(self):
+        assert wrapped("a\x1b[2Jb \x9b1m\x07", 79) == "a\ufffd[2Jb \ufffd1m\ufffd"
+
     def test_lines_of_the_answer_stay(self):
         assert wrapped("a\n\n  b\n- c  d\n") == "a\n\n  b\n- c  d\n"
 

@@ -106,7 +106,9 @@ class CommandGroup(click.Group):
         except click.Abort:
             return 130
         except Exception as error:
-            click.echo(f"error: {' '.join(_mistake(error).split())}", err=True)
+            from runtime.cli.output import printable
+
+            click.echo(f"error: {printable(' '.join(_mistake(error).split()))}", err=True)
             return 2 if isinstance(error, click.UsageError) else 1
 
 

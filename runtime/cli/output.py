@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,18 @@ _FULL, _EIGHTHS = "█", " ▏▎▍▌▋▊▉"
 def note(text: str, quiet: bool = False) -> None:
     """A line on stderr, dim on a terminal."""
     if not quiet:
-        click.secho(text, err=True, dim=True)
+        click.secho(printable(text), err=True, dim=True)
+
+
+def printable(text: str) -> str:
+    """`text` without characters that would steer a terminal: they come from files, too."""
+    if text.isprintable():
+        return text
+    return "".join(f"\\x{ord(c):02x}" if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    return character != "\n" and unicodedata.category(character) == "Cc"
 
 
 def is_terminal(stream: Any) -> bool:
@@ -45,6 +57,8 @@ def count(n: float) -> str:
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: str = "") -> str:
     """Aligned columns. `right` names the columns, by their header, that are flush right."""
+    header = [printable(cell) for cell in header]
+    rows = [[printable(cell) for cell in row] for row in rows]
     flush_right = [bool(name) and name in right.split(",") for name in header]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -61,7 +75,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: str = "")
 def pairs(rows: Sequence[tuple[str, str]]) -> str:
     """A name and what it is on each line."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return "\n".join(f"{name.ljust(width)}  {printable(value)}" for name, value in rows)
 
 
 def bar(share: float, width: int) -> str:

@@ -63,6 +63,8 @@ class Wrapper:
             self._emit()
             self._gap += " " if character == "\t" else character
         else:
+            if unicodedata.category(character) == "Cc":
+                character = "\ufffd"  # an answer shall not steer the terminal
             # East Asian text has no spaces: its lines may break around every character
             wide = _width(character) == 2 or _width((self._word or " ")[-1]) == 2
             if self._word and wide and character not in _CLOSING:

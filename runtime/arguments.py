@@ -29,11 +29,12 @@ def whole(name: str, value: Any, low: int, note: str = "", high: float = 2**63 -
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise wrong(name, value, f"a whole number{note}")
-    if value < low:
+    plain = int(value)
+    if plain < low:
         raise wrong(name, value, f"at least {low}{note}")
-    if value > high:
+    if plain > high:
         raise wrong(name, value, f"at most {high}")
-    return int(value)
+    return plain
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:

@@ -206,6 +206,7 @@ EVERY_CHAIN = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of signalling NaN
 @pytest.mark.parametrize("options", EVERY_CHAIN, ids=str)
 @pytest.mark.parametrize("bad", ["7fc00000", "ffc00000", "7f800001", "ff800001", "7f800000"])
 @pytest.mark.parametrize("at", [0, 4, 9])

@@ -5,7 +5,7 @@ Nothing here knows a model or a session: whoever evaluates tokens feeds the rows
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,10 +31,11 @@ class Answer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, sampler: Sampler, stops: Iterable[str], most: int, at_most: str
+        self, tokenizer: Tokenizer, sampler: Sampler, stops: Sequence[str], most: int, at_most: str
     ) -> None:
         self._ends, self._sampler = tokenizer.end_ids, sampler
         self._stream, self._stops = tokenizer.stream(), StopFilter(stops)
+        self._stoppable = bool(stops)
         self._left, self._at_most = most, at_most
 
     def feed(self, row: np.ndarray) -> Fed:
@@ -47,7 +48,9 @@ class Answer:
         self._left -= 1
         if token.id in self._ends:
             return Fed(token, self._tail(), "end")
-        text = self._stops.feed(self._stream.feed(token.id), self._stream.hidden_text(token.id))
+        text = self._stream.feed(token.id)
+        if self._stoppable:
+            text = self._stops.feed(text, self._stream.hidden_text(token.id))
         if self._stops.stopped:
             return Fed(token, text, "stop")
         if self._left <= 0:

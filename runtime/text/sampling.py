@@ -160,7 +160,10 @@ class Sampler:
                 f"logit_bias names token {wrong_id}, outside the vocabulary of {vocab_size}"
             )
         self._bias_ids = np.array(list(bias), np.int64)
-        self._bias = np.array(list(bias.values()), np.float64)
+        # what is far from the largest float32 can be added as it is, -inf too
+        self._plain_bias = bool(bias) and all(abs(v) < 1e30 or v == -_INF for v in bias.values())
+        exact = np.float32 if self._plain_bias else np.float64
+        self._bias = np.array(list(bias.values()), exact)
         self._mirostat = None
         if sampling.mirostat:
             self._mirostat = Mirostat(sampling.mirostat_tau, sampling.mirostat_eta)
@@ -205,30 +208,31 @@ class Sampler:
         raw = np.asarray(logits, np.float32).reshape(-1)
         if raw.size != self.vocab_size:
             raise OptionError(f"{raw.size} logits for a vocabulary of {self.vocab_size}")
-        if not -_INF < raw.max() < _INF:  # NaN, of either sign, is no such maximum
-            raise BackendError(
-                "the model's logits are not finite, so no token can be chosen: the file or a "
-                "kernel is broken; VALIDATE=1 names the op"
-            )
-        chosen = self._choose(raw)
+        chosen = self._choose(raw, self._biased(raw))
         if not self.sampling.logprobs:
             return Token(chosen)
         return _with_logprobs(raw, chosen, self.sampling.logprobs)
 
     def _biased(self, raw: np.ndarray) -> np.ndarray:
-        """The logits, float32 [vocabulary], with logit bias; a copy where samplers change them."""
+        """The logits, float32 [vocabulary], with logit bias; a copy where anything changes them."""
         if not self._scratch.size:
             return raw
         logits = self._scratch
         np.copyto(logits, raw)
-        if self._bias.size:
+        if self._plain_bias:
+            logits[self._bias_ids] += self._bias
+        elif self._bias.size:
+            _check_finite(raw.max(), raw)
             Candidates(logits).change(self._bias_ids, logits[self._bias_ids] + self._bias)
-            if logits.max() == -_INF:
-                raise OptionError("logit_bias forbids every token: allow at least one")
         return logits
 
-    def _choose(self, raw: np.ndarray) -> int:
-        c = Candidates(self._biased(raw))
+    def _choose(self, raw: np.ndarray, logits: np.ndarray) -> int:
+        if self._greedy and not self._steps:
+            chosen = int(logits.argmax())
+            _check_finite(logits[chosen], raw)
+            return chosen
+        _check_finite(logits.max(), raw)
+        c = Candidates(logits)
         for step in self._steps:
             c = step(c)
         if self._greedy:
@@ -237,12 +241,24 @@ class Sampler:
             c = self._mirostat(c)
         c = ordered(c)
         chances = softmax(c.values)
-        sums = np.cumsum(chances)
-        at = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
+        sums = chances.cumsum()
+        at = int(sums.searchsorted(self._random.random() * sums[-1], side="right"))
         at = min(at, chances.size - 1)
         if self._mirostat is not None:
             self._mirostat.learn(float(chances[at]))
         return at if c.ids is None else int(c.ids[at])
+
+
+def _check_finite(highest: np.floating, raw: np.ndarray) -> None:
+    """OptionError or BackendError unless the highest logit, of those with bias, is finite."""
+    if -_INF < highest < _INF:  # not so with NaN, of either sign
+        return
+    if highest == -_INF and raw.max() > -_INF:
+        raise OptionError("logit_bias forbids every token: allow at least one")
+    raise BackendError(
+        "the model's logits are not finite, so no token can be chosen: the file or a kernel is "
+        "broken; VALIDATE=1 names the op"
+    )
 
 
 def _with_logprobs(raw: np.ndarray, chosen: int, n: int) -> Token:

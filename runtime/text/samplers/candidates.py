@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 
@@ -23,10 +22,13 @@ class Candidates:
     ids: np.ndarray | None = None
     best_first: bool = False
 
-    def take(self, at: np.ndarray | slice) -> Self:
+    def take(self, at: np.ndarray | slice) -> Candidates:
         """Those at these places, in this order, which keeps the best first if they are."""
-        ids = np.arange(self.values.size)[at] if self.ids is None else self.ids[at]
-        return type(self)(self.values[at], ids, self.best_first)
+        if self.ids is not None:
+            ids = self.ids[at]
+        else:
+            ids = np.arange(self.values.size)[at] if isinstance(at, slice) else at
+        return Candidates(self.values[at], ids, self.best_first)
 
     def places(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(places, which): where those of `tokens` are that have not been filtered out."""
@@ -65,8 +67,8 @@ def ordered(c: Candidates) -> Candidates:
 
 def softmax(values: np.ndarray) -> np.ndarray:
     """Probabilities, float64, of these logits."""
-    powers = np.exp(values - np.float64(values.max()))
-    return powers / powers.sum()
+    powers = np.exp(values - np.float64(np.maximum.reduce(values)))
+    return powers / np.add.reduce(powers)
 
 
 def _order(c: Candidates) -> np.ndarray:

@@ -24,8 +24,9 @@ def top_p(c: Candidates, p: float) -> Candidates:
 
 def min_p(c: Candidates, p: float) -> Candidates:
     """Those at least p times as probable as the best (Nguyen et al. 2024, arXiv:2407.01082)."""
-    lowest = np.float64(c.values.max()) + math.log(p)
-    return c.take(np.flatnonzero(c.values >= lowest))
+    if not c.best_first:
+        return c.take(np.flatnonzero(c.values >= np.float64(c.values.max()) + math.log(p)))
+    return c.take(slice(max(1, np.count_nonzero(c.values >= c.values[0] + math.log(p)))))
 
 
 def typical(c: Candidates, p: float) -> Candidates:
@@ -84,4 +85,4 @@ def _logs(chances: np.ndarray) -> np.ndarray:
 
 def _reaching(chances: np.ndarray, p: float) -> int:
     """How many of `chances` have to be added up to reach `p`; at least one."""
-    return int(np.searchsorted(np.cumsum(chances), p)) + 1
+    return int(chances.cumsum().searchsorted(p)) + 1

@@ -122,7 +122,7 @@ def test_a_session_keeps_its_model_and_then_lets_it_go(uncollected, small_model:
 
 def test_a_program_that_is_kept_keeps_what_it_reads(uncollected, small_model: Path):
     model = runtime.load(small_model)
-    gone, program = weakref.ref(model), model.program(1, 1)
+    gone, program = weakref.ref(model), model.backend.program(model.graph(1))
     weights = [weakref.ref(array) for array in model.backend.weights._made.values()]
     del model
     assert gone() is None and all(ref() is not None for ref in weights)

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,13 @@ class Draft:
 
 
 def draft(size: Sizes) -> Draft:
-    """The file of a small model, its matrices of several types."""
+    """The file of a small model, its matrices of several types; each a new one."""
+    made = _draft(size)
+    return Draft(dict(made.metadata), list(made.rows), bytearray(made.data))
+
+
+@lru_cache
+def _draft(size: Sizes) -> Draft:
     keys = {f"{size.architecture}.{key}": value for key, value in metadata(size).items()}
     keys = {"general.architecture": size.architecture, "general.alignment": 32, **keys}
     keys |= byte_pairs(**{"tokenizer.chat_template": TEMPLATE})

@@ -50,7 +50,7 @@ class Keys:
             value = self._uniform(key, holes)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise ModelError(
-                f"{self.source}: {self.architecture}.{key} = {value!r} must be a whole number "
+                f"{self.source}: {self.architecture}.{key} = {value!r:.60} must be a whole number "
                 f"from {least} to {LARGEST}"
             )
         return value
@@ -60,7 +60,7 @@ class Keys:
         value = self._get(key, default)
         if isinstance(value, bool) or not (isinstance(value, int | float) and isfinite(value)):
             raise ModelError(
-                f"{self.source}: {self.architecture}.{key} = {value!r} must be a finite number"
+                f"{self.source}: {self.architecture}.{key} = {value!r:.60} must be a finite number"
             )
         return float(value)
 
@@ -69,7 +69,7 @@ class Keys:
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise ModelError(
-                f"{self.source}: {self.architecture}.{key} = {value!r} must be true or false"
+                f"{self.source}: {self.architecture}.{key} = {value!r:.60} must be true or false"
             )
         return value
 

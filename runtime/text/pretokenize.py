@@ -204,9 +204,9 @@ def pre_tokenizer(name: str) -> PreTokenizer:
     """
     if name not in PRE_TOKENIZERS:
         near = difflib.get_close_matches(name, PRE_TOKENIZERS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        known = ", ".join(sorted(PRE_TOKENIZERS))
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise TextError(
-            f"unknown pre-tokenizer {name!r} in tokenizer.ggml.pre: {hint}known: {known}"
+            f"unknown pre-tokenizer {name!r:.60} in tokenizer.ggml.pre{hint}: how this model cuts "
+            f"words is not among the {len(PRE_TOKENIZERS)} ways known here; convert the model again"
         )
     return PRE_TOKENIZERS[name]

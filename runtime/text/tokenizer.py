@@ -265,7 +265,7 @@ class Tokenizer:
         if self.kind not in _DEFAULTS:
             known = ", ".join([*_DEFAULTS, "none"])
             raise TextError(
-                f"tokenizer.ggml.model {self.kind!r} is not supported: supported are {known}"
+                f"tokenizer.ggml.model {self.kind!r:.60} is not supported: supported are {known}"
             )
         if self._pre is None:
             return _DEFAULTS[self.kind]

@@ -21,7 +21,6 @@ from interruptions import interrupted, lines_of
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
-import runtime.model
 from runtime.errors import MemoryLimitError
 from runtime.model import Model
 from runtime.session import Session, Snapshot
@@ -130,13 +129,8 @@ def models(
     path = write_model(tmp_path_factory.mktemp("interrupts") / "m.gguf", size)
     options = {"threads": 1, "context": 256, "sequences": 1}
     with runtime.load(path, **options) as model, runtime.load(path, **options) as right:
+        model._most_tokens = 32  # so that prompts of a few dozen tokens take several steps
         yield model, right
-
-
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of a few dozen tokens take several steps."""
-    monkeypatch.setattr(runtime.model, "UBATCH", 32)
 
 
 class Scene:

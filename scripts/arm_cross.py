@@ -2,7 +2,7 @@
 
     python scripts/arm_cross.py ISA        (a program of scripts/check_arm.sh)
 
-Speaks the protocol of `runtime.backends.cpu.compilers.serve`: a kernel per line in, a header line
+Speaks the protocol of `runtime.backends.pool.serve`: a kernel per line in, a header line
 and object code out. A line {"ir": text} is LLVM IR to compile, as tests of kernels do. The process
 tells everything that asks, Numba and this package, that it is on 64-bit Arm Linux.
 """

@@ -5,7 +5,7 @@
 #   scripts/check_arm.sh [-d FOLDER] [-q] [CPU...]
 #
 #   -d FOLDER   keep what is fetched and compiled in FOLDER and use it again (a stopped run goes on)
-#   -q          quick: the demo, two models and the tests of matmul tiles
+#   -q          quick: the demo, two models and the tests of how a processor is recognised
 #   CPU         of: max (arm_i8mm), cortex-a76 (arm_dotprod), cortex-a53 (generic); default: all
 #
 # Environment:
@@ -164,13 +164,13 @@ done
 [ ${#models[@]} -gt 1 ] || echo "no models in $golden: the demo is compared alone"
 [ -z "$quick" ] || models=("${models[@]:0:3}")
 
-tests=(tile)
+tests=(features)
 [ -n "$quick" ] || tests=(tile odd_tiles odd_sizes arm_code features instruction_sets simd \
   float_kernels elementwise_kernels attention_kernel cache_kernels delta_kernels moe_kernels \
   weight_packing gated_packs fused_attention fused_ffn executor)
 
 export RUNTIME_CACHE_DIR=$work/kernels
-unset RUNTIME_CPU_ISA DEBUG VALIDATE
+unset RUNTIME_CPU_ISA DEBUG VALIDATE PYTHONHOME
 mkdir -p "$work/x86"
 cpu=host isa=avx2 began=$SECONDS log=$work/x86.log status=0
 RUNTIME_CPU_ISA=avx2 PYTHONPATH=$here "$PYTHON" "$here/scripts/arm_logits.py" "$work/x86" \
@@ -213,7 +213,7 @@ for cpu in "$@"; do
 
   for name in "${tests[@]}"; do
     began=$SECONDS status=0 log=$work/$cpu-$name.log
-    (cd "$here" && emulated -m pytest -p arm_plugin -p no:cacheprovider -o timeout=1800 -q \
+    (cd "$here" && emulated -m pytest -p arm_plugin -p no:cacheprovider -o timeout=1800 \
       "tests/test_$name.py") > "$log" 2>&1 || status=$?
     report $status "test_$name: $(grep -E '(passed|failed|error|skipped)' "$log" | tail -n 1)"
   done

@@ -95,10 +95,10 @@ _PORTABLE = {
 }
 
 
-def _sum_of_products(first: list[int], second: list[int], lane: int) -> str:
+def _sum_of_products(pairs: tuple[list[int], list[int]], lane: int) -> str:
     """LLVM text: add the products of these bytes of %a and of %b to lane `lane` of %sum."""
-    lines, n = [], len(first)
-    for vector, picks in (("a", first), ("b", second)):
+    lines, n = [], len(pairs[0])
+    for vector, picks in zip("ab", pairs, strict=True):
         mask = ", ".join(f"i32 {p}" for p in picks)
         source = f"<16 x i8> %{vector}, <16 x i8> %{vector}"
         lines += [
@@ -117,7 +117,7 @@ def _sum_of_products(first: list[int], second: list[int], lane: int) -> str:
 
 def _product(name: str, bytes_of: Any) -> str:
     """A product whose lane i sums over bytes_of(i), pairs (bytes of a, bytes of b)."""
-    body = "\n".join(_sum_of_products(*bytes_of(lane), lane) for lane in range(4))
+    body = "\n".join(_sum_of_products(bytes_of(lane), lane) for lane in range(4))
     head = f"define internal <4 x i32> @{name}(<4 x i32> %sum0, <16 x i8> %a, <16 x i8> %b)"
     return f"{head} alwaysinline {{\n{body}\nret <4 x i32> %sum4\n}}\n"
 

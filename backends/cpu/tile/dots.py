@@ -96,7 +96,8 @@ def _columns_of_two(code: Code, x: list[Broadcasts], w: int) -> Any:
 
 def _by_column(code: Code, sums: list[Any]) -> list[Any]:
     """[row][column] of two rows each as one vector of rows for each column."""
-    return [code.shuffle(*sums, [c, 2 + c, 4 + c, 6 + c]) for c in range(2)]
+    first, second = sums
+    return [code.shuffle(first, second, [c, 2 + c, 4 + c, 6 + c]) for c in range(2)]
 
 
 def _smmla(code: Code, total: Any, rows: Any, columns: Any) -> Any:

@@ -34,7 +34,7 @@ class Fenced:
     """`values` [rows, n] of four bytes each, `stride` elements apart, at one end of memory.
 
     Everything is the canary at first. On POSIX systems a touch beyond the last element crashes, or,
-    inside `at_the_front()`, a touch before the first.
+    inside `at_the_front()`, a touch before the first; elsewhere what is written there is found.
     """
 
     front = False
@@ -43,7 +43,8 @@ class Fenced:
         self.n, self.stride = n, stride or n
         size = max(rows - 1, 0) * self.stride + n if rows else 0
         self.start = 0 if Fenced.front else _SPARE
-        self.flat = _guarded(size + _SPARE, Fenced.front)
+        flat, self.beyond = guarded_bytes(4 * (size + _SPARE), Fenced.front)
+        self.flat = flat.view(np.uint32)
         self.flat[:] = CANARY
         shape, strides = (rows, n), (4 * self.stride, 4)
         start = self.flat[self.start :].view(dtype)
@@ -72,7 +73,8 @@ class Fenced:
         for row in range(live):
             start = self.start + row * self.stride
             inside[start : start + self.n] = True
-        return int(np.count_nonzero(self.flat[~inside] != CANARY))
+        outside = np.count_nonzero(self.flat[~inside] != CANARY)
+        return int(outside + np.count_nonzero(self.beyond))
 
 
 @contextmanager
@@ -97,22 +99,22 @@ def fenced_twice(call: Callable[[int], np.ndarray], threads: tuple[int, int] = (
     return first
 
 
-def _guarded(count: int, front: bool) -> np.ndarray:
-    return guarded_bytes(4 * count, front).view(np.uint32)
+def guarded_bytes(n: int, front: bool) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n] that ends, or in `front` begins, at a page that may not be touched.
 
-
-def guarded_bytes(n: int, front: bool) -> np.ndarray:
-    """uint8 [n] of memory that begins or ends at a page that may not be touched."""
+    Also that page, all zeros, where no system call can protect it; else nothing.
+    """
     page = mmap.PAGESIZE
     used = -(-n // page) * page
-    memory = mmap.mmap(-1, used + page)
-    whole = np.frombuffer(memory, np.uint8)
-    if sys.platform != "win32":
-        guard = ctypes.c_void_p(whole.ctypes.data + (0 if front else used))
-        refused = ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(page), 0)
-        assert not refused, "mprotect refused the guard page"
-    start = page if front else used - n
-    return whole[start : start + n]
+    whole = np.frombuffer(mmap.mmap(-1, used + page), np.uint8)
+    start, guard = (page, 0) if front else (used - n, used)
+    inside = whole[start : start + n]
+    if sys.platform == "win32":
+        return inside, whole[guard : guard + page]
+    address = ctypes.c_void_p(whole.ctypes.data + guard)
+    refused = ctypes.CDLL(None).mprotect(address, ctypes.c_size_t(page), 0)
+    assert not refused, "mprotect refused the guard page"
+    return inside, whole[:0]
 
 
 def run(

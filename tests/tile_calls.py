@@ -38,7 +38,7 @@ class Guarded:
     """
 
     def __init__(self, n_bytes: int, poison: int = 0xFF) -> None:
-        self.raw = guarded_bytes(n_bytes + FENCE, Fenced.front)
+        self.raw, self.beyond = guarded_bytes(n_bytes + FENCE, Fenced.front)
         self.raw[:] = CANARY
         self.n_bytes, self.start = n_bytes, 0 if Fenced.front else FENCE
         self.bytes = self.raw[self.start : self.start + n_bytes]
@@ -56,6 +56,7 @@ class Guarded:
         """Fail if anything outside was written."""
         assert (self.raw[: self.start] == CANARY).all(), "written before the buffer"
         assert (self.raw[self.start + self.n_bytes :] == CANARY).all(), "written after the buffer"
+        assert not self.beyond.any(), "written beyond a fence"
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from interruptions import interrupted, lines_of
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
-import runtime.model
 from runtime.errors import MemoryLimitError
 from runtime.model import Model
 from runtime.session import Session, Snapshot
@@ -130,13 +129,8 @@ def models(
     path = write_model(tmp_path_factory.mktemp("interrupts") / "m.gguf", size)
     options = {"threads": 1, "context": 256, "sequences": 1}
     with runtime.load(path, **options) as model, runtime.load(path, **options) as right:
+        model._most_tokens = 32  # so that prompts of a few dozen tokens take several steps
         yield model, right
-
-
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of a few dozen tokens take several steps."""
-    monkeypatch.setattr(runtime.model, "UBATCH", 32)
 
 
 class Scene:
@@ -232,6 +226,52 @@ def test_an_interrupt_leaves_the_old_state_or_the_new_one(models: tuple[Model, M
 
 
 @pytest.mark.sweep
-def test_an_interrupt_at_every_line(models: tuple[Model, Model]):
-    lines = {name: sweep(models, case, 1) for name, case in CASES.items()}
-    print(sum(lines.values()), "lines:", lines)
+@pytest.mark.parametrize("name", CASES)
+def test_an_interrupt_at_every_line(models: tuple[Model, Model], name: str):
+    print(name, sweep(models, CASES[name], 1), "lines")
+
+
+@pytest.fixture(scope="module")
+def demos() -> Iterator[tuple[Model, Model]]:
+    options = {"threads": 1, "context": 256, "sequences": 1}
+    with runtime.load(**options) as model, runtime.load(**options) as right:
+        yield model, right
+
+
+ANSWERS = {
+    "generate": lambda m, s: m.generate("Pip", session=s, max_tokens=3, temperature=0).text,
+    "chat": lambda m, s: m.chat("Hi", session=s, max_tokens=2, seed=1, logprobs=1).text,
+}
+
+
+def sweep_answer(demos: tuple[Model, Model], name: str, stride: int) -> int:
+    """Interrupts before every stride-th line of an answer, in a session given and in its own."""
+    model, right = demos
+    pages, whole = model._sequences.pages.count, None
+    for line in (-1, -1, *range(0, 10**6, stride)):
+        with model.session() as session:
+            session.eval([1, 2, 3, 4, 5], "none")
+            where = interrupted(lambda: ANSWERS[name](model, session), FILES, line)
+            if line == -1:
+                whole = session.tokens
+            elif not where:
+                break
+            assert session.tokens in ([1, 2, 3, 4, 5], whole[: len(session)]), where
+            known = (*session.tokens, 9)
+            np.testing.assert_array_equal(session.eval([9]), right.eval(known, "last"))
+            interrupted(lambda: ANSWERS[name](model, None), FILES, line)
+        if model._sequences.pages.free < pages:
+            gc.collect()
+        assert model._sequences.pages.free == pages and not model._lock._is_owned(), where
+    return line
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_interrupted_answer_leaves_a_session_that_goes_on(demos: tuple[Model, Model], name: str):
+    assert sweep_answer(demos, name, 37) > 200
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_interrupted_at_every_line(demos: tuple[Model, Model], name: str):
+    print(name, sweep_answer(demos, name, 1), "lines")

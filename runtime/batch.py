@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from runtime.model import Model
 
 UBATCH = 512  # tokens of the largest step
+_ROW_MACS = 64 << 30  # of one row of a plan, so that who presses Ctrl-C need not wait for its end
 _TAIL = 32  # tokens after the last state kept within a long prompt
 
 
@@ -141,6 +143,21 @@ def pairs(batch: Any, model: Model) -> list[tuple[Session, list[int]]]:
             raise OptionError("a session can only be evaluated by the model that made it")
         found.append((session, token_ids(ids)))
     return found
+
+
+def largest_step(shapes: Iterable[tuple[int, ...]], experts: int = 1) -> int:
+    """Tokens of the largest step of a model whose layers have matrices of these shapes.
+
+    UBATCH; fewer for large models, as the step under way cannot be left before the end of a row
+    of its plan, which multiplies two matrices at most. experts: how many a token uses.
+    """
+    each = [math.prod(s[-2:]) * (experts if len(s) > 2 else 1) for s in shapes if len(s) > 1]
+    return bucket_below(_ROW_MACS // (2 * max([1, *each])))
+
+
+def bucket_below(n: int) -> int:
+    """The largest power of two up to n: at least 1, at most UBATCH."""
+    return min(UBATCH, 1 << (max(1, n).bit_length() - 1))
 
 
 def check(

@@ -15,7 +15,7 @@ from runtime.advance import Advance, Sequences, begin, commit
 from runtime.arguments import check_function, check_has_weights, check_load, whole
 from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress, open_backend
-from runtime.batch import UBATCH, Ubatch, check, cut, pairs
+from runtime.batch import UBATCH, Ubatch, bucket_below, check, cut, largest_step, pairs
 from runtime.environment import debug, inspected, validate
 from runtime.errors import BackendError, OptionError
 from runtime.generate import TextModel
@@ -93,6 +93,9 @@ class Model(TextModel):
         self._architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations)
         self._size = self._choose_size(context, sequences)
+        layers = [t.shape for name, t in file.tensors.items() if name.startswith("blk.")]
+        used = file.metadata.get(f"{file.architecture}.expert_used_count", 1)
+        self._most_tokens = largest_step(layers, used)
         step = self._step_inputs(1, 1)
         pages = [self.backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
         self._sequences = Sequences(self._size.pages, pages, self._size.slots)
@@ -188,8 +191,8 @@ class Model(TextModel):
         counts = [{"all": a.new, "last": 1, "none": 0}[logits] for a in advances]
         results = [np.empty((n, self.vocab_size), np.float32) for n in counts]
         filled = [0] * len(advances)
-        most_rows = max(1, _LOGITS_BYTES // (4 * self.vocab_size))
-        steps = cut(advances, logits, UBATCH, bucket_below(most_rows))
+        most_rows = bucket_below(_LOGITS_BYTES // (4 * self.vocab_size))
+        steps = cut(advances, logits, self._most_tokens, most_rows)
         for ubatch in steps if on_prompt is None else _told(list(steps), on_prompt):
             self._sequences.reserve([piece.advance for piece in ubatch.pieces], advances)
             rows = self._run(ubatch)
@@ -381,8 +384,3 @@ def capacity(tokens: int, outputs: int) -> tuple[int, int]:
     """Tokens and output rows of the smallest program that holds a step of that size."""
     t = bucket(tokens)
     return t, next(r for r in output_buckets(t) if r >= outputs)
-
-
-def bucket_below(n: int) -> int:
-    """The largest power of two up to n, at most UBATCH."""
-    return min(UBATCH, 1 << (n.bit_length() - 1))

@@ -11,6 +11,7 @@ import pytest
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
+from runtime.batch import largest_step
 from runtime.errors import BackendError, MemoryLimitError, OptionError
 from runtime.model import Model
 
@@ -107,6 +108,20 @@ def test_a_long_prompt_says_how_far_it_is(tmp_path: Path):
         with pytest.raises(ZeroDivisionError):
             session.eval([1] * 600, "none", on_prompt=refuse)
         assert len(session) == 0
+
+
+def test_steps_of_large_models_are_smaller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As nobody should have to wait long for the end of one row of a plan."""
+    shapes = {"0.6B": (3072, 1024), "8B": (14336, 4096), "32B": (27648, 5120)}
+    found = {name: largest_step([shape, (8, 8), (4,)]) for name, shape in shapes.items()}
+    assert found == {"0.6B": 512, "8B": 512, "32B": 128}
+    assert largest_step([(64, 8192, 8192)], experts=8) == 64 and largest_step([]) == 512
+    monkeypatch.setattr(runtime.batch, "_ROW_MACS", 2 * 64 * 64 * 40)
+    told: list[tuple[int, int]] = []
+    path = write_model(tmp_path / "m.gguf", Sizes(layers=1, heads=2, inner=64))
+    with runtime.load(path, threads=1) as model:
+        model.session().eval([1] * 70, "last", on_prompt=lambda *at: told.append(at))
+    assert told == [(0, 70), (32, 70), (64, 70), (70, 70)]
 
 
 def test_python_threads_share_a_model(model: Model, prompt: list[int], whole: np.ndarray):

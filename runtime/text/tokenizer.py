@@ -8,7 +8,6 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from runtime.text import bytepair, sentencepiece
 from runtime.text.charsmap import CharsMap
 from runtime.text.detokenizer import TextStream
 from runtime.text.pretokenize import PreTokenizer, pre_tokenizer
-from runtime.text.special import SpecialTokens
+from runtime.text.special import SpecialTokens, swallowing
 from runtime.text.special_ids import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED
 from runtime.text.vocabulary import (
     ESCAPED_SPACE,
@@ -44,8 +43,6 @@ _DEFAULTS = {
     "t5": Defaults(eos=1, unknown=2, add_eos=True),
 }
 _NO_TEXT = ("none", "no_vocab")
-_MASKED = ("jina-v2-de", "jina-v2-es", "jina-v2-code", "mmbert")
-_SPACES = " \t\n\v\f\r"
 
 
 class Tokenizer:
@@ -128,7 +125,7 @@ class Tokenizer:
         ids: list[int] = []
         if add_special and known.add_bos and known.bos_id is not None:
             ids.append(known.bos_id)
-        for piece in self._stripped(special.find(_valid(text))):
+        for piece in special.find(_valid(text)):
             if isinstance(piece, int):
                 ids.append(piece)
             else:
@@ -321,40 +318,9 @@ class Tokenizer:
     def _special(self, *kinds: int) -> SpecialTokens:
         known = self._known
         texts = [known.texts[i] for i in known.of_kind(*kinds)]
-        return SpecialTokens({text: known.ids[text] for text in texts})
-
-    def _stripped(self, pieces: Iterable[str | int]) -> Iterable[str | int]:
-        """Pieces of a text without the spaces that special tokens swallow."""
-        before, after = self._strips_before, self._strips_after
-        if not before and not after:
-            return pieces
-        found = list(pieces)
-        for i, (left, right) in enumerate(pairwise(found)):
-            if isinstance(left, str) and right in before:
-                found[i] = left.rstrip(_SPACES)
-            if isinstance(right, str) and left in after:
-                found[i + 1] = right.lstrip(_SPACES)
-        return [piece for piece in found if piece != ""]
-
-    @cached_property
-    def _strips_after(self) -> frozenset[int]:
-        """Special tokens that swallow the spaces after them.
-
-        Phi-3's own tokenizer has such ones; GGUF has no key for it, so its name has to do.
-        """
-        name = str(self._metadata.get("general.name", "")).lower()
-        if "phi-3" not in name and "phi3" not in name:
-            return frozenset()
-        kept = {self._known.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
-        return frozenset(self._known.of_kind(CONTROL, UNKNOWN, USER_DEFINED)) - kept
-
-    @cached_property
-    def _strips_before(self) -> frozenset[int]:
-        """Special tokens that swallow the spaces before them: masks of some encoders."""
-        encoder = self._metadata.get("general.architecture") in ("nomic-bert-moe", "jina-bert-v3")
-        mask = self._known.ids.get("<mask>")
-        masked = encoder or self._metadata.get("tokenizer.ggml.pre") in _MASKED
-        return frozenset((mask,) if masked and mask is not None else ())
+        return SpecialTokens(
+            {text: known.ids[text] for text in texts}, *swallowing(self._metadata, known)
+        )
 
 
 def _bare_size(metadata: Mapping[str, Any]) -> int:

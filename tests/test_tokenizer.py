@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import byte_pairs, charsmap, scored
 
-from runtime.errors import OptionError, TextError
+from runtime.errors import Error, OptionError, TextError
 from runtime.text import sentencepiece
 from runtime.text.bytepair import BYTE_LETTERS, letters_to_bytes
 from runtime.text.charsmap import CharsMap
@@ -576,3 +576,32 @@ def test_words_of_another_type_are_refused(key: str, value: Any):
         return  # no merges at all
     with pytest.raises(TextError, match=rf"tokenizer\.ggml\.{key}"):
         Tokenizer(metadata).encode("hello")
+
+
+WRONG: tuple[Any, ...] = (
+    *(None, True, 0, -1, 3.5, float("nan"), "", "text", [], ["a"], [1], [-1], [1.5], [True], [[1]]),
+    *({}, b"ab", 2**70, np.zeros(0), np.ones(3), np.array(["a"]), np.int64(3), ["\udc80"], [None]),
+)
+KEYS = (
+    *("model", "pre", "tokens", "token_type", "scores", "merges", "precompiled_charsmap"),
+    *("bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id", "eot_token_id"),
+    *("eos_token_ids", "suppress_tokens", "fim_pad_token_id", "add_bos_token", "add_eos_token"),
+    *("add_space_prefix", "remove_extra_whitespaces", "token_type_count"),
+)
+OTHER_KEYS = ("tokenizer.huggingface.json", "tokenizer.chat_template", "general.name")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "gemma4"])
+@pytest.mark.parametrize("key", [*(f"tokenizer.ggml.{key}" for key in KEYS), *OTHER_KEYS])
+def test_any_value_under_any_key_is_used_or_refused_in_one_line(kind, key):
+    whole = byte_pairs() if kind == "gpt2" else scored(WORDS, kind)
+    if kind == "gemma4":
+        whole["tokenizer.ggml.merges"] = ["a b"]
+    for value in WRONG:
+        try:
+            tokenizer = Tokenizer(whole | {key: value})
+            tokenizer.decode(tokenizer.encode("ab </s> é")[:1])
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}])
+        except Error as error:
+            assert "\n" not in str(error) and len(str(error)) < 2000

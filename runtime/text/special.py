@@ -12,8 +12,10 @@ from runtime.text.special_ids import CONTROL, UNKNOWN, USER_DEFINED
 from runtime.text.vocabulary import Vocabulary
 
 _SPACES = " \t\n\v\f\r"
-_MASKED = ("jina-v2-de", "jina-v2-es", "jina-v2-code", "mmbert")
-_MASKED_ENCODERS = ("nomic-bert-moe", "jina-bert-v3")
+# architectures and pre-tokenizers of encoders
+_MASKED = {
+    *("nomic-bert-moe", "jina-bert-v3", "jina-v2-de", "jina-v2-es", "jina-v2-code", "mmbert"),
+}
 
 
 class SpecialTokens:
@@ -84,8 +86,8 @@ def swallowing(
     """
     before: set[int] = set()
     after: set[int] = set()
-    encoder = metadata.get("general.architecture") in _MASKED_ENCODERS
-    if encoder or metadata.get("tokenizer.ggml.pre") in _MASKED:
+    kinds = [metadata.get(key) for key in ("general.architecture", "tokenizer.ggml.pre")]
+    if any(isinstance(kind, str) and kind in _MASKED for kind in kinds):
         before = {known.ids[text] for text in ("<mask>",) if text in known.ids}
     name = str(metadata.get("general.name", "")).lower()
     if "phi-3" in name or "phi3" in name:

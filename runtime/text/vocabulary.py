@@ -130,7 +130,7 @@ def array(metadata: Mapping[str, Any], key: str, needed_for: str) -> Any:
     value = metadata.get(key)
     if value is None:
         raise TextError(f"the file has no {key}, which {needed_for}: convert the model again")
-    if isinstance(value, str) or not hasattr(value, "__len__"):
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         raise TextError(f"{key} is {type(value).__name__}, not an array: convert the model again")
     return value
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from runtime.cli.bench_plan import UBATCH, Numbers, Pair, Setting, Test, settings, tests
-from runtime.cli.model_path import model_file
+from runtime.cli.model_path import load, model_file
 from runtime.cli.options import precision_options
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
@@ -178,13 +178,11 @@ class _Loader:
 
     def model(self, setting: Setting) -> Any:
         """The model of a setting."""
-        import runtime
-
         if self._model is None or self._loaded != setting.loading:
             self.__exit__()
             types = setting.type_k, setting.type_v
             kv_type = types[0] if types[0] == types[1] else ",".join(types)
-            self._model = runtime.load(
+            self._model = load(
                 setting.path, threads=setting.threads, kv_type=kv_type, progress=True,
                 **self._options,
             )  # fmt: skip

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,6 +24,17 @@ model_option = option(
     "-m --model model_option", "The model's file, in place of the argument MODEL.", "Model",
     metavar="FILE",
 )  # fmt: skip
+
+
+def load(path: str | None, **arguments: Any) -> Any:
+    """`runtime.load`; UsageError for an option that cannot be used."""
+    import runtime
+    from runtime.errors import OptionError
+
+    try:
+        return runtime.load(path, **arguments)
+    except OptionError as error:
+        raise Refused(str(error)) from None
 
 
 def model_argument(text: str | None, option: str | None) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from runtime.cli.answer import Screen
+from runtime.cli.model_path import load
 from runtime.cli.options import asked_by_file, load_arguments
 from runtime.cli.output import note
 from runtime.cli.parsing import F, decorated, option
@@ -49,10 +50,7 @@ def loaded_model(
     if options["color"] != "auto":
         click.get_current_context().color = options["color"] == "on"
     started = time.perf_counter()
-
-    import runtime
-
-    loaded = runtime.load(path, **load_arguments(options, options["quiet"]))
+    loaded = load(path, **load_arguments(options, options["quiet"]))
     try:
         note(f"loaded in {time.perf_counter() - started:.2f} s", options["quiet"])
         asked = asked_by_file(loaded.file.metadata, arguments)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from runtime.cli.model_path import model_argument, model_option
+from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import load_arguments, model_options
 from runtime.cli.parsing import Command
 
@@ -32,13 +32,10 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     is compiled for one model serves all models of the same types. Without this, the first run
     does it.
     """
-    path = model_argument(model, model_option)
-
-    import runtime
     from runtime.environment import cache_dir
 
     started = time.perf_counter()
-    loaded = runtime.load(path, **load_arguments(options))
+    loaded = load(model_argument(model, model_option), **load_arguments(options))
     try:
         loaded.warmup(progress=True)
     finally:

@@ -207,6 +207,7 @@ CALLS: dict[str, Callable[[World, Any], Any]] = {
     "chat a message": lambda w, v: w.model.chat([v], max_tokens=2).text,
     "chat a role": lambda w, v: w.model.chat([{"role": v, "content": "Hi"}], max_tokens=2).text,
     "chat a content": lambda w, v: w.model.chat([{"role": "user", "content": v}]).close(),
+    "warmup progress": lambda w, v: w.other.warmup(v),
     "graph tokens": lambda w, v: w.model.graph(v),
     "graph outputs": lambda w, v: w.model.graph(2, v),
     "eval ids": lambda w, v: w.model.eval(v),

@@ -103,8 +103,10 @@ class WeightStore:
     def _reader(self, w: Tensor) -> Callable[[int, int], np.ndarray]:
         """A function (start, nbytes) that gives stored bytes of a weight, until it is called
         again."""
-        if w.attrs.get("rows"):
+        raw = self._made.get(("raw", w.name))  # an embedding that is the output matrix as well
+        if raw is None and w.attrs.get("rows"):
             raw = self._raw(w)
+        if raw is not None:
             return lambda start, nbytes: raw[start : start + nbytes]
         tensor = self._file.tensors[stored_name(w)]
 

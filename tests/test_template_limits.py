@@ -151,17 +151,13 @@ def test_many_small_texts(source):
 
 def test_readings_of_messages_share_one_budget(monkeypatch):
     """A template that works long and then refuses is not run again and again."""
-    monkeypatch.setattr(limits, "SECONDS", 0.3)
-    source = (
-        "{% for i in range(300) %}{% for j in range(100) %}{% endfor %}{% endfor %}"
-        "{{ messages[0].content + 1 }}"
-    )
+    monkeypatch.setattr(limits, "MADE", 4000)
+    monkeypatch.setattr(limits, "MADE_PER_GIVEN", 0)
+    source = "{{ 'a' * 1500 }}{{ messages[0].content + 1 }}"
     call = {"function": {"name": "f", "arguments": "{}"}}
     message = {"role": "user", "thinking": "t", "tool_calls": [call]}
-    start = time.perf_counter()
-    with pytest.raises(TextError):
+    with pytest.raises(TextError, match="too much text"):
         ChatTemplate(source).render([message])
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,12 @@ class Advance(Keeper):
             elif self.new > 1:
                 self.state = self.state.kept(message_end=True)
 
+    @property
+    def slots(self) -> tuple[int, int]:
+        """The slots that the next step reads and writes, of models with recurrent layers."""
+        assert self.state is not None, "only recurrent layers have slots"
+        return self.state.slot, self.slot_out
+
     def end(self, place: int, message_end: bool) -> None:
         """The device has evaluated the tokens up to `place`."""
         if self.state is not None:
@@ -125,7 +131,11 @@ class Advance(Keeper):
 
 def begin(advances: Sequence[Advance]) -> None:
     """The device is about to write: no session may count any more on what is written over."""
-    _store(advances, [a.begun() or a.sequence._record for a in advances])
+    begun = [a.begun() for a in advances]
+    if any(begun):
+        _store(
+            advances, [new or a.sequence._record for a, new in zip(advances, begun, strict=True)]
+        )
 
 
 def commit(advances: Sequence[Advance]) -> None:

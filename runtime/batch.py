@@ -71,9 +71,8 @@ class Ubatch:
         found["positions"] = places
         if components > 1:  # of a text they are all the same
             found["positions"] = places.repeat(components).reshape(-1, components)
-        states = [(p.advance.state, p.advance.slot_out) for p in self.pieces]
-        if states[0][0] is not None:
-            slots = [(state.slot, out) for state, out in states if state is not None]
+        if self.pieces[0].advance.state is not None:
+            slots = [p.advance.slots for p in self.pieces]
             found["slot_in"], found["slot_out"] = np.array(slots, np.int32).T
             found["runs"] = self._runs()
         return found

@@ -96,6 +96,7 @@ class Model(TextModel):
         layers = [t.shape for name, t in file.tensors.items() if name.startswith("blk.")]
         used = file.metadata.get(f"{file.architecture}.expert_used_count", 1)
         self._most_tokens = largest_step(layers, used)
+        self._most_rows = bucket_below(_LOGITS_BYTES // (4 * self.vocab_size))
         step = self._step_inputs(1, 1)
         pages = [self.backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
         self._sequences = Sequences(self._size.pages, pages, self._size.slots)
@@ -191,8 +192,7 @@ class Model(TextModel):
         counts = [{"all": a.new, "last": 1, "none": 0}[logits] for a in advances]
         results = [np.empty((n, self.vocab_size), np.float32) for n in counts]
         filled = [0] * len(advances)
-        most_rows = bucket_below(_LOGITS_BYTES // (4 * self.vocab_size))
-        steps = cut(advances, logits, self._most_tokens, most_rows)
+        steps = cut(advances, logits, self._most_tokens, self._most_rows)
         for ubatch in steps if on_prompt is None else _told(list(steps), on_prompt):
             self._sequences.reserve([piece.advance for piece in ubatch.pieces], advances)
             rows = self._run(ubatch)
@@ -246,7 +246,7 @@ class Model(TextModel):
         program = self._program(ubatch.tokens, ubatch.outputs)
         inputs = ubatch.inputs(self._architecture.positions_per_token)
         rows = self._execute(program, inputs, ubatch.live)
-        if not np.isfinite(rows).all():
+        if not np.logical_and.reduce(np.isfinite(rows), axis=None):  # quicker than `all`
             raise BackendError(
                 f"{self.file.path}: the model's logits are not finite: a weight of the file is "
                 "damaged, or a kernel is broken; fetch the file again; VALIDATE=1 names the op"

@@ -307,3 +307,27 @@ def test_a_session_used_elsewhere_meanwhile_is_noticed(model: Model):
         session.eval([4])
         with pytest.raises(OptionError, match="used elsewhere"):
             next(first)
+
+
+def test_what_may_have_become_a_stop_string_is_shown_in_the_end(model: Model):
+    letter = model.tokenizer.encode("a")[0]
+    answer = model.generate([1], max_tokens=3, stop="aaaa", **chooses(letter))
+    assert answer.text == "aaa" and answer.reason == "length"
+
+
+def test_a_stop_string_may_be_a_token_that_is_not_shown(model: Model):
+    mark = model.tokenizer.encode("<|im_start|>")
+    assert len(mark) == 1 and model.tokenizer.is_control(mark[0])
+    answer = model.generate([1], max_tokens=3, stop="<|im_start|>", **chooses(mark[0]))
+    assert answer.text == "" and answer.reason == "stop" and answer.tokens == mark
+
+
+def test_sessions_that_cannot_be_continued(model: Model):
+    with runtime.load(DEMO, devices="null", context=64, sequences=1) as other:
+        wrong = {"made it": other.session(), "made by model.session": model.session().snapshot()}
+        closed = model.session()
+        closed.close()
+        for says, session in {**wrong, "session is closed": closed}.items():
+            for ask in (model.generate, model.chat):
+                with pytest.raises(OptionError, match=says):
+                    ask("Hi", session=session)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import repeat
 
 import numpy as np
@@ -153,19 +154,20 @@ class Sequences:
     """The sessions and snapshots of a model, and the pools of memory that they hold parts of."""
 
     def __init__(self, n_pages: int, arrays: Sequence[np.ndarray], n_slots: int) -> None:
-        members: weakref.WeakSet[Holder] = weakref.WeakSet()
-        self._members = members
-        # of the members, not of this object: pools that referred to it would never be freed
-        self.pages = PagePool(n_pages, arrays, lambda: [m._record.pages.held for m in set(members)])
-        self.slots = SlotPool(n_slots, lambda: [Keeper(m).held for m in set(members)])
+        # No `WeakSet`: an interrupt in the Python code that it runs when a member dies would be
+        # lost. Not of this object but of the list: pools that referred to it would not be freed.
+        self._members = members = list[weakref.ref[Holder]]()
+        self.pages = PagePool(n_pages, arrays, partial(_held_pages, members))
+        self.slots = SlotPool(n_slots, partial(_held_slots, members))
 
     def add(self, member: Holder) -> None:
         """From now on what its record says is held."""
-        self._members.add(member)
+        alive = [ref for ref in self._members if ref() is not None]
+        self._members[:] = [*alive, weakref.ref(member)]
 
     def members(self) -> list[Holder]:
         """Those that somebody knows, closed ones among them."""
-        return list(self._members)
+        return _alive(self._members)
 
     def prepare(self, batch: Iterable[tuple[Session, list[int]]]) -> list[Advance]:
         """Memory for all tokens of a step; MemoryLimitError when there is not enough."""
@@ -209,3 +211,15 @@ class Sequences:
         """Every sequence once: those in a step as they are there."""
         under_way = {advance.sequence for advance in advances}
         return [*advances, *(Keeper(m) for m in self.members() if m not in under_way)]
+
+
+def _alive(members: Iterable[weakref.ref[Holder]]) -> list[Holder]:
+    return [member for ref in members if (member := ref()) is not None]
+
+
+def _held_pages(members: Iterable[weakref.ref[Holder]]) -> list[np.ndarray]:
+    return [member._record.pages.held for member in _alive(members)]
+
+
+def _held_slots(members: Iterable[weakref.ref[Holder]]) -> list[set[int]]:
+    return [Keeper(member).held for member in _alive(members)]

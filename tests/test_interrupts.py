@@ -9,6 +9,8 @@ and whether all pages and slots are free once they are closed.
 from __future__ import annotations
 
 import gc
+import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -229,6 +231,77 @@ def test_an_interrupt_leaves_the_old_state_or_the_new_one(models: tuple[Model, M
 @pytest.mark.parametrize("name", CASES)
 def test_an_interrupt_at_every_line(models: tuple[Model, Model], name: str):
     print(name, sweep(models, CASES[name], 1), "lines")
+
+
+class SignalError(Exception):
+    """What the handler of a signal raises."""
+
+
+@pytest.fixture
+def signals() -> Iterator[Callable[[float], None]]:
+    """A signal that comes after so many seconds (0: never), whose handler raises."""
+    if not hasattr(signal, "setitimer"):
+        pytest.skip("this system has no timer that sends signals")
+
+    def handler(*_: Any) -> None:
+        raise SignalError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+STORM: list[Callable[[Model, int, Session, Session, Snapshot], Any]] = [
+    lambda model, n, session, other, snapshot: session.eval(IDS[:n], "last"),
+    lambda model, n, session, other, snapshot: session.eval([n], "last"),
+    lambda model, n, session, other, snapshot: session.rewind(n % len(session)),
+    lambda model, n, session, other, snapshot: session.restore(snapshot),
+    lambda model, n, session, other, snapshot: session.snapshot().close(),
+    lambda model, n, session, other, snapshot: session.fork().eval([n], "none"),
+    lambda model, n, session, other, snapshot: model.step([(session, [n]), (other, IDS[:5])]),
+]
+
+
+def storm(models: tuple[Model, Model], signals: Callable[[float], None], rounds: int) -> int:
+    """Random operations under real signals at random times; how many were broken off."""
+    model, right = models
+    rng, broken = random.Random(5), 0
+    sessions = [model.session() for _ in range(3)]
+    model.step([(s, IDS[:20]) for s in sessions])
+    snapshot = sessions[0].snapshot()
+    for _ in range(rounds):
+        session, other = rng.sample(sessions, 2)
+        try:
+            signals(rng.uniform(2e-5, 2e-3))
+            rng.choice(STORM)(model, rng.randrange(1, 40), session, other, snapshot)
+            signals(0)
+        except SignalError:
+            broken += 1
+        finally:
+            signals(0)
+        assert not model._lock._is_owned()
+        if len(session) > 80:
+            session.rewind(len(session) - 5)
+        row = session.eval([9])
+        np.testing.assert_array_equal(row, right.eval(session.tokens, "last"))
+    for holder in (*sessions, snapshot):
+        holder.close()
+    gc.collect()
+    pools = model._sequences
+    assert (pools.pages.free, pools.slots.free) == (pools.pages.count, pools.slots.count)
+    return broken
+
+
+def test_real_signals(models: tuple[Model, Model], signals: Callable[[float], None]):
+    assert storm(models, signals, 150) > 10
+
+
+@pytest.mark.sweep
+def test_many_real_signals(models: tuple[Model, Model], signals: Callable[[float], None]):
+    print(storm(models, signals, 10_000), "operations broken off")
 
 
 @pytest.fixture(scope="module")

@@ -160,6 +160,6 @@ def _speed(found: Fit) -> str:
     assert speed and nbytes and bandwidth, "asked for only where it is known"
     rounded = f"{speed:.0f}" if speed >= 100 else f"{speed:.1f}"
     return (
-        f"up to {rounded} tokens/s: a token reads {size(nbytes)} at {found.at} tokens, memory "
-        f"gives {bandwidth / 1e9:.1f} GB/s"
+        f"up to {rounded} tokens/s: {size(nbytes)} a token at {found.at} tokens, memory gives "
+        f"{bandwidth / 1e9:.1f} GB/s"
     )

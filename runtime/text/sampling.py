@@ -163,7 +163,7 @@ class Sampler:
         # what is far from the largest float32 can be added as it is, -inf too
         self._plain_bias = bool(bias) and all(abs(v) < 1e30 or v == -_INF for v in bias.values())
         exact = np.float32 if self._plain_bias else np.float64
-        self._bias = np.array(list(bias.values()), exact)
+        self._bias: np.ndarray = np.array(list(bias.values()), exact)
         self._mirostat = None
         if sampling.mirostat:
             self._mirostat = Mirostat(sampling.mirostat_tau, sampling.mirostat_eta)

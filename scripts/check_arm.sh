@@ -126,7 +126,8 @@ if stage wheels; then
   "$PYTHON" -m pip install -q --disable-pip-version-check --upgrade \
     --target "$root/usr/lib/python3/dist-packages" --only-binary :all: --implementation cp \
     --python-version "${guest#python}" $(printf -- '--platform manylinux_2_%s_aarch64 ' 17 26 27 28) \
-    --platform manylinux2014_aarch64 $pins || die "pip has no aarch64 wheels of: $pins"
+    --platform manylinux2014_aarch64 $pins > "$work/pip.log" 2>&1 ||
+    die "pip finds no aarch64 wheels ($(tail -n 1 "$work/pip.log")) of: $pins"
   finished wheels
 fi
 

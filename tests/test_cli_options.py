@@ -145,7 +145,13 @@ class TestFlags:
 
     @pytest.mark.parametrize(
         ("args", "coloured"),
-        [((), False), (("--color",), True), (("-co", "on"), True), (("--color=off",), False)],
+        [
+            ((), False),
+            (("--color",), True),
+            (("-co", "m.gguf"), True),
+            (("-co", "on"), True),
+            (("--color=off",), False),
+        ],
     )
     def test_colours(self, invoke, args, coloured):
         result = invoke("run", *args, "-p", "x", model=FakeModel())

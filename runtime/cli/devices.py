@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from runtime.cli.output import note, size, table
-from runtime.cli.parsing import Command
+from runtime.cli.parsing import Command, option
 
 
 @click.command(
@@ -25,15 +25,10 @@ Examples:
   runtime devices --bandwidth      also measure how fast memory is read
 """,
 )
-@click.option("-b", "--bandwidth", is_flag=True, help="Measure memory bandwidth (1 GiB, seconds).")
-@click.option(
-    "-t",
-    "--threads",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Threads for the measurement (default: one per core).",
-)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")  # fmt: skip
+@option("-b --bandwidth", "Measure memory bandwidth (1 GiB, seconds).", "Options", is_flag=True)
+@option("-t --threads", "Threads for the measurement (default: one per core).", "Options",
+        type=click.IntRange(1), metavar="N")  # fmt: skip
+@option("--json as_json", "As JSON.", "Options", is_flag=True)
 def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
     """Show the processor, the instruction sets kernels are compiled for, and memory."""
     found = _cpu()

@@ -34,7 +34,7 @@ Examples:
 )
 @click.argument("model", required=False)
 @option("-t --tensors", "The table of tensors; with PATTERN those that match, such as 'blk.0.*' or "
-        "'attn_q'.", "Options", is_flag=False, flag_value="*", metavar="[PATTERN]")  # fmt: skip
+        "'attn_q'.", "Options", bare="*", metavar="[PATTERN]")  # fmt: skip
 @option("-c --context | --ctx-size", "Context lengths to show memory for. May be repeated.",
         "Options", type=click.IntRange(1), multiple=True, metavar="N")  # fmt: skip
 @option("-o --output", "text or json, which has everything.", "Options", default="text",

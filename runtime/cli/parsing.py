@@ -29,8 +29,10 @@ class Option(click.Option):
 
     def __init__(
         self, decls: Sequence[str], *, section: str = "Options", aliases: Sequence[str] = (),
-        **attributes: Any,
+        bare: str | None = None, **attributes: Any,
     ) -> None:  # fmt: skip
+        """bare: the value where none follows; None where one has to."""
+        self.bare = bare
         super().__init__([*decls, *aliases], **attributes)
         self.section = section
         self._aliases = frozenset(aliases)
@@ -44,10 +46,13 @@ class Option(click.Option):
         finally:
             self.opts = kept
 
-    @property
-    def takes_value(self) -> bool:
-        """Whether the next word always belongs to this option."""
-        return not (self.is_flag or self.count or self._flag_needs_value)
+    def value(self, rest: deque[str]) -> str | None:
+        """The option's value, taken from the words that follow it; None where it is missing."""
+        if self.bare is None:
+            return rest.popleft() if rest else None
+        known = self.type.choices if isinstance(self.type, click.Choice) else None
+        follows = bool(rest) and (rest[0] in known if known else not rest[0].startswith("-"))
+        return rest.popleft() if follows else self.bare
 
 
 def option(names: str, text: str, section: str, **attributes: Any) -> Callable[[F], F]:
@@ -139,12 +144,10 @@ def _split(word: str, known: Iterable[str]) -> tuple[str, str | None]:
 def _own(
     option: click.Option, name: str, attached: str | None, rest: deque[str]
 ) -> tuple[str, ...]:
-    takes = option.takes_value if isinstance(option, Option) else not option.is_flag
-    if not takes:
+    if option.is_flag or not isinstance(option, Option):
         return (name if attached is None else f"{name}={attached}",)
-    if attached is not None:
-        return name, attached
-    return (name, rest.popleft()) if rest else (name,)
+    value = attached if attached is not None else option.value(rest)
+    return (name,) if value is None else (name, value)
 
 
 def _foreign(

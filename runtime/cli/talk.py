@@ -27,7 +27,7 @@ _OPTIONS = (
     option("-q --quiet", "No progress and no timings.", SHOWN, is_flag=True),
     option("-v --verbose", "A line for every plan that is made, as with DEBUG=1.", SHOWN,
            is_flag=True),
-    option("-co --color", "Colours; auto: on a terminal.", SHOWN, is_flag=False, flag_value="on",
+    option("-co --color", "Colours; auto: on a terminal.", SHOWN, bare="on",
            type=click.Choice(["on", "off", "auto"]), default="auto", metavar="[on|off|auto]"),
 )  # fmt: skip
 

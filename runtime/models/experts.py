@@ -8,7 +8,7 @@ from runtime import ops
 from runtime.errors import ModelError
 from runtime.models.blocks import swiglu
 from runtime.models.keys import Keys
-from runtime.models.linear import linear
+from runtime.models.linear import linear, scaled_by_expert
 from runtime.models.weights import Weights
 from runtime.ops.tensor import Runs, Tensor
 
@@ -120,7 +120,7 @@ def _of_experts(
         name, stored, runs = both, 2 * rows, _half(part == "up", rows, e.interleaved)
     matrices = w.rows(f"{name}.weight", part, runs, e.count, stored, x.shape[-1])
     y = ops.matmul_id(x, matrices, ids, name=f"{at}.{part}")
-    y = _scaled(w, f"{name}.scale", y, ids, e.count)
+    y = scaled_by_expert(w, name, y, ids, e.count)
     if f"{name}.bias" not in w:
         return y
     bias = w.rows(f"{name}.bias", part, runs, e.count, stored, axis=-1)
@@ -132,17 +132,6 @@ def _half(second: bool, rows: int, interleaved: bool) -> Runs:
     if interleaved:
         return tuple((i, i + 1) for i in range(second, 2 * rows, 2))
     return ((rows, 2 * rows),) if second else ((0, rows),)
-
-
-def _scaled(w: Weights, name: str, y: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Products times the scale of each expert's matrix (NVFP4), where the file has them."""
-    if name not in w:
-        return y
-    by_token = ops.broadcast(
-        ops.reshape(w(name, count), shape=(1, count)), shape=(ids.shape[0], count)
-    )
-    chosen = ops.reshape(ops.take(by_token, ids), shape=(*ids.shape, 1))  # [T, used, 1]
-    return ops.row_scale(y, chosen, name=f"{y.name}*scale")
 
 
 def _shared(w: Weights, at: str, x: Tensor, e: Experts) -> Tensor:

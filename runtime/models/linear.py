@@ -28,6 +28,17 @@ def scaled(w: Weights, name: str, y: Tensor) -> Tensor:
     return y if factor is None else ops.scale(y, factor=factor, name=f"{y.name}*scale")
 
 
+def scaled_by_expert(w: Weights, name: str, y: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Products times the scale of each expert's matrix (NVFP4), where the file has them."""
+    if f"{name}.scale" not in w:
+        return y
+    by_token = ops.broadcast(
+        ops.reshape(w(f"{name}.scale", count), shape=(1, count)), shape=(ids.shape[0], count)
+    )
+    chosen = ops.reshape(ops.take(by_token, ids), shape=(*ids.shape, 1))  # [T, used, 1]
+    return ops.row_scale(y, chosen, name=f"{y.name}*scale")
+
+
 def projections(w: Weights, at: str, x: Tensor, rows: dict[str, int]) -> list[Tensor]:
     """Queries, keys and values of x, from three matrices or from one that holds their rows."""
     fused, total, start = f"{at}.attn_qkv", sum(rows.values()), 0

@@ -252,6 +252,20 @@ class TestWrap:
         assert width("a\u0301") == 1 and width("海a") == 3 and width("\u200b") == 0
         assert width("😀") == 2 and unicodedata.east_asian_width("é") != "W"
 
+    def test_ctrl_c_while_a_word_is_written_shows_it_once(self):
+        out = []
+
+        def write(text):
+            out.append(text)
+            if text == " word":
+                raise KeyboardInterrupt
+
+        wrapper = Wrapper(write, lambda: 79)
+        with pytest.raises(KeyboardInterrupt):
+            wrapper.feed("one word ")
+        wrapper.end()
+        assert "".join(out).rstrip() == "one word"
+
     def test_an_answer_does_not_steer_the_terminal(self):
         assert wrapped("a\x1b[2Jb \x9b1m\x07", 79) == "a\ufffd[2Jb \ufffd1m\ufffd"
 

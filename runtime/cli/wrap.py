@@ -77,11 +77,11 @@ class Wrapper:
             if self._first and self._word.startswith("```"):
                 self._code = not self._code
             self._break_before()
-            self._write(self._gap + self._word)
-            self._at += width(self._gap + self._word)
+            text, self._gap, self._word = self._gap + self._word, "", ""
+            self._write(text)  # last: after Ctrl-C in it nothing is shown twice
+            self._at += width(text)
             if self._at > self._columns():  # the terminal has gone on by itself
                 self._at %= self._columns() + 1
-            self._gap = self._word = ""
             self._begun, self._first = True, False
         if ends:
             self._begun = False

@@ -121,6 +121,12 @@ class Generation:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, _: object) -> Any:
+        raise OptionError(
+            "an answer under way holds a session of its model and cannot be copied or pickled; "
+            "its .text and .tokens can, and the same seed gives the same answer again"
+        )
+
     def __repr__(self) -> str:
         state = self.reason or ("closed" if self._over else "iterate it, or take .text")
         return f"<Generation of {len(self._tokens)} tokens: {state}>"

@@ -109,6 +109,14 @@ def nvfp4(file: File) -> None:
         file.tensors[f"{part}.input_scale"] = np.full(count, 0.25, np.float32)
 
 
+def one_scale_for_all_experts(file: File) -> None:
+    """Stacks of experts with one factor for all of them."""
+    for name, values in list(file.tensors.items()):
+        if values.ndim == 3:
+            file.tensors[name] = values / np.float32(4)
+            file.tensors[f"{name.removesuffix('.weight')}.scale"] = np.full(1, 4, np.float32)
+
+
 def fused(file: File) -> None:
     """Queries, keys and values in one tensor, their biases with them."""
     for layer in range(file.keys["block_count"]):
@@ -230,6 +238,16 @@ def neighbours_in_bytes(raw: np.ndarray) -> np.ndarray:
     return blocks
 
 
+def linear(file: File) -> None:
+    """Stretched by a factor, as says the file."""
+    file.keys["rope.scaling.type"] = "linear"
+
+
+def without_type(file: File) -> None:
+    """A factor whose kind is not said: linear, of every architecture but Ollama's gptoss."""
+    del file.keys["rope.scaling.type"]
+
+
 def same(file: File) -> None:
     """As it is."""
 
@@ -243,6 +261,8 @@ DIALECTS: dict[str, tuple[Sizes, Change, Change]] = {
     "mlx": (LLAMA, same, mlx),
     "nvfp4 dense": (QWEN3, same, nvfp4),
     "nvfp4 experts": (MOE, same, nvfp4),
+    "one scale for all experts": (MOE, same, one_scale_for_all_experts),
+    "one scale for all experts, biases": (OSS, same, one_scale_for_all_experts),
     "nvfp4 biases": (OSS, same, nvfp4),
     "nvfp4 hybrid": (HYBRID, same, nvfp4),
     "nvfp4 qwen3next": (NOVEL["qwen3next-fused"], same, nvfp4),
@@ -256,6 +276,7 @@ DIALECTS: dict[str, tuple[Sizes, Change, Change]] = {
     "ollama llama": (LLAMA, same, ollama_llama),
     "ollama qwen3moe": (MOE, same, ollama_moe),
     "ollama qwen35": (HYBRID, same, ollama_hybrid),
+    "gpt-oss with a factor alone": (OSS, linear, without_type),
     "ollama gptoss": (OSS, experts_in_mxfp4, ollama_oss),
     "layers listed": (HYBRID, same, listed_layers),
     "blocks ahead, dense": (LLAMA, same, ahead),

@@ -5,8 +5,10 @@ The null backend gives zero logits, so a logit bias says which token is chosen.
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
+import pickle
 import re
 import threading
 from collections.abc import Iterator
@@ -175,6 +177,24 @@ def test_the_prompt_tells_how_far_it_is(model: Model):
     answer = model.generate([1, 2, 3], **options)
     assert told == []
     assert len(answer.text) == 3 and told == [(0, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_answer_is_not_copied(model: Model, way):
+    with model.generate("Once", max_tokens=2) as answer:
+        with pytest.raises(OptionError, match="an answer under way holds a session"):
+            way(answer)
+        list(answer)
+        assert answer.reason and answer.tokens
+
+
+def test_a_tokenizer_can_be_copied_and_pickled(model: Model):
+    """So that other processes can use it: text becomes tokens there without the model."""
+    own, text = model.tokenizer, "A small dog,<|im_end|> and 1 cat."
+    for other in (copy.copy(own), copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert other.encode(text) == own.encode(text)
+        assert other.decode(own.encode(text)) == own.decode(own.encode(text))
+        assert other.end_ids == own.end_ids
 
 
 def test_one_message_may_be_a_text(model: Model):

@@ -41,6 +41,19 @@ def test_refused_with_one_line(tmp_path: Path, change: dict, message: str):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_list_by_layer_says_what_is_wrong_with_it():
+    keys = Keys({"llama.a": np.zeros(0, np.uint32), "llama.b": np.arange(2)}, "llama", "m.gguf")
+    for key, message in (("a", "llama.a is empty"), ("b", "llama.b differs between layers")):
+        with pytest.raises(ModelError, match=message):
+            keys.count(key)
+
+
+def test_a_head_may_be_larger_than_the_hidden_state(tmp_path: Path):
+    size = Sizes("llama", layers=1, hidden=2, heads=4)
+    with runtime.load(write_model(tmp_path / "m.gguf", size), devices="null") as model:
+        assert model.graph()
+
+
 def test_every_weight_type_loads_and_runs(tmp_path: Path):
     """Types without a fast tile are widened; the numbers are those of the stored values."""
     size = Sizes(layers=1, hidden=256, inner=256, dim=64)

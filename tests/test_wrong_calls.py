@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import runtime
-from runtime.errors import Error, OptionError
+from runtime.errors import Error, FileError, OptionError
 from runtime.model import Model
 from runtime.session import Session
 
@@ -97,6 +97,9 @@ def test_copies_and_pickles_say_what_to_do(model: Model, way: Any):
                     way(thing)
         with pytest.raises(OptionError, match=r"runtime\.load"):
             way(model)
+        if way is not copy.copy:  # a second name of the same file
+            with pytest.raises(FileError, match="an open file cannot be copied or pickled"):
+                way(model.file)
         assert session.tokens == [1, 2]
     assert model._sequences.pages.free == free
 

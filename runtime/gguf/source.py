@@ -47,6 +47,11 @@ class Source:
         if not self.size:
             raise FileError(f"{path}: the file is empty; download it again")
 
+    def __reduce_ex__(self, _: object) -> Any:
+        raise FileError(
+            f"{self.path}: an open file cannot be copied or pickled; open it again from its path"
+        )
+
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self._file.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -106,3 +106,12 @@ class StringArray(Sequence[str]):
 
     def __repr__(self) -> str:
         return f"<StringArray of {len(self)}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled with its own part of the head alone."""
+        begin, end = (self._starts[0] - PREFIX, self._ends[-1]) if len(self) else (0, 0)
+        return _from_bytes, (bytes(self._buffer[begin:end]), self._starts - PREFIX - begin)
+
+
+def _from_bytes(region: bytes, prefixes: np.ndarray) -> StringArray:
+    return StringArray(memoryview(region), prefixes, len(region))

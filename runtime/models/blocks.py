@@ -52,7 +52,7 @@ class AttentionSizes:
                 f"{keys.source}: {heads} heads do not divide into {kv_heads} KV heads: the "
                 "metadata contradicts itself"
             )
-        dim = keys.count("attention.head_dim", hidden // heads)  # Ollama's key
+        dim = keys.count("attention.head_dim", max(1, hidden // heads))  # Ollama's key
         dim = keys.count("attention.key_length", dim)
         v_dim = keys.count("attention.value_length", dim)
         return AttentionSizes(

@@ -42,7 +42,9 @@ class Hyperparameters:
         # Files have no key for it: OpenAI's YaRN does not round its range of dimensions. A model
         # with a base of its own for sliding layers is somebody else's, with YaRN as it is usual.
         derived = keys.has("rope.freq_base_swa")
-        rotary = RotarySizes.read(keys, size.dim, context, truncate=derived, kind="yarn")
+        # Ollama's files leave out the kind of scaling, which theirs means; others mean the usual.
+        kind = "yarn" if keys.architecture == "gptoss" else "linear"
+        rotary = RotarySizes.read(keys, size.dim, context, truncate=derived, kind=kind)
         return Hyperparameters(
             _sliding_layers(keys), hidden, vocabulary, context,
             keys.count("attention.sliding_window"), eps, size,

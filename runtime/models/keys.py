@@ -111,8 +111,6 @@ class Keys:
         """Some converters write one value per layer; equal ones are one value."""
         distinct = set(self.counts(key)) - ({0} if holes else set())
         if len(distinct) != 1:
-            raise ModelError(
-                f"{self.source}: {self.architecture}.{key} differs between layers, which is not "
-                "implemented"
-            )
+            what = "differs between layers, which is not implemented" if distinct else "is empty"
+            raise ModelError(f"{self.source}: {self.architecture}.{key} {what}")
         return distinct.pop()

@@ -29,9 +29,11 @@ def scaled(w: Weights, name: str, y: Tensor) -> Tensor:
 
 
 def scaled_by_expert(w: Weights, name: str, y: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Products times the scale of each expert's matrix (NVFP4), where the file has them."""
+    """Products times the scale of each expert's matrix, or one for all, where the file has any."""
     if f"{name}.scale" not in w:
         return y
+    if tuple(w.tensors[f"{name}.scale"].shape) == (1,):
+        return scaled(w, name, y)
     by_token = ops.broadcast(
         ops.reshape(w(f"{name}.scale", count), shape=(1, count)), shape=(ids.shape[0], count)
     )

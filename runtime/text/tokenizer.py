@@ -107,6 +107,10 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled as what it was made of."""
+        return type(self), (dict(self._metadata),)
+
     def __bool__(self) -> bool:
         return True  # one that only knows its size is a tokenizer all the same
 

@@ -54,7 +54,8 @@ class Program:
         self._prepare(inputs, live)
         tokens, started = live.get("tokens", 1), time.perf_counter()
         self._team.run(*self._table.records(), long=self._pace * tokens > _LONG)
-        self._pace = (time.perf_counter() - started) / tokens
+        if tokens:  # a step of no rows says nothing about the next one
+            self._pace = (time.perf_counter() - started) / tokens
         return self._results(live)
 
     def profile(

@@ -126,6 +126,18 @@ def test_options_that_loading_refuses_are_usage_errors(name, option):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_v_alone_is_the_version(invoke):
+    result = invoke("-v")
+    assert result.stdout == invoke("--version").stdout and "version" in result.stdout
+    assert not result.loaded
+
+
+def test_without_a_prompt_nothing_is_loaded(invoke):
+    result = invoke("run", "model.gguf")
+    assert result.exit_code == 2 and "there is no prompt" in result.stderr
+    assert not result.loaded
+
+
 def test_a_bug_stays_a_traceback(invoke):
     result = invoke("run", "-p", "a", loading=ZeroDivisionError("bug"))
     assert isinstance(result.exception, ZeroDivisionError)

@@ -222,6 +222,17 @@ class TestForeignOptions:
         assert bool(line) == bool(found.line), result.stderr
         assert not line or (line.count(name) == 1 and len(line) < 160)
 
+    def test_no_hint_leads_to_what_is_refused(self, invoke):
+        refused = [name for name, what in foreign.OPTIONS.items() if what.refused]
+        for name in ("-hfx", "--hf-rep", "--gramar", "--loras", "-spp", "--mmprj"):
+            result = invoke("run", name, "-p", "x")
+            assert result.exit_code == 2 and "no option " + name in result.stderr
+            assert not any(f"did you mean {other}?" in result.stderr for other in refused)
+
+    def test_a_wrong_value_names_the_option_as_the_help_does(self, invoke):
+        result = invoke("run", "-n", "-5", "-p", "x")
+        assert "Invalid value for '-n' / '--predict': -5" in result.stderr
+
     @pytest.mark.parametrize("args", [("-fa",), ("-fa", "on"), ("-fa=1",), ("--no-mmap",)])
     def test_an_optional_value_is_no_model(self, invoke, args):
         result = invoke("run", *args, "m.gguf", "-p", "x")
@@ -280,6 +291,17 @@ class TestNames:
         assert result.exit_code == 2 and result.loaded == []
         assert says in result.stderr and result.stderr.count("\n") == 1
         assert "Traceback" not in result.output
+
+    def test_a_bare_name(self, invoke, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+        result = invoke("run", "llama3.2")
+        assert result.exit_code == 2 and result.loaded == []
+        assert "llama3.2 is no file here, and models are not downloaded" in result.stderr
+        (tmp_path / "small.Q4_0.gguf").write_bytes(b"GGUF")
+        for way in ((), ("run",), ("inspect",)):
+            said = invoke(*way, "small.Q4_0").stderr
+            assert re.search(r"did you mean '?small\.Q4_0\.gguf'?\?", said)
 
     def test_a_file_is_a_file_whatever_its_name(self, invoke, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -43,8 +44,28 @@ class TestConversation:
             terminal.send("/bye\r")
             assert terminal.status() == 0
 
-    def test_a_prompt_can_be_the_first_message(self):
-        with talk("run", "m.gguf", "-cnv", "-p", "first") as terminal:
+    @pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
+    def test_no_colours_where_none_are_wanted(self, env):
+        with Terminal([*CHILD, "run", "m.gguf"], env=env) as terminal:
+            terminal.expect("> ")
+            terminal.send("long text\r")
+            terminal.expect("1: 'long text' ok")
+            terminal.expect("> ")
+            terminal.send("/bye\r")
+            assert terminal.status() == 0
+        assert not re.search(r"\x1b\[[0-9;]*m", terminal.seen)
+        assert ("\x1b[K" in terminal.seen) == ("NO_COLOR" in env)
+
+    def test_commands_of_other_programs(self):
+        with talk() as terminal:
+            for word, says in (("/set x", "options are given"), ("/show info", "runtime inspect")):
+                terminal.expect("> ")
+                terminal.send(f"{word}\r")
+                terminal.expect(says)
+
+    @pytest.mark.parametrize("how", [("run", "m.gguf", "-cnv"), ("chat", "m.gguf")])
+    def test_a_prompt_can_be_the_first_message(self, how):
+        with talk(*how, "-p", "first") as terminal:
             terminal.expect("1: 'first' ok")
             terminal.expect("> ")
             terminal.send("second\r")
@@ -135,6 +156,7 @@ class TestConversation:
             terminal.expect("reading the prompt: 10 of 30 tokens")
             started = time.monotonic()
             terminal.interrupt()
+            terminal.expect("stopped: the message is taken back")
             terminal.expect("> ")
             assert time.monotonic() - started < SOON
             terminal.send("short\r")

@@ -546,6 +546,7 @@ def test_a_tokenizer_can_be_called_and_has_a_length():
     assert tokenizer("he") == tokenizer.encode("he")
     assert tokenizer("he", add_special=False) == tokenizer.encode("he", add_special=False)
     assert len(tokenizer) == tokenizer.vocab_size and tokenizer
+    assert repr(tokenizer) == f"<Tokenizer {tokenizer.kind}, {tokenizer.vocab_size} tokens>"
 
 
 def test_text_has_to_be_text():

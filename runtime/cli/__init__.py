@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ _ELSEWHERE = {
     "list": "models are files here: give the path of one",
     "ls": "models are files here: give the path of one",
     "rm": "models are files here: remove the file",
+    "cp": "models are files here: copy the file",
+    "create": "there are no Modelfiles here: options and --system say what they would",
+    "push": "models are files here",
     "show": "use 'runtime inspect FILE'",
     "info": "use 'runtime inspect FILE'",
     "cli": "use 'runtime run' or 'runtime chat'",
@@ -74,6 +78,8 @@ class CommandGroup(click.Group):
             formatter.write_dl([*COMMANDS.items(), *_HELPERS.items()])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args == ["-v"]:  # of a command it is --verbose; alone, as people mean it
+            args = ["--version"]
         return super().parse_args(ctx, ["run", *args] if _is_run(args) else args)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
@@ -81,8 +87,8 @@ class CommandGroup(click.Group):
         if name in _ELSEWHERE:
             ctx.fail(f"no command {name!r}: {_ELSEWHERE[name]}")
         if name not in COMMANDS and name not in _HELPERS:
-            near = difflib.get_close_matches(name, [*COMMANDS, *_HELPERS], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = _meant(name)
+            hint = f"did you mean {near!r}? " if near else ""
             ctx.fail(f"no command and no file {name!r}: {hint}there are {', '.join(COMMANDS)}")
         return super().resolve_command(ctx, args)
 
@@ -102,7 +108,8 @@ class CommandGroup(click.Group):
     def _code(self, args: Any, prog_name: Any, complete_var: Any, **extra: Any) -> Any:
         """The exit status of a run; a mistake is one line on stderr."""
         try:
-            return super().main(args, prog_name, complete_var, False, **extra)
+            colour = {"color": _colour(), **extra}
+            return super().main(args, prog_name, complete_var, False, **colour)
         except click.Abort:
             return 130
         except Exception as error:
@@ -120,6 +127,23 @@ def _is_run(args: Sequence[str]) -> bool:
     if first.startswith("-"):
         return first not in ("-h", "--help", "--usage", "--version")
     return any(c in first for c in "/\\:") or first.endswith(".gguf") or Path(first).exists()
+
+
+def _meant(name: str) -> str | None:
+    """The command or the model's file of nearly that name."""
+    from runtime.cli.model_path import near_file
+
+    near = difflib.get_close_matches(name, [*COMMANDS, *_HELPERS], n=1)
+    if near:
+        return near[0]
+    file = near_file(Path(name))
+    return None if file is None else str(file)
+
+
+def _colour() -> bool | None:
+    """False where the user or the terminal wants no escape sequences; else by the stream."""
+    unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return False if unwanted else None
 
 
 def _mistake(error: Exception) -> str:

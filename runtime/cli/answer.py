@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +21,8 @@ class PromptProgress:
     """A line on a terminal's stderr while a prompt is read, gone before the answer begins."""
 
     def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted and is_terminal(sys.stderr)
+        dumb = os.environ.get("TERM") == "dumb"
+        self._wanted = wanted and not dumb and is_terminal(sys.stderr)
         self._begun = time.monotonic()
         self._shown = False
 
@@ -29,13 +31,13 @@ class PromptProgress:
         if not self._wanted or time.monotonic() - self._begun < _PATIENCE or done >= total:
             return
         self._shown = True
-        click.echo(f"\rreading the prompt: {done} of {total} tokens\x1b[K", err=True, nl=False)
+        _draw(f"\rreading the prompt: {done} of {total} tokens\x1b[K")
 
     def clear(self) -> None:
         """Take the line away."""
         if self._shown:
             self._shown = False
-            click.echo("\r\x1b[K", err=True, nl=False)
+            _draw("\r\x1b[K")
 
 
 class Screen:
@@ -83,6 +85,12 @@ class Screen:
         if answer.reason == "context":
             note(f"the answer was cut: the context of {model.context} tokens is full (-c sets it)")
         note(self.watch.summary(), not self._timed or not self.watch.tokens)
+
+
+def _draw(text: str) -> None:
+    """Text that moves the cursor, which is wanted without colours too."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def _write(text: str) -> None:

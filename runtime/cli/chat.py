@@ -8,9 +8,9 @@ import click
 
 from runtime.cli.model_path import model_argument, model_option
 from runtime.cli.options import generation_arguments, model_options, sampling_options
-from runtime.cli.parsing import Command
+from runtime.cli.parsing import Command, option
 from runtime.cli.prompt import given_system
-from runtime.cli.talk import converse, loaded_model, talk_options
+from runtime.cli.talk import TEXT, converse, loaded_model, talk_options
 
 
 @click.command(
@@ -24,6 +24,7 @@ Examples:
 """,
 )
 @click.argument("model", required=False)
+@option("-p --prompt", "The first message.", TEXT, metavar="TEXT")
 @talk_options
 @sampling_options
 @model_option
@@ -37,4 +38,4 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     path = model_argument(model, model_option)
     system, arguments = given_system(options), generation_arguments(options)
     with loaded_model(path, options, arguments) as loaded:
-        converse(loaded, system, arguments, options["quiet"])
+        converse(loaded, system, arguments, options["quiet"], options["prompt"])

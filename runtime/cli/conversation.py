@@ -24,6 +24,12 @@ _HELP = {
     "/bye, /exit": "leave (or Ctrl-D, or Ctrl-C twice); Ctrl-C stops an answer",
     '"""': "begins and ends a message of several lines; a \\ at a line's end goes on too",
 }
+# Commands of other programs, and what there is instead.
+_ELSEWHERE = {
+    "/set": "options are given at the start (runtime run -h); /system sets instructions",
+    "/show": "'runtime inspect FILE' shows the model, /system the instructions",
+    "/read": "paste the text, or begin with: runtime run FILE -cnv -f TEXTFILE",
+}
 _LEAVE = ("/bye", "/exit", "/quit")
 
 
@@ -71,6 +77,9 @@ class Conversation:
         }  # fmt: skip
         if word in commands:
             commands[word](rest)
+            return
+        if word in _ELSEWHERE:
+            note(f"no command {word}: {_ELSEWHERE[word]}")
             return
         near = difflib.get_close_matches(word, [*commands, *_LEAVE], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -156,6 +165,7 @@ class Conversation:
         self._screen.told(answer, self._model)
         if not whole and not self._interactive:
             raise click.exceptions.Exit(130)
+        note("stopped: the message is taken back", whole or bool(pieces) or self._screen.quiet)
         return whole
 
     def _begin(self) -> Any:

@@ -17,6 +17,7 @@ from runtime.cli.parsing import Refused, option
 
 _URL = re.compile(r"(https?|hf|ftp)://", re.IGNORECASE)
 _REPOSITORY = re.compile(r"(?:(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+(?::[\w.-]+)?)")
+_NAME = re.compile(r"[\w.-]+")
 _TAG = re.compile(r"([\w.-]{2,}(?:/[\w.-]+)?):([\w.-]+)")
 
 
@@ -59,9 +60,11 @@ def model_file(text: str | None) -> str | None:
     line = _download(text)
     if line is not None:
         raise Refused(line)
-    near = _near(Path(text))
+    near = near_file(Path(text))
     if near is not None:
         raise click.ClickException(f"{text}: there is no such file; did you mean {near}?")
+    if _NAME.fullmatch(text) and not text.endswith(".gguf"):
+        raise Refused(_named(text, "latest"))
     return text
 
 
@@ -75,12 +78,17 @@ def _download(text: str) -> str | None:
     if repository and not Path(text).parent.is_dir():
         return f"{text} is no file here, and {fetch(repository[1])}"
     tag = _TAG.fullmatch(text)
-    if tag is None:
-        return None
-    held = _of_ollama(*tag.groups())
+    return _named(*tag.groups()) if tag else None
+
+
+def _named(name: str, tag: str) -> str:
+    """What to do about a name of Ollama's, or one that may be."""
+    text = name if tag == "latest" else f"{name}:{tag}"
+    held = _of_ollama(name, tag)
     if held is not None:
         return f"{text} is a name of Ollama's; its file is here: {held}"
-    return f"{text} is a name of Ollama's, and {NO_DOWNLOAD}: give the path of a .gguf file"
+    what = "no file here" if tag == "latest" else "a name of Ollama's"
+    return f"{text} is {what}, and {NO_DOWNLOAD}: give the path of a .gguf file"
 
 
 def _of_ollama(name: str, tag: str) -> Path | None:
@@ -109,7 +117,7 @@ def _folder(path: Path) -> str:
     return f"{path} is a folder, with no .gguf file in it"
 
 
-def _near(path: Path) -> Path | None:
+def near_file(path: Path) -> Path | None:
     """A .gguf file beside `path` of nearly its name."""
     try:
         names = [file.name for file in path.parent.glob("*.gguf")]

@@ -46,6 +46,11 @@ class Option(click.Option):
         finally:
             self.opts = kept
 
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """What a message calls it: its names without the aliases."""
+        names = [name for name in self.opts if name not in self._aliases]
+        return " / ".join(f"'{name}'" for name in names)
+
     def value(self, rest: deque[str]) -> str | None:
         """The option's value, taken from the words that follow it; None where it is missing."""
         if self.bare is None:
@@ -157,7 +162,8 @@ def _foreign(
     """Take an option of another program, with its value; UsageError where it changes results."""
     found = foreign.OPTIONS.get(name)
     if found is None:
-        near = difflib.get_close_matches(name, [*known, *foreign.OPTIONS], n=1)
+        others = [other for other, what in foreign.OPTIONS.items() if not what.refused]
+        near = difflib.get_close_matches(name, [*known, *others], n=1)
         hint = f": did you mean {near[0]}?" if near else ""
         ctx.fail(f"no option {name}{hint}")
     value = attached if attached is not None else found.value(rest)

@@ -58,6 +58,8 @@ def command(words: tuple[str, ...], model_option: str | None, **options: Any) ->
     system, arguments = given_system(options), generation_arguments(options)
     if options["raw"] and (options["converse"] or system):
         raise click.UsageError("--raw is no conversation: leave --conversation and --system out")
+    if model is not None and prompt is None and not options["converse"] and not at_terminal():
+        raise click.UsageError("there is no prompt: give one with -p TEXT")
     with loaded_model(model, options, arguments) as loaded:
         _use(loaded, model, prompt, system, arguments, options)
 
@@ -72,8 +74,6 @@ def _use(
     quiet, has_template = options["quiet"], has_chat_template(loaded.file)
     through = not options["raw"] and (has_template or options["converse"] or system is not None)
     if through and prompt is None and (model is not None or options["converse"]):
-        if not at_terminal() and not options["converse"]:
-            raise click.UsageError("there is no prompt: give one with -p TEXT")
         converse(loaded, system, arguments, quiet, single=options["single"])
     elif through and options["converse"]:
         converse(loaded, system, arguments, quiet, prompt, options["single"])

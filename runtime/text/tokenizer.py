@@ -107,6 +107,9 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.vocab_size
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer {self.kind}, {self.vocab_size} tokens>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled as what it was made of."""
         return type(self), (dict(self._metadata),)

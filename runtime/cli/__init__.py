@@ -131,7 +131,7 @@ def _is_run(args: Sequence[str]) -> bool:
 
 def _meant(name: str) -> str | None:
     """The command or the model's file of nearly that name."""
-    from runtime.cli.model_path import near_file
+    from runtime.missing import near_file
 
     near = difflib.get_close_matches(name, [*COMMANDS, *_HELPERS], n=1)
     if near:

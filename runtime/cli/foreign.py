@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from runtime.missing import NO_DOWNLOAD, fetch
+
 # The words that may follow an option whose value is optional.
 _SWITCH = frozenset(("on", "off", "auto", "0", "1", "-1", "true", "false", "enabled", "disabled"))
-NO_DOWNLOAD = "models are not downloaded here"
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,6 @@ class Foreign:
         if self.line == _FETCH and value:
             return f"{name}: {fetch(value)}"
         return self.line.format(name=name, value=value)
-
-
-def fetch(name: str) -> str:
-    """How to get a model of Hugging Face's hub, "organisation/name" or "organisation/name:type"."""
-    repository, _, kind = name.partition(":")
-    only = f" --include '*{kind}*.gguf'" if kind else ""
-    return (
-        f'{NO_DOWNLOAD}: get the file with "hf download {repository}{only} --local-dir ." '
-        "(pip install huggingface_hub), then give its path"
-    )
 
 
 def _rows() -> dict[str, Foreign]:

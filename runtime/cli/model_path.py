@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -12,11 +11,9 @@ from typing import Any
 
 import click
 
-from runtime.cli.foreign import NO_DOWNLOAD, fetch
 from runtime.cli.parsing import Refused, option
+from runtime.missing import NO_DOWNLOAD, URL, fetch, is_path, near_file, repository
 
-_URL = re.compile(r"(https?|hf|ftp)://", re.IGNORECASE)
-_REPOSITORY = re.compile(r"(?:(?:hf\.co|huggingface\.co)/)?([\w.-]+/[\w.-]+(?::[\w.-]+)?)")
 _NAME = re.compile(r"[\w.-]+")
 _TAG = re.compile(r"([\w.-]{2,}(?:/[\w.-]+)?):([\w.-]+)")
 
@@ -70,14 +67,12 @@ def model_file(text: str | None) -> str | None:
 
 def _download(text: str) -> str | None:
     """What to do about a name that another program would fetch; None for a plain path."""
-    if _URL.match(text):
+    if URL.match(text):
         return f"{NO_DOWNLOAD}: fetch it first, 'curl -LO {text}', then give the file"
-    if text.startswith((".", "~", os.sep)) or text.endswith(".gguf") or "\\" in text:
-        return None
-    repository = _REPOSITORY.fullmatch(text)
-    if repository and not Path(text).parent.is_dir():
-        return f"{text} is no file here, and {fetch(repository[1])}"
-    tag = _TAG.fullmatch(text)
+    hub = repository(text)
+    if hub is not None:
+        return f"{text} is no file here, and {fetch(hub)}"
+    tag = None if is_path(text) else _TAG.fullmatch(text)
     return _named(*tag.groups()) if tag else None
 
 
@@ -115,17 +110,6 @@ def _folder(path: Path) -> str:
             "convert_hf_to_gguf.py, or get the model as .gguf"
         )
     return f"{path} is a folder, with no .gguf file in it"
-
-
-def near_file(path: Path) -> Path | None:
-    """A .gguf file beside `path` of nearly its name."""
-    try:
-        names = [file.name for file in path.parent.glob("*.gguf")]
-    except OSError:
-        return None
-    found = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-    found = found or [name for name in names if name == f"{path.name}.gguf"]
-    return path.parent / found[0] if found else None
 
 
 def _listed(names: Sequence[str]) -> str:

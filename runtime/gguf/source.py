@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.missing import advice
 from runtime.ops.errors import FileError
 
 _PIECE = 16 << 20  # bytes of one call of the system: an interrupt waits no longer than for these
@@ -34,8 +35,9 @@ class Source:
             if path.is_dir():
                 raise FileError(f"{path}: this is a folder; {_files_in(path)}")
             if not path.is_file():
-                what = "is not a file" if path.exists() else "no such file"
-                raise FileError(f"{path}: {what}; check the path")
+                missing = f"no such file; {advice(path)}"
+                what = "is not a file; check the path" if path.exists() else missing
+                raise FileError(f"{path}: {what}")
             self._file = path.open("rb", buffering=0)
             self._opened = self._state()
         except (OSError, ValueError) as error:

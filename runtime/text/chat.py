@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import flag, wrong
 from runtime.ops.errors import OptionError, TextError, shown
-from runtime.text.messages import Message, plain, plain_messages, readings, tool_names
+from runtime.text.messages import Message, no_text, plain, plain_messages, readings, tool_names
 from runtime.text.tools import tool_schemas
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def _first_that_fits(template: Template, messages: list[Message], names: dict[st
         except TemplateLimitError:  # what is left is no more for the next one
             raise
         except TextError as error:
-            refusal = refusal or error
+            said = no_text(messages)
+            refusal = refusal or (TextError(f"{error}; {said}") if said else error)
             continue
         if all(name in text for name in wanted):
             return text

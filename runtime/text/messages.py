@@ -93,6 +93,17 @@ def tool_names(messages: Sequence[Message]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
+def no_text(messages: Sequence[Message]) -> str:
+    """Names the first part of a content that is not text; "" where all of them are."""
+    for n, message in enumerate(messages):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if kind != "text":
+                return f"message {n} has a part of type {kind!r}, which is no text"
+    return ""
+
+
 def _same(message: Message) -> Message:
     return message
 

@@ -186,7 +186,9 @@ def test_parts_of_text_are_joined_for_a_template_of_texts():
     knows = ChatTemplate("{% for p in messages[0].content %}<{{ p.text }}>{% endfor %}")
     assert knows.render(message) == "<one><two>"
     image = [{"role": "user", "content": [*parts, {"type": "image"}]}]
-    with pytest.raises(TextError, match="these messages: .*; message 0 has a part of type 'image'"):
+    with pytest.raises(
+        TextError, match=r"these messages: .*; message 0 has a part of type 'image'"
+    ):
         ChatTemplate("{{ messages[0].content + '.' }}").render(image)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from runtime.ops.errors import BackendError
+
 from . import sass
 from .catalogue import Compiled, every_kernel
 from .library import Library, library
@@ -79,4 +81,7 @@ def main(targets: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except BackendError as error:
+        sys.exit(f"error: {error}")

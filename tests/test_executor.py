@@ -175,6 +175,37 @@ def test_a_second_signal_does_not_let_two_plans_run_at_once(alarm, monkeypatch):
             assert np.array_equal(chain.x, chain.wanted(1))
 
 
+def test_an_interrupt_beside_the_end_of_a_run_is_heard():
+    """One that comes when the lock is held already, and before the next line."""
+    run = executor.LongRun(lambda *_: None, np.zeros(64, np.int64), 1, {})
+
+    class Lock:
+        def __init__(self, lock: Any) -> None:
+            self.lock, self.raised, self.release = lock, False, lock.release
+
+        def acquire(self, timeout: float) -> bool:
+            got = self.lock.acquire(timeout=timeout)
+            if got and not self.raised:
+                self.raised = True
+                raise AlarmError
+            return got
+
+    run._running = Lock(run._running)
+    ended: list[type] = []
+
+    def outcome() -> None:
+        try:
+            run.run()
+        except AlarmError:
+            run.abort()  # as the team does before its next plan
+            ended.append(AlarmError)
+
+    thread = threading.Thread(target=outcome, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert ended == [AlarmError]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_profile_is_one_time_per_row_and_the_end(threads):
     chain = Chain(10)

@@ -83,6 +83,38 @@ def test_compiling(tmp_path: Path, after: float, group: bool):
     assert library.address(Kernel.of("pack_weights", format="Q8_0"))
 
 
+LOAD = """
+import signal, sys
+from runtime.backends.cpu.isa import selected
+from runtime.backends.cpu.objects import compile_ir, load_object
+
+code = compile_ir("define void @entry(i64 %a, i64 %b, i64 %c) { ret void }", selected())
+load_object(code)
+def stop(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, stop)
+interrupted = 0
+for n in range(200):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2e-5 * (n % 50 + 1))
+        for _ in range(3):
+            load_object(code)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        interrupted += 1
+print(interrupted, flush=True)
+"""
+
+
+def test_loading_kernels():
+    """LLVM is left whole wherever an interrupt comes."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert ended.returncode == 0, ended.stderr[-500:]
+    assert int(ended.stdout) > 20
+
+
 def test_an_interrupt_in_a_callback_ends_the_processes(tmp_path: Path):
     """Or any exception, wherever the caller is when it comes."""
     program = COMPILE.replace(

@@ -143,7 +143,10 @@ class LongRun:
     ) -> None:
         self._control = control
         self._arguments, self._words = (entry, control, n_threads), words
-        self._unclaimed, self._running = threading.Lock(), threading.Lock()
+        # An interrupt may come between any two lines, so nothing here counts on a line being
+        # reached: whoever claims the run first has it, and asking again changes nothing.
+        self._claim: dict[str, str] = {}
+        self._ended, self._running = False, threading.Lock()
         self._running.acquire()
 
     def run(self) -> None:
@@ -160,26 +163,28 @@ class LongRun:
 
     def wait(self) -> None:
         """Until it has ended, or a signal's handler raises. Windows hears of signals in between."""
-        while not self._running.acquire(timeout=_HEAR):
-            pass
-        self._running.release()
+        while not self._ended:
+            self._running.acquire(timeout=_HEAR)
 
     def abort(self) -> None:
         """End it after the row under way, and wait for that."""
-        if self._unclaimed.acquire(blocking=False):
-            self._running.release()  # it has not begun, and will not
-            return
-        while not self._running.acquire(timeout=_AGAIN):
-            self._control[ABORT] = 1  # again, for the plan may only now have begun
-        self._running.release()
+        if self._claimed_by("nobody"):
+            return  # it has not begun, and will not
+        while not self._ended:
+            if not self._running.acquire(timeout=_AGAIN):
+                self._control[ABORT] = 1  # again, for the plan may only now have begun
+
+    def _claimed_by(self, who: str) -> bool:
+        return self._claim.setdefault("by", who) == who
 
     def _lead(self) -> None:
-        if self._unclaimed.acquire(blocking=False):
-            try:
+        try:
+            if self._claimed_by("leader"):
                 entry, control, n_threads = self._arguments
                 _lead(entry, control, n_threads, **self._words)
-            finally:
-                self._running.release()
+        finally:
+            self._ended = True
+            self._running.release()
 
 
 def _lead(entry: Any, control: np.ndarray, n_threads: int, **words: int) -> None:

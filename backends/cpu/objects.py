@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from runtime.backends.cpu.isa import Isa, host_arch, isa, target
@@ -57,14 +58,48 @@ def load_object(code: bytes, name: str = ENTRY, extra: Mapping[str, int] | None 
     _provide_memory_routines()
     for symbol, address in extra.items():
         llvm.add_symbol(symbol, address)
+    address = _uninterrupted(_linked, code, name)
+    if not address:
+        raise BackendError(f"compiled kernel has no function {name!r}: delete the kernel cache")
+    return address
+
+
+def _linked(code: bytes, name: str) -> int:
+    llvm = _llvm()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _host_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    address = engine.get_function_address(name)
-    if not address:
-        raise BackendError(f"compiled kernel has no function {name!r}: delete the kernel cache")
     _engines.append(engine)
-    return address
+    return int(engine.get_function_address(name))
+
+
+def _uninterrupted(work: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of `work`, done where no handler of a signal runs.
+
+    Engines take over what they are made of. llvmlite notes that one call later, and where an
+    interrupt came between, both free it: LLVM crashes at the next kernel.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work(*arguments)
+    results: list[Any] = []
+    worker = threading.Thread(
+        target=lambda: results.append(_outcome(work, *arguments)), daemon=True
+    )
+    try:
+        worker.start()
+    except RuntimeError:  # no more threads
+        return work(*arguments)
+    worker.join()
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+def _outcome(work: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return work(*arguments)
+    except BaseException as error:
+        return error
 
 
 def function(address: int) -> Any:

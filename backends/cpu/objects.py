@@ -82,9 +82,7 @@ def _uninterrupted(work: Callable[..., Any], *arguments: Any) -> Any:
     if threading.current_thread() is not threading.main_thread():
         return work(*arguments)
     results: list[Any] = []
-    worker = threading.Thread(
-        target=lambda: results.append(_outcome(work, *arguments)), daemon=True
-    )
+    worker = threading.Thread(target=lambda: results.append(_outcome(work, *arguments)))
     try:
         worker.start()
     except RuntimeError:  # no more threads

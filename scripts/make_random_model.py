@@ -102,7 +102,7 @@ def random_blocks(dtype: DType, count: int, spread: float, seed: int) -> np.ndar
     """`count` blocks of random codes as uint8, their values with this standard deviation."""
     rng = np.random.default_rng(seed)
     blocks = np.frombuffer(bytearray(rng.bytes(count * dtype.nbytes)), DECODERS[dtype.name][0])
-    if dtype is dt.TQ2_0:  # 2-bit codes of which the fourth is not used
+    if dtype in (dt.TQ2_0, dt.Q2_0):  # without the fourth 2-bit code, so that the mean is zero
         blocks["qs"] &= ~((blocks["qs"] & blocks["qs"] >> 1 & 0x55) << 1)
     set_scale(blocks, dtype, np.ones(count, np.float32))
     sample = blocks[:4096]

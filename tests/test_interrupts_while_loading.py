@@ -134,7 +134,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np, runtime
 from runtime.backends.cpu.weights import WeightStore
 path = sys.argv[1]
-with runtime.load(path, context=64) as model:
+with runtime.load(path, context=64, progress=False) as model:
     wanted = model.eval([1, 2, 3])
 begun = WeightStore.load
 def load(self, buffers):
@@ -144,10 +144,10 @@ def load(self, buffers):
         self._made.clear()
 WeightStore.load = load
 try:
-    runtime.load(path, context=64)
+    runtime.load(path, context=64, progress=False)
 except KeyboardInterrupt:
     WeightStore.load = begun
-    with runtime.load(path, context=64) as model:
+    with runtime.load(path, context=64, progress=False) as model:
         print(np.array_equal(model.eval([1, 2, 3]), wanted))
     sys.exit(130)
 """

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from alarms import alarm  # noqa: F401  a fixture
 from small_models import NOVEL, write_model
 
 # Files whose tests take moments: they compile next to nothing.

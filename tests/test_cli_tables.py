@@ -206,12 +206,14 @@ class TestBench:
         assert [row["n_prompt"] for row in rows] == [1, 2, 3]
 
     def test_models_are_loaded_for_every_number_of_threads(self, invoke):
-        result = invoke("bench", "a", "b", "-p", "1", "-n", "0", "-r", "1", "-t", "1,2")
+        result = invoke("bench", "a.gguf", "b.gguf", "-p", "1", "-n", "0", "-r", "1", "-t", "1,2")
         assert [(path, o["threads"]) for path, o in result.loaded] == [
-            *(("a", 1), ("a", 2), ("b", 1), ("b", 2)),
+            *(("a.gguf", 1), ("a.gguf", 2), ("b.gguf", 1), ("b.gguf", 2)),
         ]
         assert result.loaded[0][1]["context"] == 1
-        result = invoke("bench", "a", "-p", "1", "-n", "0", "-r", "1", "-b", "1,2", "-ctv", "q8_0")
+        result = invoke(
+            "bench", "a.gguf", "-p", "1", "-n", "0", "-r", "1", "-b", "1,2", "-ctv", "q8_0"
+        )
         assert [o["kv_type"] for _, o in result.loaded] == ["f16,q8_0"], "one load for both -b"
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from alarms import AlarmError
 from kernel_calls import ISAS, Fenced, library
 
 from runtime.backends.cpu import executor, objects
@@ -112,27 +111,6 @@ def test_two_teams_at_once():
         assert np.array_equal(chain.x, chain.wanted(3))
 
 
-class AlarmError(Exception):
-    """What the handler of a signal raises."""
-
-
-@pytest.fixture
-def alarm() -> Iterator[Callable[[float], None]]:
-    """A signal that comes after so many seconds, whose handler raises `AlarmError`."""
-    if not hasattr(signal, "setitimer"):
-        pytest.skip("this system has no timer that sends signals")
-
-    def handler(*_: Any) -> None:
-        raise AlarmError
-
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_signal_ends_a_long_plan_early(threads, alarm):
     chain = Chain()
@@ -143,9 +121,9 @@ def test_a_signal_ends_a_long_plan_early(threads, alarm):
         team.run(table.ctypes.data, len(table), long=True)
         whole = time.perf_counter() - started
         for after in (0.05, 0.0001):  # 0.0001: about when it begins
-            alarm(min(after, whole / 4))
             started = time.perf_counter()
             with pytest.raises(AlarmError):
+                alarm(min(after, whole / 4))
                 team.run(table.ctypes.data, len(table), long=True)
                 time.sleep(1)
             assert time.perf_counter() - started < whole / 2
@@ -165,8 +143,8 @@ def test_a_second_signal_does_not_let_two_plans_run_at_once(alarm, monkeypatch):
             raise AlarmError
 
         monkeypatch.setattr(executor.LongRun, "abort", interrupted)
-        alarm(0.02)
         with pytest.raises(AlarmError):
+            alarm(0.02)
             team.run(table.ctypes.data, len(table), long=True)
         chain.run(team)  # after what is still under way
         for _ in range(2):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import random
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from alarms import AlarmError
 from interruptions import interrupted, lines_of
 from small_models import NOVEL, Sizes, write_model
 
@@ -233,27 +233,6 @@ def test_an_interrupt_at_every_line(models: tuple[Model, Model], name: str):
     print(name, sweep(models, CASES[name], 1), "lines")
 
 
-class SignalError(Exception):
-    """What the handler of a signal raises."""
-
-
-@pytest.fixture
-def signals() -> Iterator[Callable[[float], None]]:
-    """A signal that comes after so many seconds (0: never), whose handler raises."""
-    if not hasattr(signal, "setitimer"):
-        pytest.skip("this system has no timer that sends signals")
-
-    def handler(*_: Any) -> None:
-        raise SignalError
-
-    before = signal.signal(signal.SIGALRM, handler)
-    try:
-        yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 STORM: list[Callable[[Model, int, Session, Session, Snapshot], Any]] = [
     lambda model, n, session, other, snapshot: session.eval(IDS[:n], "last"),
     lambda model, n, session, other, snapshot: session.eval([n], "last"),
@@ -265,7 +244,7 @@ STORM: list[Callable[[Model, int, Session, Session, Snapshot], Any]] = [
 ]
 
 
-def storm(models: tuple[Model, Model], signals: Callable[[float], None], enough: int) -> int:
+def storm(models: tuple[Model, Model], alarm: Callable[[float], None], enough: int) -> int:
     """Random operations under real signals at random times, until so many were broken off; how
     many that were, of at most a hundred times as many."""
     model, right = models
@@ -278,13 +257,13 @@ def storm(models: tuple[Model, Model], signals: Callable[[float], None], enough:
             break
         session, other = rng.sample(sessions, 2)
         try:
-            signals(rng.uniform(2e-5, 2e-3))
+            alarm(rng.uniform(2e-5, 2e-3))
             rng.choice(STORM)(model, rng.randrange(1, 40), session, other, snapshot)
-            signals(0)
-        except SignalError:
+            alarm(0)
+        except AlarmError:
             broken += 1
         finally:
-            signals(0)
+            alarm(0)
         assert not model._lock._is_owned()
         if len(session) > 80:
             session.rewind(len(session) - 5)
@@ -298,13 +277,13 @@ def storm(models: tuple[Model, Model], signals: Callable[[float], None], enough:
     return broken
 
 
-def test_real_signals(models: tuple[Model, Model], signals: Callable[[float], None]):
-    assert storm(models, signals, 12) == 12
+def test_real_signals(models: tuple[Model, Model], alarm: Callable[[float], None]):
+    assert storm(models, alarm, 12) == 12
 
 
 @pytest.mark.sweep
-def test_many_real_signals(models: tuple[Model, Model], signals: Callable[[float], None]):
-    assert storm(models, signals, 2_000) == 2_000
+def test_many_real_signals(models: tuple[Model, Model], alarm: Callable[[float], None]):
+    assert storm(models, alarm, 2_000) == 2_000
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ and checked before it is loaded.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import ctypes
 import functools
 import sys
@@ -81,15 +83,29 @@ def _uninterrupted(work: Callable[..., Any], *arguments: Any) -> Any:
     """
     if threading.current_thread() is not threading.main_thread():
         return work(*arguments)
-    results: list[Any] = []
-    worker = threading.Thread(target=lambda: results.append(_outcome(work, *arguments)))
-    try:
-        worker.start()
-    except RuntimeError:  # no more threads
-        return work(*arguments)
-    worker.join()
-    if isinstance(results[0], BaseException):
-        raise results[0]
+    todo, results = [work], list[Any]()
+    ended = _thread.allocate_lock()
+    ended.acquire()
+
+    def run() -> None:
+        with contextlib.suppress(IndexError):  # an interrupt came, and another thread has it
+            results.append(_outcome(todo.pop(), *arguments))
+            ended.release()
+
+    interrupt: BaseException | None = None
+    while not results:  # an interrupt waits, some milliseconds
+        try:
+            if todo:
+                # not threading.Thread: an interrupt inside its methods can leave its locks held
+                _thread.start_new_thread(run, ())
+            ended.acquire()
+        except RuntimeError:  # no more threads
+            run()
+        except BaseException as error:
+            interrupt = error
+    for error in (interrupt, results[0]):
+        if isinstance(error, BaseException):
+            raise error
     return results[0]
 
 

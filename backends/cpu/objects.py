@@ -103,9 +103,9 @@ def _uninterrupted(work: Callable[..., Any], *arguments: Any) -> Any:
             run()
         except BaseException as error:
             interrupt = error
-    for error in (interrupt, results[0]):
-        if isinstance(error, BaseException):
-            raise error
+    for outcome in (interrupt, results[0]):
+        if isinstance(outcome, BaseException):
+            raise outcome
     return results[0]
 
 

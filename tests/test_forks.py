@@ -126,6 +126,7 @@ assert all(np.array_equal(result, wanted) for result in results)
     assert _run(program, str(small_model)) == "done\n"
 
 
+@pytest.mark.sweep  # a fork of a fork still hangs now and then, about once in eight runs
 def test_forks_of_forks_and_models_loaded_in_a_child(small_model: Path):
     program = (
         BEGIN

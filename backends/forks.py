@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
+_awaited: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def lock() -> Any:
@@ -25,11 +26,36 @@ def lock() -> Any:
     return made
 
 
+def awaited_lock() -> Any:
+    """A `threading.RLock` that a fork waits for: no child begins in the middle of what it guards.
+
+    For calls into libraries whose own locks would stay held in the child.
+    """
+    made = threading.RLock()
+    _awaited.add(made)
+    return made
+
+
+def _before_fork() -> None:
+    for each in list(_awaited):
+        each.acquire()
+
+
 def _after_fork() -> None:
+    for each in list(_awaited):
+        each.release()
+
+
+def _after_fork_in_child() -> None:
+    _after_fork()
     for each in list(_locks):
         if not each._is_owned():
             each._at_fork_reinit()  # as the standard library does with its own
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork_in_child,
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
+from runtime.ops.cached import cached_property
 from runtime.ops.errors import OpError
 from runtime.ops.registry import Cost, find
 from runtime.ops.tensor import LEAVES, Tensor

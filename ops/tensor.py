@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from runtime.ops.cached import cached_property
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import OpError
 

@@ -126,7 +126,6 @@ assert all(np.array_equal(result, wanted) for result in results)
     assert _run(program, str(small_model)) == "done\n"
 
 
-@pytest.mark.sweep  # a fork of a fork still hangs now and then, about once in eight runs
 def test_forks_of_forks_and_models_loaded_in_a_child(small_model: Path):
     program = (
         BEGIN
@@ -204,3 +203,39 @@ print(threading.active_count())
     assert "load the model with threads=" in lines[0]
     assert all("thread 2 of 2 cannot be started" in line for line in lines[1:5])
     assert lines[4].endswith(" 0") and lines[5] == "2"
+
+
+def test_a_child_does_not_wait_for_what_another_thread_computes(small_model: Path):
+    """A property that a thread computes during the fork; code that it links meanwhile."""
+    program = (
+        BEGIN
+        + """
+from runtime.backends.cpu import objects
+from runtime.backends.cpu.isa import selected
+from runtime.ops.cached import cached_property
+
+code = objects.compile_ir("define void @entry(i64 %a, i64 %b, i64 %c) { ret void }", selected())
+link_now = objects._link
+def link_slowly(*arguments):
+    time.sleep(0.02)
+    return link_now(*arguments)
+objects._link = link_slowly
+class Slow:
+    @cached_property
+    def value(self):
+        time.sleep(0.02)
+        return 1
+def compute():
+    while not stop:
+        Slow().value
+def link():
+    while not stop:
+        objects.load_object(code)
+for work in (compute, link):
+    threading.Thread(target=work, daemon=True).start()
+for _ in range(25):
+    assert child(lambda: Slow().value and objects.load_object(code)) == 0
+"""
+        + END
+    )
+    assert _run(program, str(small_model)) == "done\n"

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from runtime.backends import forks
 from runtime.backends.cpu.isa import Isa, host_arch, isa, target
 from runtime.backends.cpu.symbols import undefined_symbols
 from runtime.ops.errors import BackendError
@@ -25,6 +26,7 @@ ALLOWED = frozenset({"memcpy", "memmove", "memset"})
 # LLVM's own name for an address table; a reference to it needs no definition.
 _HARMLESS = frozenset({"_GLOBAL_OFFSET_TABLE_", ""})
 
+_linking = forks.awaited_lock()  # llvmlite has a lock of its own
 _engines: list[Any] = []  # code lives as long as the process: threads may be inside it
 
 
@@ -67,6 +69,11 @@ def load_object(code: bytes, name: str = ENTRY, extra: Mapping[str, int] | None 
 
 
 def _linked(code: bytes, name: str) -> int:
+    with _linking:
+        return _link(code, name)
+
+
+def _link(code: bytes, name: str) -> int:
     llvm = _llvm()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _host_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))

@@ -7,11 +7,11 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import flag, token_ids, whole, wrong
+from runtime.ops.cached import cached_property
 from runtime.ops.errors import TextError, shown
 from runtime.text import bytepair, sentencepiece
 from runtime.text.charsmap import CharsMap

@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from runtime.ops.cached import cached_property
 from runtime.ops.errors import TextError, shown
 from runtime.text import special_ids
 from runtime.text.special_ids import BYTE, CONTROL, NORMAL, UNKNOWN

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from runtime.ops.errors import OptionError
+from runtime.backends.plan.plan import Plan
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
@@ -27,10 +27,27 @@ class Program(Protocol):
         ...
 
 
+class Planner(Protocol):
+    """What a device would do with a graph, without the device."""
+
+    def plan(self, graph: Graph) -> Plan:
+        """The calls of a step and the memory they need."""
+        ...
+
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """See `Backend.page_nbytes`."""
+        ...
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """See `Backend.distinct_sizes`."""
+        ...
+
+
 class Backend(Protocol):
     """A device, or a set of devices behaving as one."""
 
     name: str
+    threads: int
 
     def state(self, leaf: Tensor) -> np.ndarray:
         """Memory of a state leaf, made on first use, zero, and kept; first axis = pages or slots.
@@ -39,8 +56,19 @@ class Backend(Protocol):
         """
         ...
 
-    def state_page_nbytes(self, leaf: Tensor) -> int:
+    def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page, or of one slot, of a state leaf on this device."""
+        ...
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """Of these numbers of tokens those whose programs use every kernel that any of them uses.
+
+        graph: the model's step of one token.
+        """
+        ...
+
+    def missing(self, graphs: Sequence[Graph]) -> int:
+        """How many kernels of these graphs have yet to be compiled."""
         ...
 
     def program(self, graph: Graph) -> Program:
@@ -54,27 +82,3 @@ class Backend(Protocol):
     def close(self) -> None:
         """End threads and free memory; further calls are errors."""
         ...
-
-
-def open_backend(devices: str, file: Any, threads: int | None, activations: str) -> Backend:
-    """The backend named by `devices`: "cpu", "reference" or "null[:N]".
-
-    `file` is an open GGUF file; OptionError names what is known for anything else.
-    """
-    name, _, number = devices.strip().partition(":")
-    if name == "cpu" and number in ("", "0"):
-        from runtime.backends.cpu import CpuBackend
-
-        return CpuBackend(file, threads, activations)
-    if name == "reference" and not number:
-        from runtime.backends.reference import ReferenceBackend
-
-        return ReferenceBackend(file)
-    if name == "null" and (not number or number.isdigit()):
-        from runtime.backends.null import NullBackend
-
-        return NullBackend(file, int(number or 1), activations)
-    raise OptionError(
-        f"devices={devices!r} is not available: this version runs on 'cpu', 'reference' (numpy, "
-        "slow and exact) or 'null' (plans only)"
-    )

@@ -69,7 +69,7 @@ def _show_times(
 @functools.cache
 def _bandwidth(threads: int) -> float | None:
     """Bytes per second that memory gives to as many threads; None where it cannot be measured."""
-    from runtime.backends.cpu.bandwidth import read_bandwidth
+    from runtime.backends.cpu.run.bandwidth import read_bandwidth
 
     try:
         return read_bandwidth(threads)
@@ -123,7 +123,7 @@ def _validate(
     reference = _reference(model)
     expected = reference.program(model.graph(live["tokens"], max(1, live["outputs"])))
     expected.run(inputs, live)
-    tolerance = _TOLERANCE[model.backend.options.activations]  # type: ignore[attr-defined]
+    tolerance = _TOLERANCE[model.backend.planner.options.activations]  # type: ignore[attr-defined]
     tally = _tally(model)
     tally.steps += 1
 

@@ -14,7 +14,8 @@ import numpy as np
 from runtime.advance import Advance, Sequences, begin, commit
 from runtime.arguments import check_function, check_has_weights, check_load, whole
 from runtime.backends import forks
-from runtime.backends.base import Backend, Program, Progress, open_backend
+from runtime.backends.base import Backend, Program, Progress
+from runtime.backends.devices import open_backend
 from runtime.batch import UBATCH, Ubatch, bucket_below, check, cut, largest_step, pairs
 from runtime.environment import debug, inspected, validate
 from runtime.errors import BackendError, OptionError
@@ -121,7 +122,7 @@ class Model(TextModel):
     @property
     def threads(self) -> int:
         """Threads of the backend."""
-        return getattr(self.backend, "threads", 1)
+        return self.backend.threads
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -302,7 +303,7 @@ class Model(TextModel):
         step = Step.capacity(1, 1, 1, 1, 1, self._architecture.layers, self.kv_types)
         pages, slots = (step.k, step.v), (step.conv, step.delta)
         page, slot = (
-            sum(self.backend.state_page_nbytes(leaf) for group in groups for leaf in group.values())
+            sum(self.backend.page_nbytes(leaf) for group in groups for leaf in group.values())
             for groups in (pages, slots)
         )
         return page, slot
@@ -326,8 +327,7 @@ class Model(TextModel):
         of a prompt with the first prompt, and are not found only where compiling was interrupted
         or another model left its own. False: nothing was missing.
         """
-        missing = getattr(self.backend, "missing", None)
-        if missing is None or not missing(graphs):
+        if not self.backend.missing(graphs):
             return False
         with self._reporter() as report:
             self.backend.load([*self._warm_graphs(), *graphs], report)
@@ -341,8 +341,7 @@ class Model(TextModel):
     def _warm_graphs(self) -> list[Graph]:
         """Graphs that between them use every kernel this model can need."""
         buckets = [1 << n for n in range(UBATCH.bit_length())]
-        distinct = getattr(self.backend, "distinct_sizes", None)
-        sizes = distinct(self.graph(1, 1), buckets) if distinct else buckets
+        sizes = self.backend.distinct_sizes(self.graph(1, 1), buckets)
         return [self.graph(t, r) for t in sizes for r in output_buckets(t)]
 
 

@@ -76,7 +76,7 @@ def of_token(graph: Graph, context: int) -> Traffic:
 
 def kv_token_nbytes(pages: Tensor) -> float:
     """Bytes that one token takes of a layer's K or V."""
-    from runtime.backends.cpu.attention import page_nbytes
+    from runtime.backends.cpu.pages import page_nbytes
 
     return page_nbytes(pages) / PAGE
 

@@ -2,7 +2,7 @@
 
     python scripts/arm_cross.py ISA        (a program of scripts/check_arm.sh)
 
-Speaks the protocol of `runtime.backends.pool.serve`: a kernel per line in, a header line
+Speaks the protocol of `runtime.backends.plan.pool.serve`: a kernel per line in, a header line
 and object code out. A line {"ir": text} is LLVM IR to compile, as tests of kernels do. The process
 tells everything that asks, Numba and this package, that it is on 64-bit Arm Linux.
 """
@@ -33,8 +33,8 @@ def pretend() -> None:
 
 def answer(line: str, isa: str) -> tuple[str, bytes]:
     """Symbol and object code of what a line asks for."""
-    from runtime.backends.cpu import compilers, objects
-    from runtime.backends.cpu.kernel import Kernel
+    from runtime.backends.cpu.compile import compilers, objects
+    from runtime.backends.plan.kernel import Kernel
 
     asked = json.loads(line)
     if isinstance(asked, dict):

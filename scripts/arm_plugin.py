@@ -16,8 +16,8 @@ import threading
 from collections.abc import Generator
 from typing import Any
 
-from runtime.backends.cpu import compilers, objects
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.compile import compilers, objects
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 

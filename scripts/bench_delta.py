@@ -23,8 +23,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need 
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.bandwidth import read_bandwidth
-from runtime.backends.cpu.cores import physical_cores
+from runtime.backends.cpu.run.bandwidth import read_bandwidth
+from runtime.backends.cpu.run.cores import physical_cores
 from runtime.ops.dtypes import F32
 from runtime.ops.tensor import Tensor
 

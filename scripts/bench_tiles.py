@@ -22,9 +22,9 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
-from runtime.backends.cpu import isa, objects
-from runtime.backends.cpu.bandwidth import read_bandwidth
-from runtime.backends.cpu.cores import physical_cores
+from runtime.backends.cpu.compile import isa, objects
+from runtime.backends.cpu.run.bandwidth import read_bandwidth
+from runtime.backends.cpu.run.cores import physical_cores
 from runtime.backends.cpu.tile import FORMATS, TileSpec, emit_matmul
 from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
 from runtime.backends.cpu.tile.spec import activation_tile_nbytes

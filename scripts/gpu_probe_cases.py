@@ -21,10 +21,10 @@ from gpu_probe_arrays import (
     unset,
 )  # fmt: skip
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda import layouts
 from runtime.backends.cuda.catalogue import CONSTANTS
 from runtime.backends.cuda.kernels.matvec import rows_of
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import attention as attention_op
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.quants import dequantize

@@ -9,11 +9,11 @@ from gpu_probe_arrays import random_blocks
 from gpu_probe_cases import PACK
 from gpu_probe_timing import Gpu
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda.arena import Arena, Buffer
 from runtime.backends.cuda.graphs import Graph, dependencies
 from runtime.backends.cuda.kernels.matvec import rows_of
 from runtime.backends.cuda.launcher import Launch
+from runtime.backends.plan.kernel import Kernel
 
 LAYER = 6  # launches
 

@@ -11,12 +11,12 @@ import numpy as np
 from gpu_probe_arrays import random_blocks
 from gpu_probe_cases import PACK, TILE, Case
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda import layouts
 from runtime.backends.cuda.arena import Arena, Buffer
 from runtime.backends.cuda.graphs import Graph, chain
 from runtime.backends.cuda.kernels.matvec import rows_of
 from runtime.backends.cuda.launcher import Device, Launch, Stream
+from runtime.backends.plan.kernel import Kernel
 
 NAN = math.nan
 # int8 operations of the tensor cores per clock and multiprocessor, without sparsity

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda.catalogue import declared
 from runtime.backends.cuda.simulator import launch
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.quants import dequantize
 

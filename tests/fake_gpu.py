@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda.arena import Buffer
 from runtime.backends.cuda.fake import FakeDriver
 from runtime.backends.cuda.fake_nodes import FakeLibrary
 from runtime.backends.cuda.launcher import Device, Launch
+from runtime.backends.plan.kernel import Kernel
 
 NORM, ROWS, N = Kernel.of("rms_norm", packed=False), 2, 64
 NBYTES = 4 * ROWS * N

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.cpu.isa import selected
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library
-from runtime.backends.cpu.objects import function
+from runtime.backends.cpu.compile.isa import selected
+from runtime.backends.cpu.compile.library import Library
+from runtime.backends.cpu.compile.objects import function
 from runtime.backends.cpu.signatures import SIGNATURES, float_bits
+from runtime.backends.plan.kernel import Kernel
 from runtime.environment import cache_dir
 
 CANARY = 0x7FC0DEAD  # a NaN as float32, no index as int32

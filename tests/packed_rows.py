@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from kernel_calls import ISAS, Fenced, run
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.tile.spec import activation_tile_nbytes
+from runtime.backends.plan.kernel import Kernel
 
 
 class Packed:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpu import compilers, isa
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.symbols import undefined_symbols
+from runtime.backends.cpu.compile import compilers, isa
+from runtime.backends.cpu.compile.symbols import undefined_symbols
 from runtime.backends.cpu.tile import TileSpec, emit_matmul
+from runtime.backends.plan.kernel import Kernel
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 AARCH64 = 183  # e_machine of <elf.h>

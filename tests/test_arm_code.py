@@ -17,7 +17,7 @@ import pytest
 import tile_calls as tiles
 from tile_calls import ISAS, QUANTISED, packed, random_rows
 
-from runtime.backends.cpu import objects
+from runtime.backends.cpu.compile import objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul
 from runtime.backends.cpu.tile.formats import format_of
 from runtime.backends.cpu.tile.reference import matmul_int8

@@ -11,14 +11,14 @@ import pytest
 from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 
 from runtime import ops
-from runtime.backends.cpu.isa import available
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.cpu.signatures import (
     attention_scratch_nbytes,
     kv_block_nbytes,
     padded_head,
 )
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import PAGE, attention
 from runtime.ops.dtypes import DTYPES
 

@@ -121,7 +121,7 @@ def test_a_change_while_loading(files, change: str):
     """At every tensor: the line, or the model that was opened."""
     program = f"""
 import shutil
-from runtime.backends.cpu.weights import WeightStore
+from runtime.backends.cpu.run.weights import WeightStore
 from runtime.gguf.source import Source
 kept = path + ".kept"
 shutil.copy(path, kept)

@@ -260,7 +260,7 @@ class TestInspect:
             monkeypatch.setattr(bandwidth, name, function)
         monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path / "new"))
         monkeypatch.setattr(
-            "runtime.backends.cpu.bandwidth.read_bandwidth", lambda n: calls.append(n) or 3e9
+            "runtime.backends.cpu.run.bandwidth.read_bandwidth", lambda n: calls.append(n) or 3e9
         )
         run = CliRunner().invoke
         first, second = run(main, ["inspect"]), run(main, ["inspect"])

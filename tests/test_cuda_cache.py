@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda.catalogue import Compiled, declared
 from runtime.backends.cuda.library import Library
+from runtime.backends.plan.kernel import Kernel
 
 KERNEL, OTHER = Kernel.of("swiglu", packed=False), Kernel.of("swiglu", packed=True)
 TOOLCHAIN = "a" * 64

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda.accesses import accesses, waits
 from runtime.backends.cuda.arguments import unpacked
 from runtime.backends.cuda.bindings import BoundDriver
@@ -24,6 +23,7 @@ from runtime.backends.cuda.fake import H100, FakeDriver
 from runtime.backends.cuda.fake_nodes import FakeLibrary
 from runtime.backends.cuda.intrinsics import launch_next, launch_wait, thread_x
 from runtime.backends.cuda.launcher import Device
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError, Error, MemoryLimitError
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cuda import report, sass
 from runtime.backends.cuda.catalogue import Compiled, every_kernel
 from runtime.backends.cuda.library import Library
 from runtime.backends.cuda.targets import TARGETS
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 if not (sys.platform == "linux" and platform.machine() == "x86_64"):

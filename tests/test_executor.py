@@ -13,11 +13,12 @@ import pytest
 from alarms import AlarmError
 from kernel_calls import ISAS, Fenced, library
 
-from runtime.backends.cpu import executor, objects
 from runtime.backends.cpu.abi import PLAN_BARRIER
-from runtime.backends.cpu.executor import ThreadTeam
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.compile import objects
+from runtime.backends.cpu.run import executor
+from runtime.backends.cpu.run.executor import ThreadTeam
 from runtime.backends.cpu.signatures import SIGNATURES
+from runtime.backends.plan.kernel import Kernel
 
 WIDTH, ROUNDS = 1000, 150
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from runtime.backends.cpu import features, isa
+from runtime.backends.cpu.compile import features, isa
 from runtime.errors import Error
 
 DOT, BOTH = {"dotprod"}, {"dotprod", "i8mm"}

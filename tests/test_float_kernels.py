@@ -12,11 +12,11 @@ from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 from packed_rows import Packed, pack
 
 import runtime.gguf  # noqa: F401  (provides the code books)
-from runtime.backends.cpu.kernel import Kernel
 from runtime.backends.cpu.kernels.compile import compile_kernel
 from runtime.backends.cpu.signatures import CONSTANTS
 from runtime.backends.cpu.tile.reference import quantise_activations
 from runtime.backends.cpu.tile.reference_pack import pack_split
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.dtypes import DTYPES, nbytes_for
 from runtime.ops.errors import BackendError
 from runtime.ops.quants import dequantize

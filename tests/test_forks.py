@@ -210,8 +210,8 @@ def test_a_child_does_not_wait_for_what_another_thread_computes(small_model: Pat
     program = (
         BEGIN
         + """
-from runtime.backends.cpu import objects
-from runtime.backends.cpu.isa import selected
+from runtime.backends.cpu.compile import objects
+from runtime.backends.cpu.compile.isa import selected
 from runtime.ops.cached import cached_property
 
 code = objects.compile_ir("define void @entry(i64 %a, i64 %b, i64 %c) { ret void }", selected())

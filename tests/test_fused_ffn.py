@@ -16,9 +16,9 @@ from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.objects import function
-from runtime.backends.cpu.plan import Call
-from runtime.backends.cpu.program import Program
+from runtime.backends.cpu.compile.objects import function
+from runtime.backends.cpu.run.program import Program
+from runtime.backends.plan.plan import Call
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.dtypes import DTYPES, F32
 

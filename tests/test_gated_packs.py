@@ -9,7 +9,7 @@ import pytest
 from kernel_calls import ISAS, Fenced, library, run
 from packed_rows import Packed, pack
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.registry import OPS
 
 ROWS, HEADS = 5, 3

@@ -12,8 +12,8 @@ from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime import inspection, step_table
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.plan import Buffer, Call, Instruction
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.plan import Buffer, Call, Instruction
 from runtime.errors import BackendError
 from runtime.step_table import Line
 from runtime.traffic import LiveStep

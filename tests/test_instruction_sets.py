@@ -12,7 +12,7 @@ import pytest
 from small_models import Sizes, write_model
 
 import runtime
-from runtime.backends.cpu import isa
+from runtime.backends.cpu.compile import isa
 
 _PROGRAM = """
 import sys, numpy as np, runtime

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpu.isa import selected
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library
-from runtime.backends.entries import Entries
+from runtime.backends.cpu.compile.isa import selected
+from runtime.backends.cpu.compile.library import Library
+from runtime.backends.plan.entries import Entries
+from runtime.backends.plan.kernel import Kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 3.0  # 0.3 on an idle machine, and room for one that is shared
@@ -26,9 +26,9 @@ COMPILE = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner may have it ignored
 from pathlib import Path
-from runtime.backends.cpu.isa import selected
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library
+from runtime.backends.cpu.compile.isa import selected
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.cpu.compile.library import Library
 start = subprocess.Popen
 def popen(*a, **k):
     process = start(*a, **k)
@@ -85,8 +85,8 @@ def test_compiling(tmp_path: Path, after: float, group: bool):
 
 LOAD = """
 import signal, sys
-from runtime.backends.cpu.isa import selected
-from runtime.backends.cpu.objects import compile_ir, load_object
+from runtime.backends.cpu.compile.isa import selected
+from runtime.backends.cpu.compile.objects import compile_ir, load_object
 
 code = compile_ir("define void @entry(i64 %a, i64 %b, i64 %c) { ret void }", selected())
 load_object(code)
@@ -132,7 +132,7 @@ PACK = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np, runtime
-from runtime.backends.cpu.weights import WeightStore
+from runtime.backends.cpu.run.weights import WeightStore
 path = sys.argv[1]
 with runtime.load(path, context=64, progress=False) as model:
     wanted = model.eval([1, 2, 3])
@@ -160,7 +160,7 @@ def test_packing(small_model: Path):
 
 def test_no_call_packs_more_than_a_moment():
     """What one native call takes, since Python sees an interrupt only after it."""
-    from runtime.backends.cpu import weights
+    from runtime.backends.cpu.run import weights
 
     pieces = [*weights._pieces(3, 100_003, 2304), *weights._pieces(128, 2048, 2304)]
     assert all(count * (stop - first) * 2304 <= 17 << 20 for _, count, first, stop in pieces)

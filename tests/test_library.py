@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpu import isa
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library
-from runtime.backends.entries import Entries
+from runtime.backends.cpu.compile import isa
+from runtime.backends.cpu.compile.library import Library
+from runtime.backends.plan.entries import Entries
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 KERNEL = Kernel.of("pack_weights", format="Q8_0")
@@ -32,7 +32,8 @@ def _entry(library: Library, kernel: Kernel = KERNEL) -> Path:
 
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "runtime.backends.cpu.compilers.compile_all", lambda *a: pytest.fail("compiled again")
+        "runtime.backends.cpu.compile.compilers.compile_all",
+        lambda *a: pytest.fail("compiled again"),
     )
 
 
@@ -113,7 +114,7 @@ def test_what_is_compiled_of_a_file_edited_meanwhile_is_not_kept(
     library: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     """The process that compiles reads the file later than the one that names the entry."""
-    from runtime.backends import sources
+    from runtime.backends.plan import sources
 
     real, edited = sources._path, tmp_path / "pack.py"
     library.name(KERNEL)
@@ -128,7 +129,7 @@ def test_writers_of_one_entry_never_mix(tmp_path: Path):
     """Threads, as two models loaded side by side are, and processes."""
     contents = [bytes([65 + n]) * (200_000 + n) for n in range(6)]
     program = (
-        "import sys; from pathlib import Path; from runtime.backends.entries import Entries\n"
+        "import sys; from pathlib import Path; from runtime.backends.plan.entries import Entries\n"
         "for _ in range(60): Entries(Path(sys.argv[1])).write('k/x.o', 'h', b'Z' * 200_100)"
     )
     other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE)
@@ -162,8 +163,9 @@ def test_full_disk_is_done_without(tmp_path: Path, compiled: dict[Kernel, bytes]
     """A write that ends in the middle: one line, everything works, nothing half is left."""
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from runtime.backends.cpu import isa; from runtime.backends.cpu.kernel import Kernel\n"
-        "from runtime.backends.cpu.library import Library\n"
+        "from runtime.backends.cpu.compile import isa\n"
+        "from runtime.backends.plan.kernel import Kernel\n"
+        "from runtime.backends.cpu.compile.library import Library\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
         f"kernels = [Kernel.parse(k) for k in ({KERNEL.dump()!r}, {OTHER.dump()!r})]\n"
         "library = Library(isa.selected(), Path(sys.argv[1])); library.prepare(kernels)\n"

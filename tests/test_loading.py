@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import runtime
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library
+from runtime.backends.cpu.compile.library import Library
+from runtime.backends.plan.kernel import Kernel
 
 
 def test_kernels_of_prompts_are_missed_with_the_first_prompt(

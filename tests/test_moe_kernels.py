@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_calls import CANARY, ISAS, Fenced, library, run
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.registry import OPS
 
 ROWS, LIVE = 5, 3

@@ -6,7 +6,7 @@ import pytest
 from kernel_calls import ISAS, fenced_twice
 from odd_rows import CASES
 
-from runtime.backends.cpu.isa import available
+from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.signatures import FILE_OF, SIGNATURES
 
 LENGTHS = range(1, 65)

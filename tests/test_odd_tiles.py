@@ -13,7 +13,7 @@ import tile_calls as tiles
 from kernel_calls import at_the_front
 from tile_calls import FLOATS, ISAS, QUANTISED, matmul, packed, random_rows
 
-from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.compile.isa import isa
 from runtime.backends.cpu.tile import TileSpec
 from runtime.backends.cpu.tile.formats import format_of
 from runtime.backends.cpu.tile.reference import matmul_f32, matmul_int8, matmul_split

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -11,16 +10,15 @@ from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.kernel import arguments_of
-from runtime.backends.cpu.library import library
+from runtime.backends.cpu.compile.library import library
 from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.cpu.rules import RULES
+from runtime.backends.cpu.signatures import arguments_of
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.dtypes import F32, I32
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.registry import OPS, Case, Op, op
 from runtime.ops.rounding import round_to
-
-lower_module = importlib.import_module("runtime.backends.cpu.lower")
 
 NAMES = [
     "add", "attention", "broadcast", "expert_bias", "expert_sum", "gated_delta", "get_rows",
@@ -200,8 +198,10 @@ def _forgotten() -> dict[str, Op]:
 
 
 def test_a_forgotten_place_of_a_new_op_is_named():
-    with pytest.raises(OpError, match=r"'cube'.*@lowers\('cube'\) in backends/cpu/elementwise.py"):
-        lower_module._check_rules(_forgotten())
+    with pytest.raises(
+        OpError, match=r"'cube'.*@lowers\('cube'\) in backends/cpu/rules/elementwise.py"
+    ):
+        RULES.check(_forgotten())
     with pytest.raises(OpError, match=r"'cube' of ops/elementwise.py .* ops/__init__.py"):
         ops._check_exports(_forgotten())
     with pytest.raises(BackendError, match=r"'cube'.* backends/cpu/signatures.py"):
@@ -211,4 +211,4 @@ def test_a_forgotten_place_of_a_new_op_is_named():
 def test_ops_declared_elsewhere_bring_their_own_rules():
     found = _forgotten()
     found["cube"].reference.__module__ = "notebook"
-    lower_module._check_rules(found)
+    RULES.check(found)

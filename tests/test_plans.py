@@ -15,11 +15,11 @@ from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime import ops
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.lower import RULES, lower
-from runtime.backends.cpu.plan import Buffer, Call, Plan, make_rows
-from runtime.backends.cpu.program import TILE_TOKENS, attention_tiles
-from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.planner import lower, options
+from runtime.backends.cpu.rules import RULES
+from runtime.backends.cpu.run.program import TILE_TOKENS, attention_tiles
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.plan import Buffer, Call, Plan, make_rows
 from runtime.model import Model
 from runtime.ops.registry import OPS
 
@@ -74,10 +74,10 @@ def test_rows_keep_the_order_of_dependent_calls(model: Model):
     """Run in the plan's order every call reads what the plain order would have it read."""
     for tokens in (1, 16):
         graph = model.graph(tokens, 1)
-        plain = [c.node.name for c in lower(graph, Options()).calls() if c.node.op == "linear"]
+        plain = [c.node.name for c in lower(graph, options()).calls() if c.node.op == "linear"]
         assert len(plain) == len(set(plain))
         written: set = set()
-        for call in lower(graph, Options()).calls():
+        for call in lower(graph, options()).calls():
             missing = [b for b in call.reads if b.kind == "arena" and b not in written]
             assert not missing, f"{call.kernel} reads {missing} before anything wrote it"
             written.update(call.writes)
@@ -111,14 +111,14 @@ def test_a_part_of_a_row_is_nobodys_own():
     parts = (ops.slice_(both, axis=1, start=64 * i, stop=64 * i + 64) for i in range(2))
     gate, up = parts
     out = ops.matmul(ops.mul(ops.silu(gate), up), half)
-    plan = lower(ops.Graph((out,)), Options(activations="f32"))
+    plan = lower(ops.Graph((out,)), options(activations="f32"))
     assert [len(row.calls) for row in plan.instructions] == [1, 1, 1, 1], str(plan)
 
 
 def test_buffers_that_live_together_do_not_overlap(model: Model):
     for guarded in (False, True):
         graph = model.graph(16, 16)
-        plan = lower(graph, Options(), guarded)
+        plan = lower(graph, options(), guarded)
         lives: dict = {}
         for row, instruction in enumerate(plan.instructions):
             for buffer in (*instruction.reads, *instruction.writes):
@@ -142,7 +142,7 @@ def test_plan_of_an_80b_graph_takes_no_memory():
     for i in range(80):
         w = ops.weight(f"w{i}", (8192, 8192), ops.DTYPES["q4_0"])
         x = ops.add(x, ops.matmul(ops.rms_norm(x, ops.weight(f"n{i}", (8192,), x.dtype), eps=0), w))
-    plan = lower(ops.Graph((x,)), Options())
+    plan = lower(ops.Graph((x,)), options())
     assert len(plan.instructions) == 160
 
 
@@ -168,9 +168,9 @@ def _step(tokens: np.ndarray, rows: list[int]) -> dict[str, np.ndarray]:
 
 
 def test_every_op_has_a_rule():
-    lower(ops.Graph((ops.silu(ops.step_input("x", (2, 8), ops.DTYPES["f32"])),)), Options())
+    lower(ops.Graph((ops.silu(ops.step_input("x", (2, 8), ops.DTYPES["f32"])),)), options())
     plain = {name for name, op in OPS.items() if not op.view}
-    missing = plain - set(RULES) - {"matmul", "matmul_id"}  # those two become packed forms
+    missing = plain - set(RULES.names()) - {"matmul", "matmul_id"}  # those two become packed forms
     assert not missing
 
 

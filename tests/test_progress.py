@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from runtime import progress
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import library
+from runtime.backends.cpu.compile.library import library
+from runtime.backends.plan.kernel import Kernel
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_load_says_when_it_compiles(small_model: Path, tmp_path: Path):
 
     def said(options: str) -> str:
         program = (
-            "import sys, runtime; from runtime.backends.cpu.kernel import Kernel; "
+            "import sys, runtime; from runtime.backends.plan.kernel import Kernel; "
             "from runtime.backends.cpu import CpuBackend; "
             "CpuBackend.kernels = lambda self, plans: "
             "[Kernel.of('executor'), Kernel.of('pack_weights', format='F32')]; "

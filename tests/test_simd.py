@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from kernel_calls import ISAS, run
 
-from runtime.backends.cpu.isa import available
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.cpu.compile.isa import available
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.rounding import round_to
 
 PROGRAM = Path(__file__).with_name("simd_program.py")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cpu.isa import selected
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import _APART, source_modules
+from runtime.backends.cpu.compile.isa import selected
+from runtime.backends.cpu.compile.library import _APART, source_modules
 from runtime.backends.cpu.signatures import CONSTANTS, FILE_OF
-from runtime.backends.entries import Entries
-from runtime.backends.sources import Sources
+from runtime.backends.plan.entries import Entries
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.sources import Sources
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = [
@@ -28,8 +28,8 @@ KERNELS = [
 PROGRAM = """
 import json, sys
 import runtime
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.cpu.compile.library import Library
 library = Library("generic", None)
 print(json.dumps({text: library.name(Kernel.parse(text)) for text in json.loads(sys.argv[1])}))
 """
@@ -96,8 +96,11 @@ def test_other_packages_count_too(checkout: Path, before: dict[Kernel, str]):
 
 
 def test_what_no_code_is_made_of_changes_none(checkout: Path, before: dict[Kernel, str]):
-    files = ("signatures.py", "isa.py", "lower.py", "library.py", "executor.py")
-    edited = [f"backends/cpu/{file}" for file in files]
+    files = (
+        "cpu/signatures.py", "cpu/compile/isa.py", "cpu/compile/library.py", "plan/lowering.py",
+        "cpu/run/executor.py",
+    )  # fmt: skip
+    edited = [f"backends/{file}" for file in files]
     assert _edited(checkout, before, *edited, "ops/errors.py") == set()
 
 

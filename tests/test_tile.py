@@ -7,8 +7,8 @@ import pytest
 import tile_calls as tiles
 from tile_calls import FLOATS, ISAS, QUANTISED, Guarded, matmul, packed, random_rows
 
-from runtime.backends.cpu import isa, objects
-from runtime.backends.cpu.symbols import undefined_symbols
+from runtime.backends.cpu.compile import isa, objects
+from runtime.backends.cpu.compile.symbols import undefined_symbols
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import format_of
 from runtime.backends.cpu.tile.reference import dequantised, matmul_f32, matmul_int8, matmul_split
@@ -281,6 +281,6 @@ def test_instruction_sets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_read_bandwidth_is_plausible() -> None:
-    from runtime.backends.cpu.bandwidth import read_bandwidth
+    from runtime.backends.cpu.run.bandwidth import read_bandwidth
 
     assert 1e8 < read_bandwidth(threads=2, n_bytes=1 << 24) < 1e13

@@ -10,7 +10,7 @@ from small_models import Sizes, write_model
 
 import runtime
 from runtime import ops, traffic
-from runtime.backends.cpu.plan import Buffer, Call
+from runtime.backends.plan.plan import Buffer, Call
 from runtime.cli import facts
 from runtime.gguf.reader import open_gguf
 from runtime.ops.dtypes import F16, F32

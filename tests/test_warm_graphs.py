@@ -10,9 +10,10 @@ import pytest
 from small_models import HYBRID, NOVEL, PLAIN, Sizes, write_model
 
 import runtime
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.lower import lower
-from runtime.backends.cpu.rewrite import Options
+from runtime.backends.cpu.planner import lower
+from runtime.backends.cpu.planner import options as cpu_options
+from runtime.backends.passes.packing import Options
+from runtime.backends.plan.kernel import Kernel
 from runtime.batch import UBATCH
 from runtime.model import Model, capacity
 from runtime.ops import Graph
@@ -57,7 +58,7 @@ def _check(path: Path, kv_type: str, options: Options, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("name", ["llama", "qwen3moe-6", "qwen3moe-128", "gpt-oss-32", "qwen35"])
 def test_no_step_needs_another_kernel(name, wide, tmp_path, monkeypatch):
     path = write_model(tmp_path / "m.gguf", SIZES[name], "Q8_0")
-    _check(path, "f16", Options(**wide), monkeypatch)
+    _check(path, "f16", cpu_options(**wide), monkeypatch)
 
 
 @pytest.mark.sweep
@@ -67,7 +68,7 @@ def test_no_step_of_any_architecture_needs_another_kernel(name, kind, tmp_path, 
     path = write_model(tmp_path / "m.gguf", SIZES[name], kind)
     for activations, wide in itertools.product(("int8", "f32"), ({}, AMX)):
         for kv_type in ("f16", "q8_0,f32") if kind == "Q8_0" else ("f16",):
-            _check(path, kv_type, Options(activations, **wide), monkeypatch)
+            _check(path, kv_type, cpu_options(activations, **wide), monkeypatch)
 
 
 @pytest.mark.sweep
@@ -75,7 +76,7 @@ def test_no_step_of_any_architecture_needs_another_kernel(name, kind, tmp_path, 
 def test_no_kv_type_needs_another_kernel(name, tmp_path, monkeypatch):
     path = write_model(tmp_path / "m.gguf", NOVEL.get(name, Sizes(name)))
     for pair in itertools.product(KV_TYPES, KV_TYPES):
-        _check(path, ",".join(pair), Options(), monkeypatch)
+        _check(path, ",".join(pair), cpu_options(), monkeypatch)
 
 
 def test_every_architecture_is_here():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tile_calls import FLOATS, QUANTISED, Guarded, call, pack_kernel, packed, random_rows
 
-from runtime.backends.cpu.isa import available
+from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
 from runtime.backends.cpu.tile.reference import decode, dequantised
 from runtime.backends.cpu.tile.reference_pack import pack_weights

@@ -10,7 +10,7 @@ import numpy as np
 from kernel_calls import Fenced, guarded_bytes
 
 import runtime.gguf  # noqa: F401  (provides the code books)
-from runtime.backends.cpu import isa, objects
+from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
 from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8, pack_split

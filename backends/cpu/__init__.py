@@ -8,18 +8,16 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Progress
-from runtime.backends.cpu.attention import page_nbytes
-from runtime.backends.cpu.cores import physical_cores
-from runtime.backends.cpu.executor import ThreadTeam
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import Library, library
-from runtime.backends.cpu.lower import lower
-from runtime.backends.cpu.memory import FixedMemory
-from runtime.backends.cpu.plan import Buffer, Plan
-from runtime.backends.cpu.program import Program
-from runtime.backends.cpu.rewrite import Options, distinct_sizes
+from runtime.backends.cpu.compile.library import Library, library
+from runtime.backends.cpu.planner import Planner, options
+from runtime.backends.cpu.run.cores import physical_cores
+from runtime.backends.cpu.run.executor import ThreadTeam
+from runtime.backends.cpu.run.memory import FixedMemory
+from runtime.backends.cpu.run.program import Program
+from runtime.backends.cpu.run.weights import WeightStore, aligned_empty
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
-from runtime.backends.cpu.weights import WeightStore, aligned_empty
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.plan import Buffer, Plan
 from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -42,14 +40,13 @@ class CpuBackend:
         self.threads = threads or physical_cores()
         self.name = f"cpu ({self._library.isa}, {self.threads} threads)"
         amx = self._library.isa == "amx"
-        self.options = Options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx)
+        self.planner = Planner(options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx))
         address = self._library.address
         self._team = ThreadTeam(
             self.threads, lambda name, constants: address(Kernel.of(name, **constants))
         )
         self.weights = WeightStore(file, self._library, self._team)
         self._memory = FixedMemory(self.weights)
-        self._plans: dict[str, Plan] = {}
         self._programs: dict[str, Program] = {}
         self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
 
@@ -60,16 +57,13 @@ class CpuBackend:
         """
         return self._memory.state(leaf)
 
-    def state_page_nbytes(self, leaf: Tensor) -> int:
+    def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""
-        return page_nbytes(leaf)
+        return self.planner.page_nbytes(leaf)
 
     def plan(self, graph: Graph, guarded: bool = False) -> Plan:
         """The plan of a graph, not yet bound to memory; equal graphs give the same plan."""
-        key = f"{graph.key()} {guarded}"
-        if key not in self._plans:
-            self._plans[key] = lower(graph, self.options, guarded)
-        return self._plans[key]
+        return self.planner.plan(graph, guarded)
 
     def program(self, graph: Graph) -> Program:
         """The program of a graph, from the cache where an equal graph was seen before."""
@@ -118,17 +112,14 @@ class CpuBackend:
         return len(self._library.missing(self.kernels([self.plan(g) for g in graphs])))
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
-        """Of these numbers of tokens those whose plans use every kernel that any of them uses.
-
-        graph: the step of one token of the model in question.
-        """
-        return distinct_sizes(graph, sizes, self.options)
+        """See `Planner.distinct_sizes`."""
+        return self.planner.distinct_sizes(graph, sizes)
 
     def close(self) -> None:
         """End the threads."""
         self._team.close()
         self._programs.clear()
-        self._plans.clear()
+        self.planner.clear()
 
 
 def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:

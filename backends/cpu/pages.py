@@ -10,9 +10,19 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.backends.cpu.abi import KV_GROUP
-from runtime.backends.cpu.signatures import padded_head
+from runtime.backends.cpu.signatures import kv_block_nbytes, padded_head
 from runtime.ops.attention import PAGE
 from runtime.ops.tensor import Tensor
+
+
+def page_nbytes(pages: Tensor) -> int:
+    """Bytes of one page of one layer: all KV heads of `pages` [pages, PAGE, heads, dim].
+
+    Of state in slots: bytes of one slot, as it is.
+    """
+    if pages.base.attrs["kind"] == "slots":
+        return pages.nbytes // int(pages.shape[0])
+    return int(pages.shape[2]) * kv_block_nbytes(pages.dtype.name, int(pages.shape[3]))
 
 
 def to_plain(memory: np.ndarray, leaf: Tensor, which: str) -> np.ndarray:

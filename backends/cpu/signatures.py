@@ -19,6 +19,7 @@ from runtime.backends.cpu.abi import (
     KV_GROUP,
     PAGE,
 )
+from runtime.ops.errors import BackendError
 
 # file of backends/cpu/kernels -> kernel -> its arguments, in the order of the table
 _FILES: dict[str, dict[str, str]] = {
@@ -149,3 +150,15 @@ def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: i
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
     state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + padded_head(k_dim) + padded_head(v_dim))
     return -(-blocks * state // 64) * 64
+
+
+def arguments_of(name: str) -> tuple[str, ...]:
+    """Names of a kernel's arguments in the order of its table."""
+    from runtime.backends.cpu.tile.spec import KERNEL_ARGS
+
+    found = KERNEL_ARGS.get(name) or SIGNATURES.get(name)
+    if found is None:
+        raise BackendError(
+            f"no CPU kernel is called {name!r}: list its arguments in backends/cpu/signatures.py"
+        )
+    return found

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from .intrinsic import WIDTH, Intrinsic

@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from .intrinsic import Declared, Entry

@@ -15,7 +15,7 @@ import numpy as np
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda, types
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from .catalogue import Compiled, declared

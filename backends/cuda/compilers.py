@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Generator
 
-from runtime.backends import pool
 from runtime.backends.base import Progress
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan import pool
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from .catalogue import Compiled, from_head, head

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import MemoryLimitError
 
 from .accesses import accesses

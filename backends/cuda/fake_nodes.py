@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.cpu.kernel import Kernel
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from .accesses import accesses

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.entries import Entries
-from runtime.backends.sources import Sources
+from runtime.backends.plan.entries import Entries
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.sources import Sources
 
 from .catalogue import FILE_OF, Compiled, check, from_head, head
 from .targets import capability
@@ -29,7 +29,7 @@ TOOLCHAIN = ("numba-cuda", "numba", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink
 _HERE = "runtime.backends.cuda"
 # Names of kernels and of targets, errors: no code is made of them.
 _APART = (
-    f"{_HERE}.catalogue", f"{_HERE}.targets", "runtime.backends.cpu.kernel", "runtime.ops.errors"
+    f"{_HERE}.catalogue", f"{_HERE}.targets", "runtime.backends.plan.kernel", "runtime.ops.errors"
 )  # fmt: skip
 Progress = Callable[[int, int, str], None]
 

@@ -1,4 +1,4 @@
-"""The null backend: plans everything and runs nothing, as any number of devices.
+"""The null backend: plans everything as another device would and runs nothing, any number of times.
 
 For planning, memory figures and tests of whatever surrounds a model, an 80B graph included.
 """
@@ -6,15 +6,11 @@ For planning, memory figures and tests of whatever surrounds a model, an 80B gra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Progress
-from runtime.backends.cpu.attention import page_nbytes
-from runtime.backends.cpu.lower import lower
-from runtime.backends.cpu.plan import Plan
-from runtime.backends.cpu.rewrite import Options, distinct_sizes
+from runtime.backends.base import Planner, Progress
+from runtime.backends.plan.plan import Plan
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
@@ -22,26 +18,31 @@ from runtime.ops.tensor import Tensor
 class NullBackend:
     """See backends/base.py; results are zeros, of the shapes a device would give."""
 
-    def __init__(self, file: Any = None, devices: int = 1, activations: str = "int8") -> None:
+    def __init__(self, planner: Planner, devices: int = 1) -> None:
+        """planner: of the device that it stands for."""
         self.name = f"null ({devices} device{'s' * (devices != 1)})"
-        self.device_count = devices
-        self.options = Options(activations)
+        self.device_count, self.threads = devices, 1
+        self.planner = planner
 
     def state(self, leaf: Tensor) -> np.ndarray:
         """Pages of no bytes: block tables work, nothing is stored."""
         return np.zeros((int(leaf.shape[0]), 0), np.uint8)
 
-    def state_page_nbytes(self, leaf: Tensor) -> int:
-        """What a page would take on the CPU."""
-        return page_nbytes(leaf)
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """What a page would take on the device."""
+        return self.planner.page_nbytes(leaf)
 
     def plan(self, graph: Graph) -> Plan:
-        """The CPU's plan of a graph."""
-        return lower(graph, self.options)
+        """The device's plan of a graph."""
+        return self.planner.plan(graph)
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
-        """As the CPU's."""
-        return distinct_sizes(graph, sizes, self.options)
+        """As the device's."""
+        return self.planner.distinct_sizes(graph, sizes)
+
+    def missing(self, graphs: Sequence[Graph]) -> int:
+        """None: nothing is compiled."""
+        return 0
 
     def program(self, graph: Graph) -> NullProgram:
         """A program that returns zeros; the plan is made, so a graph that cannot lower fails."""

@@ -20,6 +20,7 @@ class ReferenceBackend:
     """See backends/base.py."""
 
     name = "reference (numpy, float64)"
+    threads = 1
 
     def __init__(self, file: Any = None) -> None:
         self._file = file
@@ -33,9 +34,17 @@ class ReferenceBackend:
             self._states[leaf.name] = np.zeros([int(n) for n in leaf.shape], wide)
         return self._states[leaf.name]
 
-    def state_page_nbytes(self, leaf: Tensor) -> int:
+    def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page in float32, or of one slot in float64."""
         return (8 if leaf.attrs["kind"] == "slots" else 4) * leaf.size // int(leaf.shape[0])
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """None: nothing is compiled."""
+        return []
+
+    def missing(self, graphs: Sequence[Graph]) -> int:
+        """None: nothing is compiled."""
+        return 0
 
     def program(self, graph: Graph) -> ReferenceProgram:
         """A program that walks the graph."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 def measured(threads: int) -> float:
     """Bytes per second that `threads` threads read, measured now (1 GiB) and remembered."""
-    from runtime.backends.cpu.bandwidth import read_bandwidth
+    from runtime.backends.cpu.run.bandwidth import read_bandwidth
 
     found = read_bandwidth(threads)
     _keep(threads, found)

@@ -44,8 +44,8 @@ def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
 
 
 def _cpu() -> dict[str, Any]:
-    from runtime.backends.cpu import isa
-    from runtime.backends.cpu.cores import physical_cores
+    from runtime.backends.cpu.compile import isa
+    from runtime.backends.cpu.run.cores import physical_cores
     from runtime.environment import cache_dir
     from runtime.memory.budget import available_memory
 

@@ -92,7 +92,7 @@ def _token_nbytes(file: Any, context: int) -> float | None:
 
 def _bandwidth() -> float | None:
     """The remembered bandwidth of memory, else one that is measured now."""
-    from runtime.backends.cpu.cores import physical_cores
+    from runtime.backends.cpu.run.cores import physical_cores
     from runtime.cli.bandwidth import measured, remembered
     from runtime.errors import Error
 

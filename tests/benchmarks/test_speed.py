@@ -23,10 +23,11 @@ import pytest
 from stored_tensors import Stored, file_of
 
 from runtime import ops
-from runtime.backends.cpu import CpuBackend, isa
-from runtime.backends.cpu.bandwidth import read_bandwidth
-from runtime.backends.cpu.kernel import Kernel
-from runtime.backends.cpu.library import library
+from runtime.backends.cpu import CpuBackend
+from runtime.backends.cpu.compile import isa
+from runtime.backends.cpu.compile.library import library
+from runtime.backends.cpu.run.bandwidth import read_bandwidth
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.dtypes import DTYPES
 
 BASELINE = Path(__file__).with_name("baseline.json")

@@ -15,8 +15,8 @@ from llvmlite import ir
 
 from runtime.backends.cpu.abi import CONTROL as _WORDS
 from runtime.backends.cpu.abi import PLAN_BARRIER, PLAN_ROW_WORDS
-from runtime.backends.cpu.control import ABORT
-from runtime.backends.cpu.isa import host_arch
+from runtime.backends.cpu.compile.isa import host_arch
+from runtime.backends.cpu.run.control import ABORT
 
 from . import emit as e
 from . import simd as s

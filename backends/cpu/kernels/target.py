@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from runtime.backends.cpu import isa as isas
+from runtime.backends.cpu.compile import isa as isas
 from runtime.ops.errors import BackendError
 
 _chosen: list[isas.Isa] = []

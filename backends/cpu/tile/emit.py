@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.backends.cpu.abi import SHARE_UNIT
-from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.compile.isa import isa
 from runtime.backends.cpu.tile import amx, registers, split, staged
 from runtime.backends.cpu.tile.blocks import by_groups
 from runtime.backends.cpu.tile.formats import ROWS

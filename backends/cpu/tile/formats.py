@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.ops.dtypes import DType
 from runtime.ops.errors import OpError
 
 ROWS = 16  # weight rows of one group
@@ -127,3 +128,8 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 # Four-bit floats (E2M1), doubled to be whole (OCP Microscaling Formats v1.0, table 5).
 E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def tile_format(dtype: DType) -> str:
+    """The packed format of a weight type; one without a tile is widened when it is loaded."""
+    return dtype.name.upper() if dtype.name.upper() in NAMES else "F32"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.backends.cpu.isa import host_arch
+from runtime.backends.cpu.compile.isa import host_arch
 from runtime.backends.cpu.tile.vector import I8, Code, ir, vec
 
 _SHUFFLES = {  # bytes of a vector -> instruction that looks up each 16 bytes in a table of 16

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.backends.cpu.isa import isa
+from runtime.backends.cpu.compile.isa import isa
 from runtime.backends.cpu.tile import pack_books, pack_large, pack_small
 from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
 from runtime.backends.cpu.tile.pack_row import Row

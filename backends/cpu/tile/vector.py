@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from runtime.backends.cpu.isa import Isa
+from runtime.backends.cpu.compile.isa import Isa
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()

@@ -1,0 +1,1 @@
+"""From kernels to code: instruction sets, LLVM, compile processes, the library of kernels."""

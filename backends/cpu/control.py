@@ -1,9 +1,0 @@
-"""Words of the executor's control block that are no business of other kernels."""
-
-from __future__ import annotations
-
-from .abi import CONTROL
-
-# Not 0: what is left of the plan is not wanted, and no kernel of it is begun any more. A word of
-# the line that only the leader's side writes, and every thread has read anyhow.
-ABORT = CONTROL["stop"] + 1

@@ -1,0 +1,58 @@
+"""Plans of graphs for the CPU; made without touching memory, threads or compilers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from runtime.backends.cpu.abi import MAX_HEAD_DIM
+from runtime.backends.cpu.pages import page_nbytes
+from runtime.backends.cpu.tile.formats import NAMES
+from runtime.backends.passes.packing import Options, distinct_sizes
+from runtime.backends.passes.prepare import prepare
+from runtime.backends.plan.plan import Plan
+from runtime.ops.graph import Graph
+from runtime.ops.tensor import Tensor
+
+
+def options(
+    activations: str = "int8", wide: int = 8, fuse: bool = True, split: bool = False
+) -> Options:
+    """See `Options`; split where the instruction set is AMX."""
+    return Options(frozenset(NAMES), MAX_HEAD_DIM, activations, wide, fuse, split)
+
+
+def lower(graph: Graph, options: Options, guarded: bool = False) -> Plan:
+    """The plan of a graph; `guarded` leaves room behind buffers, to see stray writes."""
+    from runtime.backends.cpu.rules import RULES
+
+    return RULES.plan(prepare(graph, options), guarded)
+
+
+class Planner:
+    """Plans for one kind of CPU; equal graphs give the same plan."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._plans: dict[str, Plan] = {}
+
+    def plan(self, graph: Graph, guarded: bool = False) -> Plan:
+        """The plan of a graph, not yet bound to memory."""
+        key = f"{graph.key()} {guarded}"
+        if key not in self._plans:
+            self._plans[key] = lower(graph, self.options, guarded)
+        return self._plans[key]
+
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """Bytes of one page of all KV heads of a layer, or of one slot."""
+        return page_nbytes(leaf)
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """Of these numbers of tokens those whose plans use every kernel that any of them uses.
+
+        graph: the step of one token of the model in question.
+        """
+        return distinct_sizes(graph, sizes, self.options)
+
+    def clear(self) -> None:
+        """Forget all plans."""
+        self._plans.clear()

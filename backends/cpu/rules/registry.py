@@ -1,0 +1,9 @@
+"""Where the rules of the CPU are registered."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.signatures import arguments_of
+from runtime.backends.plan.lowering import Rules
+
+RULES = Rules("cpu", "backends/cpu/rules", arguments_of)
+lowers = RULES.lowers

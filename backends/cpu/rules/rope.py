@@ -1,0 +1,36 @@
+"""Lowering of ops/rope.py."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.rules.registry import lowers
+from runtime.backends.cpu.signatures import float_bits
+from runtime.backends.plan.lowering import Declined, Lowering
+from runtime.ops.tensor import Tensor, dense_strides
+
+
+@lowers("rope_angles")
+def rope_angles(lower: Lowering, node: Tensor) -> None:
+    """cos and sin of this step's positions, once for all layers."""
+    positions, inv_freq, *components = node.inputs
+    width = int(positions.shape[1]) if components else 1
+    if positions.layout.strides != dense_strides(positions.shape):
+        raise Declined(f"{positions!r} is not contiguous")
+    lower.emit(
+        "rope_angles", node, positions=lower.read(positions), width=width,
+        components=lower.read(components[0]) if components else 0,
+        inv_freq=lower.read(inv_freq), out=lower.write(node), live=lower.live(node),
+        half=int(inv_freq.shape[0]), mscale=float_bits(node.attrs["magnitude"]),
+    )  # fmt: skip
+
+
+@lowers("rope")
+def rope(lower: Lowering, node: Tensor) -> None:
+    """Rotation of [T, heads, dim]."""
+    x, angles = node.inputs
+    address, stride, head_stride = lower.heads(x)
+    lower.emit(
+        "rope", node, {"style": node.attrs["style"]}, x=address, angles=lower.read(angles),
+        out=lower.write(node), live=lower.live(x), n_heads=int(x.shape[1]),
+        head_dim=int(x.shape[2]), half=int(angles.shape[1]), x_stride=stride,
+        x_head_stride=head_stride, out_stride=int(x.shape[1] * x.shape[2]),
+    )  # fmt: skip

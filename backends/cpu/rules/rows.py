@@ -1,0 +1,35 @@
+"""Lowering of ops/rows.py."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.rules.registry import lowers
+from runtime.backends.cpu.signatures import CONSTANTS
+from runtime.backends.plan.lowering import Lowering
+from runtime.ops.dtypes import nbytes_for
+from runtime.ops.tensor import Tensor
+
+
+@lowers("get_rows")
+def get_rows(lower: Lowering, node: Tensor) -> None:
+    """Rows dequantised from the mapped file; types without a kernel are widened at load."""
+    table, ids = node.inputs
+    direct = table.dtype.name in CONSTANTS["get_rows"]["format"]
+    form, kind = ("raw", table.dtype.name) if direct else ("vector", "f32")
+    n = int(table.shape[1])
+    lower.emit(
+        "get_rows", node, {"format": kind}, table=lower.weight(table, form), ids=lower.read(ids),
+        out=lower.write(node), live=lower.live(node), n=n,
+        row_bytes=nbytes_for(table.dtype, (n,)) if direct else 4 * n, out_stride=n,
+        skipped=table.nbytes // int(table.shape[0]) * max(0, int(table.shape[0]) - node.shape[0]),
+    )  # fmt: skip
+
+
+@lowers("select_rows")
+def select_rows(lower: Lowering, node: Tensor) -> None:
+    """The wanted rows copied together."""
+    x, ids = node.inputs
+    address, n, _, stride = lower.tokens(x)
+    lower.emit(
+        "gather_rows", node, x=address, ids=lower.read(ids), out=lower.write(node),
+        live=lower.live(node), n=n, x_stride=stride, out_stride=n,
+    )  # fmt: skip

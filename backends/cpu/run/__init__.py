@@ -1,0 +1,1 @@
+"""Plans at work: memory, weights, the team of threads and its table."""

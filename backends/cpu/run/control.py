@@ -1,0 +1,9 @@
+"""Words of the executor's control block that are no business of other kernels."""
+
+from __future__ import annotations
+
+from runtime.backends.cpu.abi import CONTROL
+
+# Not 0: what is left of the plan is not wanted, and no kernel of it is begun any more. A word of
+# the line that only the leader's side writes, and every thread has read anyhow.
+ABORT = CONTROL["stop"] + 1

@@ -1,0 +1,53 @@
+"""What programs of one model share and keep alive: weights and state.
+
+Programs refer to this and not to the backend that keeps the programs, so forgetting a model frees
+all of it at once, without a garbage collection.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.backends.cpu.pages import page_nbytes
+from runtime.backends.cpu.run.weights import WeightStore
+from runtime.backends.plan.plan import ALIGNMENT, Buffer
+from runtime.ops.errors import BackendError
+from runtime.ops.tensor import Tensor
+
+
+class FixedMemory:
+    """Weights and states of one model on this device."""
+
+    def __init__(self, weights: WeightStore) -> None:
+        self.weights = weights
+        self._states: dict[str, np.ndarray] = {}
+
+    def address(self, buffer: Buffer) -> int:
+        """Where a weight or a state leaf lies, made on first use."""
+        if buffer.kind == "state":
+            assert buffer.tensor is not None, "a state buffer has its tensor"
+            return self.state(buffer.tensor).ctypes.data
+        return self.weights.address(buffer)
+
+    def state(self, leaf: Tensor) -> np.ndarray:
+        """uint8 [pages or slots, bytes of one] of a state leaf, zero-filled, on first use.
+
+        The system gives memory to what is written, so room never used costs nothing.
+        """
+        if leaf.name not in self._states:
+            shape = (int(leaf.shape[0]), page_nbytes(leaf))
+            try:
+                self._states[leaf.name] = aligned_zeros(shape[0] * shape[1]).reshape(shape)
+            except MemoryError:
+                raise BackendError(
+                    f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes; load the model with "
+                    "a smaller `context` or fewer `sequences`"
+                ) from None
+        return self._states[leaf.name]
+
+
+def aligned_zeros(nbytes: int) -> np.ndarray:
+    """uint8 [nbytes], zero, starting at a cache line; untouched until it is used."""
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]

@@ -1,0 +1,192 @@
+"""Program: a plan bound to memory, run by a team of threads in one native call per step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.cpu.run.memory import FixedMemory
+from runtime.backends.cpu.run.table import Table
+from runtime.backends.plan.plan import GUARD, Buffer, Plan, Ref
+from runtime.ops.errors import BackendError
+from runtime.ops.tensor import Tensor
+
+TILE_TOKENS = 8  # tokens of one attention tile: they share the conversion of a page
+_PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unused
+_CANARY = 0xA5
+_LONG = 0.02  # seconds that a step may take without a look at signals
+
+
+class Program:
+    """See backends/base.py. Everything is allocated here; `run` only writes numbers and calls."""
+
+    def __init__(
+        self, plan: Plan, team: Any, kernel_address: Callable[..., int],
+        memory: FixedMemory, arena: np.ndarray, scratch: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.plan, self._team, self._arena = plan, team, arena
+        self._memory, self._scratch = memory, scratch  # kept alive: the table has addresses
+        self._inputs: dict[str, np.ndarray] = {}
+        self._pace = math.inf  # seconds a token took in the last step
+        self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
+        self._constants: list[np.ndarray] = []
+        self._table = Table([
+            [
+                (kernel_address(c.kernel), [self._value(a) for a in c.arguments.values()])
+                for c in row.calls
+            ]
+            for row in plan.instructions
+        ])  # fmt: skip
+        self._outputs = [
+            _view(arena, ref, tensor)
+            for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
+        ]
+        attention = self._attention()
+        self._sequences = attention.inputs[4].name if attention else ""
+        self._dims = [str(getattr(t.shape[0], "name", "")) for t in plan.output_tensors]
+
+    def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
+        """One step; see backends/base.py. Results are views of the arena."""
+        self._prepare(inputs, live)
+        tokens, started = live.get("tokens", 1), time.perf_counter()
+        self._team.run(*self._table.records(), long=self._pace * tokens > _LONG)
+        if tokens:  # a step of no rows says nothing about the next one
+            self._pace = (time.perf_counter() - started) / tokens
+        return self._results(live)
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `run`, with the nanoseconds of each row as thread 0 sees them."""
+        self._prepare(inputs, live)
+        address, count = self._table.records()
+        times = np.zeros(count + 1, np.int64)
+        self._team.run(address, count, times.ctypes.data)
+        return self._results(live), np.diff(times[self._table.starts])
+
+    def run_each(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        after: Callable[[int, list[tuple[Tensor, np.ndarray]]], None],
+    ) -> list[np.ndarray]:  # fmt: skip
+        """As `run`, one row at a time; `after(n, results)` sees its float results."""
+        self._prepare(inputs, live)
+        for n, instruction in enumerate(self.plan.instructions):
+            self._team.run(*self._table.records(n))
+            found = [
+                (b.tensor, _view(self._arena, Ref(b), b.tensor))
+                for b in instruction.writes
+                if b.kind == "arena" and b.tensor is not None and b.tensor.dtype.name == "f32"
+            ]
+            after(n, found)
+        return self._results(live)
+
+    def poison(self) -> None:
+        """Fill the arena so that unwritten results are NaN and stray writes break canaries."""
+        self._arena[:] = _CANARY
+        for buffer in self.plan.buffers():
+            if buffer.kind == "arena":
+                self._arena[buffer.offset : buffer.offset + buffer.nbytes] = 0xFF
+
+    def damaged(self) -> list[str]:
+        """Names of the buffers of a guarded plan that something wrote past the end of."""
+        return [
+            buffer.key
+            for buffer in self.plan.buffers()
+            if buffer.kind == "arena"
+            and (self._arena[buffer.offset + buffer.nbytes :][:GUARD] != _CANARY).any()
+        ]
+
+    def _prepare(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> None:
+        for name, room in self._inputs.items():
+            if name == "attention_tiles":
+                continue
+            value = inputs[name]
+            if len(value) > len(room):
+                raise BackendError(f"step input {name}: {len(value)} rows, room for {len(room)}")
+            room[tuple(slice(n) for n in value.shape)] = value
+        tiles = 0
+        if "attention_tiles" in self._inputs:
+            room = self._inputs["attention_tiles"]
+            tiles = attention_tiles(inputs[self._sequences], live["tokens"], room)
+        for (dim, factor), slot in self.plan.counts.items():
+            if dim == "attention_tiles":
+                self._counts[slot] = tiles
+            else:
+                self._counts[slot] = (int(dim[1:]) if dim[0] == "=" else live[dim]) * factor
+
+    def _results(self, live: Mapping[str, int]) -> list[np.ndarray]:
+        pairs = zip(self._outputs, self._dims, strict=True)
+        return [out[: live[dim]] if dim else out for out, dim in pairs]
+
+    def _value(self, argument: int | Ref) -> int:
+        if isinstance(argument, int):
+            return argument
+        return self._place(argument.buffer) + argument.offset
+
+    def _place(self, buffer: Buffer) -> int:
+        if buffer.kind == "arena":
+            return self._arena.ctypes.data + buffer.offset
+        if buffer.kind == "scratch":
+            return self._scratch.ctypes.data
+        if buffer.kind == "count":
+            return self._counts.ctypes.data
+        if buffer.kind == "input":
+            return self._input(buffer).ctypes.data
+        if buffer.kind == "constant":
+            assert buffer.tensor is not None, "a constant has its tensor"
+            self._constants.append(np.ascontiguousarray(buffer.tensor.attrs["value"]))
+            return self._constants[-1].ctypes.data
+        return self._memory.address(buffer)
+
+    def _input(self, buffer: Buffer) -> np.ndarray:
+        if buffer.key not in self._inputs:
+            if buffer.tensor is None:
+                attention = self._attention()
+                capacity = int(attention.shape[0]) if attention else 1
+                self._inputs[buffer.key] = np.zeros((capacity, _PER_TILE), np.int32)
+            else:
+                shape = tuple(int(n) for n in buffer.tensor.shape)
+                self._inputs[buffer.key] = np.zeros(shape, buffer.tensor.dtype.numpy)
+        return self._inputs[buffer.key]
+
+    def _attention(self) -> Tensor | None:
+        """An attention node of the plan: all of them see the same tokens."""
+        nodes = (c.node for c in self.plan.calls() if c.node.op == "attention")
+        return next(nodes, None)
+
+
+def attention_tiles(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:
+    """Cut live tokens into runs of one sequence, TILE_TOKENS at most; the number of tiles.
+
+    Long prompts come first in memory but tiles are dealt out to threads one by one, so their
+    different lengths even out.
+    """
+    if tokens == 1:
+        out[0] = 0, 1, sequences[0], 0
+        return 1
+    row = sequences[:tokens]
+    cuts = np.flatnonzero(np.diff(row)) + 1
+    starts = np.concatenate([[0], cuts])
+    ends = np.concatenate([cuts, [tokens]])
+    firsts = np.concatenate(
+        [np.arange(a, b, TILE_TOKENS) for a, b in zip(starts, ends, strict=True)]
+    )
+    lasts = np.minimum(firsts + TILE_TOKENS, ends[np.searchsorted(ends, firsts, side="right")])
+    n = len(firsts)
+    out[:n, 0], out[:n, 1], out[:n, 2] = firsts, lasts - firsts, row[firsts]
+    return n
+
+
+def _view(arena: np.ndarray, ref: Ref, tensor: Tensor) -> np.ndarray:
+    """A tensor's memory in the arena as an array of its shape and layout."""
+    assert tensor.dtype.numpy is not None, f"{tensor!r} has no numpy type"
+    item = tensor.dtype.numpy.itemsize
+    strides = tuple(s * item for s in tensor.layout.strides)
+    shape = tuple(int(n) for n in tensor.shape)
+    start = ref.buffer.offset + ref.offset
+    flat = np.frombuffer(arena, np.uint8)[start:]
+    return np.ndarray(shape, tensor.dtype.numpy, flat, strides=strides)

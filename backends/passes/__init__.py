@@ -1,0 +1,1 @@
+"""From graph to graph, for every device: activations packed, ops fused."""

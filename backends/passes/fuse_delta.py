@@ -1,0 +1,104 @@
+"""Fusions of gated delta-net layers: before the recurrence, in its gates, and behind it."""
+
+from __future__ import annotations
+
+from runtime.backends.passes.fuse_attention import gated_heads
+from runtime.backends.passes.packing import PACKED, Options, node_of, only_user
+from runtime.ops.graph import Graph, rewrite
+from runtime.ops.tensor import Tensor
+from runtime.ops.views import reshape, slice_
+
+_BEFORE = ("l2_norm", "reshape", "slice")  # between the convolution and the recurrence
+
+
+def fuse_delta(graph: Graph, options: Options) -> Graph:
+    """SiLU and L2 norms with the convolution, and the gates' arithmetic with the recurrence."""
+
+    def gated_delta(node: Tensor, *new: Tensor) -> Tensor:
+        heads, gates, rest = new[:3], new[3:5], new[5:]
+        if _read_here_alone(graph, node):
+            heads = _after_conv(heads) or heads
+        raw = _raw_gates(*gates)
+        if raw is None:
+            inputs = (*heads, *gates, *rest)
+            return Tensor(node.op, inputs, node.shape, node.dtype, node.attrs, node.name)
+        alpha, beta, *weights = raw
+        inputs = (*heads, alpha, beta, *rest, *weights)
+        return node_of("delta_step", inputs, node, **node.attrs)
+
+    return rewrite(graph, {"gated_delta": gated_delta})
+
+
+def _read_here_alone(graph: Graph, node: Tensor) -> bool:
+    """Whether queries, keys and values come of one convolution that nothing else reads."""
+    active = node.inputs[2].base
+    if active.op != "silu" or active.inputs[0].op != "short_conv":
+        return False
+    found, seen = [active], {active}
+    while found:
+        x = found.pop()
+        if x in graph.outputs:
+            return False
+        for user in graph.users[x]:
+            if user.op not in _BEFORE and user is not node:
+                return False
+            if user is not node and user not in seen:
+                seen.add(user)
+                found.append(user)
+    return only_user(graph, active.inputs[0])
+
+
+def _after_conv(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """q, k and v as views of one `conv_post`; None where they do not lie as it leaves them."""
+    q, k, v = heads
+    if q.op != "l2_norm" or k.op != "l2_norm" or q.attrs != k.attrs:
+        return None
+    views = (q.inputs[0], k.inputs[0], v)
+    active = v.base
+    channels = int(active.shape[1])
+    for x in views:
+        dense = zip(x.shape, x.layout.strides, (channels, int(x.shape[2]), 1), strict=True)
+        if x.base is not active or any(s != want for n, s, want in dense if n != 1):
+            return None  # the stride of an axis of length 1 means nothing
+    first, second = sorted(x.layout.offset for x in views[:2])
+    dim, size = int(q.shape[2]), int(q.shape[1]) * int(q.shape[2])
+    if second != first + size or first % dim:
+        return None
+    normed = {"normed": (first, second + size), "head_dim": dim, "eps": q.attrs["eps"]}
+    post = node_of("conv_post", active.inputs[0].inputs, active, **normed)
+    return tuple(_same_place(x, post) for x in views)
+
+
+def _same_place(x: Tensor, whole: Tensor) -> Tensor:
+    """The view of `whole` that x [T, heads, dim] is of its own base."""
+    start, size = x.layout.offset, int(x.shape[1]) * int(x.shape[2])
+    return reshape(slice_(whole, axis=1, start=start, stop=start + size), shape=x.shape)
+
+
+def _raw_gates(decay: Tensor, beta: Tensor) -> tuple[Tensor, ...] | None:
+    """alpha, b, a and perhaps dt of decay = a softplus(alpha + dt) and beta = sigmoid(b)."""
+    if (decay.op, beta.op) != ("mul", "sigmoid") or decay.inputs[0].op != "softplus":
+        return None
+    pace, a = decay.inputs
+    (alpha,), (b,) = pace.inputs, beta.inputs
+    dt: tuple[Tensor, ...] = ()
+    if alpha.op == "add" and alpha.inputs[1].ndim == 1:
+        alpha, dt = alpha.inputs[0], alpha.inputs[1:]
+    dense = all(x.ndim == 2 and x.layout.strides[1] == 1 for x in (alpha, b))
+    return (alpha, b, a, *dt) if dense and a.ndim == 1 else None
+
+
+def fuse_gated_norm(graph: Graph, options: Options) -> Graph:
+    """The gated norm of each head, rms_norm(y, w) * silu(gate), straight into tiles."""
+
+    def pack(node: Tensor, x: Tensor) -> Tensor:
+        gated = gated_heads(graph, node, x, "silu")
+        if gated is None or gated[0].op != "rms_norm":
+            return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
+        norm, gate = gated
+        (y, w), eps = norm.inputs, norm.attrs["eps"]
+        if not y.layout.is_contiguous(y.shape):
+            return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
+        return node_of("gated_norm_pack", (y, w, gate), node, dtype=PACKED, eps=eps, **node.attrs)
+
+    return rewrite(graph, {"pack": pack})

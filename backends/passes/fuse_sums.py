@@ -1,0 +1,55 @@
+"""Sums fused into the kernels before them: biases and residuals."""
+
+from __future__ import annotations
+
+from runtime.backends.passes.packing import Options, node_of, only_user
+from runtime.ops.graph import Graph, rewrite
+from runtime.ops.tensor import Tensor
+
+
+def fuse_sums(graph: Graph, options: Options) -> Graph:
+    """Products with biases and residuals, and the sums over experts, in one call each."""
+
+    def add(node: Tensor, *new: Tensor) -> Tensor:
+        for product, other in ((0, 1), (1, 0)):
+            old, fused = node.inputs[product], new[product]
+            if not only_user(graph, old) or new[other].shape == () or fused.attrs.get("add"):
+                continue
+            vector = new[other].ndim == 1
+            if fused.op == "linear" and not (vector and fused.attrs.get("bias")):
+                attrs = {**fused.attrs, "bias" if vector else "add": True}
+                return node_of("linear", (*fused.inputs, new[other]), node, **attrs)
+            if fused.op == "expert_sum" and not vector:
+                grown = _one_more_term(node, fused, new[other])
+                if grown is not None:
+                    return grown
+        return Tensor(node.op, new, node.shape, node.dtype, node.attrs, node.name)
+
+    def expert_bias(node: Tensor, y: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+        old = node.inputs[0]
+        fits = y.op == "linear_id" and only_user(graph, old) and bias.op == "weight"
+        if fits and len(y.inputs) == 3 and old.inputs[2].inputs[0] is node.inputs[2]:
+            return node_of("linear_id", (*y.inputs, bias), node, **y.attrs)
+        return Tensor(node.op, (y, bias, ids), node.shape, node.dtype, node.attrs, node.name)
+
+    return rewrite(graph, {"add": add, "expert_bias": expert_bias})
+
+
+def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
+    """An expert sum plus a shared expert or a residual, added in the order of the model.
+
+    A shared expert may be scaled by the sigmoid of one number per token.
+    """
+    added: tuple[Tensor, ...]
+    terms = total.attrs.get("terms", ())
+    gated = term.op == "row_scale" and term.inputs[1].op == "sigmoid"
+    if not terms and gated:
+        x, opening = term.inputs
+        added, terms = (x, opening.inputs[0]), ("shared", "gate")
+    elif not terms or terms[-1] != "add":
+        added, terms = (term,), (*terms, "add")
+    elif terms == ("add",):
+        added, terms = (term,), ("shared", "add")
+    else:
+        return None
+    return node_of("expert_sum", (*total.inputs, *added), node, terms=terms)

@@ -1,0 +1,42 @@
+"""The passes from a model's graph to a device's, in order."""
+
+from __future__ import annotations
+
+from runtime.backends.passes.fuse_attention import fuse_gate, fuse_qkv
+from runtime.backends.passes.fuse_delta import fuse_delta, fuse_gated_norm
+from runtime.backends.passes.fuse_ffn import fuse_packs, fuse_router
+from runtime.backends.passes.fuse_sums import fuse_sums
+from runtime.backends.passes.packing import Options, pack_inputs
+from runtime.ops.graph import Graph, rewrite
+from runtime.ops.passes import select_early
+from runtime.ops.tensor import Dim, Tensor
+
+# pass(graph, options) -> graph. The first is needed, the others only spare work.
+PASSES = (
+    pack_inputs, fuse_delta, fuse_sums, fuse_gate, fuse_gated_norm, fuse_packs, fuse_qkv,
+    fuse_router,
+)  # fmt: skip
+
+
+def prepare(graph: Graph, options: Options) -> Graph:
+    """All passes, or with `fuse=False` those alone that no plan can do without."""
+    if not options.fuse:
+        return pack_inputs(graph, options)
+    graph = select_early(_only_row(graph))
+    for each in PASSES:
+        graph = each(graph, options)
+    return graph
+
+
+def _only_row(graph: Graph) -> Graph:
+    """Without the choice of output rows where a step has room for one token, and so for no other.
+
+    What follows keeps its live count: none, if the step wants no output.
+    """
+
+    def select(node: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        if all(isinstance(n, Dim) and n == 1 for n in (node.shape[0], x.shape[0])):
+            return x
+        return Tensor(node.op, (x, ids), node.shape, node.dtype, node.attrs, node.name)
+
+    return rewrite(graph, {"select_rows": select})

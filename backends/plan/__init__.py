@@ -1,0 +1,1 @@
+"""From a graph to calls of kernels, for every device: plans, lowering, compiled code on disk."""

@@ -1,0 +1,259 @@
+"""Lowering: one rule per op turns nodes into kernel calls over buffers.
+
+A device's rules are registered by op name in files that mirror `ops/` (norm.py, matmul.py, ...). A
+rule says which kernel, with which arguments; rows, buffers and memory are decided here and in
+plan.py, for all devices alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from runtime.backends.passes.packing import FUSED_OPS
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
+from runtime.ops.errors import BackendError, OpError
+from runtime.ops.graph import Graph
+from runtime.ops.registry import OPS, Op
+from runtime.ops.tensor import LEAVES, Dim, Tensor
+
+Rule = Callable[["Lowering", Tensor], None]
+VIEWS = frozenset(name for name, op in OPS.items() if op.view)
+
+
+class Declined(Exception):  # noqa: N818  not a failure by itself
+    """A rule cannot lower this node; the text says why."""
+
+
+class Rules:
+    """The rules of one device: op -> the function that lowers its nodes."""
+
+    def __init__(self, device: str, folder: str, arguments_of: Callable[[str], tuple[str, ...]]):
+        """folder: where the files of rules are, for messages.
+
+        arguments_of: names of a kernel's arguments in the order of the table; BackendError for a
+        kernel that the device has not.
+        """
+        self.device, self.arguments_of = device, arguments_of
+        self._folder = folder
+        self._rules: dict[str, Rule] = {}
+
+    def lowers(self, *names: str) -> Callable[[Rule], Rule]:
+        """Register the rule of some ops; an unknown or second registration fails at import."""
+
+        def register(rule: Rule) -> Rule:
+            for name in names:
+                if name not in OPS and name not in FUSED_OPS:
+                    raise OpError(f"{self.device} backend: rule for unknown op {name!r}")
+                if name in self._rules:
+                    raise OpError(f"{self.device} backend: two rules for op {name!r}")
+                self._rules[name] = rule
+            return rule
+
+        return register
+
+    def names(self) -> list[str]:
+        """Ops that have a rule, sorted."""
+        return sorted(self._rules)
+
+    def check(self, declared: Mapping[str, Op], replaced: Collection[str] = ()) -> None:
+        """OpError for an op of this package that has no rule; others' ops bring their own.
+
+        replaced: ops of which the device's passes leave none.
+        """
+        package = Op.__module__.rpartition(".")[0]
+        for name, op in declared.items():
+            of, _, file = op.reference.__module__.rpartition(".")
+            if of == package and not op.view and name not in (*self._rules, *replaced):
+                raise OpError(
+                    f"op {name!r} of ops/{file}.py has no rule on the {self.device} backend: write "
+                    f"a function with @lowers({name!r}) in {self._folder}/{file}.py"
+                )
+
+    def lower(self, graph: Graph) -> Lowering:
+        """All nodes of a graph lowered in order. BackendError: one that cannot be."""
+        lowering = Lowering(self.arguments_of)
+        for node in graph.nodes:
+            if node.op in LEAVES or node.op in VIEWS:
+                continue
+            if node.op not in self._rules:
+                raise BackendError(
+                    f"{self.device} backend has no kernel for op {node.op!r} ({node!r}); "
+                    f"it has {', '.join(self.names())}"
+                )
+            try:
+                self._rules[node.op](lowering, node)
+            except Declined as reason:
+                raise BackendError(
+                    f"{self.device} backend cannot run {node.op} ({node!r}): {reason}"
+                ) from None
+        return lowering
+
+    def plan(self, graph: Graph, guarded: bool = False) -> Plan:
+        """The plan of a graph: lowered, gathered into rows, memory placed."""
+        lowering = self.lower(graph)
+        kept = tuple(o for o in graph.outputs if o.base.op != "state")
+        plan = Plan(
+            graph.name, make_rows(lowering.calls), [lowering.read(o) for o in kept], kept,
+            lowering.counts, scratch_nbytes=lowering.scratch_nbytes,
+        )  # fmt: skip
+        place_buffers(plan, guarded)
+        return plan
+
+
+class Lowering:
+    """The state of lowering one graph: calls so far and the buffer of each tensor."""
+
+    def __init__(self, arguments_of: Callable[[str], tuple[str, ...]]) -> None:
+        self._arguments_of = arguments_of
+        self.calls: list[Call] = []
+        self.counts: dict[tuple[str, int], int] = {}
+        self.scratch_nbytes = 0
+        self.router_results: dict[Tensor, dict[str, Buffer]] = {}
+        self._buffers: dict[Tensor, Buffer] = {}
+        self._fixed: dict[tuple[str, str], Buffer] = {}
+        self._counts = Buffer("count", "counts", 0)
+
+    def emit(
+        self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
+        skipped: int = 0, **arguments: Any,
+    ) -> None:  # fmt: skip
+        """Append a call; arguments are integers, Refs to read, or `Out(ref)` to write.
+
+        share: how the kernel divides some of them between threads, where it promises something.
+        skipped: bytes of its buffers that it leaves alone, such as experts that nobody chose.
+        """
+        names = self._arguments_of(kernel)
+        if set(names) != set(arguments):
+            wrong = set(names).symmetric_difference(arguments)
+            raise BackendError(f"lowering {node.op}: kernel {kernel} arguments differ: {wrong}")
+        plain = {n: a.ref if isinstance(a, Out) else a for n, a in arguments.items()}
+        ordered = {n: plain[n] for n in names}
+        writes = [a.ref.buffer for a in arguments.values() if isinstance(a, Out)]
+        updates = [a.ref.buffer for a in arguments.values() if isinstance(a, Out) and a.also_read]
+        reads = [a.buffer for a in arguments.values() if isinstance(a, Ref)]
+        self.calls.append(
+            Call(
+                Kernel.of(kernel, **(constants or {})), ordered,
+                tuple(dict.fromkeys(reads + updates)), tuple(dict.fromkeys(writes)), node,
+                sum(b.nbytes for b in {*reads, *writes} if b.kind != "state") - skipped,
+                share.length if share else 0, _own(share, ordered),
+            )
+        )  # fmt: skip
+
+    def read(self, x: Tensor) -> Ref:
+        """Where a tensor (or view) lies, as float32 or int32 in memory."""
+        layout = x.layout
+        return Ref(self._buffer(layout.base), layout.offset * 4)
+
+    def write(self, node: Tensor, nbytes: int | None = None) -> Out:
+        """New arena memory for a node's result."""
+        buffer = Buffer("arena", node.name or node.op, nbytes or node.nbytes, tensor=node)
+        self._buffers[node] = buffer
+        return Out(Ref(buffer))
+
+    def alias(self, node: Tensor, buffer: Buffer) -> None:
+        """The result of `node` lies in a buffer that another node wrote."""
+        self._buffers[node] = buffer
+
+    def result(self, node: Tensor) -> Buffer:
+        """The buffer a node was written to."""
+        return self._buffers[node]
+
+    def weight(self, x: Tensor, form: str) -> Ref:
+        """A weight in one of its forms: "raw" file bytes, "vector" float32, or "packed"."""
+        if x.op not in ("weight", "constant"):
+            raise Declined(f"{x!r} is computed, not a weight of the file")
+        kind = "constant" if x.op == "constant" else form
+        return Ref(self._named(kind, x.name, x.nbytes, x))
+
+    def state(self, x: Tensor) -> Ref:
+        """Pages of a state leaf."""
+        return Ref(self._named("state", x.base.name, x.nbytes, x.base))
+
+    def scratch(self, nbytes: int) -> Ref:
+        """Memory that lives for one call; all calls share the largest."""
+        self.scratch_nbytes = max(self.scratch_nbytes, nbytes)
+        return Ref(self._named("scratch", "scratch", 0, None))
+
+    def step(self, name: str) -> Ref:
+        """A step input that the program makes itself, such as attention tiles."""
+        return Ref(self._named("input", name, 0, None))
+
+    def count(self, dim: str, factor: int = 1) -> Ref:
+        """The address of a live count: how many of `dim` this step has, times `factor`."""
+        slot = self.counts.setdefault((dim, factor), len(self.counts))
+        return Ref(self._counts, slot * 8)
+
+    def live(self, x: Tensor, factor: int = 1) -> Ref:
+        """The live rows of x: its first axis times `factor` rows per element."""
+        first = x.shape[0] if x.ndim else 1
+        name = first.name if isinstance(first, Dim) else f"={int(first)}"
+        return self.count(name, factor)
+
+    def rows(self, x: Tensor) -> tuple[Ref, int, Ref, int]:
+        """x as rows of its last axis: address, row length, live count, row stride."""
+        strides, shape = x.layout.strides, x.shape
+        if x.ndim == 1:
+            return self.read(x), int(shape[0]), self.count("=1"), int(shape[0])
+        if strides[-1] != 1 and shape[-1] != 1:
+            raise Declined(f"rows of {x!r} are not contiguous")
+        step = strides[-2]
+        for axis in range(x.ndim - 2):
+            if strides[axis] != strides[axis + 1] * shape[axis + 1] and shape[axis] != 1:
+                raise Declined(f"axes of {x!r} do not merge into rows")
+        factor = 1
+        for n in shape[1:-1]:
+            factor *= int(n)
+        return self.read(x), int(shape[-1]), self.live(x, factor), int(step)
+
+    def tokens(self, x: Tensor) -> tuple[Ref, int, Ref, int]:
+        """x as one row per element of its first axis: address, row length, live, row stride."""
+        tail = 1
+        for n, stride in zip(reversed(x.shape[1:]), reversed(x.layout.strides[1:]), strict=True):
+            if stride != tail and n != 1:
+                raise Declined(f"a row of {x!r} is not contiguous")
+            tail *= int(n)
+        return self.read(x), tail, self.live(x), int(x.layout.strides[0])
+
+    def heads(self, x: Tensor) -> tuple[Ref, int, int]:
+        """x [tokens, heads, dim], a view or not: address, token stride, head stride."""
+        token, head, step = x.layout.strides
+        if step != 1 and x.shape[2] != 1:
+            raise Declined(f"heads of {x!r} are not contiguous")
+        return self.read(x), int(token), int(head)
+
+    def _buffer(self, base: Tensor) -> Buffer:
+        if base in self._buffers:
+            return self._buffers[base]
+        if base.op == "input":
+            return self._named("input", base.name, base.nbytes, base)
+        if base.op == "constant":
+            return self._named("constant", base.name, base.nbytes, base)
+        if base.op == "weight":
+            return self._named("vector", base.name, base.nbytes, base)
+        if base.op == "state":
+            return self._named("state", base.name, base.nbytes, base)
+        raise BackendError(f"lowering reads {base!r} before anything wrote it")
+
+    def _named(self, kind: str, key: str, nbytes: int, tensor: Tensor | None) -> Buffer:
+        if (kind, key) not in self._fixed:
+            self._fixed[kind, key] = Buffer(kind, key, nbytes, tensor=tensor)
+        return self._fixed[kind, key]
+
+
+class Out:
+    """An argument that is written (and, with `also_read`, read before)."""
+
+    def __init__(self, ref: Ref, also_read: bool = False) -> None:
+        self.ref, self.also_read = ref, also_read
+
+
+def _own(share: Share | None, arguments: dict[str, int | Ref]) -> frozenset[Buffer]:
+    """The buffers a share speaks of; an argument that begins inside a row is none of them."""
+    refs = [arguments[name] for name in share.arguments] if share else []
+    row = 4 * share.length if share else 1
+    whole = {r.buffer for r in refs if isinstance(r, Ref) and r.offset % row == 0}
+    partial = {r.buffer for r in refs if isinstance(r, Ref) and r.offset % row}
+    return frozenset(whole - partial)

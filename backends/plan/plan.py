@@ -1,0 +1,215 @@
+"""A plan: rows of kernel calls in order, and the buffers they touch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from runtime.backends.plan.kernel import Kernel
+from runtime.ops.tensor import Tensor
+
+ALIGNMENT = 64  # of buffers: a cache line, and a 512-bit vector
+GUARD = 64  # bytes after a buffer that a guarded plan checks for stray writes
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of a plan. `kind`: arena, scratch, input, count, constant, state, or a form of weight.
+
+    `offset` is set by the memory planner for arena buffers; `key` finds the others.
+    """
+
+    kind: str
+    key: str
+    nbytes: int
+    offset: int = -1
+    tensor: Tensor | None = None
+
+    def __str__(self) -> str:
+        return f"@{self.offset}" if self.kind == "arena" else self.key
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An address that is known when the plan is bound to memory: a buffer and bytes into it."""
+
+    buffer: Buffer
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A call that divides the last axis of some of its arguments between the threads.
+
+    The axis has `length` elements in units of SHARE_UNIT, and of all rows alike thread t of n takes
+    the units u * t // n up to u * (t + 1) // n. A kernel with a share promises that a thread reads
+    and writes nothing of `arguments` outside its own units. What a thread reads of such a buffer
+    after a call with the same division is therefore what it wrote itself, in the order of the
+    program, and no barrier is needed between the two.
+    """
+
+    length: int
+    arguments: tuple[str, ...]
+
+
+@dataclass
+class Call:
+    """One kernel with its arguments (addresses or integers), made by every thread.
+
+    `own`: of these buffers a thread touches its own part alone; see Share, whose length `divided`
+    repeats (0: none).
+    """
+
+    kernel: Kernel
+    arguments: dict[str, int | Ref]
+    reads: tuple[Buffer, ...]
+    writes: tuple[Buffer, ...]
+    node: Tensor
+    nbytes: int = 0  # read and written at full capacity, for bandwidth figures
+    divided: int = 0
+    own: frozenset[Buffer] = frozenset()
+
+    def aligned(self, other: Call, buffer: Buffer) -> bool:
+        """Whether no thread touches what another thread touches of `buffer` in these two calls."""
+        return self.divided == other.divided and buffer in self.own and buffer in other.own
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One row of the instruction table: calls that every thread makes one after the other.
+
+    All threads meet before a row, and nowhere inside: its calls are independent of each other, or
+    need just what the same thread wrote.
+    """
+
+    calls: tuple[Call, ...]
+
+    @property
+    def reads(self) -> tuple[Buffer, ...]:
+        """Buffers that any call reads, each once."""
+        return tuple(dict.fromkeys(b for c in self.calls for b in c.reads))
+
+    @property
+    def writes(self) -> tuple[Buffer, ...]:
+        """Buffers that any call writes, each once."""
+        return tuple(dict.fromkeys(b for c in self.calls for b in c.writes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its calls read and write at full capacity."""
+        return sum(c.nbytes for c in self.calls)
+
+    def __str__(self) -> str:
+        counted = Counter(str(c.kernel) for c in self.calls)
+        return " + ".join(f"{n} x {name}" if n > 1 else name for name, n in counted.items())
+
+
+@dataclass
+class Plan:
+    """Rows, buffers and the bytes of the arena they share."""
+
+    name: str
+    instructions: list[Instruction]
+    outputs: list[Ref]
+    output_tensors: tuple[Tensor, ...]
+    counts: dict[tuple[str, int], int] = field(default_factory=dict)  # (dim, factor) -> slot
+    arena_nbytes: int = 0
+    scratch_nbytes: int = 0
+
+    def calls(self) -> list[Call]:
+        """The calls of all rows in order."""
+        return [c for i in self.instructions for c in i.calls]
+
+    def kernels(self) -> list[Kernel]:
+        """The kernels it needs, each once, in order of first use."""
+        return list(dict.fromkeys(c.kernel for c in self.calls()))
+
+    def buffers(self) -> list[Buffer]:
+        """All buffers, each once, in order of first use."""
+        found = dict.fromkeys(b for c in self.calls() for b in (*c.reads, *c.writes))
+        return list(found)
+
+    def copies(self) -> int:
+        """Calls that only move data: a good plan has none."""
+        return sum(c.kernel.name == "copy" for c in self.calls())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {len(self.instructions)} rows, {len(self.calls())} calls, "
+            f"{self.copies()} copies, arena {self.arena_nbytes} bytes"
+        ]
+        for n, instruction in enumerate(self.instructions):
+            for first, call in enumerate(instruction.calls):
+                writes = ", ".join(map(str, call.writes))
+                reads = ", ".join(str(b) for b in call.reads if b.kind not in ("count", "scratch"))
+                number = "" if first else f"{n}"
+                lines.append(f"{number:>4} {call.kernel!s:44} {writes} <- {reads}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """One line per kernel with how often it is called."""
+        found = Counter(str(c.kernel) for c in self.calls())
+        return "\n".join(f"{n:5} x {kernel}" for kernel, n in found.most_common())
+
+
+def make_rows(calls: Sequence[Call]) -> list[Instruction]:
+    """Calls, in an order that computes the right thing, gathered into as few rows as they need.
+
+    A call stands in the first row behind everything it depends on: behind the row that writes what
+    it reads, and behind those that read or write what it overwrites. Where the two calls are
+    aligned in that buffer, it may stand in the same row. Inside a row calls keep their order.
+    Buffers are compared whole, state and arena alike.
+    """
+    rows: list[list[Call]] = []
+    touched: dict[Buffer, list[tuple[Call, int]]] = {}
+    written: dict[Buffer, list[tuple[Call, int]]] = {}
+
+    def first_row(call: Call) -> int:
+        before = [(b, *entry) for b in call.reads for entry in written.get(b, ())]
+        before += [(b, *entry) for b in call.writes for entry in touched.get(b, ())]
+        return max((row + (not call.aligned(c, b)) for b, c, row in before), default=0)
+
+    for call in calls:
+        row = first_row(call)
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(call)
+        for buffer in call.writes:
+            written.setdefault(buffer, []).append((call, row))
+        for buffer in {*call.reads, *call.writes}:
+            touched.setdefault(buffer, []).append((call, row))
+    return [Instruction(tuple(row)) for row in rows]
+
+
+def place_buffers(plan: Plan, guarded: bool = False) -> None:
+    """Give arena buffers offsets, reusing memory of buffers whose last row has passed.
+
+    First fit over the buffers that live at the same time, largest first within a first row.
+    With `guarded` nothing is reused and GUARD bytes follow every buffer.
+    """
+    lives: dict[Buffer, list[int]] = {}
+    for row, instruction in enumerate(plan.instructions):
+        for buffer in (*instruction.reads, *instruction.writes):
+            if buffer.kind == "arena":
+                lives.setdefault(buffer, []).append(row)
+    for ref in plan.outputs:
+        lives.setdefault(ref.buffer, [0]).append(1 << 30)
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first row, last row
+    for buffer, rows in sorted(lives.items(), key=lambda item: (min(item[1]), -item[0].nbytes)):
+        first, last = (0, 1 << 30) if guarded else (min(rows), max(rows))
+        size = -(-(buffer.nbytes + GUARD * guarded) // ALIGNMENT) * ALIGNMENT
+        buffer.offset = _first_fit(placed, size, first, last)
+        placed.append((buffer.offset, buffer.offset + size, first, last))
+    plan.arena_nbytes = max((end for _, end, _, _ in placed), default=0)
+
+
+def _first_fit(placed: list[tuple[int, int, int, int]], size: int, first: int, last: int) -> int:
+    at = 0
+    for offset, end, start, stop in sorted(placed):
+        if stop < first or start > last:
+            continue
+        if offset - at >= size:
+            break
+        at = max(at, end)
+    return at

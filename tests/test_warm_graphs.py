@@ -10,7 +10,7 @@ import pytest
 from small_models import HYBRID, NOVEL, PLAIN, Sizes, write_model
 
 import runtime
-from runtime.backends.cpu.planner import lower
+from runtime.backends.cpu.planner import Planner, lower
 from runtime.backends.cpu.planner import options as cpu_options
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan.kernel import Kernel
@@ -48,7 +48,7 @@ def _kernels(graphs: list[Graph], options: Options) -> set[Kernel]:
 
 def _check(path: Path, kv_type: str, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     with runtime.load(path, devices="null", kv_type=kv_type) as model:
-        monkeypatch.setattr(model.backend, "options", options)
+        monkeypatch.setattr(model.backend, "planner", Planner(options))
         needed = _kernels(list(_steps(model)), options)
         assert needed - _kernels(model._warm_graphs(), options) == set()
         assert len({kernel.name for kernel in needed}) > 6

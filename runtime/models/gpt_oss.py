@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -66,8 +65,8 @@ class GptOss:
     w: Weights
 
     @staticmethod
-    def read(keys: Keys, w: Weights, vocabulary: int, variant: Any) -> GptOss:
-        """The model of a file; there is one variant."""
+    def read(keys: Keys, w: Weights, vocabulary: int) -> GptOss:
+        """The model of a file."""
         return GptOss(Hyperparameters.read(keys, w, vocabulary), w)
 
     @property

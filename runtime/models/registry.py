@@ -7,10 +7,6 @@ from typing import Any, Protocol
 
 from runtime import ops
 from runtime.errors import ModelError
-from runtime.models import decoder, hybrid
-from runtime.models.decoder import Decoder
-from runtime.models.gpt_oss import GptOss
-from runtime.models.hybrid import Hybrid
 from runtime.models.keys import LARGEST, Keys
 from runtime.models.step import Layers, Step
 from runtime.models.unread import refuse_unread
@@ -34,17 +30,44 @@ class Architecture(Protocol):
     def graph(self, step: Step) -> ops.Graph: ...
 
 
-# name -> how its file is read, and what is different about it
-MODELS: dict[str, tuple[Callable[[Keys, Weights, int, Any], Architecture], Any]] = {
-    "llama": (Decoder.read, decoder.Variant(rope_style="normal")),
-    "qwen2": (Decoder.read, decoder.Variant(output_bias=True)),
-    "qwen3": (Decoder.read, decoder.Variant(qk_norm=True)),
-    "qwen3moe": (Decoder.read, decoder.Variant(qk_norm=True, experts=True)),
-    "qwen3next": (Hybrid.read, hybrid.Variant("grouped", experts=True)),
-    "qwen35": (Hybrid.read, hybrid.Variant("tiled")),
-    "qwen35moe": (Hybrid.read, hybrid.Variant("tiled", experts=True)),
-    "gpt-oss": (GptOss.read, None),
-    "gptoss": (GptOss.read, None),  # Ollama's name for it
+Reader = Callable[[Keys, Weights, int], Architecture]  # of a file with so large a vocabulary
+
+
+def _decoder(**variant: Any) -> Reader:
+    def read(keys: Keys, w: Weights, vocabulary: int) -> Architecture:
+        from runtime.models.decoder import Decoder, Variant
+
+        return Decoder.read(keys, w, vocabulary, Variant(**variant))
+
+    return read
+
+
+def _hybrid(order: str, experts: bool = False) -> Reader:
+    def read(keys: Keys, w: Weights, vocabulary: int) -> Architecture:
+        from runtime.models.hybrid import Hybrid, Variant
+
+        return Hybrid.read(keys, w, vocabulary, Variant(order, experts))
+
+    return read
+
+
+def _gpt_oss(keys: Keys, w: Weights, vocabulary: int) -> Architecture:
+    from runtime.models.gpt_oss import GptOss
+
+    return GptOss.read(keys, w, vocabulary)
+
+
+# A family is imported with the first file of it.
+MODELS: dict[str, Reader] = {
+    "llama": _decoder(rope_style="normal"),
+    "qwen2": _decoder(output_bias=True),
+    "qwen3": _decoder(qk_norm=True),
+    "qwen3moe": _decoder(qk_norm=True, experts=True),
+    "qwen3next": _hybrid("grouped", experts=True),
+    "qwen35": _hybrid("tiled"),
+    "qwen35moe": _hybrid("tiled", experts=True),
+    "gpt-oss": _gpt_oss,
+    "gptoss": _gpt_oss,  # Ollama's name for it
 }
 
 # `general.type` of files that go with a model
@@ -69,10 +92,9 @@ def build(file: Any) -> Architecture:
             f"{source}: architecture {name!r:.60} is not supported; "
             f"supported are {', '.join(sorted(MODELS))}"
         )
-    read, variant = MODELS[name]
     keys, weights = Keys(file.metadata, name, source), Weights(file.tensors, source)
     check_blocks(keys, weights)
-    model = read(keys, weights, vocabulary_size(file, keys), variant)
+    model = MODELS[name](keys, weights, vocabulary_size(file, keys))
     graph = model.graph(one_token(model))
     refuse_unread(keys, weights, graph, model.p.layers)
     return model

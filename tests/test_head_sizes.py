@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from row_errors import check_rows
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime.errors import ModelError
 
-# Of the worst row and of half of them: a value near a border of the cache type may be rounded to
-# either side, which the rows behind it see as one among many.
-LIMITS = {"f32": (1e-10, 1e-11), "f16": (3e-6, 1e-9), "bf16": (3e-4, 1e-7), "q8_0": (3e-3, 1e-7)}
+# Of the worst row, 20 times what the sweep over all head sizes finds: a value near a border of the
+# cache type may be stored as its neighbour, and few tokens stand beside it here.
+LIMITS = {"f32": 1e-10, "f16": 1e-8, "bf16": 1e-6, "q8_0": 1e-5}
 PLAIN = Sizes(
     "llama", layers=1, hidden=24, inner=40, heads=3, kv_heads=1, vocabulary=40, context=64
 )
@@ -40,10 +41,7 @@ def answers(path: Path, kv: str, **options: object) -> np.ndarray:
 def check(path: Path, kv: str) -> None:
     want = answers(path, kv, devices="reference")
     got = answers(path, kv, threads=1, activations="f32")
-    rows = ((got - want) ** 2).sum(1) / (want**2).sum(1)
-    worst, half = LIMITS[kv]
-    assert rows.max() <= worst, f"{kv}: row {rows.argmax()} is off by {rows.max():.1e}"
-    assert np.median(rows) <= half, f"{kv}: half of the rows are off by {np.median(rows):.1e}"
+    check_rows(got, want, LIMITS[kv])
     again = answers(path, kv, threads=2, activations="f32")
     np.testing.assert_array_equal(again.view(np.uint32), got.view(np.uint32))
 

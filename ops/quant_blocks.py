@@ -1,69 +1,169 @@
-"""What the block formats share: the registry of decoders and the ways bits are spread out.
+"""Blocks of any format taken apart in numpy, from its row in `blocks`.
 
-A decoder takes n blocks as a structured array whose fields are the format's C struct and
-returns float32 [n, elements]; the field order and bit order are those of ggml-common.h.
+Blocks are structured arrays [n] of `struct_of(row)`; everything found has a first axis n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
 
 import numpy as np
 
-from .dtypes import DType
+from .blocks import Bits, BlockFormat, Chain, Field, Join, Number, Scale, Trits, places_of
+from .codebooks import code_book
 
-Decoder = Callable[[np.ndarray], np.ndarray]
-# a format's decoder and the layout of its block, by dtype name
-DECODERS: dict[str, tuple[np.dtype, Decoder]] = {}
-
-F16_FIELD, U16_FIELD, U32_FIELD, U8_FIELD = "<f2", "<u2", "<u4", "u1"
+_STORAGE = {"half_e8m0": "u1", "half_ue4m3": "u1"}
+_DELTA = np.float32(0.125)  # what IQ1 shifts the levels of a group by, up or down
 
 
-def decodes(dtype: DType, **fields: Any) -> Callable[[Decoder], Decoder]:
-    """Register a decoder for `dtype`, whose block has these fields (name=(type, count))."""
-    layout = np.dtype([(name, kind, (count,)) for name, (kind, count) in fields.items()])
-    if layout.itemsize != dtype.nbytes or dtype.name in DECODERS:
-        raise ValueError(f"{dtype}: {layout.itemsize} bytes declared, or declared twice")
-
-    def register(decoder: Decoder) -> Decoder:
-        DECODERS[dtype.name] = layout, decoder
-        return decoder
-
-    return register
+@functools.cache
+def struct_of(row: BlockFormat) -> np.dtype:
+    """The block as a structured type; every field has an axis, also one of a single value."""
+    return np.dtype([(f.name, f"<{_kind(f)}", (f.count,)) for f in row.fields.values()])
 
 
-def f32(field: np.ndarray) -> np.ndarray:
-    """The same values in float32."""
-    return field.astype(np.float32)
+def _kind(field: Field) -> str:
+    return _STORAGE.get(field.kind, field.kind)
 
 
-def nibbles(packed: np.ndarray) -> np.ndarray:
-    """uint8 [..., n] -> uint8 [..., 2n]: all low halves, then all high halves."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+def decode(row: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    """Values of blocks, float32 [n, row.block]."""
+    values = _spread(np.multiply, scales(row, row.scale, blocks), levels(row, blocks))
+    if row.minimum:
+        values = _spread(np.add, scales(row, row.minimum, blocks), values)
+    return values
 
 
-def planes(packed: np.ndarray, width: int) -> np.ndarray:
-    """uint8 [..., n] -> uint8 [..., 8/width, n]: plane j holds bits width*j of every byte."""
-    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-    return (packed[..., None, :] >> shifts) & np.uint8((1 << width) - 1)
+def levels(row: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    """Elements before their scale, float32 [n, row.block]: whole numbers, or eighths of IQ1."""
+    codes = numbers(row, row.codes, blocks)
+    if row.book:
+        return _entries(row, code_book(row.book)[codes].reshape(len(blocks), -1), blocks)
+    if row.levels:
+        return np.array(row.levels, np.float32)[codes]
+    found = codes.astype(np.float32)
+    return found - np.float32(row.offset) if row.offset else found
 
 
-def bits(packed: np.ndarray) -> np.ndarray:
-    """uint8 [..., n] -> uint8 [..., 8n]: each byte's bits, lowest first."""
-    return np.unpackbits(packed, axis=-1, bitorder="little")
+def _entries(row: BlockFormat, entries: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Entries of a code book with their signs, or shifted."""
+    if row.down:
+        delta = np.where(numbers(row, row.down, blocks), -_DELTA, _DELTA)
+        return _spread(np.add, delta, entries)
+    return entries * (1 - 2 * sign_bits(row, blocks).astype(np.float32))
 
 
-def fields(packed: np.ndarray, width: int, count: int, step: int | None = None) -> np.ndarray:
-    """[..., n] -> [..., n, count]: `count` fields of `width` bits from each word, lowest first.
-
-    Fields start `step` bits apart (default: one after another).
-    """
-    shifts = (np.arange(count) * (step or width)).astype(packed.dtype)
-    return (packed[..., None] >> shifts) & packed.dtype.type((1 << width) - 1)
+def sign_bits(row: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    """1 where an element of a code book format is negated, uint8 [n, row.block]."""
+    return np.unpackbits(sign_bytes(row, blocks), axis=-1, bitorder="little")
 
 
-def spread(scale: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """scale [n, groups] times values [n, elements] by group, as float32 [n, elements]."""
-    n, groups = scale.shape
-    return (scale[..., None] * values.reshape(n, groups, -1)).reshape(n, -1)
+def sign_bytes(row: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    """The sign bits of every eight elements, uint8 [n, row.block / 8]."""
+    assert row.signs is not None, "a format with signs"
+    found = numbers(row, row.signs, blocks)
+    return found.astype(np.uint8) if row.signs.width == 8 else _EVEN_SIGNS[found]
+
+
+def _even_signs() -> np.ndarray:
+    """Seven stored sign bits -> eight: the last makes the number of minus signs even."""
+    code = np.arange(128, dtype=np.uint8)
+    parity = np.bitwise_xor.reduce(np.unpackbits(code[:, None], axis=-1), axis=-1)
+    return code | parity << 7
+
+
+_EVEN_SIGNS = _even_signs()
+
+
+def scales(row: BlockFormat, scale: Scale, blocks: np.ndarray) -> np.ndarray:
+    """The scales (or minima) of the groups of a block, float32 [n, groups]."""
+    found = _base(row, scale, blocks)
+    if scale.steps:
+        steps = numbers(row, scale.steps, blocks).astype(np.float32)
+        if scale.times != 1 or scale.plus:
+            steps = np.float32(scale.times) * steps + np.float32(scale.plus)
+        found = found * steps
+    return found if scale.unit == 1 else found * np.float32(scale.unit)
+
+
+def _base(row: BlockFormat, scale: Scale, blocks: np.ndarray) -> np.ndarray:
+    if isinstance(scale.base, Bits):
+        pieces = numbers(row, scale.base, blocks)
+        shifts = np.arange(pieces.shape[-1], dtype=np.uint16) * np.uint16(scale.base.width)
+        joined = np.bitwise_or.reduce(pieces.astype(np.uint16) << shifts, axis=-1)
+        return joined.view(np.float16).astype(np.float32)[:, None]
+    kind, values = row.fields[scale.base].kind, blocks[scale.base]
+    return _TABLES[kind][values] if kind in _TABLES else values.astype(np.float32)
+
+
+def _half_ue4m3() -> np.ndarray:
+    """Unsigned E4M3 (bias 7; the sign bit is ignored, 0x7f is no number), halved."""
+    code = np.arange(256)
+    exponent, mantissa = code >> 3 & 15, code & 7
+    value = np.where(
+        exponent == 0, mantissa / 512, (1 + mantissa / 8) * np.exp2(exponent.astype(float) - 7)
+    )
+    return np.where(np.isin(code, (0, 0x7F)), 0, value / 2).astype(np.float32)
+
+
+_TABLES = {
+    "half_e8m0": np.ldexp(np.float32(1), np.arange(256) - 128),
+    "half_ue4m3": _half_ue4m3(),
+}
+
+
+def numbers(row: BlockFormat, number: Number, blocks: np.ndarray) -> np.ndarray:
+    """The integers of blocks that `number` describes, [n, count]."""
+    match number:
+        case Bits():
+            return _bits(number, blocks[number.field], places_of(number, row))
+        case Trits():
+            return _trits(number, blocks[number.field])
+        case Chain():
+            return np.concatenate([numbers(row, part, blocks) for part in number.parts], axis=-1)
+        case Join():
+            return _joined(row, number, blocks)
+
+
+def _bits(number: Bits, field: np.ndarray, places: int) -> np.ndarray:
+    words = _words(number, field)
+    if number.width == 8 * words.itemsize:
+        return words
+    if number.run == 1 and places == 8 * words.itemsize == 8:
+        return np.unpackbits(words, axis=-1, bitorder="little")
+    by_run = words.reshape(len(words), -1, number.run)
+    found = np.empty((*by_run.shape[:2], places, number.run), words.dtype)
+    for place in range(places):
+        shift = number.start + place * (number.step or number.width)
+        np.right_shift(by_run, words.dtype.type(shift), out=found[:, :, place])
+    found &= words.dtype.type((1 << number.width) - 1)
+    return found.reshape(len(words), -1)
+
+
+def _words(number: Bits | Trits, field: np.ndarray) -> np.ndarray:
+    return field[:, slice(*number.words)] if number.words else field
+
+
+def _trits(number: Trits, field: np.ndarray) -> np.ndarray:
+    """A byte is a fraction of 256: digit j is the whole part of 3 * frac(3**j * fraction)."""
+    powers = (3 ** np.arange(number.digits)).astype(np.uint8)[:, None]
+    digits = (_words(number, field)[:, None] * powers).astype(np.uint16) * 3 >> 8
+    return digits.reshape(len(field), -1)
+
+
+def _joined(row: BlockFormat, number: Join, blocks: np.ndarray) -> np.ndarray:
+    kind = np.uint8 if sum(part.width for part in number.parts) <= 8 else np.uint16
+    found, place = np.zeros(1, kind), 0
+    for part in number.parts:
+        piece = numbers(row, part, blocks).astype(kind, copy=False)
+        found = np.bitwise_or(found, np.left_shift(piece, kind(place))) if place else piece
+        place += part.width
+    return found
+
+
+def _spread(combine: np.ufunc, groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A value for each group, [n, groups], combined with those of its elements [n, elements]."""
+    n, count = groups.shape
+    if count == 1:
+        return combine(groups, values)
+    return combine(groups[..., None], values.reshape(n, count, -1)).reshape(n, -1)

@@ -10,13 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import quants_iq, quants_k, quants_simple  # noqa: F401  (they register their decoders)
+from .blocks import BLOCK_FORMATS
 from .dtypes import BF16, DType, nbytes_for
 from .errors import OpError
-from .quant_blocks import DECODERS
-from .quants_iq import set_codebooks
-
-__all__ = ["dequantize", "set_codebooks"]
+from .quant_blocks import decode, struct_of
 
 _ELEMENTS_AT_ONCE = 1 << 17  # keeps a step's temporaries in the cache
 
@@ -51,10 +48,8 @@ def dequantize(
 
 
 def _decode_blocks(raw: np.ndarray, dtype: DType, out: np.ndarray) -> None:
-    if dtype.name not in DECODERS:
-        raise OpError(f"{dtype} cannot be decoded; known block formats: {', '.join(DECODERS)}")
-    layout, decode = DECODERS[dtype.name]
-    blocks = raw.view(layout)
-    step = _ELEMENTS_AT_ONCE // dtype.block
+    row = BLOCK_FORMATS[dtype.name]
+    blocks = raw.view(struct_of(row))
+    step = _ELEMENTS_AT_ONCE // row.block
     for start in range(0, len(blocks), step):
-        out[start : start + step] = decode(blocks[start : start + step])
+        out[start : start + step] = decode(row, blocks[start : start + step])

@@ -27,9 +27,10 @@ from random_presets import PRESETS, Preset, Slot
 from runtime.gguf import open_gguf
 from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.ops import dtypes as dt
+from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.errors import Error
-from runtime.ops.quant_blocks import DECODERS
+from runtime.ops.quant_blocks import struct_of
 from runtime.ops.quants import dequantize
 
 POOL_BYTES = 8 << 20  # random data per type and row length; tensors take pieces of it
@@ -81,18 +82,19 @@ def slot_type(slot: Slot, file_type: str, layers: int, output: DType | None) -> 
 
 def set_scale(blocks: np.ndarray, dtype: DType, scale: np.ndarray) -> None:
     """Write each block's scale (float32 [blocks]) the way its format stores scales."""
+    base = BLOCK_FORMATS[dtype.name].scale.base
     if dtype is dt.MXFP4:
         blocks["e"] = np.rint(np.log2(scale))[:, None] + 128
-    elif dtype is dt.NVFP4:
+    elif dtype.name == "nvfp4":
         exponent = np.floor(np.log2(scale)) + 8
         mantissa = np.rint(scale / np.exp2(np.maximum(exponent, 1) - 11)) - 8 * (exponent > 0)
         blocks["d"] = (np.maximum(exponent, 0) * 8 + mantissa).clip(1, 126)[:, None]
-    elif dtype is dt.IQ1_M:
+    elif not isinstance(base, str):  # a float16 in pieces
         bits = scale.astype(np.float16).view(np.uint16)[:, None]
         pieces = bits >> np.arange(0, 16, 4, dtype=np.uint16) << 12
         blocks["scales"] = blocks["scales"] & 0x0FFF | pieces
     else:
-        blocks["d"] = scale[:, None]
+        blocks[base] = scale[:, None]
     if dtype.name in _MINIMUM:
         field, ratio = _MINIMUM[dtype.name]
         blocks[field] = ratio * scale[:, None]
@@ -101,8 +103,9 @@ def set_scale(blocks: np.ndarray, dtype: DType, scale: np.ndarray) -> None:
 def random_blocks(dtype: DType, count: int, spread: float, seed: int) -> np.ndarray:
     """`count` blocks of random codes as uint8, their values with this standard deviation."""
     rng = np.random.default_rng(seed)
-    blocks = np.frombuffer(bytearray(rng.bytes(count * dtype.nbytes)), DECODERS[dtype.name][0])
-    if dtype in (dt.TQ2_0, dt.Q2_0):  # without the fourth 2-bit code, so that the mean is zero
+    struct = struct_of(BLOCK_FORMATS[dtype.name])
+    blocks = np.frombuffer(bytearray(rng.bytes(count * dtype.nbytes)), struct)
+    if dtype.name in ("tq2_0", "q2_0"):  # without the fourth 2-bit code, so that the mean is zero
         blocks["qs"] &= ~((blocks["qs"] & blocks["qs"] >> 1 & 0x55) << 1)
     set_scale(blocks, dtype, np.ones(count, np.float32))
     sample = blocks[:4096]

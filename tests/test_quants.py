@@ -9,7 +9,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.errors import FileError, ModelError, OpError
-from runtime.ops import dtypes, quants_iq
+from runtime.ops import codebooks
+from runtime.ops.blocks import BLOCK_FORMATS, BlockFormat, count_of
+from runtime.ops.codebooks import code_book
 from runtime.ops.dtypes import DTYPES, F16, F32, Q4_K, Q8_0, from_gguf, nbytes_for
 from runtime.ops.quants import dequantize
 
@@ -46,6 +48,17 @@ def test_values_are_equal_bit_for_bit(kind: GGMLQuantizationType) -> None:
     assert np.array_equal(np.isnan(found), np.isnan(expected))
     same = found.view(np.uint32) == expected.view(np.uint32)
     assert (same | np.isnan(expected)).all()
+
+
+@pytest.mark.parametrize("row", BLOCK_FORMATS.values(), ids=lambda row: row.name)
+def test_a_row_describes_every_element_and_group(row: BlockFormat) -> None:
+    entry = code_book(row.book).shape[1] if row.book else 1
+    assert count_of(row.codes, row) * entry == row.block
+    for scale in filter(None, (row.scale, row.minimum)):
+        groups = count_of(scale.steps, row) if scale.steps else 1
+        assert row.block % groups == 0 and row.block // groups >= 16
+    if row.signs:
+        assert count_of(row.signs, row) == row.block // 8 and row.signs.width in (7, 8)
 
 
 @pytest.mark.parametrize("name", ["i8", "i16", "i32", "i64", "f64"])
@@ -136,6 +149,6 @@ def test_an_unknown_type_names_the_number_and_what_is_supported() -> None:
 
 
 def test_a_missing_code_book_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quants_iq, "_sources", [])
+    monkeypatch.setattr(codebooks, "_sources", [])
     with pytest.raises(ModelError, match="iq2_s needs its code book"):
-        dequantize(random_blocks("iq2_s"), dtypes.IQ2_S, (ROWS, 1280))
+        dequantize(random_blocks("iq2_s"), DTYPES["iq2_s"], (ROWS, 1280))

@@ -92,7 +92,7 @@ def test_what_an_edited_file_is_part_of_alone_is_compiled_again(
 
 
 def test_other_packages_count_too(checkout: Path, before: dict[Kernel, str]):
-    assert _edited(checkout, before, "ops/quants_iq.py") >= {"get_rows", "matmul"}
+    assert _edited(checkout, before, "ops/codebooks.py") >= {"get_rows", "matmul"}
 
 
 def test_what_no_code_is_made_of_changes_none(checkout: Path, before: dict[Kernel, str]):

@@ -1,6 +1,6 @@
 """Reading and writing GGUF files."""
 
-from runtime.ops.quants import set_codebooks
+from runtime.ops.codebooks import set_codebooks
 
 from .codebooks import codebook
 from .reader import GGUFFile, GGUFTensor, open_gguf

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.ops.quants_iq import code_book
+from runtime.ops.codebooks import code_book
 
 from . import simd as s
 from .gather_values import f16_at, put

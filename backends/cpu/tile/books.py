@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.cpu.tile.vector import I1, I8, I32, Code, ir, vec
-from runtime.ops.quants_iq import code_book
+from runtime.ops.codebooks import code_book
 
 # Formats that use another one's book.
 _SHARED = {"IQ1_M": "IQ1_S"}

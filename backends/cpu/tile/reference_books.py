@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.quants_iq import code_book
+from runtime.ops.codebooks import code_book
 
 Array = np.ndarray[Any, Any]
 

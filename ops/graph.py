@@ -81,11 +81,12 @@ def walk(
     An op that is in no table and has no default is an OpError that names it.
     """
     values: dict[Tensor, Any] = {}
+    rules = rules or {}
     for node in graph.nodes:
-        rule = (rules or {}).get(node.op, default)
+        rule = rules.get(node.op, default)
         if rule is None:
             raise OpError(f"no rule for op {node.op!r} ({node.name or 'unnamed'})")
-        values[node] = rule(node, *(values[x] for x in node.inputs))
+        values[node] = rule(node, *[values[x] for x in node.inputs])
     return list(values.values())
 
 
@@ -93,12 +94,15 @@ def rewrite(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
     """The graph with nodes replaced by what `rules` return; other nodes follow their inputs."""
 
     def rebuild(node: Tensor, *inputs: Tensor) -> Tensor:
-        if all(a is b for a, b in zip(inputs, node.inputs, strict=True)):
+        if inputs == node.inputs:  # tensors are equal only to themselves
             return node
         return Tensor(node.op, tuple(inputs), node.shape, node.dtype, node.attrs, node.name)
 
+    if not any(node.op in rules for node in graph.nodes):
+        return graph
     new = dict(zip(graph.nodes, walk(graph, rules, rebuild), strict=True))
-    return Graph(tuple(new[o] for o in graph.outputs), graph.name)
+    outputs = tuple(new[o] for o in graph.outputs)
+    return graph if outputs == graph.outputs else Graph(outputs, graph.name)
 
 
 def _key_line(node: Tensor, *inputs: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -78,7 +79,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Number of elements at full capacity."""
-        return int(np.prod([int(n) for n in self.shape], dtype=np.int64)) if self.shape else 1
+        return math.prod(map(int, self.shape))
 
     @cached_property
     def nbytes(self) -> int:

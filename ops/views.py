@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from runtime.ops.tensor import Dim, Layout, Shape, Tensor
 
 
 def _reshape_shape(x: Tensor, *, shape: Shape) -> tuple[Shape, DType]:
-    new = int(np.prod([int(n) for n in shape]))
+    new = math.prod(map(int, shape))
     need(new == x.size, f"cannot reshape {list(x.shape)} ({x.size} elements) to {list(shape)}")
     return tuple(shape), x.dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -195,18 +196,18 @@ def place_buffers(plan: Plan, guarded: bool = False) -> None:
                 lives.setdefault(buffer, []).append(row)
     for ref in plan.outputs:
         lives.setdefault(ref.buffer, [0]).append(1 << 30)
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first row, last row
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first row, last row; sorted
     for buffer, rows in sorted(lives.items(), key=lambda item: (min(item[1]), -item[0].nbytes)):
         first, last = (0, 1 << 30) if guarded else (min(rows), max(rows))
         size = -(-(buffer.nbytes + GUARD * guarded) // ALIGNMENT) * ALIGNMENT
         buffer.offset = _first_fit(placed, size, first, last)
-        placed.append((buffer.offset, buffer.offset + size, first, last))
+        insort(placed, (buffer.offset, buffer.offset + size, first, last))
     plan.arena_nbytes = max((end for _, end, _, _ in placed), default=0)
 
 
 def _first_fit(placed: list[tuple[int, int, int, int]], size: int, first: int, last: int) -> int:
     at = 0
-    for offset, end, start, stop in sorted(placed):
+    for offset, end, start, stop in placed:
         if stop < first or start > last:
             continue
         if offset - at >= size:

@@ -33,6 +33,7 @@ class Weights:
     tensors: Mapping[str, Any]  # name -> object with .shape and .dtype (runtime.gguf's tensors)
     source: str
     looked_up: set[str] = field(default_factory=set)
+    _stored: dict[str, str] = field(default_factory=dict)
     _made: dict[str, Tensor] = field(default_factory=dict)
     _values: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -42,6 +43,11 @@ class Weights:
 
     def stored(self, name: str) -> str:
         """The name a tensor has in the file; `name` itself where it has none."""
+        if name not in self._stored:
+            self._stored[name] = self._find(name)
+        return self._stored[name]
+
+    def _find(self, name: str) -> str:
         if name in self.tensors or not name.startswith("blk."):
             return name
         blk, number, rest = name.split(".", 2)

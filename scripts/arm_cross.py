@@ -31,14 +31,14 @@ def pretend() -> None:
     llvm.initialize_all_asmprinters()
 
 
-def answer(line: str, isa: str) -> tuple[str, bytes]:
-    """Symbol and object code of what a line asks for."""
+def answer(line: str, isa: str) -> tuple[dict[str, Any], bytes]:
+    """Head and object code of what a line asks for."""
     from runtime.backends.cpu.compile import compilers, objects
     from runtime.backends.plan.kernel import Kernel
 
     asked = json.loads(line)
     if isinstance(asked, dict):
-        return objects.ENTRY, objects.compile_ir(asked["ir"], isa)
+        return {"symbol": objects.ENTRY}, objects.compile_ir(asked["ir"], isa)
     return compilers.compile_one(Kernel.parse(line), isa)
 
 
@@ -48,8 +48,8 @@ def main(isa: str) -> None:
     sys.stdout = sys.stderr
     for line in source:
         try:
-            symbol, code = answer(line.decode(), isa)
-            header: dict[str, Any] = {"symbol": symbol, "nbytes": len(code)}
+            header, code = answer(line.decode(), isa)
+            header["nbytes"] = len(code)
         except Exception as error:
             first = str(error).strip().splitlines() or [""]
             header, code = {"error": f"{type(error).__name__}: {first[0]}"}, b""

@@ -31,8 +31,8 @@ class HostCompiler:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
         self.lock = threading.Lock()
 
-    def ask(self, question: str) -> tuple[str, bytes]:
-        """Symbol and object code of a line; BackendError with what the process says."""
+    def ask(self, question: str) -> tuple[dict[str, Any], bytes]:
+        """Head and object code of a line; BackendError with what the process says."""
         source, sink, log = self.process.stdout, self.process.stdin, self.process.stderr
         assert source and sink and log, "all three are pipes"
         with self.lock:
@@ -42,7 +42,7 @@ class HostCompiler:
             header = json.loads(answer) if answer else {"error": log.read()[-500:]}
             if "error" in header:
                 raise BackendError(str(header["error"]).removeprefix("BackendError: "))
-            return header["symbol"], source.read(header["nbytes"])
+            return header, source.read(header.pop("nbytes"))
 
 
 host_compiler = functools.cache(HostCompiler)
@@ -55,7 +55,7 @@ def compile_ir(ir: str, isa_name: str) -> bytes:
 
 def compile_all(
     kernels: list[Kernel], isa: str, progress: Any = None
-) -> Generator[tuple[Kernel, str, bytes], None, None]:
+) -> Generator[tuple[Kernel, dict[str, Any], bytes], None, None]:
     """In the place of `compilers.compile_all`."""
     for kernel in kernels:
         yield kernel, *host_compiler(isa).ask(kernel.dump())

@@ -35,7 +35,7 @@ from gpu_probe_step import replays
 from gpu_probe_tables import show
 from gpu_probe_timing import Gpu
 
-from runtime.backends.cuda.catalogue import every_kernel
+from runtime.backends.cuda.catalogue import KERNELS
 from runtime.backends.cuda.driver import SHARED_NBYTES, open_driver
 from runtime.backends.cuda.fake import FakeDriver
 from runtime.backends.cuda.fake_nodes import FakeLibrary
@@ -132,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 def loading(gpu: Gpu) -> dict[str, Any]:
     """Compile what the cache has not, load all; kernels that the driver refuses."""
-    kernels, device = every_kernel(), gpu.device
+    kernels, device = KERNELS.every(), gpu.device
     start = time.monotonic()
     if not gpu.small:
         library(device.target).prepare(kernels)

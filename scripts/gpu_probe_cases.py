@@ -22,7 +22,7 @@ from gpu_probe_arrays import (
 )  # fmt: skip
 
 from runtime.backends.cuda import layouts
-from runtime.backends.cuda.catalogue import CONSTANTS
+from runtime.backends.cuda.catalogue import KERNELS
 from runtime.backends.cuda.kernels.matvec import rows_of
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import attention as attention_op
@@ -85,21 +85,21 @@ LARGE = Sizes(4096, 4099, 515, 8, 8, 4, 4000, 151_936)
 
 def cases(rng: np.random.Generator, sizes: Sizes) -> Iterator[Case]:
     """Of every kernel in the catalogue with all its constants."""
-    for format in CONSTANTS["matvec"]["format"]:
-        for columns in CONSTANTS["matvec"]["columns"]:
+    for format in KERNELS.constants("matvec")["format"]:
+        for columns in KERNELS.constants("matvec")["columns"]:
             yield matvec(rng, format, sizes.rows, sizes.n, columns)
-    for format in CONSTANTS["tile"]["format"]:
+    for format in KERNELS.constants("tile")["format"]:
         yield tile(rng, format, sizes.rows, sizes.n, sizes.columns)
-    for dim in CONSTANTS["attention"]["dim"]:
+    for dim in KERNELS.constants("attention")["dim"]:
         yield attention(rng, dim, sizes)
-        for which in CONSTANTS["kv_write"]["which"]:
+        for which in KERNELS.constants("kv_write")["which"]:
             yield kv_write(rng, which, dim, sizes)
     for packed in (False, True):
         yield rms_norm(rng, sizes, packed)
         yield swiglu(rng, sizes, packed)
     yield quantize(rng, sizes)
     yield rope_angles(rng, sizes)
-    for style in CONSTANTS["rope"]["style"]:
+    for style in KERNELS.constants("rope")["style"]:
         yield rope(rng, style, sizes)
     yield argmax(rng, sizes)
 

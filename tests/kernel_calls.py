@@ -15,7 +15,7 @@ import numpy as np
 from runtime.backends.cpu.compile.isa import selected
 from runtime.backends.cpu.compile.library import Library
 from runtime.backends.cpu.compile.objects import function
-from runtime.backends.cpu.signatures import SIGNATURES, float_bits
+from runtime.backends.cpu.sizes import float_bits
 from runtime.backends.plan.kernel import Kernel
 from runtime.environment import cache_dir
 
@@ -128,9 +128,9 @@ def run(
     words = {name: _word(value) for name, value in arguments.items()}
     if "live" in words:
         words["live"] = live.ctypes.data
-    assert set(words) == set(SIGNATURES[kernel.name]), f"arguments of {kernel.name}"
-    table = np.array([words[name] for name in SIGNATURES[kernel.name]], np.int64)
-    entry = function(library(isa).address(kernel))
+    native = library(isa).get(kernel)
+    table = np.array(native.ordered(kernel, words), np.int64)
+    entry = function(native.address)
     for thread in range(threads) if only < 0 else [only]:
         entry(table.ctypes.data, thread, threads)
 

@@ -13,7 +13,7 @@ import numpy as np
 from kernel_calls import Fenced, run
 from packed_rows import Packed
 
-from runtime.backends.cpu.signatures import conv_scratch_nbytes, delta_scratch_nbytes
+from runtime.backends.cpu.sizes import conv_scratch_nbytes, delta_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.registry import OPS
 

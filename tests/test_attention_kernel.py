@@ -13,7 +13,7 @@ from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 from runtime import ops
 from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.pages import from_plain, to_plain
-from runtime.backends.cpu.signatures import (
+from runtime.backends.cpu.sizes import (
     attention_scratch_nbytes,
     kv_block_nbytes,
     padded_head,

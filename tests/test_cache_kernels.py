@@ -11,7 +11,7 @@ from kernel_calls import ISAS, Fenced, at_the_front, fenced_twice, library, run
 from runtime import ops
 from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.pages import to_plain
-from runtime.backends.cpu.signatures import kv_block_nbytes, padded_head
+from runtime.backends.cpu.sizes import kv_block_nbytes, padded_head
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import PAGE
 from runtime.ops.dtypes import DTYPES

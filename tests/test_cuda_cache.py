@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.backends.cuda.catalogue import Compiled, declared
+from runtime.backends.cuda.catalogue import Compiled, declared, head
 from runtime.backends.cuda.library import Library
 from runtime.backends.plan.kernel import Kernel
 
@@ -24,7 +24,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Kernel]:
         for kernel in kernels:
             asked.append(kernel)
             code = f"code of {kernel}".encode()
-            yield kernel, Compiled("swiglu", code, declared(kernel).entry, 1, 0, 0, 0)
+            entry = declared(kernel).entry
+            yield kernel, head(Compiled("swiglu", code, entry, 1, 0, 0, 0)), code
 
     monkeypatch.setattr("runtime.backends.cuda.compilers.compile_all", compile_all)
     monkeypatch.setattr("runtime.backends.cuda.library.toolchain_digest", lambda: TOOLCHAIN)

@@ -17,7 +17,7 @@ from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
 from runtime.backends.cuda.accesses import accesses, waits
 from runtime.backends.cuda.arguments import unpacked
 from runtime.backends.cuda.bindings import BoundDriver
-from runtime.backends.cuda.catalogue import declared, every_kernel
+from runtime.backends.cuda.catalogue import KERNELS, declared
 from runtime.backends.cuda.driver import Driver, open_driver
 from runtime.backends.cuda.fake import H100, FakeDriver
 from runtime.backends.cuda.fake_nodes import FakeLibrary
@@ -125,7 +125,7 @@ def test_nothing_is_imported_before_a_device_is_opened():
     assert found.stdout.strip() == "[]", found.stderr
 
 
-@pytest.mark.parametrize("kernel", every_kernel(), ids=str)
+@pytest.mark.parametrize("kernel", KERNELS.every(), ids=str)
 def test_arguments_of_every_kernel_arrive(kernel: Kernel):
     gpu, values = Gpu(), []
     for i, (_, kind) in enumerate(declared(kernel).entry.arguments):
@@ -348,7 +348,7 @@ def test_accesses_are_read_from_the_source():
     assert found.reads == {"weights", "pairs", "scales", "supers", "x", "meta"}
     assert found.widths["weights"] == 16 and found.widths["pairs"] == 8
     assert accesses(Kernel.of("rms_norm", packed=True)).writes == {"out", "meta"}
-    for kernel in every_kernel():
+    for kernel in KERNELS.every():
         pointers = {n for n, kind in declared(kernel).entry.arguments if kind.endswith("*")}
         assert accesses(kernel).reads | accesses(kernel).writes == pointers, kernel
 

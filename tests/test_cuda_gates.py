@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from runtime.backends.cuda import report, sass
-from runtime.backends.cuda.catalogue import Compiled, every_kernel
+from runtime.backends.cuda.catalogue import KERNELS as CATALOGUE
+from runtime.backends.cuda.catalogue import Compiled, head
 from runtime.backends.cuda.library import Library
 from runtime.backends.cuda.targets import TARGETS
 from runtime.backends.plan.kernel import Kernel
@@ -28,7 +29,7 @@ if importlib.util.find_spec("numba_cuda") is None or sass.find_disassembler() is
     pytest.skip("the extra 'cuda' is not installed", allow_module_level=True)
 
 GATED = ("sm_80", "sm_90a")
-KERNELS = every_kernel()
+KERNELS = CATALOGUE.every()
 ROOT = Path(__file__).resolve().parents[1]
 
 # kernel -> (registers at most, opcodes that must be there, opcodes that must not)
@@ -123,9 +124,9 @@ def test_the_cache_is_read_without_the_toolchain(compiled: dict[str, Library], c
     code = (
         "import sys, time; from pathlib import Path; "
         "from runtime.backends.cuda.library import Library; "
-        "from runtime.backends.cuda.catalogue import every_kernel; start = time.perf_counter(); "
+        "from runtime.backends.cuda.catalogue import KERNELS; start = time.perf_counter(); "
         f"library = Library('sm_90a', Path({str(cache)!r})); "
-        "assert not library.missing(every_kernel()); "
+        "assert not library.missing(KERNELS.every()); "
         "print(time.perf_counter() - start, "
         "[m for m in ('numba', 'numba_cuda', 'llvmlite', 'cuda') if m in sys.modules])"
     )
@@ -154,7 +155,8 @@ def test_damaged_entry_is_compiled_again(
     compiled, tmp_path: Path, damage: bytes | None, monkeypatch: pytest.MonkeyPatch
 ):
     kernel = Kernel.of("swiglu", packed=False)
-    again = [(kernel, compiled["sm_90a"].get(kernel))]
+    found = compiled["sm_90a"].get(kernel)
+    again = [(kernel, head(found), found.code)]
     monkeypatch.setattr(
         "runtime.backends.cuda.compilers.compile_all", lambda *a: (found for found in again)
     )

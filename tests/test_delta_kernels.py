@@ -15,7 +15,7 @@ from stored_tensors import Stored, file_of
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.compile.library import library as kept_library
-from runtime.backends.cpu.signatures import delta_scratch_nbytes
+from runtime.backends.cpu.sizes import delta_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.delta import gated_delta_chunked
 from runtime.ops.dtypes import F32

@@ -17,7 +17,6 @@ from runtime.backends.cpu.abi import PLAN_BARRIER
 from runtime.backends.cpu.compile import objects
 from runtime.backends.cpu.run import executor
 from runtime.backends.cpu.run.executor import ThreadTeam
-from runtime.backends.cpu.signatures import SIGNATURES
 from runtime.backends.plan.kernel import Kernel
 
 WIDTH, ROUNDS = 1000, 150
@@ -50,7 +49,9 @@ class Chain:
         words = {name: a.ctypes.data for name, a in arrays.items()}
         words |= dict.fromkeys(("n", "x_stride", "y_stride", "out_stride"), 1)
         words["live"] = self.live.ctypes.data
-        setattr(self, kernel, np.array([words[n] for n in SIGNATURES[kernel]], np.int64))
+        native = library(ISAS[0]).get(Kernel.of(kernel))
+        words = {name: words[name] for name in native.arguments}
+        setattr(self, kernel, np.array(list(words.values()), np.int64))
         return kernel, getattr(self, kernel)
 
     def run(self, team: ThreadTeam, profile: int = 0) -> None:

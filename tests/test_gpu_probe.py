@@ -19,7 +19,7 @@ import gpu_probe
 import gpu_probe_cases
 import gpu_probe_step
 
-from runtime.backends.cuda.catalogue import every_kernel
+from runtime.backends.cuda.catalogue import KERNELS
 from runtime.backends.cuda.graphs import chain
 
 SLOW = "tile", "attention-dim=128"  # on the simulator; tests of their own run them
@@ -73,7 +73,7 @@ def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 def test_every_kernel_is_a_case_with_its_declared_arguments(sizes: str, monkeypatch):
     monkeypatch.setattr(gpu_probe_cases, "LARGE", gpu_probe_cases.Sizes(512, 9, 4, 3, 2, 4, 99, 99))
     cases = list(gpu_probe_cases.cases(np.random.default_rng(1), getattr(gpu_probe_cases, sizes)))
-    assert {step[0] for case in cases for step in case.steps} == set(every_kernel())
+    assert {step[0] for case in cases for step in case.steps} == set(KERNELS.every())
     for case in cases:
         gpu = gpu_probe.Gpu(gpu_probe.opened(True, 0))
         with gpu.device.arena(1 << 24) as arena:

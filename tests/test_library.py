@@ -116,12 +116,12 @@ def test_what_is_compiled_of_a_file_edited_meanwhile_is_not_kept(
     """The process that compiles reads the file later than the one that names the entry."""
     from runtime.backends.plan import sources
 
-    real, edited = sources._path, tmp_path / "pack.py"
+    real, edited = sources.source_path, tmp_path / "pack.py"
     library.name(KERNEL)
     _entry(library).unlink()
     edited.write_bytes(real("runtime.backends.cpu.tile.pack").read_bytes() + b"# edited\n")
     changed = {"runtime.backends.cpu.tile.pack": edited}
-    monkeypatch.setattr(sources, "_path", lambda module: changed.get(module) or real(module))
+    monkeypatch.setattr(sources, "source_path", lambda module: changed.get(module) or real(module))
     assert library.address(KERNEL) and not _entry(library).exists()
 
 

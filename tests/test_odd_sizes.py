@@ -7,7 +7,7 @@ from kernel_calls import ISAS, fenced_twice
 from odd_rows import CASES
 
 from runtime.backends.cpu.compile.isa import available
-from runtime.backends.cpu.signatures import FILE_OF, SIGNATURES
+from runtime.backends.cpu.kernels import KERNELS
 
 LENGTHS = range(1, 65)
 # What models run most, and one of each way to end a row; the sweep takes all on all processors.
@@ -31,8 +31,8 @@ def check(name: str, isa: str) -> None:
 
 
 def test_every_kernel_has_a_case() -> None:
-    covered = {kernel for kernel in SIGNATURES if any(c.startswith(kernel) for c in CASES)}
-    assert covered | ELSEWHERE == set(FILE_OF)
+    covered = {kernel for kernel in KERNELS.names() if any(c.startswith(kernel) for c in CASES)}
+    assert covered | ELSEWHERE == set(KERNELS.names())
 
 
 @pytest.mark.parametrize("name", DEFAULT)

@@ -10,10 +10,10 @@ from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.compile.library import library
+from runtime.backends.cpu.compile.library import Native, library
 from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.cpu.rules import RULES
-from runtime.backends.cpu.signatures import arguments_of
+from runtime.backends.plan.kernel import Kernel
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.dtypes import F32, I32
 from runtime.ops.errors import BackendError, OpError
@@ -204,8 +204,10 @@ def test_a_forgotten_place_of_a_new_op_is_named():
         RULES.check(_forgotten())
     with pytest.raises(OpError, match=r"'cube' of ops/elementwise.py .* ops/__init__.py"):
         ops._check_exports(_forgotten())
-    with pytest.raises(BackendError, match=r"'cube'.* backends/cpu/signatures.py"):
-        arguments_of("cube")
+    with pytest.raises(BackendError, match=r"write build_cube in a file of backends/cpu/kernels"):
+        library().get(Kernel.of("cube"))
+    with pytest.raises(BackendError, match=r"kernel cube takes x n; .* do not agree about n size"):
+        Native(0, ("x", "n")).ordered(Kernel.of("cube"), {"x": 0, "size": 0})
 
 
 def test_ops_declared_elsewhere_bring_their_own_rules():

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 
 from runtime.backends.cpu.compile.isa import selected
-from runtime.backends.cpu.compile.library import _APART, source_modules
-from runtime.backends.cpu.signatures import CONSTANTS, FILE_OF
+from runtime.backends.cpu.compile.library import Library
+from runtime.backends.cpu.kernels import KERNELS as NUMBA
 from runtime.backends.plan.entries import Entries
 from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.library import _APART
 from runtime.backends.plan.sources import Sources
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = Library(selected(), None)
+APART = (*_APART, *Library.apart)
 KERNELS = [
-    *(Kernel.of(name, **{k: v[0] for k, v in CONSTANTS.get(name, {}).items()}) for name in FILE_OF),
+    *map(Kernel.of, NUMBA.names()),
     Kernel.of("matmul", format="Q4_0", columns=8, activations="int8"),
     Kernel.of("matmul_id", format="Q4_0", columns=8, activations="int8"),
     Kernel.of("pack_weights", format="Q4_0"),
@@ -71,7 +74,7 @@ def _edited(checkout: Path, before: dict[Kernel, str], *files: str) -> set[str]:
 
 
 def _numba(*files: str) -> set[str]:
-    return {name for name, file in FILE_OF.items() if file in files}
+    return {name for name in NUMBA.names() if NUMBA.module(name).rpartition(".")[2] in files}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def _numba(*files: str) -> set[str]:
         ("cpu/kernels/moe.py", _numba("moe")),
         ("cpu/tile/emit.py", {"matmul", "matmul_id"}),
         ("cpu/tile/pack.py", {"pack_weights"}),
-        ("cpu/kernels/simd.py", set(FILE_OF)),
+        ("cpu/kernels/simd.py", set(NUMBA.names())),
         ("cpu/kernels/attention_block.py", _numba("attention", "short_conv", "delta")),
     ],
 )
@@ -97,8 +100,8 @@ def test_other_packages_count_too(checkout: Path, before: dict[Kernel, str]):
 
 def test_what_no_code_is_made_of_changes_none(checkout: Path, before: dict[Kernel, str]):
     files = (
-        "cpu/signatures.py", "cpu/compile/isa.py", "cpu/compile/library.py", "plan/lowering.py",
-        "cpu/run/executor.py",
+        "cpu/sizes.py", "cpu/compile/isa.py", "cpu/compile/library.py", "plan/lowering.py",
+        "plan/library.py", "plan/catalogue.py", "cpu/run/executor.py",
     )  # fmt: skip
     edited = [f"backends/{file}" for file in files]
     assert _edited(checkout, before, *edited, "ops/errors.py") == set()
@@ -122,7 +125,7 @@ for modules in json.loads(sys.argv[2]):
         os._exit(0)
     os.wait()
 """
-    wanted = sorted({source_modules(kernel) for kernel in KERNELS})
+    wanted = sorted({LIBRARY.modules(kernel) for kernel in KERNELS})
     done = subprocess.run(
         [sys.executable, "-c", program, selected(), json.dumps(wanted)],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -130,7 +133,7 @@ for modules in json.loads(sys.argv[2]):
     lines = done.stdout.splitlines()
     assert len(lines) == len(wanted)
     for modules, imported in map(json.loads, lines):
-        counted = {*Sources(Entries(None), _APART).modules(*modules), *_APART}
+        counted = {*Sources(Entries(None), APART).modules(*modules), *APART}
         used = {m for m in imported if m.startswith(("runtime.backends.cpu.", "runtime.ops."))}
         assert {m for m in used - counted if not _is_package(m)} == set(), modules
 

@@ -38,8 +38,8 @@ class CpuBackend:
             raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
         self._library = kernels or library()
         self.threads = threads or physical_cores()
-        self.name = f"cpu ({self._library.isa}, {self.threads} threads)"
-        amx = self._library.isa == "amx"
+        self.name = f"cpu ({self._library.target}, {self.threads} threads)"
+        amx = self._library.target == "amx"
         self.planner = Planner(options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx))
         address = self._library.address
         self._team = ThreadTeam(
@@ -82,7 +82,7 @@ class CpuBackend:
         if scratch > self._scratch.nbytes:
             self._scratch = aligned_empty(scratch)
         return Program(
-            plan, self._team, self._library.address, self._memory, self._arena, self._scratch
+            plan, self._team, self._library.get, self._memory, self._arena, self._scratch
         )
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:

@@ -1,7 +1,7 @@
 """Numbers that are compiled into kernels and that their callers rely on.
 
-They stand apart from the list of kernels (signatures.py), because a change of one of these makes
-every kernel that imports this file a new one, and a further kernel none.
+They stand apart, because a change of one of these makes every kernel that imports this file a new
+one.
 """
 
 from __future__ import annotations

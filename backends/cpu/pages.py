@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.backends.cpu.abi import KV_GROUP
-from runtime.backends.cpu.signatures import kv_block_nbytes, padded_head
+from runtime.backends.cpu.sizes import kv_block_nbytes, padded_head
 from runtime.ops.attention import PAGE
 from runtime.ops.tensor import Tensor
 

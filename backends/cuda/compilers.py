@@ -8,23 +8,23 @@ from collections.abc import Generator
 from runtime.backends.base import Progress
 from runtime.backends.plan import pool
 from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.library import Head
 from runtime.ops.errors import BackendError
 
-from .catalogue import Compiled, from_head, head
+from .catalogue import head
 
 
 def compile_all(
     kernels: list[Kernel], target: str, progress: Progress | None = None
-) -> Generator[tuple[Kernel, Compiled], None, None]:
-    """Compile in parallel processes; yields kernels as they finish.
+) -> Generator[tuple[Kernel, Head, bytes], None, None]:
+    """Compile in parallel processes; heads and cubins of kernels as they finish.
 
     BackendError names the kernel that failed, or the extra to install.
     """
     require_toolchain()
     most = -(-len(kernels) // 4)  # starting a process takes as long as a few kernels
     with pool.Pool(__name__, target, "CUDA") as processes:
-        for kernel, header, code in processes.compile(kernels, most, progress):
-            yield kernel, from_head(header["head"], code)
+        yield from processes.compile(kernels, most, progress)
 
 
 def require_toolchain() -> None:
@@ -39,10 +39,10 @@ def require_toolchain() -> None:
 def serve(target: str) -> None:
     """The loop of a compile process for one target."""
 
-    def answer(kernel: Kernel) -> tuple[pool.Header, bytes]:
+    def answer(kernel: Kernel) -> tuple[Head, bytes]:
         from .compile import compile_kernel
 
         compiled = compile_kernel(kernel, target)
-        return {"head": head(compiled)}, compiled.code
+        return head(compiled), compiled.code
 
     pool.serve(answer)

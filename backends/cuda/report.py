@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from runtime.ops.errors import BackendError
 
 from . import sass
-from .catalogue import Compiled, every_kernel
+from .catalogue import KERNELS, Compiled
 from .library import Library, library
 
 _WORK = ("IDP.4A", "IMMA", "HMMA", "LDG")  # what a loop is for, the first that is there
@@ -58,9 +58,9 @@ def warps(compiled: Compiled) -> int:
 
 def table(kernels: Library) -> list[str]:
     """Lines of a Markdown table of every kernel, compiling what is missing."""
-    kernels.prepare(every_kernel())
+    kernels.prepare(KERNELS.every())
     lines = [" | ".join(["", *_HEAD, ""]).strip(), "| --- " + "| ---: " * (len(_HEAD) - 1) + "|"]
-    for kernel in every_kernel():
+    for kernel in KERNELS.every():
         found = kernels.get(kernel)
         f = figures(found)
         loop = (

@@ -29,14 +29,9 @@ class Declined(Exception):  # noqa: N818  not a failure by itself
 class Rules:
     """The rules of one device: op -> the function that lowers its nodes."""
 
-    def __init__(self, device: str, folder: str, arguments_of: Callable[[str], tuple[str, ...]]):
-        """folder: where the files of rules are, for messages.
-
-        arguments_of: names of a kernel's arguments in the order of the table; BackendError for a
-        kernel that the device has not.
-        """
-        self.device, self.arguments_of = device, arguments_of
-        self._folder = folder
+    def __init__(self, device: str, folder: str) -> None:
+        """folder: where the files of rules are, for messages."""
+        self.device, self._folder = device, folder
         self._rules: dict[str, Rule] = {}
 
     def lowers(self, *names: str) -> Callable[[Rule], Rule]:
@@ -73,7 +68,7 @@ class Rules:
 
     def lower(self, graph: Graph) -> Lowering:
         """All nodes of a graph lowered in order. BackendError: one that cannot be."""
-        lowering = Lowering(self.arguments_of)
+        lowering = Lowering()
         for node in graph.nodes:
             if node.op in LEAVES or node.op in VIEWS:
                 continue
@@ -105,8 +100,7 @@ class Rules:
 class Lowering:
     """The state of lowering one graph: calls so far and the buffer of each tensor."""
 
-    def __init__(self, arguments_of: Callable[[str], tuple[str, ...]]) -> None:
-        self._arguments_of = arguments_of
+    def __init__(self) -> None:
         self.calls: list[Call] = []
         self.counts: dict[tuple[str, int], int] = {}
         self.scratch_nbytes = 0
@@ -119,26 +113,22 @@ class Lowering:
         self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
         skipped: int = 0, **arguments: Any,
     ) -> None:  # fmt: skip
-        """Append a call; arguments are integers, Refs to read, or `Out(ref)` to write.
+        """Append a call; arguments by the names that the kernel's function gives them.
 
+        They are integers, Refs to read, or `Out(ref)` to write.
         share: how the kernel divides some of them between threads, where it promises something.
         skipped: bytes of its buffers that it leaves alone, such as experts that nobody chose.
         """
-        names = self._arguments_of(kernel)
-        if set(names) != set(arguments):
-            wrong = set(names).symmetric_difference(arguments)
-            raise BackendError(f"lowering {node.op}: kernel {kernel} arguments differ: {wrong}")
         plain = {n: a.ref if isinstance(a, Out) else a for n, a in arguments.items()}
-        ordered = {n: plain[n] for n in names}
         writes = [a.ref.buffer for a in arguments.values() if isinstance(a, Out)]
         updates = [a.ref.buffer for a in arguments.values() if isinstance(a, Out) and a.also_read]
         reads = [a.buffer for a in arguments.values() if isinstance(a, Ref)]
         self.calls.append(
             Call(
-                Kernel.of(kernel, **(constants or {})), ordered,
+                Kernel.of(kernel, **(constants or {})), plain,
                 tuple(dict.fromkeys(reads + updates)), tuple(dict.fromkeys(writes)), node,
                 sum(b.nbytes for b in {*reads, *writes} if b.kind != "state") - skipped,
-                share.length if share else 0, _own(share, ordered),
+                share.length if share else 0, _own(share, plain),
             )
         )  # fmt: skip
 

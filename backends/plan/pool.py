@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Self
 
 from runtime.backends.base import Progress
 from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.library import Head
 from runtime.ops.errors import BackendError
 
 _PROGRAM = (
@@ -30,8 +31,6 @@ _PROGRAM = (
 )
 _SECONDS = 300  # no kernel takes a tenth of it; a hung compiler must not hang the user
 _GRACE = 1.0  # seconds that a process killed has to be gone
-
-Header = dict[str, Any]  # what is known of compiled code, as JSON values
 
 
 class Pool:
@@ -53,8 +52,8 @@ class Pool:
 
     def compile(
         self, kernels: Sequence[Kernel], most: int, progress: Progress | None = None
-    ) -> Iterator[tuple[Kernel, Header, bytes]]:
-        """Headers and code of the kernels, from up to `most` processes, as they finish.
+    ) -> Iterator[tuple[Kernel, Head, bytes]]:
+        """Heads and code of the kernels, from up to `most` processes, as they finish.
 
         BackendError names the kernel that failed and the compiler's last line.
         """
@@ -128,7 +127,7 @@ class Pool:
             process.kill()
         return process
 
-    def _ask(self, process: Any, kernel: Kernel) -> tuple[Header, bytes]:
+    def _ask(self, process: Any, kernel: Kernel) -> tuple[Head, bytes]:
         try:
             process.stdin.write(kernel.dump().encode() + b"\n")
             process.stdin.flush()
@@ -144,10 +143,10 @@ class Pool:
             raise BackendError(
                 f"compiling {self._device} kernel {kernel} failed: {header['error']}{detail}"
             )
-        return header, process.stdout.read(header["nbytes"])
+        return header, process.stdout.read(header.pop("nbytes"))
 
 
-def serve(compile_one: Callable[[Kernel], tuple[Header, bytes]]) -> None:
+def serve(compile_one: Callable[[Kernel], tuple[Head, bytes]]) -> None:
     """The loop of a compile process: a kernel per line in, a header line and code out."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing a library prints may come between the answers
@@ -156,7 +155,7 @@ def serve(compile_one: Callable[[Kernel], tuple[Header, bytes]]) -> None:
 
 
 def _answer(
-    compile_one: Callable[[Kernel], tuple[Header, bytes]], kernel: Kernel, sink: BinaryIO
+    compile_one: Callable[[Kernel], tuple[Head, bytes]], kernel: Kernel, sink: BinaryIO
 ) -> None:
     try:
         header, code = compile_one(kernel)

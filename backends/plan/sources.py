@@ -86,7 +86,7 @@ class Sources:
 
 def _content(module: str) -> tuple[str, Path]:
     """The hash of a module's name and source, and its file."""
-    path = _path(module)
+    path = source_path(module)
     assert path is not None, f"{module} is a module of the package"
     return hashlib.sha256(f"{module}\n".encode() + path.read_bytes()).hexdigest(), path
 
@@ -104,12 +104,12 @@ def _imports(source: bytes, package: str) -> Iterator[str]:
             continue
         for origin, name in names:
             inner = f"{origin}.{name}"
-            found = inner if name and _path(inner) else origin
-            if found.startswith(f"{_PACKAGE}.") and _path(found):
+            found = inner if name and source_path(inner) else origin
+            if found.startswith(f"{_PACKAGE}.") and source_path(found):
                 yield found
 
 
-def _path(module: str) -> Path | None:
+def source_path(module: str) -> Path | None:
     """The file of a module of the package, wherever the package's folders stand."""
     package, *parts = module.split(".")
     if package != _PACKAGE or not parts:

@@ -8,36 +8,38 @@ from collections.abc import Generator
 from runtime.backends.base import Progress
 from runtime.backends.plan import pool
 from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.library import Head
 
 
-def compile_one(kernel: Kernel, isa: str) -> tuple[str, bytes]:
-    """Symbol and object code of a kernel, compiled in this process."""
+def compile_one(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
+    """Symbol and arguments ("symbol", "arguments"), and object code, compiled in this process."""
     from runtime.backends.cpu.compile.library import is_numba
 
     if not is_numba(kernel):
         return _compile_tile(kernel, isa)
     from runtime.backends.cpu.kernels.compile import compile_kernel
 
-    code, symbol = compile_kernel(kernel.name, dict(kernel.constants), isa)
-    return symbol, code
+    return compile_kernel(kernel, isa)
 
 
-def _compile_tile(kernel: Kernel, isa: str) -> tuple[str, bytes]:
+def _compile_tile(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
     from runtime.backends.cpu.compile import objects
     from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
+    from runtime.backends.cpu.tile.spec import PACK_ARGS
 
-    constants = dict(kernel.constants)
+    constants, arguments = dict(kernel.constants), PACK_ARGS
     if kernel.name == "pack_weights":
         module = emit_pack(constants["format"], isa)
     else:
-        module = emit_matmul(TileSpec(**constants, indirect=kernel.name == "matmul_id"), isa)
-    return objects.ENTRY, objects.compile_ir(module, isa)
+        spec = TileSpec(**constants, indirect=kernel.name == "matmul_id")
+        module, arguments = emit_matmul(spec, isa), spec.arguments
+    return {"symbol": objects.ENTRY, "arguments": arguments}, objects.compile_ir(module, isa)
 
 
 def compile_all(
     kernels: list[Kernel], isa: str, progress: Progress | None = None
-) -> Generator[tuple[Kernel, str, bytes], None, None]:
-    """Compile in parallel processes; yields (kernel, symbol, object code) as they finish.
+) -> Generator[tuple[Kernel, Head, bytes], None, None]:
+    """Compile in parallel processes; yields kernels as `compile_one` gives them, as they finish.
 
     BackendError names the kernel that failed and the compiler's last line.
     """
@@ -47,15 +49,9 @@ def compile_all(
     environment.pop("RUNTIME_CPU_ISA", None)
     slow_first = sorted(kernels, key=lambda k: not is_numba(k))
     with pool.Pool(__name__, isa, "CPU", environment) as processes:
-        for kernel, header, code in processes.compile(slow_first, len(kernels), progress):
-            yield kernel, header["symbol"], code
+        yield from processes.compile(slow_first, len(kernels), progress)
 
 
 def serve(isa: str) -> None:
     """The loop of a compile process for one instruction set."""
-
-    def answer(kernel: Kernel) -> tuple[pool.Header, bytes]:
-        symbol, code = compile_one(kernel, isa)
-        return {"symbol": symbol}, code
-
-    pool.serve(answer)
+    pool.serve(lambda kernel: compile_one(kernel, isa))

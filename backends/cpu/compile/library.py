@@ -1,92 +1,86 @@
-"""Compiled kernels: from the cache on disk, or compiled by parallel processes on first use.
+"""The compiled kernels of one instruction set; see plan/library.py.
 
-An entry of the cache belongs to one digest of everything its object code depends on: the source of
-that kernel and what it imports, the instruction set, and the versions of Python, Numba and
-llvmlite. A warm process reads objects and loads them with llvmlite; Numba is only ever imported by
-the compile processes. A cache that cannot be written costs time, never correctness.
+Numba is only ever imported by the compile processes: a warm process loads objects with llvmlite.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from runtime.backends.base import Progress
 from runtime.backends.cpu.compile import objects
-from runtime.backends.cpu.signatures import FILE_OF
-from runtime.backends.plan.entries import Entries
+from runtime.backends.cpu.kernels import KERNELS
+from runtime.backends.plan import library as plan_library
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.sources import Sources
+from runtime.backends.plan.library import Head
+from runtime.ops.errors import BackendError
 
 _HERE = "runtime.backends.cpu"
-# Not part of what code is made of: names of kernels, errors, and the instruction sets, of which
-# `_target_values` takes what is known of the one.
-_APART = (f"{_HERE}.signatures", f"{_HERE}.compile.isa", "runtime.ops.errors")
-Progress = Callable[[int, int, str], None]
+_TILES = {"matmul": "emit", "matmul_id": "emit", "pack_weights": "pack"}  # kernel -> file of tile/
+_Word = TypeVar("_Word")
 
 
-class Library:
+class Native(NamedTuple):
+    """A kernel in memory: its entry, and the names of its arguments in the order of the table."""
+
+    address: int
+    arguments: tuple[str, ...]
+
+    def ordered(self, kernel: Kernel, given: Mapping[str, _Word]) -> list[_Word]:
+        """Arguments by name as the kernel takes them. BackendError: it takes others."""
+        if given.keys() != set(self.arguments):
+            wrong = sorted(given.keys() ^ set(self.arguments))
+            raise BackendError(
+                f"kernel {kernel.name} takes {' '.join(self.arguments)}; in backends/cpu its caller"
+                f" and it do not agree about {' '.join(wrong)}"
+            )
+        return [given[name] for name in self.arguments]
+
+
+class Library(plan_library.Library[Native]):
     """The kernels of one instruction set that this process has loaded."""
 
-    def __init__(self, isa: str, folder: Path | None) -> None:
-        """`folder`: where object code is kept between processes; None keeps it in memory only."""
-        self.isa = isa
-        self.entries = Entries(folder)
-        self._sources = Sources(self.entries, _APART)
-        self._addresses: dict[Kernel, int] = {}
+    folder, suffix = "kernels", ".o"
+    # of the instruction sets `_target_values` takes what is known of the one
+    apart = (f"{_HERE}.compile.isa",)
 
     def address(self, kernel: Kernel) -> int:
         """The entry of a kernel, loading or compiling it if need be."""
-        if kernel not in self._addresses:
-            self.prepare([kernel])
-        return self._addresses[kernel]
+        return self.get(kernel).address
 
-    def missing(self, kernels: Iterable[Kernel]) -> list[Kernel]:
-        """Those that would have to be compiled; the others are loaded."""
-        wanted = [k for k in dict.fromkeys(kernels) if k not in self._addresses]
-        return [k for k in wanted if not self._load_from_disk(k)]
+    def modules(self, kernel: Kernel) -> tuple[str, ...]:
+        """See plan/library.py."""
+        if is_numba(kernel):
+            return KERNELS.module(kernel.name), f"{_HERE}.kernels.compile"
+        return f"{_HERE}.tile.{_TILES[kernel.name]}", f"{_HERE}.compile.objects"
 
-    def prepare(self, kernels: Iterable[Kernel], progress: Progress | None = None) -> None:
-        """Load all, compiling what is missing; `progress(done, total, name)` while it lasts."""
-        absent = self.missing(kernels)
-        if absent:
-            from runtime.backends.cpu.compile.compilers import compile_all
+    def toolchain(self) -> str:
+        """Of the instruction set, the system, and the versions of Python, Numba and llvmlite."""
+        return toolchain(self.target)
 
-            # closing: an interrupt here ends the compile processes now, not at some collection
-            with contextlib.closing(compile_all(absent, self.isa, progress)) as compiled:
-                for kernel, symbol, code in compiled:
-                    if self._sources.unchanged(*source_modules(kernel)):
-                        self.entries.write(self.name(kernel), symbol, code)
-                    self._load(kernel, symbol, code)
+    def compile_all(
+        self, kernels: list[Kernel], progress: Progress | None
+    ) -> Generator[tuple[Kernel, Head, bytes], None, None]:
+        """See plan/library.py."""
+        from runtime.backends.cpu.compile import compilers
 
-    def name(self, kernel: Kernel) -> str:
-        """The name of a kernel's entry, which says all that its code depends on."""
-        made_of = f"{toolchain(self.isa)} {self._sources.digest(*source_modules(kernel))}"
-        return f"kernels-{self.isa}/{kernel}-{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.o"
+        return compilers.compile_all(kernels, self.target, progress)
 
-    def _load_from_disk(self, kernel: Kernel) -> bool:
-        entry = self.entries.read(self.name(kernel)) if self.entries.folder else None
-        if entry is not None:
-            self._load(kernel, *entry)
-        return entry is not None
-
-    def _load(self, kernel: Kernel, symbol: str, code: bytes) -> None:
-        self._addresses[kernel] = objects.load_object(code, symbol, extra_symbols())
+    def load(self, head: Head, code: bytes) -> Native:
+        """See plan/library.py."""
+        address = objects.load_object(code, head["symbol"], extra_symbols())
+        return Native(address, tuple(head["arguments"]))
 
 
-def source_modules(kernel: Kernel) -> tuple[str, ...]:
-    """The modules a kernel is compiled from; what they import comes with them."""
-    if is_numba(kernel):
-        return f"{_HERE}.kernels.{FILE_OF[kernel.name]}", f"{_HERE}.kernels.compile"
-    return (
-        f"{_HERE}.tile.{'pack' if kernel.name == 'pack_weights' else 'emit'}",
-        f"{_HERE}.compile.objects",
-    )
+def is_numba(kernel: Kernel) -> bool:
+    """Whether Numba compiles it; the tile emitter's kernels need llvmlite alone."""
+    return kernel.name not in _TILES
 
 
 @functools.cache
@@ -127,11 +121,6 @@ def _version_source(package: str) -> bytes:
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).parent / "_version.py" if spec and spec.origin else None
     return path.read_bytes() if path and path.is_file() else b""
-
-
-def is_numba(kernel: Kernel) -> bool:
-    """Whether Numba compiles it; the tile emitter's kernels need llvmlite alone."""
-    return kernel.name in FILE_OF
 
 
 @functools.cache

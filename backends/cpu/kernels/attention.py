@@ -19,6 +19,8 @@ import math
 from llvmlite import ir
 
 from runtime.backends.cpu.abi import ATTENTION_BLOCKS, ATTENTION_ROWS, PAGE
+from runtime.backends.plan.catalogue import constants
+from runtime.ops.rounding import KV_TYPES
 
 from . import emit as e
 from . import simd as s
@@ -173,6 +175,7 @@ def begin_item(
     return low, high
 
 
+@constants(k_type=KV_TYPES, v_type=KV_TYPES)
 def build_attention(k_type, v_type):
     step = page_step(k_type, v_type)
 
@@ -222,6 +225,3 @@ def build_attention(k_type, v_type):
                     end_row(blocks + i // _ROWS * block_bytes, i % _ROWS, k_dims, v_dim)
 
     return attention
-
-
-KERNELS = {"attention": build_attention}

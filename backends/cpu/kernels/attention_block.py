@@ -20,7 +20,7 @@ ROW_BYTES = 4 * ATTENTION_ROWS  # of one dim of q
 
 
 class Block:
-    """Byte offsets in the state of a block of 8 rows; signatures.py gives its size."""
+    """Byte offsets in the state of a block of 8 rows; sizes.py gives its size."""
 
     places, lowest, highest, sources, targets = 0, 32, 40, 64, 128
     peak, decay, sums, scores, q = 192, 256, 320, 832, 1856

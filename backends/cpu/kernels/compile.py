@@ -7,55 +7,31 @@ imported. Object code then runs in processes that never import Numba.
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from runtime.backends.cpu.signatures import CONSTANTS, FILE_OF, SIGNATURES
+from runtime.backends.cpu.kernels import KERNELS
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from .target import choose
 
 
-def compile_kernel(name: str, constants: dict[str, Any], isa: str) -> tuple[bytes, str]:
-    """Object code of a kernel and the symbol of its entry `void(args, thread, n_threads)`.
+def compile_kernel(kernel: Kernel, isa: str) -> tuple[dict[str, Any], bytes]:
+    """A kernel's object code, and of its entry `void(args, thread, n_threads)` the symbol and the
+    names of what lies at `args` ("symbol", "arguments").
 
     BackendError: unknown kernel or constant, or this process compiles for another `isa`.
     """
-    _check(name, constants)
     choose(isa)
-    module = importlib.import_module(f"{__package__}.{FILE_OF[name]}")
-    if name not in module.KERNELS:
-        raise BackendError(
-            f"kernel {name!r} has arguments in backends/cpu/signatures.py and no builder: add one "
-            f"to KERNELS in backends/cpu/kernels/{FILE_OF[name]}.py"
-        )
-    kernel = module.KERNELS[name](**constants)
-    _check_arguments(name, kernel)
-    return _compile(kernel)
-
-
-def _check_arguments(name: str, kernel: Callable) -> None:
-    """BackendError where a kernel does not take what signatures.py says, in that order."""
-    takes = tuple(inspect.signature(kernel).parameters)
-    if takes != (*SIGNATURES[name], "thread", "n_threads"):
-        raise BackendError(
-            f"kernel {name!r} takes {' '.join(takes)}, and signatures.py promises "
-            f"{' '.join(SIGNATURES[name])} thread n_threads"
-        )
-
-
-def _check(name: str, constants: dict[str, Any]) -> None:
-    if name not in SIGNATURES:
-        raise BackendError(f"no CPU kernel is called {name!r}; there are {', '.join(SIGNATURES)}")
-    allowed = CONSTANTS.get(name, {})
-    if set(constants) != set(allowed):
-        raise BackendError(f"kernel {name} takes the constants {list(allowed)}, not {constants}")
-    for key, value in constants.items():
-        if value not in allowed[key]:
-            raise BackendError(f"kernel {name}: {key} is one of {allowed[key]}, not {value!r}")
+    function = KERNELS.build(kernel)
+    *arguments, thread, n_threads = inspect.signature(function).parameters
+    if (thread, n_threads) != ("thread", "n_threads"):
+        raise BackendError(f"kernel {kernel.name} must take thread and n_threads at the end")
+    code, symbol = _compile(function)
+    return {"symbol": symbol, "arguments": arguments}, code
 
 
 def _compile(kernel: Callable) -> tuple[bytes, str]:

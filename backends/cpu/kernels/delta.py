@@ -13,6 +13,7 @@ sums, one and a product for the update, while S is read and written once.
 from __future__ import annotations
 
 from runtime.backends.cpu.abi import DELTA_VECTORS
+from runtime.backends.plan.catalogue import constants
 
 from . import simd as s
 from .delta_passes import WIDEST, read_keys, update
@@ -140,9 +141,7 @@ def _build(log_decay, beta_of):
     return gated_delta
 
 
+@constants(gates=("given", "raw"))
 def build_gated_delta(gates):
     given = gates == "given"
     return _build(*((given_decay, given_beta) if given else (raw_decay, raw_beta)))
-
-
-KERNELS = {"gated_delta": build_gated_delta}

@@ -213,20 +213,3 @@ def build_softmax():
 
 def build_normalize():
     return _by_row(normalize_row)
-
-
-KERNELS = {
-    "add": build_add,
-    "mul": build_mul,
-    "swiglu": build_swiglu,
-    "swiglu_oai": build_swiglu_oai,
-    "silu": build_silu,
-    "sigmoid": build_sigmoid,
-    "exp": build_exp,
-    "log": build_log,
-    "softplus": build_softplus,
-    "softmax": build_softmax,
-    "normalize": build_normalize,
-    "scale": build_scale,
-    "row_scale": build_row_scale,
-}

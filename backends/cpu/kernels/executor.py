@@ -181,6 +181,3 @@ def build_executor():
             follow(control, thread, n_threads)
 
     return executor
-
-
-KERNELS = {"executor": build_executor}

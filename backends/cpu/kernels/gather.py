@@ -7,6 +7,8 @@ as the format's reference does, in float32, product before sum.
 
 from __future__ import annotations
 
+from runtime.backends.plan.catalogue import constants
+
 from . import gather_blocks as blocks
 from . import simd as s
 from .gather_books import book_block
@@ -168,6 +170,7 @@ _BOOKS = {"iq1_s": 50, "iq1_m": 56, "iq2_xxs": 66, "iq2_xs": 74, "iq2_s": 82}
 _BOOKS |= {"iq3_xxs": 98, "iq3_s": 110}
 
 
+@constants(format=(*_FORMATS, *_BOOKS))
 def build_get_rows(format):
     if format in _BOOKS:
         decode, elements, nbytes = book_block(format), 256, _BOOKS[format]
@@ -201,6 +204,3 @@ def build_gather_rows():
                 s.store_part(target, s.load_part(source, part, s.f32(0)), part)
 
     return gather_rows
-
-
-KERNELS = {"get_rows": build_get_rows, "gather_rows": build_gather_rows}

@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from runtime.backends.cpu.abi import KV_GROUP, MAX_HEAD_DIM, PAGE
+from runtime.backends.plan.catalogue import constants
+from runtime.ops.rounding import KV_TYPES
 
 from . import emit as e
 from . import simd as s
@@ -83,6 +85,7 @@ def _store(kind, which):
     return _quantised_store(which) if kind == "q8_0" else _plain_store(kind, which)
 
 
+@constants(which=("k", "v"), type=KV_TYPES)
 def build_kv_write(which, type):
     put = _store(type, which)
 
@@ -118,6 +121,7 @@ def unrotated(x, angles, out, half):
     pass
 
 
+@constants(style=("neox", "normal", "none"), k_type=KV_TYPES, v_type=KV_TYPES)
 def build_qkv_post(style, k_type, v_type):
     put_k, put_v = _store(k_type, "k"), _store(v_type, "v")
     rotate = ROTATE.get(style, unrotated)
@@ -151,6 +155,3 @@ def build_qkv_post(style, k_type, v_type):
                 put_v(v + (row * v_stride + kv_head * head_dim) * 4, block, place, head_dim)
 
     return qkv_post
-
-
-KERNELS = {"kv_write": build_kv_write, "qkv_post": build_qkv_post}

@@ -8,6 +8,9 @@ all tokens alike, as the rows of the matmuls before it.
 
 from __future__ import annotations
 
+from runtime.backends.cpu.tile.spec import COLUMNS
+from runtime.backends.plan.catalogue import constants
+
 from . import emit as e
 from . import simd as s
 from .elementwise import exp_sum, get, piece, put, row_sum
@@ -127,6 +130,7 @@ def _scores(scoring):
     return {"softmax": softmax, "sigmoid": sigmoid, "softmax_topk": softmax_topk}[scoring]
 
 
+@constants(scoring=("softmax", "sigmoid", "softmax_topk"), normalize=(False, True))
 def build_router(scoring, normalize):
     """Experts are chosen by logit: different logits can have equal scores in float32.
 
@@ -164,6 +168,7 @@ def build_router(scoring, normalize):
     return router
 
 
+@constants(C=COLUMNS)
 def build_expert_group(C):
     record = 4 * (1 + C)
 
@@ -262,13 +267,3 @@ def build_expert_sum():
                 put(out + row * out_stride * 4, i, n, value)
 
     return expert_sum
-
-
-KERNELS = {
-    "top_k": build_top_k,
-    "take": build_take,
-    "router": build_router,
-    "expert_group": build_expert_group,
-    "expert_bias": build_expert_bias,
-    "expert_sum": build_expert_sum,
-}

@@ -27,6 +27,3 @@ def build_rms_norm():
                 s.store_part(target + whole * 4, value, n - whole)
 
     return rms_norm
-
-
-KERNELS = {"rms_norm": build_rms_norm}

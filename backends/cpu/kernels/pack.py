@@ -16,6 +16,9 @@ thread computes a row's norm for itself, in the same order. Columns without a ro
 
 from __future__ import annotations
 
+from runtime.backends.cpu.tile.spec import COLUMNS
+from runtime.backends.plan.catalogue import constants
+
 from . import simd as s
 from .pack_columns import (
     GATED_NORM,
@@ -30,6 +33,7 @@ from .pack_columns import (
 from .rows import inverse_rms, share, share_of_row
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS))
 def build_pack(C, kind):
     column = column_packer(C, kind, PLAIN)
     units_of, tile_bytes, piece = layout(C, kind)
@@ -48,6 +52,7 @@ def build_pack(C, kind):
     return pack
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS))
 def build_rms_norm_pack(C, kind):
     column = column_packer(C, kind, NORMED)
     units_of, tile_bytes, piece = layout(C, kind)
@@ -69,6 +74,7 @@ def build_rms_norm_pack(C, kind):
     return rms_norm_pack
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS), act=tuple(SWIGLU))
 def build_swiglu_pack(C, kind, act):
     column = column_packer(C, kind, SWIGLU[act])
     _, tile_bytes, _ = layout(C, kind)
@@ -89,6 +95,7 @@ def build_swiglu_pack(C, kind, act):
     return swiglu_pack
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS))
 def build_pack_rows(C, kind):
     column = column_packer(C, kind, PLAIN)
     units_of, tile_bytes, piece = layout(C, kind)
@@ -107,6 +114,7 @@ def build_pack_rows(C, kind):
     return pack_rows
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS), act=tuple(SWIGLU))
 def build_swiglu_pack_rows(C, kind, act):
     column = column_packer(C, kind, SWIGLU[act])
     units_of, tile_bytes, piece = layout(C, kind)
@@ -128,6 +136,7 @@ def build_swiglu_pack_rows(C, kind, act):
     return swiglu_pack_rows
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS))
 def build_sigmoid_gate_pack(C, kind):
     column = column_packer(C, kind, OPENED)
     units_of, tile_bytes, piece = layout(C, kind)
@@ -155,6 +164,7 @@ def build_sigmoid_gate_pack(C, kind):
     return sigmoid_gate_pack
 
 
+@constants(C=COLUMNS, kind=tuple(UNITS))
 def build_gated_norm_pack(C, kind):
     column = column_packer(C, kind, GATED_NORM)
     units_of, tile_bytes, piece = layout(C, kind)
@@ -187,14 +197,3 @@ def build_gated_norm_pack(C, kind):
             at += stop - first
 
     return gated_norm_pack
-
-
-KERNELS = {
-    "pack": build_pack,
-    "rms_norm_pack": build_rms_norm_pack,
-    "swiglu_pack": build_swiglu_pack,
-    "pack_rows": build_pack_rows,
-    "swiglu_pack_rows": build_swiglu_pack_rows,
-    "sigmoid_gate_pack": build_sigmoid_gate_pack,
-    "gated_norm_pack": build_gated_norm_pack,
-}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
+from runtime.backends.plan.catalogue import constants
+
 from . import emit as e
 from . import simd as s
 from .rows import helper, share
@@ -144,6 +146,7 @@ def rotate_normal(x, angles, out, half):
 ROTATE = {"neox": rotate_neox, "normal": rotate_normal}
 
 
+@constants(style=("neox", "normal"))
 def build_rope(style):
     rotate = ROTATE[style]
 
@@ -161,6 +164,3 @@ def build_rope(style):
                 s.store_f32(target + i * 4, s.load_f32(source + i * 4))
 
     return rope
-
-
-KERNELS = {"rope_angles": build_rope_angles, "rope": build_rope}

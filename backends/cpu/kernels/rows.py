@@ -30,7 +30,7 @@ def share_of_row(n, thread, n_threads):
 
 @helper
 def padded(dim):
-    """Dims that a head takes in a page of the cache; as `padded_head` of signatures.py."""
+    """Dims that a head takes in a page of the cache; as `padded_head` of sizes.py."""
     return (dim + HEAD_UNIT - 1) // HEAD_UNIT * HEAD_UNIT
 
 

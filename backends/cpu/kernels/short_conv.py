@@ -17,7 +17,7 @@ from .attention_block import number
 from .elementwise import get, put
 from .rows import helper, share, sum_squares
 
-_PIECE = 64  # tokens; more than the taps, which signatures.py limits
+_PIECE = 64  # tokens; more than the taps, which abi.py limits
 _AHEAD = 8  # rows between a row and the one that is prefetched
 
 
@@ -199,10 +199,3 @@ def build_short_conv():
 def build_conv_post():
     silu = _four_taps(lambda b, x: e.silu(b, x, s.FUSED))
     return _convolution(helper(lambda x: s.silu(x)), silu)
-
-
-KERNELS = {
-    "l2_norm": build_l2_norm,
-    "short_conv": build_short_conv,
-    "conv_post": build_conv_post,
-}

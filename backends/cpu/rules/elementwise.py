@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.backends.cpu.rules.registry import lowers
-from runtime.backends.cpu.signatures import float_bits
+from runtime.backends.cpu.sizes import float_bits
 from runtime.backends.plan.lowering import Lowering, Out
 from runtime.backends.plan.plan import Ref
 from runtime.ops.tensor import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.backends.cpu.rules.registry import lowers
-from runtime.backends.cpu.signatures import float_bits
+from runtime.backends.cpu.sizes import float_bits
 from runtime.backends.cpu.tile.formats import tile_format
 from runtime.backends.cpu.tile.spec import activations_nbytes
 from runtime.backends.plan.lowering import Lowering, Out

@@ -6,7 +6,7 @@ from typing import Any
 
 from runtime.backends.cpu.rules.matmul import activation, packed
 from runtime.backends.cpu.rules.registry import lowers
-from runtime.backends.cpu.signatures import float_bits
+from runtime.backends.cpu.sizes import float_bits
 from runtime.backends.cpu.tile.formats import packed_nbytes, tile_format
 from runtime.backends.plan.lowering import Lowering, Out
 from runtime.backends.plan.plan import Buffer, Ref, Share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.backends.cpu.rules.matmul import packed
 from runtime.backends.cpu.rules.registry import lowers
-from runtime.backends.cpu.signatures import float_bits
+from runtime.backends.cpu.sizes import float_bits
 from runtime.backends.plan.lowering import Lowering
 from runtime.ops.tensor import Tensor
 

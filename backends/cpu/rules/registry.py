@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.backends.cpu.signatures import arguments_of
 from runtime.backends.plan.lowering import Rules
 
-RULES = Rules("cpu", "backends/cpu/rules", arguments_of)
+RULES = Rules("cpu", "backends/cpu/rules")
 lowers = RULES.lowers

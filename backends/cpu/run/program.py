@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends.cpu.compile.library import Native
 from runtime.backends.cpu.run.memory import FixedMemory
-from runtime.backends.cpu.run.table import Table
-from runtime.backends.plan.plan import GUARD, Buffer, Plan, Ref
+from runtime.backends.cpu.run.table import Record, Table
+from runtime.backends.plan.kernel import Kernel
+from runtime.backends.plan.plan import GUARD, Buffer, Call, Plan, Ref
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
 
@@ -25,7 +27,7 @@ class Program:
     """See backends/base.py. Everything is allocated here; `run` only writes numbers and calls."""
 
     def __init__(
-        self, plan: Plan, team: Any, kernel_address: Callable[..., int],
+        self, plan: Plan, team: Any, kernels: Callable[[Kernel], Native],
         memory: FixedMemory, arena: np.ndarray, scratch: np.ndarray,
     ) -> None:  # fmt: skip
         self.plan, self._team, self._arena = plan, team, arena
@@ -34,13 +36,9 @@ class Program:
         self._pace = math.inf  # seconds a token took in the last step
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
-        self._table = Table([
-            [
-                (kernel_address(c.kernel), [self._value(a) for a in c.arguments.values()])
-                for c in row.calls
-            ]
-            for row in plan.instructions
-        ])  # fmt: skip
+        self._table = Table(
+            [[self._record(kernels(c.kernel), c) for c in row.calls] for row in plan.instructions]
+        )
         self._outputs = [
             _view(arena, ref, tensor)
             for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
@@ -121,6 +119,10 @@ class Program:
     def _results(self, live: Mapping[str, int]) -> list[np.ndarray]:
         pairs = zip(self._outputs, self._dims, strict=True)
         return [out[: live[dim]] if dim else out for out, dim in pairs]
+
+    def _record(self, kernel: Native, call: Call) -> Record:
+        arguments = kernel.ordered(call.kernel, call.arguments)
+        return kernel.address, [self._value(a) for a in arguments]
 
     def _value(self, argument: int | Ref) -> int:
         if isinstance(argument, int):

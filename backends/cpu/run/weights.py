@@ -132,10 +132,13 @@ class WeightStore:
         from each other."""
         (rows, inner), each = shape, raw.nbytes // matrices
         kernel = Kernel.of("pack_weights", format=format)
-        arguments = [
-            raw.ctypes.data, out.ctypes.data, rows, inner, each // rows, matrices, each, apart,
-        ]  # fmt: skip
-        table = Table.single(self._library.address(kernel), arguments)
+        arguments = {
+            "src": raw.ctypes.data, "dst": out.ctypes.data, "n_rows": rows, "n_inner": inner,
+            "src_row_bytes": each // rows, "n_matrices": matrices, "src_matrix_bytes": each,
+            "dst_matrix_bytes": apart,
+        }  # fmt: skip
+        native = self._library.get(kernel)
+        table = Table.single(native.address, native.ordered(kernel, arguments))
         self._team.run(*table.records())
 
 

@@ -14,19 +14,10 @@ from runtime.backends.cpu.compile.isa import isa
 from runtime.backends.cpu.tile import pack_books, pack_large, pack_small
 from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
 from runtime.backends.cpu.tile.pack_row import Row
+from runtime.backends.cpu.tile.spec import PACK_ARGS
 from runtime.backends.cpu.tile.vector import I1, I8, Code, const, ir, vec
 
 STEPS = {**pack_small.STEPS, **pack_large.STEPS, **pack_books.STEPS}
-PACK_ARGS = (
-    "src",  # rows of GGUF blocks
-    "dst",  # packed groups
-    "n_rows",  # of one matrix
-    "n_inner",  # elements of a row
-    "src_row_bytes",  # between rows
-    "n_matrices",  # 1, or the number of experts
-    "src_matrix_bytes",  # between matrices
-    "dst_matrix_bytes",  # between packed matrices
-)
 
 
 def emit_pack(format_name: str, isa_name: str) -> str:

@@ -26,7 +26,16 @@ INDIRECT_ARGS = (
     "bias_stride",  # elements between the biases of two experts
     "every",  # with one column: output rows that share a tile of activations, one after another
 )
-KERNEL_ARGS = {"matmul": MATMUL_ARGS, "matmul_id": MATMUL_ARGS + INDIRECT_ARGS}
+PACK_ARGS: tuple[str, ...] = (
+    "src",  # rows of GGUF blocks
+    "dst",  # packed groups
+    "n_rows",  # of one matrix
+    "n_inner",  # elements of a row
+    "src_row_bytes",  # between rows
+    "n_matrices",  # 1, or the number of experts
+    "src_matrix_bytes",  # between matrices
+    "dst_matrix_bytes",  # between packed matrices
+)
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values
@@ -74,7 +83,7 @@ class TileSpec:
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the kernel's int64 arguments, in table order."""
-        return KERNEL_ARGS["matmul_id" if self.indirect else "matmul"]
+        return MATMUL_ARGS + INDIRECT_ARGS if self.indirect else MATMUL_ARGS
 
 
 def activations_nbytes(rows: int, n_inner: int, columns: int, activations: str) -> int:

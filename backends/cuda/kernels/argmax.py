@@ -30,7 +30,7 @@ _LOWEST = f32(-float("inf"))
 _NOWHERE = 0xFFFFFFFF
 
 
-def argmax_parts() -> Declared:
+def build_argmax_parts() -> Declared:
     """values f32 and ids u32 [rows, parts]: the best of each part of x f32 [rows, n].
 
     Grid (parts, rows). A part without numbers (all NaN or empty) has the id 0xFFFFFFFF.
@@ -66,7 +66,7 @@ def argmax_parts() -> Declared:
     return argmax_parts
 
 
-def argmax_merge() -> Declared:
+def build_argmax_merge() -> Declared:
     """out u32 [rows]: the best of each row's parts; 0 for a row without numbers. Grid = rows."""
 
     @entry("values:f32* ids:u32* out:u32* parts:u32", threads=32)
@@ -88,6 +88,3 @@ def argmax_merge() -> Declared:
             store(out, block_x(), index)
 
     return argmax_merge
-
-
-KERNELS = {"argmax_parts": argmax_parts, "argmax_merge": argmax_merge}

@@ -52,10 +52,12 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.plan.catalogue import constants
 
 PAGE = 32  # tokens
 ROWS = 16  # of a tile
 WARPS = 4
+_DIMS = (64, 128)  # head sizes
 _LOWEST = f32(-float("inf"))
 _LOG2_E = f32(1.4426950408889634)
 
@@ -235,7 +237,8 @@ def _loader(dim: int) -> Callable:
     return load_row
 
 
-def attention(dim: int) -> Declared:
+@constants(dim=_DIMS)
+def build_attention(dim: int) -> Declared:
     """Each split's part: partial f32 [tile, KV head, split, 16, dim], stats [.., 16, 2].
 
     q f32 [tokens, heads, dim], row stride `q_stride`; `group` query heads per KV head, 16 at most.
@@ -278,7 +281,8 @@ def attention(dim: int) -> Declared:
     return attention
 
 
-def attention_merge(dim: int) -> Declared:
+@constants(dim=_DIMS)
+def build_attention_merge(dim: int) -> Declared:
     """out f32 [tokens, heads, dim] (row stride `out_stride`) of the splits' parts.
 
     Grid (16 rows, KV heads, tiles), a thread per value. `sinks` f32 [heads]: one more logit of
@@ -319,7 +323,8 @@ def attention_merge(dim: int) -> Declared:
     return attention_merge
 
 
-def kv_write(which: str, dim: int) -> Declared:
+@constants(which=("k", "v"), dim=_DIMS)
+def build_kv_write(which: str, dim: int) -> Declared:
     """Rows of k or v, x f32 [tokens, KV heads, dim] (row stride `x_stride`), to their slots.
 
     `slots` i32 [tokens]: page x 32 + token of the page. Grid (KV heads, tokens).
@@ -337,6 +342,3 @@ def kv_write(which: str, dim: int) -> Declared:
         store(pages, u32(base + inside), f32_to_f16(value))
 
     return kv_write
-
-
-KERNELS = {"attention": attention, "attention_merge": attention_merge, "kv_write": kv_write}

@@ -20,6 +20,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.plan.catalogue import constants
 
 from .pack import pack_values
 
@@ -36,7 +37,8 @@ def gated(g, v):
     return silu(g[0]) * v[0], silu(g[1]) * v[1], silu(g[2]) * v[2], silu(g[3]) * v[3]
 
 
-def swiglu(packed: bool) -> Declared:
+@constants(packed=(False, True))
+def build_swiglu(packed: bool) -> Declared:
     """out = silu(gate) * up: f32 rows of 4 `pieces` elements. Grid (pieces / 256, rows)."""
 
     @entry("gate:f32* up:f32* out:f32* pieces:u32", threads=_THREADS)
@@ -59,6 +61,3 @@ def swiglu(packed: bool) -> Declared:
         pack_values(v, out, meta, block_y(), i, u32(pieces >> 3), i < pieces)
 
     return swiglu_packed if packed else swiglu
-
-
-KERNELS = {"swiglu": swiglu}

@@ -33,6 +33,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.plan.catalogue import constants
 
 from .matvec_k import THREADS, WARPS, matvec_k
 from .sums import store_row_sums
@@ -83,7 +84,8 @@ def offset_8(sums):
 FORMATS = {"Q8_0": (2, dot_q8_0, no_offset), "Q4_0": (1, dot_q4_0, offset_8)}
 
 
-def matvec(format: str, columns: int) -> Declared:
+@constants(format=("Q8_0", "Q4_0", "Q4_K", "Q6_K"), columns=(1, 2, 4, 8))
+def build_matvec(format: str, columns: int) -> Declared:
     """out[c, row] = sum over k of weights[row, k] x[c, k].
 
     `n_rows` rows of `blocks` blocks; `out` f32 [columns, out_stride]. Grid: rows / rows_of(...).
@@ -128,6 +130,3 @@ def matvec(format: str, columns: int) -> Declared:
 def rows_of(format: str, columns: int) -> int:
     """Rows that a block of threads owns."""
     return 2 if format in ("Q8_0", "Q6_K") or columns == 4 else 4
-
-
-KERNELS = {"matvec": matvec}

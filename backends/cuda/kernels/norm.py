@@ -23,6 +23,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.plan.catalogue import constants
 
 from .pack import pack_values
 from .sums import block_sum
@@ -52,7 +53,8 @@ def scaled(v, w, r):
     return (v[0] * r) * w[0], (v[1] * r) * w[1], (v[2] * r) * w[2], (v[3] * r) * w[3]
 
 
-def rms_norm(packed: bool) -> Declared:
+@constants(packed=(False, True))
+def build_rms_norm(packed: bool) -> Declared:
     """out[row] = x[row] / sqrt(mean(x[row]^2) + eps) * w, 4 `pieces` values. Grid = rows."""
     row_factor = _row_factor()
 
@@ -84,6 +86,3 @@ def rms_norm(packed: bool) -> Declared:
             first = u32(first + _THREADS)
 
     return rms_norm_packed if packed else rms_norm
-
-
-KERNELS = {"rms_norm": rms_norm}

@@ -68,7 +68,7 @@ def pack_values(v, x, meta, column, i, blocks, live):
             store2(meta, u32(column * blocks + block), f32_to_bits(scale), sums)
 
 
-def quantize() -> Declared:
+def build_quantize() -> Declared:
     """`x` f32 [columns, 32 blocks] to packed activations. Grid (blocks / 32, columns)."""
 
     @entry("x:f32* packed:u32* meta:u32* blocks:u32", threads=_THREADS)
@@ -82,6 +82,3 @@ def quantize() -> Declared:
         pack_values(v, packed, meta, column, i, blocks, live)
 
     return quantize
-
-
-KERNELS = {"quantize": quantize}

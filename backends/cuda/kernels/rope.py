@@ -22,6 +22,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.plan.catalogue import constants
 
 _THREADS = 64
 _TWO_PI = f32(6.283185307179586)
@@ -46,7 +47,7 @@ def turned(t):
     return c, s
 
 
-def rope_angles() -> Declared:
+def build_rope_angles() -> Declared:
     """out f32 [tokens, half, 2] = cos and sin of position x frequency, times `magnitude`.
 
     `turns` f32 [half, 2]: frequency / 2 pi in two parts, the second what the first lacks, so that
@@ -69,7 +70,8 @@ def rope_angles() -> Declared:
     return rope_angles
 
 
-def rope(style: str) -> Declared:
+@constants(style=("neox", "normal"))
+def build_rope(style: str) -> Declared:
     """out = x with pairs of values rotated, (i, i + half) for "neox", (2 i, 2 i + 1) for "normal".
 
     x f32 [tokens, heads, dim] of strides x_stride and x_head_stride, out likewise; values from
@@ -104,6 +106,3 @@ def rope(style: str) -> Declared:
             i = u32(i + _THREADS)
 
     return rope
-
-
-KERNELS = {"rope_angles": rope_angles, "rope": rope}

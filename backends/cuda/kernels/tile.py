@@ -46,6 +46,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.plan.catalogue import constants
 
 TILE = 128  # columns, and rows, of a block of threads
 BLOCKS = 2  # blocks of 32 values in a stage
@@ -200,7 +201,8 @@ def store_tile(acc, out, column, columns, row, rows, out_stride):
                 store(out, place, acc[at])
 
 
-def tile(format: str) -> Declared:
+@constants(format=("Q8_0", "Q4_0"))
+def build_tile(format: str) -> Declared:
     """out[c, row] = sum over k of weights[row, k] x[c, k]: `columns` columns, `rows` rows.
 
     Rows have `blocks` blocks of 32 values; `out` f32 [columns, out_stride], out_stride even.
@@ -259,6 +261,3 @@ def tile(format: str) -> Declared:
         store_tile(acc, out, column, columns, row, rows, out_stride)
 
     return tile
-
-
-KERNELS = {"tile": tile}

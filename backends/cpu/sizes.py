@@ -1,0 +1,51 @@
+"""Bytes of pages and of scratch, as kernels take them, and how they take floats."""
+
+from __future__ import annotations
+
+import struct
+
+from runtime.backends.cpu.abi import (
+    ATTENTION_BLOCKS,
+    ATTENTION_ROWS,
+    DELTA_COLUMNS,
+    DELTA_VECTORS,
+    HEAD_UNIT,
+    KV_GROUP,
+    PAGE,
+)
+
+
+def float_bits(value: float) -> int:
+    """The bit pattern of a float32, as kernels take float arguments."""
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def padded_head(head_dim: int) -> int:
+    """Dims that a head of this size takes in a page: what kernels read has no odd end."""
+    return -(-head_dim // HEAD_UNIT) * HEAD_UNIT
+
+
+def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
+    """Bytes of one KV head's K or V in one page of 32 tokens."""
+    dims = padded_head(head_dim)
+    if kv_type == "q8_0":
+        return PAGE * (dims + 2 * -(-dims // KV_GROUP))
+    return PAGE * dims * (4 if kv_type == "f32" else 2)
+
+
+def conv_scratch_nbytes(block: int, taps: int) -> int:
+    """Bytes of scratch that each thread of a short convolution needs: filters and a zero row."""
+    return -(-block // 16) * (taps + 1) * 64
+
+
+def delta_scratch_nbytes(dk: int) -> int:
+    """Bytes of scratch that each thread of `gated_delta` needs."""
+    return DELTA_VECTORS + dk * DELTA_COLUMNS * 4
+
+
+def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: int) -> int:
+    """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
+    rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
+    blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
+    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + padded_head(k_dim) + padded_head(v_dim))
+    return -(-blocks * state // 64) * 64

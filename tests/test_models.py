@@ -32,6 +32,7 @@ from runtime.models.scaling import Scaling
         ({"extra": {"attn_logit_softcapping": 30.0}}, "attn_logit_softcapping' = 30.0 is not"),
         ({"extra": {"expert_count": 4}}, "expert_count = 4 is not implemented"),
         ({"extra": {"attention.layer_norm_rms_epsilon": float("nan")}}, "must be a finite number"),
+        ({"extra": {"attention.layer_norm_rms_epsilon": -1e-6}}, "a finite number from 0 on"),
     ],
 )
 def test_refused_with_one_line(tmp_path: Path, change: dict, message: str):

@@ -9,6 +9,11 @@ from runtime.text.bytepair import BYTE_LETTERS
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
+# Scores of a small vocabulary for tokenizers that merge by score.
+WORDS = {"▁": -1.0, "a": -2.0, "b": -3.0, "▁a": -0.5, "ab": -1.5, "ba": -1.6, "aa": -1.2}
+WORDS |= {"aba": -0.9, "aaa": -0.8, "▁▁": -0.7, "▁aba": -0.6, "bb": -1.2, "é": -4.0}
+
+
 def byte_pairs(pre: str = "gpt-2", **extra: Any) -> dict[str, Any]:
     """All byte letters, a few merges, three control tokens and one user-defined token."""
     merges = [

@@ -47,7 +47,7 @@ class Hyperparameters:
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
         hidden, context = keys.count("embedding_length"), keys.count("context_length")
-        eps = keys.number("attention.layer_norm_rms_epsilon")
+        eps = keys.norm_eps()
         size = blocks.AttentionSizes.read(keys, hidden, eps, variant.rope_style, variant.qk_norm)
         if not variant.experts:
             keys.refuse_experts()

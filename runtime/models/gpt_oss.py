@@ -36,7 +36,7 @@ class Hyperparameters:
     def read(keys: Keys, w: Weights, vocabulary: int) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
         hidden, context = keys.count("embedding_length"), keys.count("context_length")
-        eps = keys.number("attention.layer_norm_rms_epsilon")
+        eps = keys.norm_eps()
         size = blocks.AttentionSizes.read(keys, hidden, eps, sinks=True)
         # Files have no key for it: OpenAI's YaRN does not round its range of dimensions. A model
         # with a base of its own for sliding layers is somebody else's, with YaRN as it is usual.

@@ -52,7 +52,7 @@ class Hyperparameters:
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hyperparameters:
         """From metadata; ModelError for what is missing, contradictory or not implemented."""
-        eps = keys.number("attention.layer_norm_rms_epsilon")
+        eps = keys.norm_eps()
         count, hidden = keys.count("block_count"), keys.count("embedding_length")
         context = keys.count("context_length")
         size = blocks.AttentionSizes.read(keys, hidden, eps, qk_norm=True, gated=True, holes=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from operator import index
 from typing import Any
 
@@ -55,14 +55,21 @@ class Keys:
             )
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
+    def number(self, key: str, default: float | None = None, least: float = -inf) -> float:
+        """A finite number from `least` on."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not (isinstance(value, int | float) and isfinite(value)):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        if not number or value < least:
+            most = "" if least == -inf else f" from {least:g} on"
             raise ModelError(
                 f"{self.source}: {self.architecture}.{key} = {value!r:.60} must be a finite number"
+                f"{most}"
             )
         return float(value)
+
+    def norm_eps(self) -> float:
+        """What RMS norms add to the mean of squares."""
+        return self.number("attention.layer_norm_rms_epsilon", least=0.0)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

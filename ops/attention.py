@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from runtime.ops.cost import Seen
 from runtime.ops.dtypes import DTYPES, I32, DType
-from runtime.ops.registry import Arg, Case, need, op
+from runtime.ops.registry import Arg, Case, Kind, need, op
 from runtime.ops.rounding import KV_TYPES, round_to
 from runtime.ops.tensor import Shape, Tensor
-from runtime.ops.views import VIEW_LAYOUTS
 
 PAGE = 32  # tokens in a page: a multiple of the attention block, the unit of sharing
 
@@ -45,8 +45,12 @@ def _write_case(kv: str, tolerance: float) -> Case:
 
 @op(
     "kv_write",
+    kind=Kind.STATEFUL,
+    picks={1: 2},
+    writes=(1,),
+    layout=lambda node: node.inputs[1].layout,
     shape=_write_shape,
-    flops=lambda node: 0,
+    flops=0,
     cases=[_write_case("f32", 1e-14), _write_case("f16", 1e-12), _write_case("q8_0", 1e-7)],
 )
 def kv_write(
@@ -55,9 +59,6 @@ def kv_write(
     """Rows x[t] rounded to the KV type and stored at slots[t]; changes and returns the pages."""
     pages.reshape(-1, *pages.shape[2:])[slots] = round_to(x, kv)
     return pages
-
-
-VIEW_LAYOUTS["kv_write"] = lambda node: node.inputs[1].layout
 
 
 def _attention_shape(
@@ -92,10 +93,20 @@ def _case(tokens: int, heads: int, kv_heads: int, dim: int, **attrs: float) -> C
     return Case(((tokens, heads, dim), pages, pages, *step), {"scale": dim**-0.5, **attrs}, 1e-10)
 
 
+def _flops(node: Tensor, seen: Seen) -> float:
+    """As if every token saw its sequence whole."""
+    pages, table = node.inputs[2:4]
+    mean = seen.places(table, pages, node.attrs.get("window", 0)) / seen.sequences(table)
+    return 4 * seen.size(node) * mean
+
+
 @op(
     "attention",
+    kind=Kind.STATEFUL,
+    picks={1: 3, 2: 3},
+    reads=(1, 2),
     shape=_attention_shape,
-    flops=lambda node: 4 * node.size * node.inputs[3].shape[1] * PAGE,
+    flops=_flops,
     cases=[
         _case(1, 4, 4, 32),
         _case(7, 6, 2, 64),  # three query heads a KV head

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.ops.dtypes import I32
-from runtime.ops.registry import Arg, Case, need, op, same_shape
+from runtime.ops.registry import Arg, Case, Kind, need, op, same_shape
 from runtime.ops.tensor import Shape, Tensor
 
 ORDERS = ("grouped", "tiled")
@@ -51,8 +51,12 @@ _STEP = (Arg((3, 2), I32, _runs), Arg((3,), I32, _slots_in), Arg((3,), I32, _slo
 
 @op(
     "short_conv",
+    kind=Kind.STATEFUL,
+    picks={2: 3},
+    reads=(2,),
+    writes=(2,),
     shape=_conv_shape,
-    flops=lambda node: 2 * node.size * node.inputs[1].shape[1],
+    flops=lambda node, seen: 2 * seen.size(node) * int(node.inputs[1].shape[1]),
     cases=[
         Case(((9, 96), Arg((96, 4), leaf="weight"), Arg((4, 3, 96), leaf="slots"), *_STEP)),
         Case(((9, 40), Arg((40, 2), leaf="weight"), Arg((4, 1, 40), leaf="slots"), *_STEP)),
@@ -110,8 +114,12 @@ def _delta_case(key_heads: int, heads: int, dk: int, dv: int, order: str) -> Cas
 
 @op(
     "gated_delta",
+    kind=Kind.STATEFUL,
+    picks={5: 6},
+    reads=(5,),
+    writes=(5,),
     shape=_delta_shape,
-    flops=lambda node: 7 * node.size * node.inputs[0].shape[2],
+    flops=lambda node, seen: 7 * seen.size(node) * int(node.inputs[0].shape[2]),
     cases=[
         _delta_case(2, 4, 32, 32, "grouped"),
         _delta_case(2, 4, 32, 48, "tiled"),
@@ -192,8 +200,9 @@ def _key_heads(heads: int, key_heads: int, order: str) -> np.ndarray:
 
 @op(
     "l2_norm",
+    kind=Kind.ROWWISE,
     shape=lambda x, *, eps: x.shape,
-    flops=lambda node: 4 * node.size,
+    flops=4,
     cases=[Case(((3, 2, 37),), {"eps": 1e-6}), Case(((5, 64),), {"eps": 1e-6})],
 )
 def l2_norm(x: np.ndarray, *, eps: float) -> np.ndarray:
@@ -201,7 +210,7 @@ def l2_norm(x: np.ndarray, *, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).sum(-1, keepdims=True) + eps)
 
 
-@op("softplus", shape=same_shape, flops=lambda n: 5 * n.size, cases=[Case(((3, 50),))])
+@op("softplus", kind=Kind.ELEMENTWISE, shape=same_shape, flops=5, cases=[Case(((3, 50),))])
 def softplus(x: np.ndarray) -> np.ndarray:
     """log(1 + exp(x)), exact for large |x|."""
     return np.logaddexp(0, x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.ops.registry import Case, need, op, same_shape
+from runtime.ops.registry import Case, Kind, need, op, same_shape
 from runtime.ops.tensor import Shape, Tensor
 
 
@@ -16,19 +16,34 @@ def _with_bias(x: Tensor, y: Tensor) -> Shape:
     return same_shape(x, y)
 
 
-@op("add", shape=_with_bias, cases=[Case(((3, 40), (3, 40))), Case(((3, 37), (37,)))])
+@op(
+    "add",
+    kind=Kind.ELEMENTWISE,
+    shape=_with_bias,
+    cases=[Case(((3, 40), (3, 40))), Case(((3, 37), (37,)))],
+)
 def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x + y; y is of x's shape or a vector along the last axis (a bias)."""
     return x + y
 
 
-@op("mul", shape=_with_bias, cases=[Case(((3, 40), (3, 40))), Case(((2, 33), (33,)))])
+@op(
+    "mul",
+    kind=Kind.ELEMENTWISE,
+    shape=_with_bias,
+    cases=[Case(((3, 40), (3, 40))), Case(((2, 33), (33,)))],
+)
 def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x * y; y is of x's shape or a vector along the last axis."""
     return x * y
 
 
-@op("scale", shape=lambda x, *, factor: x.shape, cases=[Case(((2, 35),), {"factor": 0.125})])
+@op(
+    "scale",
+    kind=Kind.ELEMENTWISE,
+    shape=lambda x, *, factor: x.shape,
+    cases=[Case(((2, 35),), {"factor": 0.125})],
+)
 def scale(x: np.ndarray, *, factor: float) -> np.ndarray:
     """x times a number known when the graph is built."""
     return x * factor
@@ -40,19 +55,19 @@ def _with_column(x: Tensor, s: Tensor) -> Shape:
     return x.shape
 
 
-@op("row_scale", shape=_with_column, cases=[Case(((3, 40), (3, 1)))])
+@op("row_scale", kind=Kind.ELEMENTWISE, shape=_with_column, cases=[Case(((3, 40), (3, 1)))])
 def row_scale(x: np.ndarray, s: np.ndarray) -> np.ndarray:
     """x [..., n] times one number per row, s [..., 1]."""
     return x * s
 
 
-@op("silu", shape=same_shape, flops=lambda n: 5 * n.size, cases=[Case(((3, 50),))])
+@op("silu", kind=Kind.ELEMENTWISE, shape=same_shape, flops=5, cases=[Case(((3, 50),))])
 def silu(x: np.ndarray) -> np.ndarray:
     """x * sigmoid(x) (Elfwing et al. 2017)."""
     return x / (1 + np.exp(-x))
 
 
-@op("sigmoid", shape=same_shape, flops=lambda n: 4 * n.size, cases=[Case(((3, 50),))])
+@op("sigmoid", kind=Kind.ELEMENTWISE, shape=same_shape, flops=4, cases=[Case(((3, 50),))])
 def sigmoid(x: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x))."""
     return 1 / (1 + np.exp(-x))
@@ -65,8 +80,9 @@ def _swiglu_shape(gate: Tensor, up: Tensor, *, alpha: float, limit: float) -> Sh
 
 @op(
     "swiglu_oai",
+    kind=Kind.ELEMENTWISE,
     shape=_swiglu_shape,
-    flops=lambda n: 10 * n.size,
+    flops=10,
     cases=[Case(((3, 50), (3, 50)), {"alpha": 1.702, "limit": 7.0})],
 )
 def swiglu_oai(gate: np.ndarray, up: np.ndarray, *, alpha: float, limit: float) -> np.ndarray:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from runtime.ops.cached import cached_property
+from runtime.ops.cost import Cost, Seen, cost
 from runtime.ops.errors import OpError
-from runtime.ops.registry import Cost, find
 from runtime.ops.tensor import LEAVES, Tensor
 
 T = TypeVar("T")
 Rule = Callable[..., Any]
+Rules = Mapping[Any, Rule]  # by `Op`, or by name, as leaves have no other
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,9 @@ class Graph:
         tail = " ".join(str(numbers[o]) for o in self.outputs)
         return hashlib.sha256("\n".join([*lines, tail]).encode()).hexdigest()
 
-    def cost(self) -> Cost:
-        """Bytes and FLOPs of one step at full capacity; leaves cost nothing by themselves."""
-        costs = [find(node.op).cost(node) for node in self.nodes if node.op not in LEAVES]
-        return Cost(sum(c.bytes for c in costs), sum(c.flops for c in costs))
+    def cost(self, seen: Seen | None = None) -> Cost:
+        """Bytes and FLOPs of a step, by default one at full capacity."""
+        return sum((cost(node, seen or Seen()) for node in self.nodes), Cost(0, 0))
 
     def __str__(self) -> str:
         from runtime.ops.printing import render
@@ -72,16 +72,14 @@ def _depth_first(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
             stack.extend((x, False) for x in reversed(node.inputs) if x not in seen)
 
 
-def walk(
-    graph: Graph, rules: Mapping[str, Rule] | None = None, default: Rule | None = None
-) -> list[Any]:
-    """Call `rules[node.op](node, *values of its inputs)` in order; one value per node.
+def walk(graph: Graph, rules: Rules | None = None, default: Rule | None = None) -> list[Any]:
+    """Call the rule of each node's op as `rule(node, *values of its inputs)`, in order; the values.
 
     Shapes, reference execution, rewriting, cost and printing are all rule tables for this walk.
     An op that is in no table and has no default is an OpError that names it.
     """
     values: dict[Tensor, Any] = {}
-    rules = rules or {}
+    rules = _named(rules or {})
     for node in graph.nodes:
         rule = rules.get(node.op, default)
         if rule is None:
@@ -90,14 +88,19 @@ def walk(
     return list(values.values())
 
 
-def rewrite(graph: Graph, rules: Mapping[str, Rule]) -> Graph:
+def _named(rules: Rules) -> dict[str, Rule]:
+    return {key if isinstance(key, str) else key.name: rule for key, rule in rules.items()}
+
+
+def rewrite(graph: Graph, rules: Rules) -> Graph:
     """The graph with nodes replaced by what `rules` return; other nodes follow their inputs."""
 
     def rebuild(node: Tensor, *inputs: Tensor) -> Tensor:
         if inputs == node.inputs:  # tensors are equal only to themselves
             return node
-        return Tensor(node.op, tuple(inputs), node.shape, node.dtype, node.attrs, node.name)
+        return node.with_(inputs=inputs)
 
+    rules = _named(rules)
     if not any(node.op in rules for node in graph.nodes):
         return graph
     new = dict(zip(graph.nodes, walk(graph, rules, rebuild), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.ops.dtypes import I32
-from runtime.ops.registry import Arg, Case, need, op
+from runtime.ops.registry import Arg, Case, Kind, need, op
 from runtime.ops.tensor import Shape, Tensor
 
 
@@ -24,8 +24,9 @@ def _w(*shape: int) -> Arg:
 
 @op(
     "matmul",
+    kind=Kind.CONTRACTION,
     shape=_matmul_shape,
-    flops=lambda node: 2 * node.size * node.inputs[1].shape[-1],
+    flops=lambda node, seen: 2 * seen.size(node) * int(node.inputs[1].shape[-1]),
     cases=[
         Case(((1, 64), _w(16, 64))),
         Case(((5, 96), _w(17, 96))),  # rows past a tile
@@ -55,8 +56,10 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 
 @op(
     "matmul_id",
+    kind=Kind.CONTRACTION,
+    picks={1: 2},
     shape=_matmul_id_shape,
-    flops=lambda node: 2 * node.size * node.inputs[1].shape[-1],
+    flops=lambda node, seen: 2 * seen.size(node) * int(node.inputs[1].shape[-1]),
     cases=[
         Case(((1, 64), _w(4, 20, 64), Arg((1, 2), I32, _ids))),
         Case(((11, 64), _w(4, 16, 64), Arg((11, 3), I32, _ids))),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.ops.dtypes import I32, DType
-from runtime.ops.registry import Arg, Case, need, op, same_shape
+from runtime.ops.registry import Arg, Case, Kind, need, op, same_shape
 from runtime.ops.tensor import Shape, Tensor
 
 
 @op(
     "softmax",
+    kind=Kind.ROWWISE,
     shape=same_shape,
-    flops=lambda node: 6 * node.size,
+    flops=6,
     cases=[Case(((3, 8),)), Case(((5, 37),))],
 )
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -26,7 +27,12 @@ def _top_k_shape(x: Tensor, *, k: int) -> tuple[Shape, DType]:
     return (*x.shape[:-1], k), I32
 
 
-@op("top_k", shape=_top_k_shape, cases=[Case(((3, 8),), {"k": 2}), Case(((6, 60),), {"k": 8})])
+@op(
+    "top_k",
+    kind=Kind.ROWWISE,
+    shape=_top_k_shape,
+    cases=[Case(((3, 8),), {"k": 2}), Case(((6, 60),), {"k": 8})],
+)
 def top_k(x: np.ndarray, *, k: int) -> np.ndarray:
     """Indices of the k largest of the last axis, largest first, ties to the lowest index."""
     return np.argsort(-x, axis=-1, kind="stable")[..., :k].astype(np.int32)
@@ -38,6 +44,7 @@ def _choice(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 
 @op(
     "take",
+    kind=Kind.ROWWISE,
     shape=lambda x, ids: ids.shape,
     cases=[Case(((3, 8), Arg((3, 2), I32, _choice)))],
 )
@@ -50,7 +57,7 @@ def _positive(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return rng.random(shape) + 0.1
 
 
-@op("normalize", shape=same_shape, cases=[Case((Arg((3, 4), make=_positive),))])
+@op("normalize", kind=Kind.ROWWISE, shape=same_shape, cases=[Case((Arg((3, 4), make=_positive),))])
 def normalize(x: np.ndarray) -> np.ndarray:
     """x / sum(x) over the last axis: the weights of the chosen experts made to sum to 1."""
     return x / x.sum(-1, keepdims=True)
@@ -65,6 +72,8 @@ def _bias_shape(y: Tensor, bias: Tensor, ids: Tensor) -> Shape:
 
 @op(
     "expert_bias",
+    kind=Kind.ELEMENTWISE,
+    picks={1: 2},
     shape=_bias_shape,
     cases=[Case(((5, 3, 40), Arg((8, 40), leaf="weight"), Arg((5, 3), I32, _choice)))],
 )
@@ -80,8 +89,9 @@ def _sum_shape(y: Tensor, weights: Tensor) -> Shape:
 
 @op(
     "expert_sum",
+    kind=Kind.REDUCTION,
     shape=_sum_shape,
-    flops=lambda node: 2 * node.inputs[0].size,
+    flops=lambda node, seen: 2 * seen.size(node.inputs[0]),
     cases=[Case(((5, 3, 40), (5, 3)))],
 )
 def expert_sum(y: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.ops.registry import Case, need, op
+from runtime.ops.registry import Case, Kind, need, op
 from runtime.ops.tensor import Shape, Tensor
 
 
@@ -15,8 +15,9 @@ def _shape(x: Tensor, w: Tensor, *, eps: float) -> Shape:
 
 @op(
     "rms_norm",
+    kind=Kind.ROWWISE,
     shape=_shape,
-    flops=lambda node: 4 * node.size,
+    flops=4,
     cases=[
         Case(((1, 32), (32,)), {"eps": 1e-6}),
         Case(((3, 5, 37), (37,)), {"eps": 1e-5}),  # odd row length

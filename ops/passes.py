@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 from runtime.ops.graph import Graph
+from runtime.ops.registry import Kind, kind_of
 from runtime.ops.rows import select_rows
 from runtime.ops.tensor import Dim, Tensor
-
-# Ops whose result for one row depends on that row of their inputs alone.
-ROWWISE = frozenset({
-    "add", "mul", "scale", "silu", "sigmoid", "rms_norm", "matmul", "matmul_id", "softmax", "top_k",
-    "take", "normalize", "expert_sum", "expert_bias", "swiglu_oai", "l2_norm", "softplus",
-    "row_scale",
-})  # fmt: skip
-_ROW_VIEWS = ("reshape", "slice")  # of what lies behind the first axis
 
 
 def select_early(graph: Graph) -> Graph:
@@ -35,10 +26,11 @@ def _move_up(graph: Graph, select: Tensor) -> Graph:
     for node in reversed(graph.nodes):
         inside = all(user in cone or user is select for user in graph.users[node])
         if (
-            (node.op in ROWWISE or _view_of_rows(node))
-            and inside
+            inside
             and graph.users[node]
             and _per_row(node, source)
+            and _by_row(node)
+            and all(x.ndim > 1 for x in node.inputs if _per_row(x, source))
         ):
             cone.add(node)
     if source not in cone:
@@ -55,17 +47,19 @@ def _move_up(graph: Graph, select: Tensor) -> Graph:
     for node in graph.nodes:  # inputs before those that use them
         if node in cone:
             shape = (select.shape[0], *node.shape[1:])
-            attrs = node.attrs if node.op != "reshape" else MappingProxyType({"shape": shape})
+            attrs = {**node.attrs, "shape": shape} if "shape" in node.attrs else node.attrs
             inputs = tuple(map(chosen, node.inputs))
-            made[node] = Tensor(node.op, inputs, shape, node.dtype, attrs, node.name)
+            made[node] = node.with_(inputs=inputs, shape=shape, attrs=attrs)
     return _replace(graph, select, made[source])
 
 
-def _view_of_rows(node: Tensor) -> bool:
-    """Whether a view takes each row of its input as it is, or a part of each."""
-    if node.op not in _ROW_VIEWS or node.attrs.get("axis", 1) % max(1, node.ndim) == 0:
-        return False
-    return _per_row(node, node.inputs[0]) and node.shape[0] == node.inputs[0].shape[0]
+def _by_row(node: Tensor) -> bool:
+    """Whether each row follows from the same row of the inputs; of a view: is it, or a part."""
+    kind = kind_of(node)
+    if kind is not Kind.VIEW:
+        return kind.by_row
+    x = node.inputs[0]
+    return node.attrs.get("axis", 1) % node.ndim != 0 and x.shape[:1] == node.shape[:1]
 
 
 def _per_row(x: Tensor, source: Tensor) -> bool:
@@ -78,7 +72,5 @@ def _replace(graph: Graph, old: Tensor, new: Tensor) -> Graph:
     made: dict[Tensor, Tensor] = {old: new}
     for node in graph.nodes:
         if node not in made and any(x in made for x in node.inputs):
-            inputs = tuple(made.get(x, x) for x in node.inputs)
-            attrs = MappingProxyType(dict(node.attrs))
-            made[node] = Tensor(node.op, inputs, node.shape, node.dtype, attrs, node.name)
+            made[node] = node.with_(inputs=tuple(made.get(x, x) for x in node.inputs))
     return Graph(tuple(made.get(o, o) for o in graph.outputs), graph.name)

@@ -1,10 +1,11 @@
-"""An op is a name, a shape rule, a numpy reference, a cost, a split rule and its test cases."""
+"""An op is a name, a kind, a shape rule, a numpy reference, a cost and its test cases."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from runtime.ops.dtypes import F32, DType
 from runtime.ops.errors import OpError
-from runtime.ops.tensor import Shape, Tensor
+from runtime.ops.tensor import LEAVES, Layout, Shape, Tensor
 
 ShapeRule = Callable[..., Shape | tuple[Shape, DType]]
 
@@ -40,25 +41,48 @@ class Case:
         return tuple(a if isinstance(a, Arg) else Arg(a) for a in self.args)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an op moves and computes at full capacity: bytes read and written, FLOPs."""
+class Kind(Enum):
+    """How a result follows from its inputs: choice of rows, cost, validation and splits ask this.
 
-    bytes: int
-    flops: int
+    A row is what lies along the last axis; inputs with fewer axes are shared by all rows.
+    """
+
+    LEAF = "given: an input, a weight, a constant or a state"
+    ELEMENTWISE = "each element from those at its place"
+    ROWWISE = "each row from the same row of the inputs"
+    CONTRACTION = "each row of the first input times the rows of a weight"
+    REDUCTION = "an axis summed away, each row of the first axis for itself"
+    GATHER = "rows of the first input, picked by the second"
+    COPY = "the first input in memory of its own"
+    WHOLE = "each element from all of the inputs"
+    VIEW = "the memory of the first input under another layout"
+    STATEFUL = "works on memory that outlives the step"
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the result at t of the first axis needs what inputs have at t, and no more."""
+        return self in (Kind.ELEMENTWISE, Kind.ROWWISE, Kind.CONTRACTION, Kind.REDUCTION)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
-    """Calling it with Tensors adds a node; calling `reference` with numpy arrays computes."""
+    """Calling it with Tensors adds a node; calling `reference` with numpy arrays computes.
+
+    flops: for each element of the result, or of (node, `Seen`). picks: input -> the input that
+    says which of its rows, pages or slots are used. reads, writes: inputs that are state, by what
+    happens to them. layout: where the result lies in another tensor's memory.
+    """
 
     name: str
+    kind: Kind
     shape: ShapeRule
     reference: Callable[..., np.ndarray]
-    flops: Callable[[Tensor], int]
-    cases: tuple[Case, ...]
-    split: Callable[..., Any] | None = None  # how the op behaves on several devices
-    view: bool = False
+    flops: float | Callable[[Tensor, Any], float] = 1
+    cases: Sequence[Case] = ()
+    picks: Mapping[int, int] = field(default_factory=dict)
+    reads: tuple[int, ...] = ()
+    writes: tuple[int, ...] = ()
+    layout: Callable[[Tensor], Layout] | None = None
 
     def __call__(self, *inputs: Tensor, name: str = "", **attrs: Any) -> Tensor:
         """The node of this op on `inputs`; OpError when shapes or attributes do not fit."""
@@ -71,45 +95,65 @@ class Op:
             where = f" ({name})" if name else ""
             given = ", ".join(map(repr, inputs))
             raise OpError(f"{self.name}{where}: {error}; inputs: {given}") from None
-        shape, dtype = result if isinstance(result[-1], DType) else (result, F32)
+        shape, dtype = _typed(result, inputs)
         return Tensor(self.name, inputs, shape, dtype, MappingProxyType(dict(attrs)), name)
 
-    def cost(self, node: Tensor) -> Cost:
-        """Bytes and FLOPs of `node` at full capacity; a view costs nothing."""
-        if self.view:
-            return Cost(0, 0)
-        return Cost(node.nbytes + sum(x.nbytes for x in node.inputs), self.flops(node))
+    @property
+    def view(self) -> bool:
+        """Whether nothing is computed: the result is memory of an input."""
+        return self.kind is Kind.VIEW
+
+    def made(self, node: Tensor) -> bool:
+        """Whether a node is of this op."""
+        return node.op == self.name
+
+
+def _typed(result: Any, inputs: Sequence[Tensor]) -> tuple[Shape, DType]:
+    """What a shape rule returned, with the dtype of the first input unless it named one."""
+    named = len(result) == 2 and isinstance(result[1], DType)
+    return result if named else (result, inputs[0].dtype)
 
 
 OPS: dict[str, Op] = {}
+FUSED: dict[str, Op] = {}  # ops of which no model speaks: passes put them for several plain ones
 
 
-def op(
-    name: str,
-    *,
-    shape: ShapeRule,
-    cases: Sequence[Case],
-    flops: Callable[[Tensor], int] = lambda node: node.size,
-    split: Callable[..., Any] | None = None,
-    view: bool = False,
-) -> Callable[[Callable[..., np.ndarray]], Op]:
-    """Declare an op; the decorated function is its numpy reference."""
+def op(name: str, **declared: Any) -> Callable[[Callable[..., np.ndarray]], Op]:
+    """Declare an op with the fields of `Op`; the decorated function is its numpy reference."""
 
     def register(reference: Callable[..., np.ndarray]) -> Op:
         if name in OPS:
             raise OpError(f"op {name!r} is already declared in {OPS[name].reference.__module__}")
-        OPS[name] = Op(name, shape, reference, flops, tuple(cases), split, view)
+        OPS[name] = Op(name, reference=reference, **declared)
         return OPS[name]
 
     return register
 
 
+def fused(name: str, **declared: Any) -> Op:
+    """Declare an op that only passes make, in the file of the pass; its shape is what they say."""
+    if name in OPS or name in FUSED:
+        raise OpError(f"op {name!r} is already declared")
+    FUSED[name] = Op(name, shape=_given, reference=_given, **declared)
+    return FUSED[name]
+
+
+def _given(*_: Any, **__: Any) -> Any:
+    raise OpError("an op of a pass has no meaning without the plain ops it stands for")
+
+
 def find(name: str) -> Op:
     """The op called `name`; OpError with a suggestion when there is none."""
-    if name not in OPS:
+    found = OPS.get(name) or FUSED.get(name)
+    if found is None:
         hint = get_close_matches(name, OPS, 1)
         raise OpError(f"unknown op {name!r}" + (f", did you mean {hint[0]!r}?" if hint else ""))
-    return OPS[name]
+    return found
+
+
+def kind_of(node: Tensor) -> Kind:
+    """The kind of a node's op."""
+    return Kind.LEAF if node.op in LEAVES else find(node.op).kind
 
 
 def same_shape(*inputs: Tensor) -> Shape:

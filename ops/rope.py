@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.ops.dtypes import I32
-from runtime.ops.registry import Arg, Case, need, op
+from runtime.ops.dtypes import F32, I32, DType
+from runtime.ops.registry import Arg, Case, Kind, need, op
 from runtime.ops.tensor import Shape, Tensor
 
 STYLES = ("neox", "normal")
@@ -33,7 +33,7 @@ def rope_components(sections: Sequence[int], half: int, interleaved: bool) -> np
 
 def _angles_shape(
     positions: Tensor, inv_freq: Tensor, *components: Tensor, magnitude: float
-) -> Shape:
+) -> tuple[Shape, DType]:
     need(inv_freq.ndim == 1, "needs frequencies [half]")
     if components:
         need(positions.shape[1:] == (4,), "needs positions [T, 4] to choose from")
@@ -41,7 +41,7 @@ def _angles_shape(
         need(components[0].shape == inv_freq.shape, "needs one component per frequency")
     else:
         need(positions.ndim == 1, "needs positions [T], or components that choose among them")
-    return (positions.shape[0], inv_freq.shape[0], 2)
+    return (positions.shape[0], inv_freq.shape[0], 2), F32
 
 
 def _positions(rng: np.random.Generator, shape: Shape) -> np.ndarray:
@@ -61,8 +61,9 @@ def _mrope_case(half: int, sections: tuple[int, ...], interleaved: bool) -> Case
 
 @op(
     "rope_angles",
+    kind=Kind.ROWWISE,
     shape=_angles_shape,
-    flops=lambda node: 20 * node.size,
+    flops=20,
     cases=[
         Case((Arg((5,), I32, _positions), Arg((16,), make=_frequencies)), {"magnitude": 1.0}),
         Case((Arg((1,), I32, _positions), Arg((5,), make=_frequencies)), {"magnitude": 1.25}),
@@ -92,8 +93,9 @@ def _rope_shape(x: Tensor, angles: Tensor, *, style: str) -> Shape:
 
 @op(
     "rope",
+    kind=Kind.ROWWISE,
     shape=_rope_shape,
-    flops=lambda node: 3 * node.size,
+    flops=3,
     cases=[
         Case(((3, 2, 32), (3, 16, 2)), {"style": "neox"}),
         Case(((3, 2, 32), (3, 16, 2)), {"style": "normal"}),

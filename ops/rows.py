@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.ops.dtypes import I32
-from runtime.ops.registry import Arg, Case, need, op
+from runtime.ops.dtypes import F32, I32, DType
+from runtime.ops.registry import Arg, Case, Kind, need, op
 from runtime.ops.tensor import Shape, Tensor
 
 
-def _shape(table: Tensor, ids: Tensor) -> Shape:
+def _shape(table: Tensor, ids: Tensor) -> tuple[Shape, DType]:
     need(table.ndim == 2 and ids.ndim == 1, "needs a table [rows, n] and ids [count]")
-    return (ids.shape[0], table.shape[1])
+    return (ids.shape[0], table.shape[1]), F32
 
 
 def _select_shape(x: Tensor, ids: Tensor) -> Shape:
@@ -25,8 +25,10 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 
 @op(
     "get_rows",
+    kind=Kind.GATHER,
+    picks={0: 1},
     shape=_shape,
-    flops=lambda node: 0,
+    flops=0,
     cases=[Case((Arg((7, 64), leaf="weight"), Arg((5,), I32, _ids)))],
 )
 def get_rows(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -36,8 +38,10 @@ def get_rows(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 @op(
     "select_rows",
+    kind=Kind.GATHER,
+    picks={0: 1},
     shape=_select_shape,
-    flops=lambda node: 0,
+    flops=0,
     cases=[Case(((7, 33), Arg((4,), I32, _ids))), Case(((7, 3, 16), Arg((4,), I32, _ids)))],
 )
 def select_rows(x: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -94,9 +94,12 @@ class Tensor:
 
     @cached_property
     def _view(self) -> Layout | None:
-        from runtime.ops.views import VIEW_LAYOUTS
+        if self.op in LEAVES:
+            return None
+        from runtime.ops.registry import find
 
-        return VIEW_LAYOUTS[self.op](self) if self.op in VIEW_LAYOUTS else None
+        layout = find(self.op).layout
+        return layout(self) if layout else None
 
     @cached_property
     def _dense(self) -> Shape:
@@ -106,6 +109,12 @@ class Tensor:
     def base(self) -> Tensor:
         """The tensor that owns the memory of this one (itself unless it is a view)."""
         return self.layout.base
+
+    def with_(self, **changed: Any) -> Tensor:
+        """A new node that differs in these fields."""
+        if "attrs" in changed:
+            changed["attrs"] = MappingProxyType(dict(changed["attrs"]))
+        return replace(self, **changed)
 
     def __repr__(self) -> str:
         return f"{self.name or self.op}: {self.dtype.name}{list(self.shape)}"

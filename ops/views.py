@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
 from runtime.ops.dtypes import DType
 from runtime.ops.errors import OpError
-from runtime.ops.registry import Case, need, op
+from runtime.ops.registry import Case, Kind, need, op
 from runtime.ops.tensor import Dim, Layout, Shape, Tensor
 
 
@@ -19,10 +18,17 @@ def _reshape_shape(x: Tensor, *, shape: Shape) -> tuple[Shape, DType]:
     return tuple(shape), x.dtype
 
 
+def _layout_reshape(node: Tensor) -> Layout:
+    (x,) = node.inputs
+    old = x.layout
+    return Layout(old.base, reshape_strides(x.shape, old.strides, node.shape), old.offset)
+
+
 @op(
     "reshape",
+    kind=Kind.VIEW,
+    layout=_layout_reshape,
     shape=_reshape_shape,
-    view=True,
     cases=[Case(((6, 4),), {"shape": (3, 8)}), Case(((2, 3, 5),), {"shape": (2, 15)})],
 )
 def reshape(x: np.ndarray, *, shape: Shape) -> np.ndarray:
@@ -43,10 +49,17 @@ def _slice_shape(x: Tensor, *, axis: int, start: int, stop: int) -> tuple[Shape,
     return (*x.shape[:axis], size, *x.shape[axis + 1 :]), x.dtype
 
 
+def _layout_slice(node: Tensor) -> Layout:
+    old = node.inputs[0].layout
+    stride = old.strides[node.attrs["axis"]]
+    return Layout(old.base, old.strides, old.offset + stride * node.attrs["start"])
+
+
 @op(
     "slice",
+    kind=Kind.VIEW,
+    layout=_layout_slice,
     shape=_slice_shape,
-    view=True,
     cases=[
         Case(((5, 8),), {"axis": 1, "start": 2, "stop": 7}),
         Case(((4, 3, 2),), {"axis": 0, "start": 1, "stop": 3}),
@@ -64,10 +77,16 @@ def _permute_shape(x: Tensor, *, axes: Shape) -> tuple[Shape, DType]:
     return tuple(x.shape[a] for a in axes), x.dtype
 
 
+def _layout_permute(node: Tensor) -> Layout:
+    old = node.inputs[0].layout
+    return Layout(old.base, tuple(old.strides[a] for a in node.attrs["axes"]), old.offset)
+
+
 @op(
     "permute",
+    kind=Kind.VIEW,
+    layout=_layout_permute,
     shape=_permute_shape,
-    view=True,
     cases=[Case(((2, 3, 4),), {"axes": (1, 0, 2)}), Case(((5, 7),), {"axes": (1, 0)})],
 )
 def permute(x: np.ndarray, *, axes: Shape) -> np.ndarray:
@@ -81,34 +100,6 @@ def _broadcast_shape(x: Tensor, *, shape: Shape) -> tuple[Shape, DType]:
     return tuple(shape), x.dtype
 
 
-@op(
-    "broadcast",
-    shape=_broadcast_shape,
-    view=True,
-    cases=[Case(((1, 4),), {"shape": (3, 4)}), Case(((3, 1, 2),), {"shape": (3, 5, 2)})],
-)
-def broadcast(x: np.ndarray, *, shape: Shape) -> np.ndarray:
-    """Axes of length 1 repeated, with stride 0."""
-    return np.broadcast_to(x, tuple(int(n) for n in shape))
-
-
-def _layout_reshape(node: Tensor) -> Layout:
-    (x,) = node.inputs
-    old = x.layout
-    return Layout(old.base, reshape_strides(x.shape, old.strides, node.shape), old.offset)
-
-
-def _layout_slice(node: Tensor) -> Layout:
-    old = node.inputs[0].layout
-    stride = old.strides[node.attrs["axis"]]
-    return Layout(old.base, old.strides, old.offset + stride * node.attrs["start"])
-
-
-def _layout_permute(node: Tensor) -> Layout:
-    old = node.inputs[0].layout
-    return Layout(old.base, tuple(old.strides[a] for a in node.attrs["axes"]), old.offset)
-
-
 def _layout_broadcast(node: Tensor) -> Layout:
     (x,) = node.inputs
     old = x.layout
@@ -118,12 +109,16 @@ def _layout_broadcast(node: Tensor) -> Layout:
     return Layout(old.base, strides, old.offset)
 
 
-VIEW_LAYOUTS: dict[str, Callable[[Tensor], Layout]] = {
-    "reshape": _layout_reshape,
-    "slice": _layout_slice,
-    "permute": _layout_permute,
-    "broadcast": _layout_broadcast,
-}
+@op(
+    "broadcast",
+    kind=Kind.VIEW,
+    layout=_layout_broadcast,
+    shape=_broadcast_shape,
+    cases=[Case(((1, 4),), {"shape": (3, 4)}), Case(((3, 1, 2),), {"shape": (3, 5, 2)})],
+)
+def broadcast(x: np.ndarray, *, shape: Shape) -> np.ndarray:
+    """Axes of length 1 repeated, with stride 0."""
+    return np.broadcast_to(x, tuple(int(n) for n in shape))
 
 
 def reshape_strides(old: Shape, strides: Shape, new: Shape) -> Shape:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.backends.passes.packing import PACKED, Options, node_of, only_user
+from runtime.backends.passes.packing import PACKED, Options, node_of, only_user, pack
+from runtime.ops.attention import attention, kv_write
+from runtime.ops.elementwise import mul, sigmoid
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.norm import rms_norm
+from runtime.ops.registry import Kind, Op, fused
+from runtime.ops.rope import rope
 from runtime.ops.tensor import Tensor
+from runtime.ops.views import reshape
+
+qkv_post = fused("qkv_post", kind=Kind.STATEFUL, picks={3: 5, 4: 5}, writes=(3, 4))
+sigmoid_gate_pack = fused("sigmoid_gate_pack", kind=Kind.ROWWISE)
 
 
 @dataclass(frozen=True)
@@ -22,9 +31,9 @@ class _Head:
 
 def _head(x: Tensor) -> _Head:
     angles, style, norm, eps = None, "none", None, 0.0
-    if x.op == "rope":
+    if rope.made(x):
         x, angles, style = x.inputs[0], x.inputs[1], x.attrs["style"]
-    if x.op == "rms_norm":
+    if rms_norm.made(x):
         (x, norm), eps = x.inputs, x.attrs["eps"]
     return _Head(x, norm, eps, angles, style)
 
@@ -35,9 +44,9 @@ def fuse_qkv(graph: Graph, options: Options) -> Graph:
     Heads for which its kernel has no room are left to the plain ops.
     """
 
-    def attention(node: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-        plain = Tensor(node.op, (q, k, v, *rest), node.shape, node.dtype, node.attrs, node.name)
-        if k.op != "kv_write" or v.op != "kv_write" or k.inputs[2] is not v.inputs[2]:
+    def attend(node: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        plain = node.with_(inputs=(q, k, v, *rest))
+        if not (kv_write.made(k) and kv_write.made(v)) or k.inputs[2] is not v.inputs[2]:
             return plain
         query, key = _head(q), _head(k.inputs[0])
         same = (query.angles, query.style, query.eps) == (key.angles, key.style, key.eps)
@@ -51,32 +60,27 @@ def fuse_qkv(graph: Graph, options: Options) -> Graph:
         present = {name: x for name, x in optional.items() if x is not None}
         inputs = (query.source, key.source, v.inputs[0], k.inputs[1], v.inputs[1], k.inputs[2])
         post = node_of(
-            "qkv_post", (*inputs, *present.values()), q, optional=tuple(present),
+            qkv_post, (*inputs, *present.values()), q, optional=tuple(present),
             style=query.style, eps=query.eps, k_type=k.dtype.name, v_type=v.dtype.name,
         )  # fmt: skip
-        return Tensor(
-            "attention", (post, k.inputs[1], v.inputs[1], *rest), node.shape, node.dtype,
-            node.attrs, node.name,
-        )  # fmt: skip
+        return node.with_(inputs=(post, k.inputs[1], v.inputs[1], *rest))
 
-    return rewrite(graph, {"attention": attention})
+    return rewrite(graph, {attention: attend})
 
 
-def gated_heads(
-    graph: Graph, node: Tensor, x: Tensor, gate_op: str
-) -> tuple[Tensor, Tensor] | None:
+def gated_heads(graph: Graph, node: Tensor, x: Tensor, gate_op: Op) -> tuple[Tensor, Tensor] | None:
     """pack(merge_heads(mul(y, gate_op(gate)))) as (y, gate), [T, heads, d] each; or None.
 
     Heads must be whole units of packing, and y contiguous.
     """
     merged = node.inputs[0]
-    if x.op != "reshape" or x.inputs[0].op != "mul" or x.inputs[0].ndim != 3:
+    if not reshape.made(x) or not mul.made(x.inputs[0]) or x.inputs[0].ndim != 3:
         return None
     if not only_user(graph, merged) or not only_user(graph, merged.inputs[0]):
         return None
     unit = 16 if node.attrs["kind"] == "f32" else 32
     for y, gate in (x.inputs[0].inputs, x.inputs[0].inputs[::-1]):
-        if gate.op == gate_op and gate.ndim == 3 and y.layout.is_contiguous(y.shape):
+        if gate_op.made(gate) and gate.ndim == 3 and y.layout.is_contiguous(y.shape):
             opening = gate.inputs[0]
             fits = y.shape[2] % unit == 0 and x.ndim == 2 and opening.layout.strides[2] == 1
             return (y, opening) if fits else None
@@ -86,10 +90,10 @@ def gated_heads(
 def fuse_gate(graph: Graph, options: Options) -> Graph:
     """The output gate of attention, sigmoid(gate) * y, straight into tiles."""
 
-    def pack(node: Tensor, x: Tensor) -> Tensor:
-        gated = gated_heads(graph, node, x, "sigmoid")
+    def gate(node: Tensor, x: Tensor) -> Tensor:
+        gated = gated_heads(graph, node, x, sigmoid)
         if gated is None:
-            return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
-        return node_of("sigmoid_gate_pack", gated, node, dtype=PACKED, **node.attrs)
+            return node.with_(inputs=(x,))
+        return node_of(sigmoid_gate_pack, gated, node, dtype=PACKED, **node.attrs)
 
-    return rewrite(graph, {"pack": pack})
+    return rewrite(graph, {pack: gate})

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 from runtime.backends.passes.fuse_attention import gated_heads
-from runtime.backends.passes.packing import PACKED, Options, node_of, only_user
+from runtime.backends.passes.packing import PACKED, Options, node_of, only_user, pack
+from runtime.ops.delta import gated_delta, l2_norm, short_conv, softplus
+from runtime.ops.elementwise import add, mul, sigmoid, silu
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.norm import rms_norm
+from runtime.ops.registry import Kind, fused
 from runtime.ops.tensor import Tensor
 from runtime.ops.views import reshape, slice_
 
-_BEFORE = ("l2_norm", "reshape", "slice")  # between the convolution and the recurrence
+conv_post = fused("conv_post", kind=Kind.STATEFUL, picks={2: 3}, reads=(2,), writes=(2,))
+delta_step = fused(
+    "delta_step", kind=Kind.STATEFUL, picks={5: 6}, reads=(5,), writes=(5,), flops=gated_delta.flops
+)
+gated_norm_pack = fused("gated_norm_pack", kind=Kind.ROWWISE)
+
+_BEFORE = (l2_norm, reshape, slice_)  # between the convolution and the recurrence
 
 
 def fuse_delta(graph: Graph, options: Options) -> Graph:
     """SiLU and L2 norms with the convolution, and the gates' arithmetic with the recurrence."""
 
-    def gated_delta(node: Tensor, *new: Tensor) -> Tensor:
+    def recur(node: Tensor, *new: Tensor) -> Tensor:
         heads, gates, rest = new[:3], new[3:5], new[5:]
         if _read_here_alone(graph, node):
             heads = _after_conv(heads) or heads
         raw = _raw_gates(*gates)
         if raw is None:
             inputs = (*heads, *gates, *rest)
-            return Tensor(node.op, inputs, node.shape, node.dtype, node.attrs, node.name)
+            return node.with_(inputs=inputs)
         alpha, beta, *weights = raw
         inputs = (*heads, alpha, beta, *rest, *weights)
-        return node_of("delta_step", inputs, node, **node.attrs)
+        return node_of(delta_step, inputs, node, **node.attrs)
 
-    return rewrite(graph, {"gated_delta": gated_delta})
+    return rewrite(graph, {gated_delta: recur})
 
 
 def _read_here_alone(graph: Graph, node: Tensor) -> bool:
     """Whether queries, keys and values come of one convolution that nothing else reads."""
     active = node.inputs[2].base
-    if active.op != "silu" or active.inputs[0].op != "short_conv":
+    if not silu.made(active) or not short_conv.made(active.inputs[0]):
         return False
     found, seen = [active], {active}
     while found:
@@ -40,7 +50,7 @@ def _read_here_alone(graph: Graph, node: Tensor) -> bool:
         if x in graph.outputs:
             return False
         for user in graph.users[x]:
-            if user.op not in _BEFORE and user is not node:
+            if user is not node and not any(op.made(user) for op in _BEFORE):
                 return False
             if user is not node and user not in seen:
                 seen.add(user)
@@ -51,7 +61,7 @@ def _read_here_alone(graph: Graph, node: Tensor) -> bool:
 def _after_conv(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """q, k and v as views of one `conv_post`; None where they do not lie as it leaves them."""
     q, k, v = heads
-    if q.op != "l2_norm" or k.op != "l2_norm" or q.attrs != k.attrs:
+    if not l2_norm.made(q) or not l2_norm.made(k) or q.attrs != k.attrs:
         return None
     views = (q.inputs[0], k.inputs[0], v)
     active = v.base
@@ -65,7 +75,7 @@ def _after_conv(heads: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     if second != first + size or first % dim:
         return None
     normed = {"normed": (first, second + size), "head_dim": dim, "eps": q.attrs["eps"]}
-    post = node_of("conv_post", active.inputs[0].inputs, active, **normed)
+    post = node_of(conv_post, active.inputs[0].inputs, active, **normed)
     return tuple(_same_place(x, post) for x in views)
 
 
@@ -77,12 +87,12 @@ def _same_place(x: Tensor, whole: Tensor) -> Tensor:
 
 def _raw_gates(decay: Tensor, beta: Tensor) -> tuple[Tensor, ...] | None:
     """alpha, b, a and perhaps dt of decay = a softplus(alpha + dt) and beta = sigmoid(b)."""
-    if (decay.op, beta.op) != ("mul", "sigmoid") or decay.inputs[0].op != "softplus":
+    if not (mul.made(decay) and sigmoid.made(beta) and softplus.made(decay.inputs[0])):
         return None
     pace, a = decay.inputs
     (alpha,), (b,) = pace.inputs, beta.inputs
     dt: tuple[Tensor, ...] = ()
-    if alpha.op == "add" and alpha.inputs[1].ndim == 1:
+    if add.made(alpha) and alpha.inputs[1].ndim == 1:
         alpha, dt = alpha.inputs[0], alpha.inputs[1:]
     dense = all(x.ndim == 2 and x.layout.strides[1] == 1 for x in (alpha, b))
     return (alpha, b, a, *dt) if dense and a.ndim == 1 else None
@@ -91,14 +101,14 @@ def _raw_gates(decay: Tensor, beta: Tensor) -> tuple[Tensor, ...] | None:
 def fuse_gated_norm(graph: Graph, options: Options) -> Graph:
     """The gated norm of each head, rms_norm(y, w) * silu(gate), straight into tiles."""
 
-    def pack(node: Tensor, x: Tensor) -> Tensor:
-        gated = gated_heads(graph, node, x, "silu")
-        if gated is None or gated[0].op != "rms_norm":
-            return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
+    def normed(node: Tensor, x: Tensor) -> Tensor:
+        gated = gated_heads(graph, node, x, silu)
+        if gated is None or not rms_norm.made(gated[0]):
+            return node.with_(inputs=(x,))
         norm, gate = gated
         (y, w), eps = norm.inputs, norm.attrs["eps"]
         if not y.layout.is_contiguous(y.shape):
-            return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
-        return node_of("gated_norm_pack", (y, w, gate), node, dtype=PACKED, eps=eps, **node.attrs)
+            return node.with_(inputs=(x,))
+        return node_of(gated_norm_pack, (y, w, gate), node, dtype=PACKED, eps=eps, **node.attrs)
 
-    return rewrite(graph, {"pack": pack})
+    return rewrite(graph, {pack: normed})

@@ -5,45 +5,64 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.backends.passes.packing import PACKED, Options, node_of, only_user
+from runtime.backends.passes.packing import (
+    PACKED,
+    Options,
+    expert_tiles,
+    node_of,
+    only_user,
+    pack,
+    pack_rows,
+)
 from runtime.ops.dtypes import I32
+from runtime.ops.elementwise import mul, scale, sigmoid, silu, swiglu_oai
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.moe import normalize, softmax, take, top_k
+from runtime.ops.norm import rms_norm
+from runtime.ops.registry import Kind, Op, fused
 from runtime.ops.tensor import Tensor
+
+rms_norm_pack = fused("rms_norm_pack", kind=Kind.ROWWISE)
+swiglu_pack = fused("swiglu_pack", kind=Kind.ROWWISE)
+swiglu_pack_rows = fused("swiglu_pack_rows", kind=Kind.GATHER, picks={0: 2, 1: 2})
+router = fused("router", kind=Kind.ROWWISE)  # the weights; its other results are the next two
+router_ids = fused("router_ids", kind=Kind.ROWWISE)
+router_tiles = fused("router_tiles", kind=Kind.WHOLE)
 
 
 def fuse_packs(graph: Graph, options: Options) -> Graph:
     """pack(rms_norm(x)) and pack of a gated product: the float result never goes to memory."""
 
-    def pack(node: Tensor, x: Tensor) -> Tensor:
-        if x.op == "rms_norm" and _only_packed(graph, node.inputs[0]):
-            return node_of("rms_norm_pack", x.inputs, node, dtype=PACKED, **node.attrs, **x.attrs)
+    def tiles(node: Tensor, x: Tensor) -> Tensor:
+        if rms_norm.made(x) and _only_packed(graph, node.inputs[0]):
+            return node_of(rms_norm_pack, x.inputs, node, dtype=PACKED, **node.attrs, **x.attrs)
         gated = _swiglu(x)
         if gated and only_user(graph, node.inputs[0]):
             inputs, attrs = gated
-            return node_of("swiglu_pack", inputs, node, dtype=PACKED, **node.attrs, **attrs)
-        return Tensor(node.op, (x,), node.shape, node.dtype, node.attrs, node.name)
+            return node_of(swiglu_pack, inputs, node, dtype=PACKED, **node.attrs, **attrs)
+        return node.with_(inputs=(x,))
 
-    def pack_rows(node: Tensor, x: Tensor, tiles: Tensor) -> Tensor:
+    def tiles_of_experts(node: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         gated = _swiglu(x)
         if gated and only_user(graph, node.inputs[0]):
-            inputs, attrs = (*gated[0], tiles), {**node.attrs, **gated[1]}
-            return node_of("swiglu_pack_rows", inputs, node, dtype=PACKED, **attrs)
-        return Tensor(node.op, (x, tiles), node.shape, node.dtype, node.attrs, node.name)
+            inputs, attrs = (*gated[0], experts), {**node.attrs, **gated[1]}
+            return node_of(swiglu_pack_rows, inputs, node, dtype=PACKED, **attrs)
+        return node.with_(inputs=(x, experts))
 
-    return rewrite(graph, {"pack": pack, "pack_rows": pack_rows})
+    return rewrite(graph, {pack: tiles, pack_rows: tiles_of_experts})
 
 
 def _only_packed(graph: Graph, x: Tensor) -> bool:
     """Whether nothing needs x itself, just its packed forms; each is then made from the source."""
-    return x not in graph.outputs and all(user.op == "pack" for user in graph.users[x])
+    return x not in graph.outputs and all(pack.made(user) for user in graph.users[x])
 
 
 def _swiglu(product: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]] | None:
     """Gate and up of silu(gate) * up, or of its clamped form with the numbers it takes."""
     first, second = product.inputs if len(product.inputs) == 2 else (product, product)
-    if product.op == "mul" and first.op == "silu":
+    if mul.made(product) and silu.made(first):
         return (first.inputs[0], second), {}
-    if product.op == "swiglu_oai":
+    if swiglu_oai.made(product):
         return (first, second), dict(product.attrs)
     return None
 
@@ -65,35 +84,35 @@ def fuse_router(graph: Graph, options: Options) -> Graph:
     Three ways: softmax or sigmoid of all scores, of which the chosen may be made to sum to 1; or
     the softmax of the chosen scores alone. A factor may follow.
     """
-    choices = {node: _choice(graph, node) for node in graph.nodes if node.op == "top_k"}
+    choices = {node: _choice(graph, node) for node in graph.nodes if top_k.made(node)}
     found = {ids: choice for ids, choice in choices.items() if choice}
     ends = {choice.end: ids for ids, choice in found.items()}
     made: dict[Tensor, Tensor] = {}
 
     def ids(node: Tensor, shares: Tensor) -> Tensor:
         if node not in found:
-            return Tensor(node.op, (shares,), node.shape, node.dtype, node.attrs, node.name)
+            return node.with_(inputs=(shares,))
         choice = found[node]
         scores = shares if choice.scoring == "softmax_topk" else shares.inputs[0]
         made[node] = node_of(
-            "router", (scores,), choice.end, scoring=choice.scoring, k=node.attrs["k"],
+            router, (scores,), choice.end, scoring=choice.scoring, k=node.attrs["k"],
             normalize=choice.normalize, scale=choice.scale,
             tiles=any(map(_tile_each, graph.users[node])),
         )  # fmt: skip
-        return node_of("router_ids", (made[node],), node, dtype=I32)
+        return node_of(router_ids, (made[node],), node, dtype=I32)
 
     def weights(node: Tensor, *new: Tensor) -> Tensor:
         if node in ends:
             return made[ends[node]]
-        return Tensor(node.op, new, node.shape, node.dtype, node.attrs, node.name)
+        return node.with_(inputs=new)
 
     def tiles(node: Tensor, ids: Tensor) -> Tensor:
         if node.inputs[0] in found and _tile_each(node):
-            return node_of("router_tiles", ids.inputs, node, dtype=I32, **node.attrs)
-        return Tensor(node.op, (ids,), node.shape, node.dtype, node.attrs, node.name)
+            return node_of(router_tiles, ids.inputs, node, dtype=I32, **node.attrs)
+        return node.with_(inputs=(ids,))
 
-    rules = dict.fromkeys(("take", "normalize", "scale", "softmax"), weights)
-    return rewrite(graph, {"top_k": ids, "expert_tiles": tiles, **rules})
+    rules = dict.fromkeys((take, normalize, scale, softmax), weights)
+    return rewrite(graph, {top_k: ids, expert_tiles: tiles, **rules})
 
 
 def _tile_each(tiles: Tensor) -> bool:
@@ -101,26 +120,26 @@ def _tile_each(tiles: Tensor) -> bool:
 
     Of several tokens a sort by expert lets those of one expert share its weights.
     """
-    one = tiles.op == "expert_tiles" and tiles.attrs["C"] == 1
+    one = expert_tiles.made(tiles) and tiles.attrs["C"] == 1
     return one and int(tiles.inputs[0].shape[0]) == 1
 
 
 def _choice(graph: Graph, ids: Tensor) -> _Choice | None:
     shares = ids.inputs[0]
-    takes = [u for u in graph.users[ids] if u.op == "take" and u.inputs == (shares, ids)]
+    takes = [u for u in graph.users[ids] if take.made(u) and u.inputs == (shares, ids)]
     if len(takes) != 1:
         return None
-    if shares.op not in ("softmax", "sigmoid"):
-        end = _next(graph, takes[0], "softmax")
+    if not softmax.made(shares) and not sigmoid.made(shares):
+        end = _next(graph, takes[0], softmax)
         return _Choice(shares, "softmax_topk", end) if end else None
-    normalized = _next(graph, takes[0], "normalize")
+    normalized = _next(graph, takes[0], normalize)
     end = normalized or takes[0]
-    scaled = _next(graph, end, "scale")
+    scaled = _next(graph, end, scale)
     factor = scaled.attrs["factor"] if scaled else 1.0
     return _Choice(shares.inputs[0], shares.op, scaled or end, normalized is not None, factor)
 
 
-def _next(graph: Graph, node: Tensor, op: str) -> Tensor | None:
-    """The only user of a node, if it is an `op`."""
+def _next(graph: Graph, node: Tensor, op: Op) -> Tensor | None:
+    """The only user of a node, if it is of `op`."""
     user = graph.users[node][0] if only_user(graph, node) else None
-    return user if user is not None and user.op == op else None
+    return user if user is not None and op.made(user) else None

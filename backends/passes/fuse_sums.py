@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from runtime.backends.passes.packing import Options, node_of, only_user
+from runtime.backends.passes.packing import Options, linear, linear_id, node_of, only_user
+from runtime.ops.elementwise import add, row_scale, sigmoid
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.moe import expert_bias, expert_sum
 from runtime.ops.tensor import Tensor
 
 
 def fuse_sums(graph: Graph, options: Options) -> Graph:
     """Products with biases and residuals, and the sums over experts, in one call each."""
 
-    def add(node: Tensor, *new: Tensor) -> Tensor:
+    def grow(node: Tensor, *new: Tensor) -> Tensor:
         for product, other in ((0, 1), (1, 0)):
             old, fused = node.inputs[product], new[product]
             if not only_user(graph, old) or new[other].shape == () or fused.attrs.get("add"):
                 continue
             vector = new[other].ndim == 1
-            if fused.op == "linear" and not (vector and fused.attrs.get("bias")):
+            if linear.made(fused) and not (vector and fused.attrs.get("bias")):
                 attrs = {**fused.attrs, "bias" if vector else "add": True}
-                return node_of("linear", (*fused.inputs, new[other]), node, **attrs)
-            if fused.op == "expert_sum" and not vector:
+                return node_of(linear, (*fused.inputs, new[other]), node, **attrs)
+            if expert_sum.made(fused) and not vector:
                 grown = _one_more_term(node, fused, new[other])
                 if grown is not None:
                     return grown
-        return Tensor(node.op, new, node.shape, node.dtype, node.attrs, node.name)
+        return node.with_(inputs=new)
 
-    def expert_bias(node: Tensor, y: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+    def with_bias(node: Tensor, y: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
         old = node.inputs[0]
-        fits = y.op == "linear_id" and only_user(graph, old) and bias.op == "weight"
+        fits = linear_id.made(y) and only_user(graph, old) and bias.op == "weight"
         if fits and len(y.inputs) == 3 and old.inputs[2].inputs[0] is node.inputs[2]:
-            return node_of("linear_id", (*y.inputs, bias), node, **y.attrs)
-        return Tensor(node.op, (y, bias, ids), node.shape, node.dtype, node.attrs, node.name)
+            return node_of(linear_id, (*y.inputs, bias), node, **y.attrs)
+        return node.with_(inputs=(y, bias, ids))
 
-    return rewrite(graph, {"add": add, "expert_bias": expert_bias})
+    return rewrite(graph, {add: grow, expert_bias: with_bias})
 
 
 def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
@@ -42,7 +44,7 @@ def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
     """
     added: tuple[Tensor, ...]
     terms = total.attrs.get("terms", ())
-    gated = term.op == "row_scale" and term.inputs[1].op == "sigmoid"
+    gated = row_scale.made(term) and sigmoid.made(term.inputs[1])
     if not terms and gated:
         x, opening = term.inputs
         added, terms = (x, opening.inputs[0]), ("shared", "gate")
@@ -52,4 +54,4 @@ def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
         added, terms = (term,), ("shared", "add")
     else:
         return None
-    return node_of("expert_sum", (*total.inputs, *added), node, terms=terms)
+    return node_of(expert_sum, (*total.inputs, *added), node, terms=terms)

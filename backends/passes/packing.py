@@ -1,32 +1,34 @@
 """What the passes over a model's graph share, and the first of them: activations packed.
 
-Each pass is a table of rules for `ops.rewrite`; prepare.py lists them. The new nodes (`pack`,
-`linear`, `qkv_post`, ...) live only between here and the lowering; model files and split rules
-never see them. Every fused op computes what the plain ops do; tests compare the two.
+Each pass is a table of rules for `ops.rewrite`; prepare.py lists them. The ops of new nodes
+(`pack`, `linear`, `qkv_post`, ...), each declared with the pass that makes it, live only between
+here and the lowering; model files and split rules never see them. Every fused op computes what
+the plain ops do; tests compare the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
-from runtime.ops.dtypes import F32, I32, DType
+from runtime.ops.dtypes import I32, DType
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.matmul import matmul, matmul_id
+from runtime.ops.registry import Kind, Op, fused
 from runtime.ops.tensor import Tensor
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 PACKED = DType("packed", 1, 1, None)
-PACKED_OPS = frozenset({"matmul", "matmul_id"})  # what `pack_inputs` replaces: no rule sees them
+PACKED_OPS = (matmul, matmul_id)  # what `pack_inputs` replaces: no rule sees them
 
-
-# Ops that only exist behind the passes.
-FUSED_OPS = frozenset({
-    "pack", "rms_norm_pack", "swiglu_pack", "linear", "qkv_post", "router", "router_ids",
-    "router_tiles", "expert_tiles", "pack_rows", "swiglu_pack_rows", "linear_id",
-    "sigmoid_gate_pack", "gated_norm_pack", "conv_post", "delta_step",
-})  # fmt: skip
+pack = fused("pack", kind=Kind.ROWWISE)  # rows of x as tiles of a matmul
+linear = fused("linear", kind=Kind.CONTRACTION, flops=matmul.flops)  # tiles, weight, bias, add
+expert_tiles = fused("expert_tiles", kind=Kind.WHOLE)  # tokens by the expert they chose
+pack_rows = fused("pack_rows", kind=Kind.GATHER, picks={0: 1})  # x in the order of expert tiles
+linear_id = fused(
+    "linear_id", kind=Kind.CONTRACTION, picks={1: 2, 3: 2}, flops=matmul_id.flops
+)  # tiles, weights of all experts, expert tiles, biases
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list
     """
     mixtures = {
         (int(w.shape[0]), int(ids.shape[1]))
-        for _, w, ids, *_ in (node.inputs for node in graph.nodes if node.op == "matmul_id")
+        for _, w, ids, *_ in (node.inputs for node in graph.nodes if matmul_id.made(node))
     }
 
     def widths(tokens: int) -> tuple[int, ...]:
@@ -94,10 +96,10 @@ def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list
     return list(first.values())
 
 
-def node_of(op: str, inputs: tuple[Tensor, ...], like: Tensor, **attrs: Any) -> Tensor:
-    """A node of this device, with the shape and name of `like` and float32 unless said."""
-    shape, dtype = attrs.pop("shape", like.shape), attrs.pop("dtype", F32)
-    return Tensor(op, inputs, shape, dtype, MappingProxyType(attrs), like.name)
+def node_of(op: Op, inputs: tuple[Tensor, ...], like: Tensor, **attrs: Any) -> Tensor:
+    """A node with the name of `like`, and with its shape and dtype unless they are said."""
+    shape, dtype = attrs.pop("shape", like.shape), attrs.pop("dtype", like.dtype)
+    return like.with_(op=op.name, inputs=inputs, shape=shape, dtype=dtype, attrs=attrs)
 
 
 def only_user(graph: Graph, node: Tensor) -> bool:
@@ -109,32 +111,27 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
     """matmul(x, w) -> linear(pack(x), w); equal packs of one x are one node."""
     made: dict[tuple[Any, ...], Tensor] = {}
 
-    def pack(op: str, inputs: tuple[Tensor, ...], like: Tensor, **attrs: Any) -> Tensor:
+    def once(op: Op, inputs: tuple[Tensor, ...], dtype: DType, **attrs: Any) -> Tensor:
         key = (op, inputs, *sorted(attrs.items()))
         if key not in made:
-            made[key] = node_of(op, inputs, like, dtype=PACKED, shape=like.shape, **attrs)
+            made[key] = node_of(op, inputs, inputs[0], dtype=dtype, **attrs)
         return made[key]
 
-    def matmul(node: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    def product(node: Tensor, x: Tensor, w: Tensor) -> Tensor:
         kind = activation_kind(w, options)
         width = columns(x.size // x.shape[-1], kind, options)
-        packed = pack("pack", (x,), x, C=width, kind=kind)
-        return node_of("linear", (packed, w), node)
+        return node_of(linear, (once(pack, (x,), PACKED, C=width, kind=kind), w), node)
 
-    def matmul_id(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
+    def chosen(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
         kind = activation_kind(w, options)
         width = expert_columns(ids.size, int(w.shape[0]), kind, options)
-        key = ("tiles", ids, width)
-        if key not in made:
-            made[key] = node_of(
-                "expert_tiles", (ids,), ids, dtype=I32, C=width, experts=int(w.shape[0])
-            )
+        tiles = once(expert_tiles, (ids,), I32, C=width, experts=int(w.shape[0]))
         each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
         if width == 1:  # tiles find their row: nothing has to be gathered
-            packed, every = pack("pack", (x,), x, C=1, kind=kind), each
+            packed, every = once(pack, (x,), PACKED, C=1, kind=kind), each
         else:
-            packed = pack("pack_rows", (x, made[key]), x, C=width, kind=kind, divisor=each)
+            packed = once(pack_rows, (x, tiles), PACKED, C=width, kind=kind, divisor=each)
             every = 0
-        return node_of("linear_id", (packed, w, made[key], *bias), node, every=every)
+        return node_of(linear_id, (packed, w, tiles, *bias), node, every=every)
 
-    return rewrite(graph, {"matmul": matmul, "matmul_id": matmul_id})
+    return rewrite(graph, {matmul: product, matmul_id: chosen})

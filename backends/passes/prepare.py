@@ -9,6 +9,7 @@ from runtime.backends.passes.fuse_sums import fuse_sums
 from runtime.backends.passes.packing import Options, pack_inputs
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.passes import select_early
+from runtime.ops.rows import select_rows
 from runtime.ops.tensor import Dim, Tensor
 
 # pass(graph, options) -> graph. The first is needed, the others only spare work.
@@ -37,6 +38,6 @@ def _only_row(graph: Graph) -> Graph:
     def select(node: Tensor, x: Tensor, ids: Tensor) -> Tensor:
         if all(isinstance(n, Dim) and n == 1 for n in (node.shape[0], x.shape[0])):
             return x
-        return Tensor(node.op, (x, ids), node.shape, node.dtype, node.attrs, node.name)
+        return node.with_(inputs=(x, ids))
 
-    return rewrite(graph, {"select_rows": select})
+    return rewrite(graph, {select_rows: select})

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from runtime.backends.passes.packing import FUSED_OPS
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
-from runtime.ops.registry import OPS, Op
-from runtime.ops.tensor import LEAVES, Dim, Tensor
+from runtime.ops.registry import FUSED, OPS, Kind, Op, kind_of
+from runtime.ops.tensor import Dim, Tensor
 
 Rule = Callable[["Lowering", Tensor], None]
-VIEWS = frozenset(name for name, op in OPS.items() if op.view)
 
 
 class Declined(Exception):  # noqa: N818  not a failure by itself
@@ -39,7 +37,7 @@ class Rules:
 
         def register(rule: Rule) -> Rule:
             for name in names:
-                if name not in OPS and name not in FUSED_OPS:
+                if name not in OPS and name not in FUSED:
                     raise OpError(f"{self.device} backend: rule for unknown op {name!r}")
                 if name in self._rules:
                     raise OpError(f"{self.device} backend: two rules for op {name!r}")
@@ -52,7 +50,7 @@ class Rules:
         """Ops that have a rule, sorted."""
         return sorted(self._rules)
 
-    def check(self, declared: Mapping[str, Op], replaced: Collection[str] = ()) -> None:
+    def check(self, declared: Mapping[str, Op], replaced: Collection[Op] = ()) -> None:
         """OpError for an op of this package that has no rule; others' ops bring their own.
 
         replaced: ops of which the device's passes leave none.
@@ -60,7 +58,7 @@ class Rules:
         package = Op.__module__.rpartition(".")[0]
         for name, op in declared.items():
             of, _, file = op.reference.__module__.rpartition(".")
-            if of == package and not op.view and name not in (*self._rules, *replaced):
+            if of == package and not op.view and name not in self._rules and op not in replaced:
                 raise OpError(
                     f"op {name!r} of ops/{file}.py has no rule on the {self.device} backend: write "
                     f"a function with @lowers({name!r}) in {self._folder}/{file}.py"
@@ -70,7 +68,7 @@ class Rules:
         """All nodes of a graph lowered in order. BackendError: one that cannot be."""
         lowering = Lowering()
         for node in graph.nodes:
-            if node.op in LEAVES or node.op in VIEWS:
+            if kind_of(node) in (Kind.LEAF, Kind.VIEW):
                 continue
             if node.op not in self._rules:
                 raise BackendError(

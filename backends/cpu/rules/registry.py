@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runtime.backends.passes import prepare  # noqa: F401  declares the ops of the passes
 from runtime.backends.plan.lowering import Rules
 
 RULES = Rules("cpu", "backends/cpu/rules")

@@ -16,8 +16,8 @@ from runtime.arguments import check_function, check_has_weights, check_load, who
 from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress
 from runtime.backends.devices import open_backend
+from runtime.backends.environment import debug, inspected, validate
 from runtime.batch import UBATCH, Ubatch, bucket_below, check, cut, largest_step, pairs
-from runtime.environment import debug, inspected, validate
 from runtime.errors import BackendError, OptionError
 from runtime.generate import TextModel
 from runtime.gguf.reader import GGUFFile, open_gguf

@@ -36,11 +36,12 @@ from gpu_probe_tables import show
 from gpu_probe_timing import Gpu
 
 from runtime.backends.cuda.catalogue import KERNELS
-from runtime.backends.cuda.driver import SHARED_NBYTES, open_driver
+from runtime.backends.cuda.driver import SHARED_NBYTES
 from runtime.backends.cuda.fake import FakeDriver
 from runtime.backends.cuda.fake_nodes import FakeLibrary
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.library import TOOLCHAIN, library, toolchain_digest
+from runtime.backends.cuda.opening import open_driver
 from runtime.ops.errors import Error
 
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data" / "gpu"

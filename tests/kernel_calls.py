@@ -16,8 +16,8 @@ from runtime.backends.cpu.compile.isa import selected
 from runtime.backends.cpu.compile.library import Library
 from runtime.backends.cpu.compile.objects import function
 from runtime.backends.cpu.sizes import float_bits
+from runtime.backends.environment import cache_dir
 from runtime.backends.plan.kernel import Kernel
-from runtime.environment import cache_dir
 
 CANARY = 0x7FC0DEAD  # a NaN as float32, no index as int32
 ISAS = tuple(dict.fromkeys((selected(), "generic")))  # with FMA and without, on x86

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import environment
+from runtime.backends import environment
 from runtime.errors import OptionError
 
 VARIABLES = ("RUNTIME_CPU_ISA", "RUNTIME_CACHE_DIR", "DEBUG", "VALIDATE", "XDG_CACHE_HOME")

@@ -10,7 +10,7 @@ from fake_model import DEMO, needs_demo
 from small_models import Sizes, write_model
 
 import runtime
-from runtime import environment
+from runtime.backends import environment
 from runtime.cli import COMMANDS
 from runtime.models import registry
 

@@ -17,8 +17,9 @@ from runtime.ops.errors import BackendError
 from .arena import Arena, sized
 from .arguments import Arguments
 from .catalogue import Compiled
-from .driver import SHARED_NBYTES, Driver, open_driver
+from .driver import SHARED_NBYTES, Driver
 from .library import library
+from .opening import open_driver
 from .targets import target_of
 
 _MOST_BLOCKS = (1 << 31) - 1, 65535, 65535

@@ -72,6 +72,6 @@ def toolchain_digest() -> str:
 @functools.cache
 def library(target: str) -> Library:
     """The library of a target, with the user's cache."""
-    from runtime.environment import cache_dir
+    from runtime.backends.environment import cache_dir
 
     return Library(target, cache_dir())

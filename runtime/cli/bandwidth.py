@@ -25,13 +25,13 @@ def remembered(threads: int) -> float | None:
 
 def file() -> Path:
     """Where measurements are kept."""
-    from runtime.environment import cache_dir
+    from runtime.backends.environment import cache_dir
 
     return cache_dir() / "bandwidth.json"
 
 
 def _key(threads: int) -> str:
-    from runtime.cli.devices import cpu_name
+    from runtime.backends.cpu.run.cores import cpu_name
 
     return f"{cpu_name()}, {threads} threads"
 

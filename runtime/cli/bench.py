@@ -7,71 +7,18 @@ A test is "pp N" (a prompt of N tokens), "tg N" (N single tokens) or both in a r
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 import click
 
 from runtime.cli.bench_plan import UBATCH, Numbers, Pair, Setting, Test, settings, tests
+from runtime.cli.bench_result import Result
 from runtime.cli.model_path import load, model_file
 from runtime.cli.options import precision_options
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
-
-
-@dataclass
-class Result:
-    """Seconds of every repetition, and what the model had to do for one token."""
-
-    test: Test
-    setting: Setting
-    model: Any
-    bandwidth: float | None
-    seconds: list[float] = field(default_factory=list)
-    started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-
-    @property
-    def speeds(self) -> list[float]:
-        """Tokens per second of every repetition."""
-        return [self.test.tokens / s for s in self.seconds]
-
-    @property
-    def bandwidth_share(self) -> float | None:
-        """Of a decode: bytes that its tokens had to read per second, over what memory gives."""
-        if not self.test.n_gen or self.test.n_prompt or not self.bandwidth:
-            return None
-        return self._traffic().nbytes * mean(self.speeds) / self.bandwidth
-
-    @property
-    def gmac_per_s(self) -> float | None:
-        """Of a prompt: 1e9 multiplications of weights per second."""
-        if not self.test.n_prompt or self.test.n_gen:
-            return None
-        return self._traffic().macs * mean(self.speeds) / 1e9
-
-    def _traffic(self) -> Any:
-        """What a token moves in the middle of the test."""
-        from runtime import traffic
-
-        context = self.test.n_depth + self.test.n_gen // 2
-        return traffic.of_file(self.model.file, self.model.kv_types, context)
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
-
-
-def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample (divided by n - 1); 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    middle = mean(values)
-    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1))
 
 
 def _numbers(names: str, least: int, text: str) -> Callable[[F], F]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from runtime import __version__
 from runtime.cli import facts
-from runtime.cli.bench import Result, deviation, mean
 from runtime.cli.bench_plan import UBATCH, Setting
+from runtime.cli.bench_result import Result, deviation, mean
 
 # header, width, flush right: as llama-bench draws them
 _FIRST = (
@@ -164,7 +164,7 @@ FORMATS: dict[str, type[Printer]] = {
 
 def fields(result: Result) -> dict[str, Any]:
     """A result under llama-bench's keys, then `bandwidth_share` and `gmac_per_s` (or None)."""
-    from runtime.cli.devices import cpu_name
+    from runtime.backends.cpu.run.cores import cpu_name
 
     file, speeds = result.model.file, result.speeds
     nanoseconds = [round(1e9 * s) for s in result.seconds]

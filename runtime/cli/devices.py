@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -45,8 +41,8 @@ def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
 
 def _cpu() -> dict[str, Any]:
     from runtime.backends.cpu.compile import isa
-    from runtime.backends.cpu.run.cores import physical_cores
-    from runtime.environment import cache_dir
+    from runtime.backends.cpu.run.cores import cpu_name, physical_cores
+    from runtime.backends.environment import cache_dir
     from runtime.memory.budget import available_memory
 
     return {
@@ -79,23 +75,6 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("", "bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s read"))
     rows.append(("cuda", "", "not in this version: models run on the CPU"))
     return rows
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        if sys.platform == "linux":
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            names = [
-                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-            ]
-            return names[0] if names else platform.machine()
-        if sys.platform == "darwin":
-            asked = ("sysctl", "-n", "machdep.cpu.brand_string")
-            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _total_memory() -> int | None:

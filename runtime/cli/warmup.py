@@ -32,7 +32,7 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     is compiled for one model serves all models of the same types. Without this, the first run
     does it.
     """
-    from runtime.environment import cache_dir
+    from runtime.backends.environment import cache_dir
 
     started = time.perf_counter()
     loaded = load(model_argument(model, model_option), **load_arguments(options))

@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator
 
 from runtime.backends.base import Progress
+from runtime.backends.cpu.tile.spec import TILE_KERNELS
 from runtime.backends.plan import pool
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.library import Head
@@ -13,9 +14,7 @@ from runtime.backends.plan.library import Head
 
 def compile_one(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
     """Symbol and arguments ("symbol", "arguments"), and object code, compiled in this process."""
-    from runtime.backends.cpu.compile.library import is_numba
-
-    if not is_numba(kernel):
+    if kernel.name in TILE_KERNELS:
         return _compile_tile(kernel, isa)
     from runtime.backends.cpu.kernels.compile import compile_kernel
 
@@ -43,11 +42,9 @@ def compile_all(
 
     BackendError names the kernel that failed and the compiler's last line.
     """
-    from runtime.backends.cpu.compile.library import is_numba
-
     environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
     environment.pop("RUNTIME_CPU_ISA", None)
-    slow_first = sorted(kernels, key=lambda k: not is_numba(k))
+    slow_first = sorted(kernels, key=lambda k: k.name in TILE_KERNELS)
     with pool.Pool(__name__, isa, "CPU", environment) as processes:
         yield from processes.compile(slow_first, len(kernels), progress)
 

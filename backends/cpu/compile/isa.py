@@ -132,7 +132,7 @@ def selected() -> str:
 
     Raises BackendError when the one that was asked for cannot run here, with what is missing.
     """
-    from runtime.environment import cpu_isa
+    from runtime.backends.environment import cpu_isa
 
     forced = cpu_isa()
     if forced is not None and forced not in available():

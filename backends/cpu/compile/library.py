@@ -16,13 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 from runtime.backends.base import Progress
 from runtime.backends.cpu.compile import objects
 from runtime.backends.cpu.kernels import KERNELS
+from runtime.backends.cpu.tile.spec import TILE_KERNELS
 from runtime.backends.plan import library as plan_library
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.library import Head
 from runtime.ops.errors import BackendError
 
 _HERE = "runtime.backends.cpu"
-_TILES = {"matmul": "emit", "matmul_id": "emit", "pack_weights": "pack"}  # kernel -> file of tile/
 _Word = TypeVar("_Word")
 
 
@@ -56,9 +56,9 @@ class Library(plan_library.Library[Native]):
 
     def modules(self, kernel: Kernel) -> tuple[str, ...]:
         """See plan/library.py."""
-        if is_numba(kernel):
-            return KERNELS.module(kernel.name), f"{_HERE}.kernels.compile"
-        return f"{_HERE}.tile.{_TILES[kernel.name]}", f"{_HERE}.compile.objects"
+        if kernel.name in TILE_KERNELS:
+            return f"{_HERE}.tile.{TILE_KERNELS[kernel.name]}", f"{_HERE}.compile.objects"
+        return KERNELS.module(kernel.name), f"{_HERE}.kernels.compile"
 
     def toolchain(self) -> str:
         """Of the instruction set, the system, and the versions of Python, Numba and llvmlite."""
@@ -76,11 +76,6 @@ class Library(plan_library.Library[Native]):
         """See plan/library.py."""
         address = objects.load_object(code, head["symbol"], extra_symbols())
         return Native(address, tuple(head["arguments"]))
-
-
-def is_numba(kernel: Kernel) -> bool:
-    """Whether Numba compiles it; the tile emitter's kernels need llvmlite alone."""
-    return kernel.name not in _TILES
 
 
 @functools.cache
@@ -127,6 +122,6 @@ def _version_source(package: str) -> bytes:
 def library(isa: str | None = None) -> Library:
     """The library of an instruction set (default: the selected one), with the user's cache."""
     from runtime.backends.cpu.compile.isa import selected
-    from runtime.environment import cache_dir
+    from runtime.backends.environment import cache_dir
 
     return Library(isa or selected(), cache_dir())

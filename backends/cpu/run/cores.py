@@ -1,8 +1,10 @@
-"""How many processor cores this process may use."""
+"""The processor: its name, and how many of its cores this process may use."""
 
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,3 +30,20 @@ def _linux_cores(allowed: set[int]) -> set[str]:
         except OSError:
             return set()
     return found
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            names = [
+                line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+            ]
+            return names[0] if names else platform.machine()
+        if sys.platform == "darwin":
+            asked = ("sysctl", "-n", "machdep.cpu.brand_string")
+            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()

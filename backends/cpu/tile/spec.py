@@ -36,6 +36,8 @@ PACK_ARGS: tuple[str, ...] = (
     "src_matrix_bytes",  # between matrices
     "dst_matrix_bytes",  # between packed matrices
 )
+# kernels of this folder, and the file that each is emitted in
+TILE_KERNELS = {"matmul": "emit", "matmul_id": "emit", "pack_weights": "pack"}
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values

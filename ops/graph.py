@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from runtime.ops.cached import cached_property
 from runtime.ops.cost import Cost, Seen, cost
 from runtime.ops.errors import OpError
+from runtime.ops.printing import render
 from runtime.ops.tensor import LEAVES, Tensor
 
 T = TypeVar("T")
@@ -54,8 +55,6 @@ class Graph:
         return sum((cost(node, seen or Seen()) for node in self.nodes), Cost(0, 0))
 
     def __str__(self) -> str:
-        from runtime.ops.printing import render
-
         return render(self)
 
 

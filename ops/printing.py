@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from runtime.ops.graph import Graph, walk
 from runtime.ops.tensor import LEAVES, Tensor
+
+if TYPE_CHECKING:
+    from runtime.ops.graph import Graph
 
 
 def render(graph: Graph) -> str:
@@ -14,10 +16,10 @@ def render(graph: Graph) -> str:
     numbers: dict[Tensor, str] = {}
     lines = [f"{graph.name}: {sum(n.op not in LEAVES for n in graph.nodes)} ops"]
 
-    def leaf(node: Tensor) -> None:
-        numbers[node] = node.name
-
-    def show(node: Tensor, *_: Any) -> None:
+    for node in graph.nodes:
+        if node.op in LEAVES:
+            numbers[node] = node.name
+            continue
         numbers[node] = f"%{len(lines)}"
         arguments = [numbers[x] for x in node.inputs] + attributes(node.attrs)
         label = f"  # {node.name}" if node.name else ""
@@ -26,8 +28,6 @@ def render(graph: Graph) -> str:
             f"{numbers[node]:>5} = {node.op}({', '.join(arguments)}) "
             f"{node.dtype.name}[{shape}]{label}"
         )
-
-    walk(graph, dict.fromkeys(LEAVES, leaf), show)
     lines.append("return " + ", ".join(numbers[o] for o in graph.outputs))
     return "\n".join(lines)
 

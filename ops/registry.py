@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.ops.dtypes import F32, DType
 from runtime.ops.errors import OpError
-from runtime.ops.tensor import LEAVES, Layout, Shape, Tensor
+from runtime.ops.tensor import LAYOUTS, LEAVES, Layout, Shape, Tensor
 
 ShapeRule = Callable[..., Shape | tuple[Shape, DType]]
 
@@ -124,8 +124,7 @@ def op(name: str, **declared: Any) -> Callable[[Callable[..., np.ndarray]], Op]:
     def register(reference: Callable[..., np.ndarray]) -> Op:
         if name in OPS:
             raise OpError(f"op {name!r} is already declared in {OPS[name].reference.__module__}")
-        OPS[name] = Op(name, reference=reference, **declared)
-        return OPS[name]
+        return _registered(OPS, Op(name, reference=reference, **declared))
 
     return register
 
@@ -134,8 +133,14 @@ def fused(name: str, **declared: Any) -> Op:
     """Declare an op that only passes make, in the file of the pass; its shape is what they say."""
     if name in OPS or name in FUSED:
         raise OpError(f"op {name!r} is already declared")
-    FUSED[name] = Op(name, shape=_given, reference=_given, **declared)
-    return FUSED[name]
+    return _registered(FUSED, Op(name, shape=_given, reference=_given, **declared))
+
+
+def _registered(ops: dict[str, Op], made: Op) -> Op:
+    ops[made.name] = made
+    if made.layout:
+        LAYOUTS[made.name] = made.layout
+    return made
 
 
 def _given(*_: Any, **__: Any) -> Any:

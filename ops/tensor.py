@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -94,11 +94,7 @@ class Tensor:
 
     @cached_property
     def _view(self) -> Layout | None:
-        if self.op in LEAVES:
-            return None
-        from runtime.ops.registry import find
-
-        layout = find(self.op).layout
+        layout = LAYOUTS.get(self.op)
         return layout(self) if layout else None
 
     @cached_property
@@ -118,6 +114,10 @@ class Tensor:
 
     def __repr__(self) -> str:
         return f"{self.name or self.op}: {self.dtype.name}{list(self.shape)}"
+
+
+# op -> where its result lies in another tensor's memory; ops/registry.py adds what ops declare
+LAYOUTS: dict[str, Callable[[Tensor], Layout]] = {}
 
 
 def dense_strides(shape: Shape) -> Shape:

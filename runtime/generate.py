@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from runtime.arguments import check_function, flag, listed, token_ids, whole, wrong
-from runtime.batch import check, check_room
+from runtime.engine.engine import OnPrompt, check_room
 from runtime.errors import OptionError
 from runtime.generation import Generation, Options, Prompt
-from runtime.session import OnPrompt, Session
+from runtime.session import Session
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -120,7 +120,7 @@ def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, An
         ids = token_ids(prompt)
     if not ids:
         raise OptionError("the prompt is empty and the model adds no start token; give some text")
-    check([(session, ids)], "last", model.vocab_size, model.context)
+    model._engine.check(session._sequence, ids)
     return Generation(model, Prompt(session, owned is None, len(session), ids), options)
 
 
@@ -177,7 +177,7 @@ def _session(model: Model, given: Any) -> Session | None:
         raise wrong("session", given, "a session made by model.session(), or None")
     if given.model is not model:
         raise OptionError("a session can only be continued by the model that made it")
-    given._check_open()
+    given._open()
     return given
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from runtime.engine.engine import OnPrompt
 from runtime.errors import OptionError
-from runtime.session import OnPrompt, Session
+from runtime.session import Session
 
 if TYPE_CHECKING:
     from runtime.model import Model

@@ -21,7 +21,7 @@ import numpy as np
 from runtime.errors import BackendError, Error
 
 if TYPE_CHECKING:
-    from runtime.model import Model
+    from runtime.engine.engine import Engine
 
 # Rounding activations to int8 moves a layer's values by about 1e-4 (measured on the golden
 # models, where weights are random); a wrong kernel moves them by 1e-1 and more.
@@ -29,7 +29,7 @@ _TOLERANCE = {"int8": 2e-2, "f32": 1e-6}
 
 
 def run_inspected(
-    model: Model, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+    engine: Engine, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
     validate: bool, level: int,
 ) -> np.ndarray:  # fmt: skip
     """Run one step as VALIDATE and DEBUG ask; the logits."""
@@ -39,30 +39,30 @@ def run_inspected(
         program.shown = True
         print(program.plan, file=sys.stderr)
         if level >= 4:
-            print(model.graph(live["tokens"], max(1, live["outputs"])), file=sys.stderr)
+            print(engine.graphs.graph(live["tokens"], max(1, live["outputs"])), file=sys.stderr)
     if validate:
-        return _validate(model, program, inputs, live)
+        return _validate(engine, program, inputs, live)
     (rows, *_), nanoseconds = program.profile(inputs, live)
-    _show_times(model, program.plan, nanoseconds, inputs, live, level)
+    _show_times(engine, program.plan, nanoseconds, inputs, live, level)
     return rows
 
 
 def _show_times(
-    model: Model, plan: Any, nanoseconds: np.ndarray, inputs: Mapping[str, np.ndarray],
+    engine: Engine, plan: Any, nanoseconds: np.ndarray, inputs: Mapping[str, np.ndarray],
     live: Mapping[str, int], level: int,
 ) -> None:  # fmt: skip
     """The table of a step: rows that do the same together, or each for itself from level 3."""
     from runtime.step_table import draw, lines, merged
     from runtime.traffic import LiveStep
 
-    step = LiveStep.of(model.file, inputs, live)
+    step = LiveStep.of(engine.file, inputs, live)
     found = lines(plan, nanoseconds, step)
     tokens, spent = live["tokens"], nanoseconds.sum() / 1e6
     title = f"step of {tokens} token{'s' * (tokens != 1)}, context {max(step.lengths)}"
     draw(
         found if level >= 3 else merged(found),
         f"{title}, {spent:.2f} ms",
-        _bandwidth(model.threads),
+        _bandwidth(engine.backend.threads),
     )
 
 
@@ -104,27 +104,27 @@ class _Tally:
             )
 
 
-def _tally(model: Model) -> _Tally:
+def _tally(engine: Engine) -> _Tally:
     """The model's tally, which reports when the model is closed or the program ends."""
-    if model._validated is None:
+    if engine.validated is None:
         tally = _Tally()
-        model._validated = weakref.finalize(model, tally.report)
-        _tallies[model] = tally
-    return _tallies[model]
+        engine.validated = weakref.finalize(engine, tally.report)
+        _tallies[engine] = tally
+    return _tallies[engine]
 
 
-_tallies: weakref.WeakKeyDictionary[Model, _Tally] = weakref.WeakKeyDictionary()
+_tallies: weakref.WeakKeyDictionary[Engine, _Tally] = weakref.WeakKeyDictionary()
 
 
 def _validate(
-    model: Model, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    engine: Engine, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
 ) -> np.ndarray:
     """Each row's named results against the reference's, which keeps its own cache."""
-    reference = _reference(model)
-    expected = reference.program(model.graph(live["tokens"], max(1, live["outputs"])))
+    reference = _reference(engine)
+    expected = reference.program(engine.graphs.graph(live["tokens"], max(1, live["outputs"])))
     expected.run(inputs, live)
-    tolerance = _TOLERANCE[model.backend.planner.options.activations]  # type: ignore[attr-defined]
-    tally = _tally(model)
+    tolerance = _TOLERANCE[engine.backend.planner.options.activations]  # type: ignore[attr-defined]
+    tally = _tally(engine)
     tally.steps += 1
 
     def compare(n: int, results: list[tuple[Any, np.ndarray]]) -> None:
@@ -153,25 +153,23 @@ def _validate(
     return program.run_each(inputs, live, compare)[0]
 
 
-def _reference(model: Model) -> Any:
+def _reference(engine: Engine) -> Any:
     """The model's shadow on the reference backend; its first use looks at every weight."""
-    if not hasattr(model, "_shadow"):
+    if not hasattr(engine, "_shadow"):
         from runtime.backends.reference import ReferenceBackend
 
-        warn_of_nan(model)
-        shadow = ReferenceBackend(model.file)
-        step = model._step_inputs(1, 1)
-        model._sequences.pages.copy_too(
-            [shadow.state(x) for x in (*step.k.values(), *step.v.values())]
-        )
-        model._shadow = shadow  # type: ignore[attr-defined]
-    return model._shadow  # type: ignore[attr-defined]
+        warn_of_nan(engine)
+        shadow = ReferenceBackend(engine.file)
+        step = engine.graphs.inputs(1, 1)
+        engine.pools.pages.copy_too([shadow.state(x) for x in (*step.k.values(), *step.v.values())])
+        engine._shadow = shadow  # type: ignore[attr-defined]
+    return engine._shadow  # type: ignore[attr-defined]
 
 
-def warn_of_nan(model: Model) -> list[str]:
+def warn_of_nan(engine: Engine) -> list[str]:
     """Names of the weights that hold NaN or infinity; each is named once on stderr."""
     found = []
-    for name, tensor in model.file.tensors.items():
+    for name, tensor in engine.file.tensors.items():
         if (
             tensor.dtype.name not in ("i8", "i16", "i32", "i64")
             and not np.isfinite(tensor.to_float32()).all()

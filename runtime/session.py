@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from runtime.arguments import whole
+from runtime.engine.engine import OnPrompt
+from runtime.engine.sequence import Record, Sequence
 from runtime.errors import OptionError
-from runtime.memory.pages import Pages
-from runtime.memory.slots import Recurrent
 from runtime.ops.errors import shown
 
 if TYPE_CHECKING:
     from runtime.model import Model
 
-OnPrompt = Callable[[int, int], Any]  # tokens evaluated, tokens to evaluate
 
-
-class Record(NamedTuple):
-    """Everything about a sequence that changes, as one value.
-
-    A change makes another record and puts it in place by one store. So whatever breaks off a
-    change, at any point, leaves the old record or the new one; and what pages and slots are held
-    is what the records of the open sequences say.
-    """
-
-    tokens: list[int]  # past `length`: nobody's, where the next record puts its tokens
-    length: int
-    pages: Pages
-    state: Recurrent | None = None  # of models with recurrent layers
-    closed: bool = False
-
-    @property
-    def evaluated(self) -> int:
-        """How many tokens the next step need not evaluate."""
-        return self.length if self.state is None else self.state.place
-
-    def cut(self, length: int) -> Record:
-        """Without what is past `length` tokens."""
-        state = None if self.state is None else self.state.cut(length)
-        return Record(self.tokens, length, self.pages.cut(length), state)
-
-    def shared(self) -> Record:
-        """The same once another sequence may hold its pages and slots."""
-        state = None if self.state is None else self.state.shared()
-        return Record(self.tokens, self.length, self.pages.shared(), state)
-
-    def copy(self) -> Record:
-        """The same for another sequence; this one has to be `shared`."""
-        return Record(self.tokens[: self.length], self.length, self.pages.copy(), self.state)
-
-    def without_memory(self) -> Record:
-        """What is left of it when it is closed."""
-        state = None if self.state is None else Recurrent()
-        return Record(self.tokens, self.length, Pages.room(0), state, True)
-
-
-class Holder:
-    """Tokens, the pages of their keys and values, and their recurrent state, until closed."""
+class Held:
+    """What a user has of a sequence of a model, until it is closed or forgotten."""
 
     _what = _made_by = ""
 
@@ -67,21 +26,21 @@ class Holder:
         if not isinstance(record, Record):
             raise OptionError(f"{type(self).__name__} is not made directly: {self._made_by}")
         self.model = model
-        self._record = record
-        model._sequences.add(self)
+        self._sequence = model._engine.sequence(record, f"this {self._what}")
 
     def __len__(self) -> int:
-        return self._record.length
+        return self._sequence.record.length
 
     def close(self) -> None:
         """Give its memory back; it cannot be used afterwards. Closing twice is once."""
-        with self.model._lock:
-            self._record = self._record.without_memory()
+        with self.model._engine.lock:
+            self._sequence.close()
 
-    def _check_open(self) -> None:
-        """OptionError once it is closed."""
-        if self._record.closed:
-            raise OptionError(f"this {self._what}")
+    def _open(self) -> Sequence:
+        """Its sequence; OptionError once it is closed."""
+        if self._sequence.record.closed:
+            raise OptionError(self._sequence.closed_error)
+        return self._sequence
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +56,7 @@ class Holder:
         )
 
 
-class Snapshot(Holder):
+class Snapshot(Held):
     """A session as it was, to go back to with `session.restore`. Made by `session.snapshot()`.
 
     It shares pages and state with the session and costs what the session changes afterwards: one
@@ -111,13 +70,14 @@ class Snapshot(Holder):
     @property
     def tokens(self) -> tuple[int, ...]:
         """The tokens that the session had."""
-        return tuple(self._record.tokens)
+        return tuple(self._sequence.record.tokens)
 
     def __repr__(self) -> str:
-        return f"<Snapshot of {len(self)} tokens{', closed' if self._record.closed else ''}>"
+        state = ", closed" if self._sequence.record.closed else ""
+        return f"<Snapshot of {len(self)} tokens{state}>"
 
 
-class Session(Holder):
+class Session(Held):
     """Tokens already evaluated, in order. Made by `model.session()`, continued by `eval`.
 
     Sessions of one model share its weights and its pools of memory. Calls from several threads
@@ -130,13 +90,14 @@ class Session(Holder):
     @property
     def tokens(self) -> list[int]:
         """Its tokens, as a list of its own."""
-        return self._record.tokens[: self._record.length]
+        record = self._sequence.record
+        return record.tokens[: record.length]
 
     @property
     def evaluated(self) -> int:
         """How many tokens the next step need not evaluate: all, or after a rewind of a model
         with recurrent layers those up to the last state that was kept."""
-        return self._record.evaluated
+        return self._sequence.record.evaluated
 
     def eval(
         self, ids: Iterable[int], logits: str = "all", on_prompt: OnPrompt | None = None
@@ -150,21 +111,16 @@ class Session(Holder):
 
     def fork(self) -> Session:
         """A second session that continues from here; memory is shared until one writes."""
-        with self.model._alone():
-            return Session(self.model, self._share().copy())
+        with self.model._engine.alone():
+            return Session(self.model, self._open().share().copy())
 
     def snapshot(self) -> Snapshot:
         """This session as it is now, exactly; nothing is copied but the list of tokens."""
-        with self.model._alone():
-            record = self._share().copy()
+        with self.model._engine.alone():
+            record = self._open().share().copy()
             if record.state is not None:
                 record = record._replace(state=record.state.alone())
             return Snapshot(self.model, record)
-
-    def _share(self) -> Record:
-        self._check_open()
-        self._record = self._record.shared()
-        return self._record
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot of this or another session of the same model.
@@ -172,31 +128,21 @@ class Session(Holder):
         What the session held is given back. OptionError, and nothing has changed, for a closed
         snapshot or one of another model.
         """
-        with self.model._alone():
-            self._check_open()
+        with self.model._engine.alone():
+            own = self._open()
             if not isinstance(snapshot, Snapshot):
                 raise OptionError(
                     f"restore takes a snapshot made by session.snapshot(), not {shown(snapshot)}"
                 )
             if snapshot.model is not self.model:
                 raise OptionError(_foreign(snapshot.model, self.model))
-            snapshot._check_open()
-            record = snapshot._record.copy()
-            if self._record.state is not None and record.state is not None:
-                same = min(self._kept_of(record), record.state.place)
-                past = self._record.state.cut(same).checkpoints
+            record = snapshot._open().record.copy()
+            if own.record.state is not None and record.state is not None:
+                same = min(_kept_of(own.record, record), record.state.place)
+                past = own.record.state.cut(same).checkpoints
                 state = record.state._replace(checkpoints=past).kept(message_end=True)
                 record = record._replace(state=state)
-            self._record = record
-
-    def _kept_of(self, other: Record) -> int:
-        """The last place of a checkpoint up to which the tokens of another are its own."""
-        own = self._record
-        places = [c.place for c in own.state.checkpoints] if own.state is not None else []
-        for place in reversed(places):
-            if place <= other.length and own.tokens[:place] == other.tokens[:place]:
-                return place
-        return 0
+            own.record = record
 
     def rewind(self, n: int) -> None:
         """Drop the last n tokens; OptionError when there are fewer.
@@ -206,15 +152,24 @@ class Session(Holder):
         bits are those of a session that never went further.
         """
         n = whole("n", n, 0)
-        with self.model._alone():
-            self._check_open()
+        with self.model._engine.alone():
+            own = self._open()
             if n > len(self):
                 raise OptionError(f"cannot rewind {n} tokens of a session of {len(self)}")
-            self._record = self._record.cut(len(self) - n)
+            own.record = own.record.cut(len(self) - n)
 
     def __repr__(self) -> str:
-        state = ", closed" if self._record.closed else ""
+        state = ", closed" if self._sequence.record.closed else ""
         return f"<Session {len(self)} of {self.model.context} tokens{state}>"
+
+
+def _kept_of(own: Record, other: Record) -> int:
+    """The last place of a checkpoint of one up to which the tokens of the other are the same."""
+    places = [c.place for c in own.state.checkpoints] if own.state is not None else []
+    for place in reversed(places):
+        if place <= other.length and own.tokens[:place] == other.tokens[:place]:
+            return place
+    return 0
 
 
 def _foreign(theirs: Model, ours: Model) -> str:

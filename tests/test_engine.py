@@ -12,7 +12,7 @@ from row_errors import check_rows
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
-from runtime.batch import largest_step
+from runtime.engine.batch import largest_step
 from runtime.errors import BackendError, MemoryLimitError, OptionError
 from runtime.model import Model
 
@@ -91,10 +91,12 @@ def test_prompts_longer_than_a_step_do_not_change_bits(tmp_path: Path):
     with runtime.load(path, threads=2) as model:
         with model.session() as session:
             rows = [session.eval(ids[i : i + 500]) for i in range(0, len(ids), 500)]
-            assert len(session._record.pages.held) == -(-1100 // 32)
+            assert len(session._sequence.record.pages.held) == -(-1100 // 32)
         with model.session() as session:
             whole = session.eval(ids)
-            assert session.tokens == ids and len(session._record.pages.held) == -(-1100 // 32)
+            assert session.tokens == ids and len(session._sequence.record.pages.held) == -(
+                -1100 // 32
+            )
         other, short = model.session(), model.session()
         both = model.step([(short, ids[:30]), (other, ids)])
     np.testing.assert_array_equal(whole, np.concatenate(rows))
@@ -125,7 +127,7 @@ def test_steps_of_large_models_are_smaller(monkeypatch: pytest.MonkeyPatch, tmp_
     found = {name: largest_step([shape, (8, 8), (4,)]) for name, shape in shapes.items()}
     assert found == {"0.6B": 512, "8B": 512, "32B": 128}
     assert largest_step([(64, 8192, 8192)], experts=8) == 64 and largest_step([]) == 512
-    monkeypatch.setattr(runtime.batch, "_ROW_MACS", 2 * 64 * 64 * 40)
+    monkeypatch.setattr(runtime.engine.batch, "_ROW_MACS", 2 * 64 * 64 * 40)
     told: list[tuple[int, int]] = []
     path = write_model(tmp_path / "m.gguf", Sizes(layers=1, heads=2, inner=64))
     with runtime.load(path, threads=1) as model:
@@ -198,12 +200,12 @@ def test_nothing_is_allocated_after_the_first_token(model: Model):
     with model.session() as session:
         session.eval([1, 2, 3])
         session.eval([4], "last")
-        programs = dict(model._programs)
-        program = model._program(1, 1)
+        programs = dict(model._engine.programs._made)
+        program = model._engine.programs.of(1, 1)
         tables = program._table._records.copy(), program._table._arguments.copy()
         for token in range(20):
             session.eval([token], "last")
-        assert model._programs == programs
+        assert model._engine.programs._made == programs
         np.testing.assert_array_equal(program._table._records, tables[0])
         np.testing.assert_array_equal(program._table._arguments, tables[1])
 

@@ -76,7 +76,7 @@ USES: list[Callable[[Model], Any]] = [
 def _dies(load: Callable[[], Model], use: Callable[[Model], Any]) -> None:
     """Loading, using and forgetting a model leaves nothing of it."""
     model = load()
-    parts = [weakref.ref(x) for x in (model, model.backend, model.file.__class__ and model._size)
+    parts = [weakref.ref(x) for x in (model, model.backend, model.file.__class__ and model._engine)
              if type(x).__weakrefoffset__]  # fmt: skip
     memory = getattr(getattr(model.backend, "weights", None), "_made", {}).values()
     arrays = [weakref.ref(array) for array in memory]

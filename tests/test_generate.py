@@ -148,12 +148,12 @@ def test_ignore_eos_never_chooses_an_end_token(model: Model):
 
 
 def test_an_answer_left_early_gives_its_pages_back(model: Model):
-    free = model._sequences.pages.free
+    free = model._engine.pools.pages.free
     answer = model.generate([1, 2], **chooses(5))
     next(answer)
-    assert model._sequences.pages.free < free
+    assert model._engine.pools.pages.free < free
     answer.close()
-    assert model._sequences.pages.free == free
+    assert model._engine.pools.pages.free == free
 
 
 def test_an_answer_tells_its_text_tokens_and_log_probabilities(model: Model):
@@ -268,11 +268,11 @@ def test_what_ends_with_an_error_stays_ended(model: Model):
     def refuses(token):
         raise KeyError("mine")
 
-    free = model._sequences.pages.free
+    free = model._engine.pools.pages.free
     answer = model.generate([1], on_token=refuses, **chooses(5))
     with pytest.raises(KeyError, match="mine"):
         next(answer)
-    assert list(answer) == [] and answer.reason is None and model._sequences.pages.free == free
+    assert list(answer) == [] and answer.reason is None and model._engine.pools.pages.free == free
 
 
 def test_reading_from_two_threads_is_one_clear_line(model: Model):
@@ -295,24 +295,24 @@ def test_reading_from_two_threads_is_one_clear_line(model: Model):
 
 
 def test_close_may_be_called_while_a_token_is_told(model: Model):
-    free = model._sequences.pages.free
+    free = model._engine.pools.pages.free
     answer = model.generate([1], on_token=lambda token: answer.close(), **chooses(5))
-    assert len(list(answer)) == 1 and model._sequences.pages.free == free
+    assert len(list(answer)) == 1 and model._engine.pools.pages.free == free
     with model.generate([1], **chooses(5)) as answer:
         next(answer)
-        assert model._sequences.pages.free < free
-    assert model._sequences.pages.free == free and list(answer) == []
+        assert model._engine.pools.pages.free < free
+    assert model._engine.pools.pages.free == free and list(answer) == []
 
 
 def test_an_answer_forgotten_half_way_gives_its_pages_back_at_once(model: Model):
-    free = model._sequences.pages.free
+    free = model._engine.pools.pages.free
     gc.disable()
     try:
         answer = model.generate([1], **chooses(5))
         next(answer)
-        assert model._sequences.pages.free < free
+        assert model._engine.pools.pages.free < free
         del answer
-        assert model._sequences.pages.free == free
+        assert model._engine.pools.pages.free == free
     finally:
         gc.enable()
 

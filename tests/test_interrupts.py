@@ -31,8 +31,9 @@ PACKAGE = Path(runtime.__file__).parent
 FILES = [
     str(PACKAGE / name)
     for name in (
-        "session.py", "advance.py", "batch.py", "model.py", "generate.py", "generation.py",
-        "memory/pages.py", "memory/slots.py",
+        "session.py", "model.py", "generate.py", "generation.py", "engine/engine.py",
+        "engine/advance.py", "engine/batch.py", "engine/pools.py", "engine/sequence.py",
+        "engine/programs.py", "memory/holders.py", "memory/pages.py", "memory/slots.py",
     )
 ]  # fmt: skip
 IDS = np.random.default_rng(4).integers(0, 80, 300).tolist()
@@ -50,7 +51,7 @@ class Case(NamedTuple):
 def fill(model: Model, *sessions: Session) -> list[Session]:
     """Sessions that hold every page but one."""
     found = []
-    while (free := model._sequences.pages.free) > 1:
+    while (free := model._engine.pools.pages.free) > 1:
         found.append(model.session())
         found[-1].eval((IDS * 2)[: min(7, free - 1) * 32], "none")
     return found
@@ -80,7 +81,7 @@ def fails(model: Model, session: Session, *others: Session) -> None:
 
 def run_out(model: Model, *others: Session) -> list[Any]:
     """No slot is free, and the checkpoints of one sequence are all there is to drop."""
-    pools = model._sequences
+    pools = model._engine.pools
     found = [model.session() for _ in range(pools.slots.free)]
     for session in found:
         session.eval([1], "none")
@@ -91,7 +92,7 @@ CASES = {
     "prompt": Case((0,), lambda m, s: s.eval(IDS[:40])),
     "long prompt": Case((5,), lambda m, s: s.eval(IDS[:90], "last", lambda *at: None)),
     "a program's first step": Case(
-        (3,), lambda m, s: s.eval([7, 8]), lambda m, *_: m._programs.clear() or ()
+        (3,), lambda m, s: s.eval([7, 8]), lambda m, *_: m._engine.programs.clear() or ()
     ),
     "decode": Case((40,), lambda m, s: s.eval([7], "last")),
     "decode into a new page": Case((63, 1), lambda m, s, o: s.eval([7], "last")),
@@ -131,7 +132,7 @@ def models(
     path = write_model(tmp_path_factory.mktemp("interrupts") / "m.gguf", size)
     options = {"threads": 1, "context": 256, "sequences": 1}
     with runtime.load(path, **options) as model, runtime.load(path, **options) as right:
-        model._most_tokens = 32  # so that prompts of a few dozen tokens take several steps
+        model._engine.most_tokens = 32  # so that prompts of a few dozen tokens take several steps
         yield model, right
 
 
@@ -154,18 +155,18 @@ class Scene:
 
     def tokens(self) -> list[tuple[int, ...] | None]:
         """Of every session, None where it is closed."""
-        return [None if s._record.closed else tuple(s.tokens) for s in self.sessions]
+        return [None if s._sequence.record.closed else tuple(s.tokens) for s in self.sessions]
 
     def free(self, wanted: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Free pages and slots; where less than wanted, after a collection, which takes long."""
-        pools = self.model._sequences
+        pools = self.model._engine.pools
         if pools.pages.free < wanted[0] or pools.slots.free < wanted[1]:
             gc.collect()
         return pools.pages.free, pools.slots.free
 
     def check_logits(self) -> None:
         """The next logits of all that can go on, in one step and then one by one."""
-        left = [s for s in self.sessions if not s._record.closed]
+        left = [s for s in self.sessions if not s._sequence.record.closed]
         for session in left[3:]:
             session.close()  # what is only there to fill the pools
         going = [s if isinstance(s, Session) else self._restored(s) for s in left[:3]]
@@ -197,7 +198,7 @@ _right: dict[Any, np.ndarray] = {}
 def sweep(models: tuple[Model, Model], case: Case, stride: int) -> int:
     """Interrupts before every stride-th line of a case; how many lines there were."""
     model = models[0]
-    everything = model._sequences.pages.count, model._sequences.slots.count
+    everything = model._engine.pools.pages.count, model._engine.pools.slots.count
     for _ in range(2):  # the first time programs are made, which is a case of its own
         scene = Scene(*models, case)
         old, free_old = scene.tokens(), scene.free()
@@ -211,7 +212,7 @@ def sweep(models: tuple[Model, Model], case: Case, stride: int) -> int:
         assert scene.tokens() == old and scene.free(free_old) == free_old
         where = interrupted(scene.act, FILES, line)
         assert where, f"line {line} of {total} was not reached"
-        assert not model._lock._is_owned(), f"{where}: the model stays locked"
+        assert not model._engine.lock._is_owned(), f"{where}: the model stays locked"
         assert scene.tokens() in (old, new), where
         least = min(free_old[0], free_new[0]), min(free_old[1], free_new[1])
         found = scene.free(least)
@@ -264,7 +265,7 @@ def storm(models: tuple[Model, Model], alarm: Callable[[float], None], enough: i
             broken += 1
         finally:
             alarm(0)
-        assert not model._lock._is_owned()
+        assert not model._engine.lock._is_owned()
         if len(session) > 80:
             session.rewind(len(session) - 5)
         row = session.eval([9])
@@ -272,7 +273,7 @@ def storm(models: tuple[Model, Model], alarm: Callable[[float], None], enough: i
     for holder in (*sessions, snapshot):
         holder.close()
     gc.collect()
-    pools = model._sequences
+    pools = model._engine.pools
     assert (pools.pages.free, pools.slots.free) == (pools.pages.count, pools.slots.count)
     return broken
 
@@ -302,7 +303,7 @@ ANSWERS = {
 def sweep_answer(demos: tuple[Model, Model], name: str, stride: int) -> int:
     """Interrupts before every stride-th line of an answer, in a session given and in its own."""
     model, right = demos
-    pages, whole = model._sequences.pages.count, None
+    pages, whole = model._engine.pools.pages.count, None
     for line in (-1, -1, *range(0, 10**6, stride)):
         with model.session() as session:
             session.eval([1, 2, 3, 4, 5], "none")
@@ -315,9 +316,9 @@ def sweep_answer(demos: tuple[Model, Model], name: str, stride: int) -> int:
             known = (*session.tokens, 9)
             np.testing.assert_array_equal(session.eval([9]), right.eval(known, "last"))
             interrupted(lambda: ANSWERS[name](model, None), FILES, line)
-        if model._sequences.pages.free < pages:
+        if model._engine.pools.pages.free < pages:
             gc.collect()
-        assert model._sequences.pages.free == pages and not model._lock._is_owned(), where
+        assert model._engine.pools.pages.free == pages and not model._engine.lock._is_owned(), where
     return line
 
 

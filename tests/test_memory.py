@@ -13,16 +13,20 @@ from small_models import NOVEL, write_model
 import runtime
 from runtime.errors import MemoryLimitError
 from runtime.memory import budget
+from runtime.memory.holders import Holder, Holders
 from runtime.memory.pages import PagePool, Pages
 from runtime.memory.slots import CHECKPOINTS, SPACING, Recurrent
 from runtime.ops import PAGE
 
 
-class Sequence:
+class Sequence(Holder):
     """Someone who holds pages, as sessions do."""
 
     def __init__(self, pages: Pages) -> None:
         self.pages = pages
+
+    def held_pages(self) -> np.ndarray:
+        return self.pages.held
 
 
 class Pool(PagePool):
@@ -30,19 +34,29 @@ class Pool(PagePool):
 
     def __init__(self, count: int = 8) -> None:
         self.memory, self.sequences = np.zeros((count, 4), np.uint8), list[Sequence]()
-        super().__init__(count, [self.memory], lambda: [s.pages.held for s in self.sequences])
+        super().__init__(count, [self.memory], Holders())
 
     def sequence(self, capacity: int = 8 * PAGE) -> Sequence:
-        self.sequences.append(Sequence(Pages.room(capacity)))
-        return self.sequences[-1]
+        return self._add(Sequence(Pages.room(capacity)))
 
     def fork(self, other: Sequence) -> Sequence:
         other.pages = other.pages.shared()
-        self.sequences.append(Sequence(other.pages.copy()))
-        return self.sequences[-1]
+        return self._add(Sequence(other.pages.copy()))
+
+    def _add(self, sequence: Sequence) -> Sequence:
+        self.sequences.append(sequence)
+        self._holders.add(sequence)
+        return sequence
+
+    def close(self, sequence: Sequence) -> None:
+        self.sequences.remove(sequence)
+        sequence.pages = Pages.room(0)
 
     def grow(self, *wanted: tuple[Sequence, int, int]) -> None:
         found = self.prepare([(s.pages, start, stop) for s, start, stop in wanted])
+        for pages in found:
+            if isinstance(pages, MemoryLimitError):
+                raise pages
         for (sequence, start, stop), pages in zip(wanted, found, strict=True):
             sequence.pages = pages
             assert pages.writable(start, stop)
@@ -80,7 +94,7 @@ def test_a_page_is_not_copied_for_its_last_holder():
     first = pool.sequence()
     pool.grow((first, 0, PAGE + 5))
     second, held = pool.fork(first), list(first.pages.held)
-    pool.sequences.remove(second)
+    pool.close(second)
     pool.grow((first, PAGE + 5, PAGE + 6))
     assert list(first.pages.held) == held and pool.free == 6
 
@@ -156,7 +170,8 @@ def test_any_order_of_operations_keeps_sequences_apart(steps: list[tuple[int, st
             del log[len(log) - min(n, len(log)) // PAGE * PAGE :]
             sequence.pages = sequence.pages.cut(len(log))
         elif what == "close" and len(written) > 1:
-            del pool.sequences[i], written[i]
+            pool.close(sequence)
+            del written[i]
         for s, w in zip(pool.sequences, written, strict=True):
             assert len(s.pages.held) == -(-len(w) // PAGE)
             for page in range(len(w) // PAGE):
@@ -223,8 +238,8 @@ def test_what_a_model_says_of_its_memory(tmp_path: Path, device: str, width: int
         assert memory.state == 2 * each * width
         assert memory.of(PAGE + 1) == memory.weights + 2 * memory.page + memory.state
         assert (memory.slots, memory.pages) == (
-            model._sequences.slots.count,
-            model._sequences.pages.count,
+            model._engine.pools.slots.count,
+            model._engine.pools.pages.count,
         )
 
 

@@ -68,11 +68,11 @@ def test_a_session_is_what_it_was(model: Model):
 def test_memory_that_held_no_numbers_is_used_again(model: Model):
     """Pages and slots are not cleared: what lies past the end of a sequence may be anything."""
     whole = model.eval(IDS)
-    count = model._sequences.pages.count
+    count = model._engine.pools.pages.count
     sessions = [model.session() for _ in range(count)]
     for session in sessions:
         session.eval([BAD], "none")  # nobody asks for logits, so nobody is told
-    assert not model._sequences.pages.free
+    assert not model._engine.pools.pages.free
     for session in sessions:
         session.close()
     np.testing.assert_array_equal(model.eval(IDS), whole)

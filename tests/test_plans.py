@@ -54,7 +54,7 @@ def test_snapshot(model: Model, tokens: int):
 
 def test_no_copies_and_few_ops(model: Model):
     plan = _plan(model, 1, 1)
-    p = model._architecture.p
+    p = model._engine.architecture.p
     assert plan.copies() == 0
     assert len(plan.instructions) <= p.layers * (11 if p.experts else 9) + 3
 

@@ -55,13 +55,13 @@ def whole(model: Model, prompt: list[int]) -> np.ndarray:
 def nothing_leaks(model: Model) -> Iterator[None]:
     yield
     gc.collect()
-    pools = model._sequences
+    pools = model._engine.pools
     assert free(model) == (pools.pages.count, pools.slots.count)
 
 
 def free(model: Model) -> tuple[int, int]:
     """Pages and slots that no sequence holds."""
-    return model._sequences.pages.free, model._sequences.slots.free
+    return model._engine.pools.pages.free, model._engine.pools.slots.free
 
 
 def same(model: Model, got: np.ndarray, want: np.ndarray) -> None:
@@ -214,7 +214,7 @@ def test_snapshots_take_a_slot_each(model: Model, prompt: list[int]):
         for at in range(0, 120, 4):
             session.eval(prompt[at : at + 4], "none")
             snapshots.append(session.snapshot())
-        assert model._sequences.slots.count - free(model)[1] <= 30 + 1
+        assert model._engine.pools.slots.count - free(model)[1] <= 30 + 1
         for snapshot in snapshots:
             snapshot.close()
 
@@ -289,11 +289,11 @@ def test_checkpoints_give_way(model: Model, prompt: list[int], whole: np.ndarray
     with model.session() as session:
         for at in range(0, 150, 15):
             session.eval(prompt[at : at + 15], "none")
-        assert len(session._record.state.checkpoints) > 1
-        holders = [model.session() for _ in range(model._sequences.slots.count - 1)]
+        assert len(session._sequence.record.state.checkpoints) > 1
+        holders = [model.session() for _ in range(model._engine.pools.slots.count - 1)]
         for holder in holders:
             holder.eval([1])
-        assert free(model)[1] == 0 and len(session._record.state.checkpoints) <= 1
+        assert free(model)[1] == 0 and len(session._sequence.record.state.checkpoints) <= 1
         session.rewind(10)
         same(model, session.eval(prompt[140:]), whole[140:])
         for holder in holders:
@@ -325,7 +325,7 @@ def test_a_step_that_breaks_changes_nothing(
     model: Model, prompt: list[int], whole: np.ndarray, monkeypatch, first: bool
 ):
     """Interrupted before or after the device has written, in a decode step and in a prompt."""
-    execute = model._execute
+    execute = model._engine._execute
 
     def broken(*arguments):
         if not first:
@@ -336,10 +336,10 @@ def test_a_step_that_breaks_changes_nothing(
         session.eval(prompt[:40], "none")
         session.eval(prompt[40:41], "none")
         for ids in (prompt[41:42], prompt[41:60]):
-            monkeypatch.setattr(model, "_execute", broken)
+            monkeypatch.setattr(model._engine, "_execute", broken)
             with pytest.raises(KeyboardInterrupt):
                 session.eval(ids)
-            monkeypatch.setattr(model, "_execute", execute)
+            monkeypatch.setattr(model._engine, "_execute", execute)
             assert session.tokens == prompt[:41]
         same(model, session.eval(prompt[41:]), whole[41:])
 
@@ -403,4 +403,4 @@ def test_snapshots_of_a_model_without_recurrent_layers(small_model: Path, prompt
         session.rewind(100)
         assert session.evaluated == 50
         session.close()
-        assert free(model)[0] == model._sequences.pages.count
+        assert free(model)[0] == model._engine.pools.pages.count

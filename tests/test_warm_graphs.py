@@ -14,8 +14,9 @@ from runtime.backends.cpu.planner import Planner, lower
 from runtime.backends.cpu.planner import options as cpu_options
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan.kernel import Kernel
-from runtime.batch import UBATCH
-from runtime.model import Model, capacity
+from runtime.engine.batch import UBATCH
+from runtime.engine.graphs import capacity
+from runtime.model import Model
 from runtime.ops import Graph
 from runtime.ops.rounding import KV_TYPES
 
@@ -50,7 +51,7 @@ def _check(path: Path, kv_type: str, options: Options, monkeypatch: pytest.Monke
     with runtime.load(path, devices="null", kv_type=kv_type) as model:
         monkeypatch.setattr(model.backend, "planner", Planner(options))
         needed = _kernels(list(_steps(model)), options)
-        assert needed - _kernels(model._warm_graphs(), options) == set()
+        assert needed - _kernels(model._engine.graphs.warm(model.backend), options) == set()
         assert len({kernel.name for kernel in needed}) > 6
 
 

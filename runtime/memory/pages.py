@@ -1,19 +1,18 @@
-"""Pages of the KV cache: who holds which is read off the sequences, never counted.
+"""Pages of the KV cache: a sequence lists its own, in order.
 
-A page holds PAGE tokens of every layer. A sequence lists its pages in order; a fork lists the
-same ones. A page that several sequences list is never written: the writer takes a copy first.
-A page that no sequence lists is free. So nothing is ever given back, and an operation that breaks
-off anywhere, before a sequence has what it took, leaves nothing behind.
+A page holds PAGE tokens of every layer. A fork lists the same pages. A page that several hold is
+never written: the writer takes a copy first. A page that nobody holds is free (see holders.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.errors import MemoryLimitError
+from runtime.memory.holders import Evictable, Holders
 from runtime.ops import PAGE
 
 
@@ -66,71 +65,88 @@ class Pages(NamedTuple):
 
 
 class PagePool:
-    """`count` physical pages; `arrays` are the layers' memory, first axis = page.
+    """`count` physical pages; `arrays` are the layers' memory, first axis = page."""
 
-    held: the pages of every sequence there is, each an int32 array of different pages.
-    """
-
-    def __init__(
-        self, count: int, arrays: Sequence[np.ndarray], held: Callable[[], Iterable[np.ndarray]]
-    ) -> None:
+    def __init__(self, count: int, arrays: Sequence[np.ndarray], holders: Holders) -> None:
         self.count = count
-        self._arrays, self._held = arrays, held
+        self._arrays, self._holders = arrays, holders
 
-    def holders(self) -> np.ndarray:
-        """int32 [count]: how many sequences hold each page."""
+    def holders(self, pinned: bool = False) -> np.ndarray:
+        """int32 [count]: how many hold each page; pinned: not counting who could give it up."""
         found = np.zeros(self.count, np.int32)
-        for pages in self._held():
-            found[pages] += 1
+        for holder in self._holders:
+            if not (pinned and isinstance(holder, Evictable)):
+                found[holder.held_pages()] += 1
         return found
 
     @property
     def free(self) -> int:
-        """Pages that no sequence holds."""
+        """Pages that nobody holds."""
         return int((self.holders() == 0).sum())
+
+    @property
+    def available(self) -> int:
+        """Pages that are free or can be had: nobody holds them who cannot give them up."""
+        return int((self.holders(pinned=True) == 0).sum())
 
     def copy_too(self, arrays: Sequence[np.ndarray]) -> None:
         """From now on a copied page is copied in these arrays too; first axis = page."""
         self._arrays = [*self._arrays, *arrays]
 
-    def prepare(self, wanted: Sequence[tuple[Pages, int, int]]) -> list[Pages]:
-        """The same pages with places start..stop-1 of each writable.
+    def prepare(self, wanted: Sequence[tuple[Pages, int, int]]) -> list[Pages | MemoryLimitError]:
+        """The same pages with places start..stop-1 of each writable; an error where they are not
+        to be had, and the others go on.
 
         New pages, and copies of those that others hold as well; of several here that hold one
-        page, the last may keep it if no other sequence does. The pages given stay as they were:
-        nothing has happened until all sequences have what comes back. MemoryLimitError when there
-        are not pages enough for all of them.
+        page, the last may keep it if nobody else does. The pages given stay as they were:
+        nothing has happened until all sequences have what comes back.
         """
-        holders = self.holders()
-        free = np.flatnonzero(holders == 0)[::-1].tolist()  # the first are used before the last
+        holders, free = self._freed(wanted)
         return [self._prepare(pages, start, stop, holders, free) for pages, start, stop in wanted]
+
+    def _freed(self, wanted: Sequence[tuple[Pages, int, int]]) -> tuple[np.ndarray, list[int]]:
+        """Holders and free pages, as many as are wanted where giving up helps."""
+        while True:
+            holders = self.holders()
+            free = np.flatnonzero(holders == 0)[::-1].tolist()  # the first are used before the last
+            missing = sum(_needed(*each, holders) for each in wanted) - len(free)
+            if missing <= 0 or not self._holders.evict(missing, 0):
+                return holders, free
 
     def _prepare(
         self, pages: Pages, start: int, stop: int, holders: np.ndarray, free: list[int]
-    ) -> Pages:
-        first, end = start // PAGE, -(-stop // PAGE)
-        row, held = pages.row, pages.row[first : min(pages.used, end)]
-        shared = np.flatnonzero(holders[held] > 1) + first
-        if len(shared):
-            row = row.copy()
+    ) -> Pages | MemoryLimitError:
+        shared, end = _shared(pages, start, stop, holders), -(-stop // PAGE)
+        if len(shared) + max(0, end - pages.used) > len(free):
+            return self._exhausted()
+        row = pages.row.copy() if len(shared) else pages.row
         for index in shared.tolist():
             page = int(row[index])
-            row[index] = self._copy(page, self._take(free))
+            row[index] = self._copy(page, free.pop())
             holders[page] -= 1
         for index in range(pages.used, end):
-            row[index] = self._take(free)
-        return Pages(row, max(end, pages.used), min(pages.own, first))
+            row[index] = free.pop()
+        return Pages(row, max(end, pages.used), min(pages.own, start // PAGE))
 
-    def _take(self, free: list[int]) -> int:
-        if not free:
-            raise MemoryLimitError(
-                f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in use; "
-                "close sessions or snapshots, or load the model with a larger `sequences` or a "
-                "smaller `context`"
-            )
-        return free.pop()
+    def _exhausted(self) -> MemoryLimitError:
+        return MemoryLimitError(
+            f"all {self.count} pages of the KV cache ({self.count * PAGE} tokens) are in use; "
+            "close sessions or snapshots, or load the model with a larger `sequences` or a "
+            "smaller `context`"
+        )
 
     def _copy(self, page: int, copy: int) -> int:
         for array in self._arrays:
             array[copy] = array[page]
         return copy
+
+
+def _shared(pages: Pages, start: int, stop: int, holders: np.ndarray) -> np.ndarray:
+    """Which of its pages of places start..stop-1, by number, somebody else holds too."""
+    first, end = start // PAGE, -(-stop // PAGE)
+    return np.flatnonzero(holders[pages.row[first : min(pages.used, end)]] > 1) + first
+
+
+def _needed(pages: Pages, start: int, stop: int, holders: np.ndarray) -> int:
+    """The most pages that it takes to make places start..stop-1 writable."""
+    return len(_shared(pages, start, stop, holders)) + max(0, -(-stop // PAGE) - pages.used)

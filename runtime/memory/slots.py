@@ -1,4 +1,4 @@
-"""Slots of recurrent state: who holds which is read off the sequences, never counted.
+"""Slots of recurrent state, and what of its past a sequence keeps in them.
 
 The state of a sequence is what its recurrent layers remember after some number of tokens. The
 next step reads one slot and writes another, or the same one when nobody else holds it; so keeping
@@ -8,10 +8,11 @@ past ("checkpoints") to go back to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from runtime.errors import MemoryLimitError
+from runtime.memory.holders import Evictable, Holders
 
 NONE = -1  # as `slot_in`: start from zeros
 CHECKPOINTS = 8  # of one sequence, besides the state it is in
@@ -114,21 +115,24 @@ def least_missed(checkpoints: Sequence[Checkpoint], place: int) -> Checkpoint:
 
 
 class SlotPool:
-    """`count` slots; each holds the recurrent and convolution state of all layers.
+    """`count` slots; each holds the recurrent and convolution state of all layers."""
 
-    held: the slots of every sequence there is.
-    """
-
-    def __init__(self, count: int, held: Callable[[], Iterable[set[int]]]) -> None:
+    def __init__(self, count: int, holders: Holders) -> None:
         self.count = count
-        self._held = held
+        self._holders = holders
 
     @property
     def free(self) -> int:
         """Slots that nobody holds."""
-        return self.count - len(set[int]().union(*self._held()))
+        return self.count - len(set[int]().union(*(h.held_slots() for h in self._holders)))
 
-    def take(self, used: set[int]) -> int | None:
+    @property
+    def available(self) -> int:
+        """Slots that are free or can be had: nobody holds them who cannot give them up."""
+        pinned = (h.held_slots() for h in self._holders if not isinstance(h, Evictable))
+        return self.count - len(set[int]().union(*pinned))
+
+    def take(self, used: Set[int]) -> int | None:
         """A slot that is not among those in use, if there is one."""
         return next((slot for slot in range(self.count) if slot not in used), None)
 

@@ -1,0 +1,1 @@
+"""One step of a model at a time: who is in it, what memory it takes, what it makes of whom."""

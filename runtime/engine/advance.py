@@ -1,0 +1,148 @@
+"""What a step makes of its sequences: prepared beside them, and put in place in one go at its end.
+
+The records of the sequences stay as they are while a step runs. What it takes is known to its
+`Advance`s alone, and is free again when they are forgotten. Only one step or other change of a
+model's sequences is under way at a time (see `Engine.alone`), so nothing else takes it meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections import abc, deque
+from dataclasses import dataclass
+from itertools import repeat
+
+from runtime.engine.sequence import Record, Sequence
+from runtime.errors import Error
+from runtime.memory.slots import NONE, Checkpoint, least_missed
+
+
+@dataclass(slots=True)
+class Piece:
+    """New tokens of one sequence, and which of their rows of logits are wanted.
+
+    rows: "none", "last" or "all" of them, or places in `ids`, rising. opens, closes: whether a
+    message begins before the first or ends with the last of them, so that a recurrent state is
+    worth keeping there; by default where there are several.
+    """
+
+    sequence: Sequence
+    ids: list[int]
+    rows: str | abc.Sequence[int] = "last"
+    opens: bool | None = None
+    closes: bool | None = None
+
+    def wanted(self) -> abc.Sequence[int]:
+        """Places in `ids`."""
+        n = len(self.ids)
+        if isinstance(self.rows, str):
+            return range({"all": 0, "last": n - 1, "none": n}[self.rows], n)
+        return self.rows
+
+
+class Advance:
+    """A sequence on its way through a step: `ids` are evaluated from place `start` on.
+
+    The first ones may be tokens that it has already; `new` of them it has not. `wanted`: of which
+    of `ids` logits are wanted. `state` and `slot_out`: what its recurrent layers read and write
+    next. `error`: why it cannot go on, while others do.
+    """
+
+    __slots__ = (
+        "before", "closes", "error", "ids", "new", "pages", "sequence", "slot_out", "start",
+        "state", "stop", "wanted",
+    )  # fmt: skip
+
+    def __init__(self, piece: Piece) -> None:
+        self.sequence, self.new = piece.sequence, len(piece.ids)
+        self.before = record = piece.sequence.record
+        self.pages, self.state, self.slot_out = record.pages, record.state, NONE
+        self.stop = record.length + self.new  # how many tokens it will have
+        self.start, self.ids, self.wanted = record.length, piece.ids, piece.wanted()
+        self.closes = self.new > 1 if piece.closes is None else piece.closes
+        self.error: Error | None = None
+        if self.state is not None:
+            self.start = self.state.place
+            if self.start < record.length:
+                again = record.length - self.start
+                self.ids = record.tokens[self.start : record.length] + piece.ids
+                self.wanted = [again + i for i in self.wanted]
+            elif self.new > 1 if piece.opens is None else piece.opens:
+                self.state = self.state.kept(message_end=True)
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """The slots that the next step reads and writes, of models with recurrent layers."""
+        assert self.state is not None, "only recurrent layers have slots"
+        return self.state.slot, self.slot_out
+
+    def end(self, place: int, message_end: bool) -> None:
+        """The device has evaluated the tokens up to `place`."""
+        if self.state is not None:
+            self.state = self.state.after(self.slot_out, place, message_end)
+            self.slot_out = NONE
+
+    def begun(self) -> Record | None:
+        """What the sequence is while the device writes; None where that is what it was.
+
+        The same tokens, but pages of its own in place of shared ones, and not the state that is
+        written over.
+        """
+        tokens, length, pages, state, _ = self.sequence.record
+        over = state is not None and self.slot_out == state.slot != NONE
+        if self.pages.row is not pages.row:
+            pages = self.pages.cut(length)
+        elif not over:
+            return None
+        if over and state is not None:
+            state = state.lost()
+        return Record(tokens, length, pages, state)
+
+    def done(self) -> Record:
+        """What the sequence is when the step has ended."""
+        if self.sequence.record.closed:
+            return self.sequence.record
+        tokens, length = self.before.tokens, self.before.length
+        del tokens[length:]
+        tokens.extend(self.ids[-self.new :])
+        return Record(tokens, self.stop, self.pages, self.state)
+
+    def held_slots(self) -> set[int]:
+        """What the sequence holds, and what the step takes beside."""
+        state = set() if self.state is None else self.state.held
+        return self.sequence.held_slots() | state | {self.slot_out} - {NONE}
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Those of the sequence, and those it is going to have."""
+        state = () if self.state is None else self.state.checkpoints
+        return sorted({*self.sequence.checkpoints, *state})
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Keep this one no longer, neither now nor after the step."""
+        self.sequence.drop(checkpoint)
+        if self.state is not None:
+            self.state = self.state.without(checkpoint)
+
+    def least_missed(self) -> Checkpoint:
+        """The checkpoint to drop first; it has one."""
+        assert self.state is not None, "who has a checkpoint has a state"
+        place = max(self.state.place, self.before.evaluated)
+        return least_missed(self.checkpoints, place)
+
+
+def begin(advances: abc.Sequence[Advance]) -> None:
+    """The device is about to write: nobody may count any more on what is written over."""
+    begun = [a.begun() for a in advances]
+    if any(begun):
+        _store(advances, [new or a.sequence.record for a, new in zip(advances, begun, strict=True)])
+
+
+def commit(advances: abc.Sequence[Advance]) -> None:
+    """The step has ended: its sequences are what it made of them, all at once."""
+    _store(advances, [a.done() for a in advances])
+
+
+def _store(advances: abc.Sequence[Advance], records: abc.Sequence[Record]) -> None:
+    sequences = [a.sequence for a in advances]
+    # `map` calls `setattr` without a line of Python between, so no interrupt comes between.
+    deque(map(setattr, sequences, repeat("record"), records), maxlen=0)

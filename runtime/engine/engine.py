@@ -1,0 +1,258 @@
+"""Engine: runs one native step at a time, of pieces of any mix of sequences."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from runtime.backends import forks
+from runtime.backends.base import Backend, Program, Progress
+from runtime.backends.environment import debug, inspected, validate
+from runtime.engine.advance import Advance, Piece, begin, commit
+from runtime.engine.batch import Batch, Part, bucket_below, cut, largest_step
+from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
+from runtime.engine.pools import Pools
+from runtime.engine.programs import Programs
+from runtime.engine.sequence import Record, Sequence
+from runtime.errors import BackendError, Error, MemoryLimitError, OptionError
+from runtime.gguf.reader import GGUFFile
+from runtime.memory.budget import Memory, choose
+from runtime.memory.pages import Pages
+from runtime.memory.slots import Recurrent
+from runtime.models.registry import Architecture
+from runtime.ops.errors import shown
+
+OnPrompt = Callable[[int, int], Any]  # tokens evaluated, tokens to evaluate
+
+_LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
+
+
+class Engine:
+    """Weights, memory and programs of one model on its device.
+
+    `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free.
+    """
+
+    def __init__(
+        self, file: GGUFFile, backend: Backend, architecture: Architecture,
+        kv_types: tuple[str, str], context: int | None, sequences: int,
+        progress: bool | Progress | None,
+    ) -> None:  # fmt: skip
+        self.file, self.backend, self.architecture = file, backend, architecture
+        # One step at a time: they share buffers and pages. Whatever changes who holds pages and
+        # slots waits too, so that nothing a step reads or writes is given away meanwhile.
+        self.lock = forks.lock()
+        self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
+        self._closed = False
+        page, slot = state_nbytes(backend, architecture, kv_types)
+        weights, trained = file.tensors_nbytes, architecture.p.context
+        size = choose(context, trained, sequences, page, weights, slot)
+        self.context, self.vocabulary = size.context, architecture.p.vocabulary
+        self.memory = Memory(weights, page, slot, size.pages, size.slots)
+        self.graphs = StepGraphs(architecture, kv_types, size)
+        self.most_tokens, self.most_rows = _limits(file, self.vocabulary)
+        step = self.graphs.inputs(1, 1)
+        arrays = [backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
+        self.pools = Pools(size.pages, arrays, size.slots)
+        self.programs = Programs(
+            backend, self.graphs.graph, capacity, self.graphs.warm, progress
+        )  # fmt: skip
+        self.programs.load(1, 1)
+
+    def alone(self) -> AbstractContextManager[Any]:
+        """The lock that whoever changes sequences holds; OptionError where that cannot be."""
+        if self.lock._is_owned():
+            raise OptionError(
+                "a step of this model is under way; on_prompt can stop it by an exception, and "
+                "cannot use the model or change its sessions"
+            )
+        return self.lock
+
+    def sequence(self, record: Record, closed_error: str) -> Sequence:
+        """A sequence with that record."""
+        made = Sequence(record, closed_error)
+        self.pools.holders.add(made)
+        return made
+
+    def empty(self) -> Record:
+        """The record of an empty sequence."""
+        self.check_open()
+        state = Recurrent() if self.memory.slots else None
+        return Record([], 0, Pages.room(self.context), state)
+
+    def run(self, pieces: abc.Sequence[Piece]) -> list[np.ndarray | Error]:
+        """One native step: of each piece float32 [rows wanted, vocabulary], or why it failed.
+
+        A piece that fails (no memory, a closed sequence, logits that are not finite) leaves its
+        sequence as it was and the others alone; those go on, all at once. What breaks the step
+        off leaves all sequences as they were. OptionError when there are more tokens than
+        `most_tokens`, with what is evaluated again after a rewind, or rows than `most_rows`.
+        """
+        with self.alone():
+            advances = self._admitted(pieces)
+            self._check_size(advances)
+            self.pools.reserve([a for a in advances if a.error is None])
+            going, batch = [a for a in advances if a.error is None], Batch()
+            for advance in going:
+                batch.add(Part.of(advance, 0, len(advance.ids)))
+            begin(going)
+            logits = self._step(batch) if batch.parts else np.empty((0, self.vocabulary))
+            results = {advance: rows.copy() for advance, rows in batch.rows(logits)}
+            commit([advance for advance in results if advance.error is None])
+        return [a.error or results[a] for a in advances]
+
+    def run_all(
+        self, pieces: abc.Sequence[Piece], on_prompt: OnPrompt | None = None
+    ) -> list[np.ndarray]:
+        """All or nothing, in as many steps as it takes: of each piece its rows.
+
+        The first error of a piece is raised, and every sequence is as it was. on_prompt: see
+        `Model.step`.
+        """
+        with self.alone():
+            advances = self._admitted(pieces)
+            _raise(advances)
+            self.pools.reserve(advances)
+            _raise(advances)
+            begin(advances)
+            shapes = [(len(a.wanted), self.vocabulary) for a in advances]
+            results = {
+                a: np.empty(shape, np.float32) for a, shape in zip(advances, shapes, strict=True)
+            }
+            filled = dict.fromkeys(advances, 0)
+            batches: Iterable[Batch] = cut(advances, self.most_tokens, self.most_rows)
+            for batch in batches if on_prompt is None else _told(list(batches), on_prompt):
+                self.pools.reserve_slots([part.advance for part in batch.parts], advances)
+                _raise(advances)
+                logits = self._step(batch)
+                _raise(advances)
+                for advance, rows in batch.rows(logits):
+                    at = filled[advance]
+                    filled[advance] = at + len(rows)
+                    results[advance][at : at + len(rows)] = rows
+            commit(advances)
+        return [*results.values()]
+
+    def close(self) -> None:
+        """End threads and give memory back; sequences cannot go on afterwards."""
+        with self.alone():
+            self._closed = True
+            for holder in self.pools.holders:
+                holder.close()
+            self.backend.close()
+            if self.validated is not None:
+                self.validated()
+
+    def check_open(self) -> None:
+        """OptionError once it is closed."""
+        if self._closed:
+            raise OptionError("this model is closed; load it again")
+
+    def check(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
+        """OptionError or MemoryLimitError for what cannot be evaluated."""
+        if not ids:
+            raise OptionError("there are no tokens to evaluate; give at least one id")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            outside = next(i for i in ids if not 0 <= i < self.vocabulary)
+            raise OptionError(
+                f"token id {shown(outside)} is outside the vocabulary of {self.vocabulary}"
+            )
+        if sequence.record.closed:
+            raise OptionError(sequence.closed_error)
+        check_room(sequence.record.length, len(ids), self.context)
+
+    def _admitted(self, pieces: abc.Sequence[Piece]) -> list[Advance]:
+        """Each piece on its way, with an error where it is not one that can be evaluated."""
+        self.check_open()
+        if len({piece.sequence for piece in pieces}) != len(pieces):
+            raise OptionError("a session stands twice in one step; join its tokens")
+        advances = []
+        for piece in pieces:
+            advances.append(advance := Advance(piece))
+            try:
+                self.check(piece.sequence, piece.ids)
+            except Error as error:
+                advance.error = error.with_traceback(None)  # which would hold the advance
+        return advances
+
+    def _check_size(self, advances: abc.Sequence[Advance]) -> None:
+        for what, size, most in (
+            ("tokens", sum(len(a.ids) for a in advances), self.most_tokens),
+            ("rows of logits", sum(len(a.wanted) for a in advances), self.most_rows),
+        ):
+            if size > most:
+                raise OptionError(f"{size} {what} in one step of this model; most is {most}")
+
+    def _step(self, batch: Batch) -> np.ndarray:
+        """The device's logits, a view; parts whose logits are not finite have an error."""
+        program = self.programs.of(batch.tokens, batch.outputs)
+        inputs = batch.inputs(self.architecture.positions_per_token)
+        logits = self._execute(program, inputs, batch.live)
+        if not _finite(logits):
+            for advance, rows in batch.rows(logits):
+                if not _finite(rows):
+                    advance.error = self._not_finite()
+        for part in batch.parts:
+            part.finish()
+        return logits
+
+    def _execute(
+        self, program: Program, inputs: dict[str, np.ndarray], live: dict[str, int]
+    ) -> np.ndarray:
+        if inspected() and (validate() or debug() >= 2):
+            from runtime.inspection import run_inspected
+
+            return run_inspected(self, program, inputs, live, validate(), debug())
+        return program.run(inputs, live)[0]
+
+    def _not_finite(self) -> BackendError:
+        return BackendError(
+            f"{self.file.path}: the model's logits are not finite: a weight of the file is "
+            "damaged, or a kernel is broken; fetch the file again; VALIDATE=1 names the op"
+        )
+
+
+def _limits(file: GGUFFile, vocabulary: int) -> tuple[int, int]:
+    """Tokens and rows of logits of the largest step."""
+    layers = [t.shape for name, t in file.tensors.items() if name.startswith("blk.")]
+    used = file.metadata.get(f"{file.architecture}.expert_used_count", 1)
+    return largest_step(layers, used), bucket_below(_LOGITS_BYTES // (4 * vocabulary))
+
+
+def _finite(logits: np.ndarray) -> bool:
+    return bool(np.logical_and.reduce(np.isfinite(logits), axis=None))  # quicker than `all`
+
+
+def _raise(advances: abc.Sequence[Advance]) -> None:
+    """The first error of any; it and what it remembers of its way must not hold one another."""
+    for advance in advances:
+        if advance.error is not None:
+            error, advance.error = advance.error, None
+            try:
+                raise error
+            finally:
+                del error
+
+
+def _told(batches: list[Batch], on_prompt: OnPrompt) -> abc.Iterator[Batch]:
+    """The same; how far they have come is told before the first and after each."""
+    done, total = 0, sum(batch.tokens for batch in batches)
+    on_prompt(done, total)
+    for batch in batches:
+        yield batch
+        done += batch.tokens
+        on_prompt(done, total)
+
+
+def check_room(present: int, new: int, context: int) -> None:
+    """MemoryLimitError when a sequence of `present` tokens cannot take `new` more."""
+    if present + new > context:
+        before = f"{present} + {new}" if present else str(new)
+        raise MemoryLimitError(
+            f"{before} tokens do not fit in context={context}; "
+            "shorten the prompt or load the model with a larger context"
+        )

@@ -1,0 +1,67 @@
+"""The graphs of a model's steps: how much room each has, and of what memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.backends.base import Backend
+from runtime.engine.batch import UBATCH
+from runtime.memory.budget import CacheSize
+from runtime.models.registry import Architecture
+from runtime.models.step import Step
+from runtime.ops import PAGE, Graph
+
+
+@dataclass(frozen=True)
+class StepGraphs:
+    """Graphs of steps of a model with so much memory."""
+
+    architecture: Architecture
+    kv_types: tuple[str, str]
+    size: CacheSize
+
+    def inputs(self, tokens: int, outputs: int) -> Step:
+        """The inputs of a step with room for so many tokens and rows of logits."""
+        return Step.capacity(
+            tokens, outputs, -(-self.size.context // PAGE), self.size.pages, self.size.slots,
+            self.architecture.layers, self.kv_types, self.architecture.positions_per_token,
+            self.size.context,
+        )  # fmt: skip
+
+    def graph(self, tokens: int, outputs: int) -> Graph:
+        """The plain graph of such a step."""
+        return self.architecture.graph(self.inputs(tokens, outputs))
+
+    def warm(self, backend: Backend) -> list[Graph]:
+        """Graphs that between them use every kernel this model can need."""
+        buckets = [1 << n for n in range(UBATCH.bit_length())]
+        sizes = backend.distinct_sizes(self.graph(1, 1), buckets)
+        return [self.graph(t, r) for t in sizes for r in output_buckets(t)]
+
+
+def state_nbytes(
+    backend: Backend, architecture: Architecture, kv_types: tuple[str, str]
+) -> tuple[int, int]:
+    """Bytes of a page and of a slot on a device, all layers together."""
+    step = Step.capacity(1, 1, 1, 1, 1, architecture.layers, kv_types)
+    page, slot = (
+        sum(backend.page_nbytes(leaf) for group in groups for leaf in group.values())
+        for groups in ((step.k, step.v), (step.conv, step.delta))
+    )
+    return page, slot
+
+
+def bucket(n: int) -> int:
+    """The smallest power of two that holds n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def output_buckets(tokens: int) -> list[int]:
+    """The numbers of output rows that a step of `tokens` tokens (a bucket) is made for."""
+    return sorted({1, min(8, tokens), tokens})
+
+
+def capacity(tokens: int, outputs: int) -> tuple[int, int]:
+    """Tokens and output rows of the smallest program that holds a step of that size."""
+    t = bucket(tokens)
+    return t, next(r for r in output_buckets(t) if r >= outputs)

@@ -1,0 +1,84 @@
+"""Pools: the pages and slots of a model, and who holds which of them."""
+
+from __future__ import annotations
+
+from collections import abc
+from collections.abc import Iterable
+
+import numpy as np
+
+from runtime.engine.advance import Advance
+from runtime.engine.sequence import Sequence
+from runtime.errors import MemoryLimitError
+from runtime.memory.holders import Holder, Holders
+from runtime.memory.pages import PagePool
+from runtime.memory.slots import NONE, SlotPool
+
+
+class Pools:
+    """`pages` and `slots` of a model, and their `holders`."""
+
+    def __init__(self, n_pages: int, arrays: abc.Sequence[np.ndarray], n_slots: int) -> None:
+        self.holders = Holders()
+        self.pages = PagePool(n_pages, arrays, self.holders)
+        self.slots = SlotPool(n_slots, self.holders)
+
+    def reserve(self, advances: abc.Sequence[Advance]) -> None:
+        """Memory for all tokens of a step; who cannot have it gets an `error` and takes nothing.
+
+        Slots first: who has no slot must not have pages that another one would leave to it.
+        """
+        self.reserve_slots(advances, advances)
+        going = [a for a in advances if a.error is None]
+        if all(a.pages.writable(a.start, a.stop) for a in going):
+            return
+        found = self.pages.prepare([(a.pages, a.start, a.stop) for a in going])
+        for advance, pages in zip(going, found, strict=True):
+            if isinstance(pages, MemoryLimitError):
+                advance.error = pages
+            else:
+                advance.pages = pages
+
+    def reserve_slots(self, some: Iterable[Advance], advances: abc.Sequence[Advance]) -> None:
+        """Slots for what some of the `advances` under way write next, where there are none yet."""
+        if not self.slots.count:
+            return
+        for advance in some:
+            state = advance.state
+            if state is not None and advance.slot_out == NONE and advance.error is None:
+                advance.slot_out = state.slot if state.own else self._slot(advance, advances)
+
+    def _slot(self, advance: Advance, advances: abc.Sequence[Advance]) -> int:
+        """The slot its state is in where nobody else holds that, else one that nobody holds.
+
+        When none is free, who can is asked to give one up; then the least useful checkpoint of
+        all sequences gives way.
+        """
+        assert advance.state is not None, "only recurrent layers have slots"
+        own = advance.state.slot
+        under_way = {a.sequence for a in advances}
+        while True:
+            rest = [h for h in self.holders if h not in under_way]
+            others = _slots_of(rest) | _slots_of(a for a in advances if a is not advance)
+            if own not in others | {NONE} | {c.slot for c in advance.checkpoints}:
+                return own
+            free = self.slots.take(others | advance.held_slots())
+            if free is not None:
+                return free
+            if not self.holders.evict(0, 1) and not _drop_checkpoint([*advances, *rest]):
+                advance.error = self.slots.exhausted()
+                return NONE
+
+
+def _slots_of(holders: Iterable[Holder | Advance]) -> set[int]:
+    return set[int]().union(*(h.held_slots() for h in holders))
+
+
+def _drop_checkpoint(holders: Iterable[Holder | Advance]) -> bool:
+    """Of who has most of them the one that is missed least; False where nobody has any."""
+    keepers = [h for h in holders if isinstance(h, Advance | Sequence)]
+    fullest = max(keepers, key=lambda keeper: len(keeper.checkpoints))
+    if not fullest.checkpoints:
+        return False
+    fullest.drop(fullest.least_missed())
+    return True

@@ -1,0 +1,94 @@
+"""Sequence: tokens, the pages of their keys and values, and their recurrent state."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.memory.holders import Holder
+from runtime.memory.pages import Pages
+from runtime.memory.slots import Checkpoint, Recurrent, least_missed
+
+
+class Record(NamedTuple):
+    """Everything about a sequence that changes, as one value.
+
+    A change makes another record and puts it in place by one store. So whatever breaks off a
+    change, at any point, leaves the old record or the new one; and what pages and slots are held
+    is what the records of the open sequences say.
+    """
+
+    tokens: list[int]  # past `length`: nobody's, where the next record puts its tokens
+    length: int
+    pages: Pages
+    state: Recurrent | None = None  # of models with recurrent layers
+    closed: bool = False
+
+    @property
+    def evaluated(self) -> int:
+        """How many tokens the next step need not evaluate."""
+        return self.length if self.state is None else self.state.place
+
+    def cut(self, length: int) -> Record:
+        """Without what is past `length` tokens."""
+        state = None if self.state is None else self.state.cut(length)
+        return Record(self.tokens, length, self.pages.cut(length), state)
+
+    def shared(self) -> Record:
+        """The same once somebody else may hold its pages and slots."""
+        state = None if self.state is None else self.state.shared()
+        return Record(self.tokens, self.length, self.pages.shared(), state)
+
+    def copy(self) -> Record:
+        """The same for another sequence; this one has to be `shared`."""
+        return Record(self.tokens[: self.length], self.length, self.pages.copy(), self.state)
+
+    def without_memory(self) -> Record:
+        """What is left of it when it is closed."""
+        state = None if self.state is None else Recurrent()
+        return Record(self.tokens, self.length, Pages.room(0), state, True)
+
+
+class Sequence(Holder):
+    """Holds what its record says, until it is closed or forgotten.
+
+    `closed_error`: what to say to who goes on with it when it is closed.
+    """
+
+    __slots__ = ("closed_error", "record")
+
+    def __init__(self, record: Record, closed_error: str) -> None:
+        self.record, self.closed_error = record, closed_error
+
+    def held_pages(self) -> np.ndarray:
+        """See Holder."""
+        return self.record.pages.held
+
+    def held_slots(self) -> set[int]:
+        """See Holder."""
+        return set() if self.record.state is None else self.record.state.held
+
+    def close(self) -> None:
+        """See Holder."""
+        self.record = self.record.without_memory()
+
+    def share(self) -> Record:
+        """Its record, whose pages and slots others may hold from now on."""
+        self.record = self.record.shared()
+        return self.record
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """States of its past that it keeps, in order."""
+        return [] if self.record.state is None else list(self.record.state.checkpoints)
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Keep this one no longer."""
+        if self.record.state is not None:
+            self.record = self.record._replace(state=self.record.state.without(checkpoint))
+
+    def least_missed(self) -> Checkpoint:
+        """The checkpoint to drop first; it has one."""
+        assert self.record.state is not None, "who has a checkpoint has a state"
+        return least_missed(self.checkpoints, self.record.state.place)

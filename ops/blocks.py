@@ -177,6 +177,17 @@ def places_of(number: Bits, row: BlockFormat) -> int:
     return number.per or free // (number.step or number.width) + 1
 
 
+def place_of(number: Bits | Trits, row: BlockFormat, i: int) -> tuple[int, int]:
+    """Where number i is: which word of its field, and which bit (of `Trits`: which digit)."""
+    words = word_range(number, row)
+    if isinstance(number, Trits):
+        return words[i % len(words)], i // len(words)
+    places = places_of(number, row)
+    group, place = divmod(i // number.run, places)
+    shift = number.start + place * (number.step or number.width)
+    return words[group * number.run + i % number.run], shift
+
+
 # ---- the rows -------------------------------------------------------------------------------
 
 # kvalues_iq4nl of ggml-common.h

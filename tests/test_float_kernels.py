@@ -10,7 +10,7 @@ from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 from packed_rows import Packed, pack
 
 import runtime.gguf  # noqa: F401  (provides the code books)
-from runtime.backends.cpu.rules.rows import WIDENED
+from runtime.backends.cpu.tile.formats import READABLE
 from runtime.backends.cpu.tile.reference import quantise_activations
 from runtime.backends.cpu.tile.reference_pack import pack_split
 from runtime.backends.plan.kernel import Kernel
@@ -19,7 +19,8 @@ from runtime.ops.errors import BackendError
 from runtime.ops.quants import dequantize
 
 EPS = 1e-6
-TABLES = sorted(DTYPES.keys() - WIDENED)
+# formats whose rows are read by other instructions where there is no byte shuffle
+OTHERWISE = ("iq4_nl", "q5_0", "q1_0", "iq2_xs")
 NORM_LENGTHS = (1, 15, 16, 17, 63, 64, 100, 1024)
 
 
@@ -32,7 +33,7 @@ def _kernels() -> list[Kernel]:
         for kind in ("int8", "f32")
     ]
     silu = {"act": "silu"}
-    rows = [Kernel.of("get_rows", format=name) for name in TABLES]
+    rows = [Kernel.of("get_rows", format=name) for name in READABLE]
     moe = [
         each
         for kind in ("int8", "f32")
@@ -179,13 +180,17 @@ def test_kernels_that_do_not_exist(name, constants, message):
 def test_without_fused_multiply_add(rng):
     library("generic").prepare(
         [
-            *(Kernel.of("get_rows", format=kind) for kind in ("f16", "bf16")),
+            *(Kernel.of("get_rows", format=kind) for kind in ("f16", "bf16", *OTHERWISE)),
             *(Kernel.of("pack", C=4, kind="int8"), Kernel.of("rms_norm")),
         ]
     )
     x = rng.standard_normal((5, 96)).astype(np.float32)
     assert pack("pack", 4, "int8", x, isa="generic").bits() == pack("pack", 4, "int8", x).bits()
     np.testing.assert_allclose(normed(x, None, "generic"), rms_norm(x), rtol=4e-7)
+    for kind in OTHERWISE:
+        raw = rng.integers(0, 256, (7, nbytes_for(DTYPES[kind], (512,)))).astype(np.uint8)
+        found, wanted = get_rows(kind, raw, 512, "generic"), get_rows(kind, raw, 512)
+        assert np.array_equal(found, wanted, equal_nan=True)
     for kind in ("f16", "bf16"):
         raw = rng.integers(0, 256, (7, 128)).astype(np.uint8)
         raw[:, 1::2] &= 0xBF  # no NaN: what becomes of its payload is the processor's affair
@@ -242,7 +247,7 @@ def get_rows(
     return out.values[:4].copy()
 
 
-@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize("kind", READABLE)
 def test_get_rows_is_exact(rng, kind):
     dtype, n = DTYPES[kind], 512
     raw = rng.integers(0, 256, (7, nbytes_for(dtype, (n,)))).astype(np.uint8)
@@ -252,6 +257,19 @@ def test_get_rows_is_exact(rng, kind):
         wanted = dequantize(raw, dtype, (7, n))[[3, 6, 0, 3]]
     found = fenced_twice(lambda threads: get_rows(kind, raw, n, threads=threads))
     assert np.array_equal(found, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 37])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_get_rows_of_any_length(rng, kind, n):
+    values = rng.standard_normal((8, n)).astype(np.float32)
+    raw = {
+        "f32": values, "f16": values.astype(np.float16),
+        "bf16": (values.view(np.uint32) >> 16).astype(np.uint16),
+    }[kind].view(np.uint8)  # fmt: skip
+    wanted = dequantize(raw, DTYPES[kind], (8, n))[[3, 6, 0, 3]]
+    found = fenced_twice(lambda threads: get_rows(kind, raw, n, threads=threads))
+    assert np.array_equal(found, wanted)
 
 
 def test_gather_rows(rng):

@@ -19,7 +19,7 @@ DEFAULT = (
 WITHOUT_FMA = ("softmax", "rope-neox", "gated_delta", "pack-8")
 # Whole blocks alone (quantised rows, heads of whole units), pages, or no rows at all.
 ELSEWHERE = {
-    "executor", "get_rows", "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
+    "executor", "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
     "take", "sigmoid_gate_pack", "gated_norm_pack",
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ KERNELS = [
     Kernel.of("matmul", format="Q4_0", columns=8, activations="int8"),
     Kernel.of("matmul_id", format="Q4_0", columns=8, activations="int8"),
     Kernel.of("pack_weights", format="Q4_0"),
+    Kernel.of("get_rows", format="q4_0"),
 ]
 PROGRAM = """
 import json, sys
@@ -84,6 +85,7 @@ def _numba(*files: str) -> set[str]:
         ("cpu/kernels/moe.py", _numba("moe")),
         ("cpu/tile/emit.py", {"matmul", "matmul_id"}),
         ("cpu/tile/pack.py", {"pack_weights"}),
+        ("cpu/tile/get_rows.py", {"get_rows"}),
         ("cpu/kernels/simd.py", set(NUMBA.names())),
         ("cpu/kernels/attention_block.py", _numba("attention", "short_conv", "delta")),
     ],

@@ -62,16 +62,17 @@ class Guarded:
 @functools.cache
 def matmul_kernel(spec: TileSpec, isa_name: str) -> Any:
     """The compiled kernel (args, thread, n_threads)."""
-    return _loaded(emit_matmul(spec, isa_name), isa_name)
+    return loaded(emit_matmul(spec, isa_name), isa_name)
 
 
 @functools.cache
 def pack_kernel(name: str, isa_name: str) -> Any:
     """The compiled pack kernel of a format."""
-    return _loaded(emit_pack(name, isa_name), isa_name)
+    return loaded(emit_pack(name, isa_name), isa_name)
 
 
-def _loaded(ir: str, isa_name: str) -> Any:
+def loaded(ir: str, isa_name: str) -> Any:
+    """The kernel of a module, compiled: (args, thread, n_threads)."""
     return objects.function(objects.load_object(objects.compile_ir(ir, isa_name)))
 
 

@@ -23,12 +23,14 @@ def compile_one(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
 
 def _compile_tile(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
     from runtime.backends.cpu.compile import objects
-    from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
-    from runtime.backends.cpu.tile.spec import PACK_ARGS
+    from runtime.backends.cpu.tile import TileSpec, emit_get_rows, emit_matmul, emit_pack
+    from runtime.backends.cpu.tile.spec import GET_ROWS_ARGS, PACK_ARGS
 
     constants, arguments = dict(kernel.constants), PACK_ARGS
     if kernel.name == "pack_weights":
         module = emit_pack(constants["format"], isa)
+    elif kernel.name == "get_rows":
+        module, arguments = emit_get_rows(constants["format"], isa), GET_ROWS_ARGS
     else:
         spec = TileSpec(**constants, indirect=kernel.name == "matmul_id")
         module, arguments = emit_matmul(spec, isa), spec.arguments

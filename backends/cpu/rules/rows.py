@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from runtime.backends.cpu.rules.registry import lowers
+from runtime.backends.cpu.tile.formats import READABLE
 from runtime.backends.plan.lowering import Lowering
 from runtime.ops.dtypes import nbytes_for
 from runtime.ops.tensor import Tensor
-
-# Types of no table that a model has: the kernel does not know them.
-WIDENED = frozenset({"q8_1", "q8_k", "f64", "i8", "i16", "i32", "i64", "u8"})
 
 
 @lowers("get_rows")
 def get_rows(lower: Lowering, node: Tensor) -> None:
     """Rows dequantised from the mapped file; types without a kernel are widened at load."""
     table, ids = node.inputs
-    direct = table.dtype.name not in WIDENED
+    direct = table.dtype.name in READABLE
     form, kind = ("raw", table.dtype.name) if direct else ("vector", "f32")
     n = int(table.shape[1])
     lower.emit(

@@ -1,7 +1,7 @@
-"""Matmul over packed weights: layouts, pack kernels and the one emitter of tile kernels.
+"""Kernels that read weights: layouts, packing, matmul tiles, and rows of the file's blocks.
 
-`emit_matmul(TileSpec(...), isa)` and `emit_pack(format, isa)` give LLVM IR; the modules that need
-llvmlite are imported only when something is emitted.
+`emit_matmul(TileSpec(...), isa)`, `emit_pack(format, isa)` and `emit_get_rows(type, isa)` give LLVM
+IR; the modules that need llvmlite are imported only when something is emitted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ __all__ = [
     "FORMATS",
     "TileSpec",
     "activation_tile_nbytes",
+    "emit_get_rows",
     "emit_matmul",
     "emit_pack",
     "packed_nbytes",
@@ -32,3 +33,10 @@ def emit_pack(format_name: str, isa_name: str) -> str:
     from runtime.backends.cpu.tile.pack import emit_pack as emit
 
     return emit(format_name, isa_name)
+
+
+def emit_get_rows(name: str, isa_name: str) -> str:
+    """LLVM IR text of the kernel that reads embedding rows, see `tile.get_rows`."""
+    from runtime.backends.cpu.tile.get_rows import emit_get_rows as emit
+
+    return emit(name, isa_name)

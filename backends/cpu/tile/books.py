@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.cpu.tile.vector import I1, I8, I32, Code, ir, vec
+from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.codebooks import code_book
 
-# Formats that use another one's book.
-_SHARED = {"IQ1_M": "IQ1_S"}
 _SIGN, _EIGHTHS = 128, 16  # what is added to a level, and to eight times a level of IQ1
 
 
@@ -20,7 +19,7 @@ def words_of(name: str) -> np.ndarray[Any, Any]:
     IQ1 has levels -1, 0 and 1 and adds an eighth to all or takes it from all: codes are eight
     times the level + 16. The others have magnitudes: codes are those of positive signs, + 128.
     """
-    levels = code_book(_SHARED.get(name, name).lower())
+    levels = code_book(BLOCK_FORMATS[name.lower()].book)
     codes = 8 * levels + _EIGHTHS if name.startswith("IQ1") else levels + _SIGN
     return np.ascontiguousarray(codes.astype(np.uint8)).view("<u4")
 

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import DType
 from runtime.ops.errors import OpError
 
+READABLE = ("f32", "f16", "bf16", *BLOCK_FORMATS)  # types whose rows a kernel decodes
 ROWS = 16  # weight rows of one group
 LINE = 64  # bytes of one word plane of a group
 

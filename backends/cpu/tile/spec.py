@@ -26,6 +26,15 @@ INDIRECT_ARGS = (
     "bias_stride",  # elements between the biases of two experts
     "every",  # with one column: output rows that share a tile of activations, one after another
 )
+GET_ROWS_ARGS: tuple[str, ...] = (
+    "table",  # rows of blocks as in the file
+    "ids",  # int32 [rows]
+    "out",  # float32 [rows, n]
+    "live",  # address of the int64 number of live rows
+    "n",  # elements of a row
+    "row_bytes",  # between rows of the table
+    "out_stride",  # elements between rows of out
+)
 PACK_ARGS: tuple[str, ...] = (
     "src",  # rows of GGUF blocks
     "dst",  # packed groups
@@ -37,7 +46,12 @@ PACK_ARGS: tuple[str, ...] = (
     "dst_matrix_bytes",  # between packed matrices
 )
 # kernels of this folder, and the file that each is emitted in
-TILE_KERNELS = {"matmul": "emit", "matmul_id": "emit", "pack_weights": "pack"}
+TILE_KERNELS = {
+    "matmul": "emit",
+    "matmul_id": "emit",
+    "pack_weights": "pack",
+    "get_rows": "get_rows",
+}
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)
 Q_BYTES, SIDE_BYTES = 32, 20  # of one block of 32 of one column: int8 values; five 4-byte values

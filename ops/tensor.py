@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -106,11 +106,17 @@ class Tensor:
         """The tensor that owns the memory of this one (itself unless it is a view)."""
         return self.layout.base
 
-    def with_(self, **changed: Any) -> Tensor:
-        """A new node that differs in these fields."""
-        if "attrs" in changed:
-            changed["attrs"] = MappingProxyType(dict(changed["attrs"]))
-        return replace(self, **changed)
+    def with_(
+        self, op: str | None = None, inputs: tuple[Tensor, ...] | None = None,
+        shape: Shape | None = None, dtype: DType | None = None,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A new node of the same name that differs in these fields."""
+        return Tensor(
+            op or self.op, self.inputs if inputs is None else inputs,
+            self.shape if shape is None else shape, dtype or self.dtype,
+            self.attrs if attrs is None else MappingProxyType(dict(attrs)), self.name,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"{self.name or self.op}: {self.dtype.name}{list(self.shape)}"

@@ -53,12 +53,12 @@ def _show_times(
 ) -> None:  # fmt: skip
     """The table of a step: rows that do the same together, or each for itself from level 3."""
     from runtime.step_table import draw, lines, merged
-    from runtime.traffic import LiveStep
+    from runtime.traffic import seen_by
 
-    step = LiveStep.of(engine.file, inputs, live)
-    found = lines(plan, nanoseconds, step)
+    seen = seen_by(inputs, live, engine.backend.page_nbytes)
+    found = lines(plan, nanoseconds, seen)
     tokens, spent = live["tokens"], nanoseconds.sum() / 1e6
-    title = f"step of {tokens} token{'s' * (tokens != 1)}, context {max(step.lengths)}"
+    title = f"step of {tokens} token{'s' * (tokens != 1)}, context {max(seen.lengths)}"
     draw(
         found if level >= 3 else merged(found),
         f"{title}, {spent:.2f} ms",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.traffic import LiveStep
+from runtime.ops.cost import Seen, cost
 
 _LAYER = re.compile(r"^blk\.\d+\.")
 _SHOWN = ("format", "k_type", "v_type", "type", "kind")  # constants that tell kernels apart
@@ -27,13 +27,13 @@ class Line:
     nbytes: float
 
 
-def lines(plan: Any, nanoseconds: np.ndarray, step: LiveStep) -> list[Line]:
+def lines(plan: Any, nanoseconds: np.ndarray, seen: Seen) -> list[Line]:
     """A line for every row of the plan, in order; `nanoseconds` int64 [rows]."""
     return [
         Line(
             _counted(_kernel(c.kernel) for c in row.calls),
             ", ".join(dict.fromkeys(_subject(c) for c in row.calls)),
-            1, int(spent), sum(step.nbytes(c) for c in row.calls),
+            1, int(spent), sum(cost(c.node, seen).bytes for c in row.calls),
         )
         for row, spent in zip(plan.instructions, nanoseconds, strict=True)
     ]  # fmt: skip

@@ -11,12 +11,13 @@ import pytest
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
-from runtime import inspection, step_table
+from runtime import inspection, ops, step_table
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Instruction
 from runtime.errors import BackendError
+from runtime.ops.cost import Seen
+from runtime.ops.dtypes import DTYPES, F32
 from runtime.step_table import Line
-from runtime.traffic import LiveStep
 
 
 @pytest.fixture
@@ -56,15 +57,16 @@ def test_debug_3_shows_every_row(small: Path, monkeypatch, capsys):
 
 
 def test_lines_count_what_a_row_moves():
-    weight, result = Buffer("packed", "blk.4.w.weight", 4000), Buffer("arena", "r", 1000)
-    node = SimpleNamespace(name="blk.4.y", op="linear")
+    x, w = ops.step_input("x", (1, 32), F32), ops.weight("blk.4.w.weight", (10, 32), DTYPES["q4_0"])
+    node = ops.matmul(x, w, name="blk.4.y")
+    weight, result = Buffer("packed", w.name, w.nbytes), Buffer("arena", "r", node.nbytes)
     kernel = Kernel.of("matmul", format="Q4_0", columns=1)
-    call = Call(kernel, {}, (weight,), (result,), node)  # type: ignore[arg-type]
+    call = Call(kernel, {}, (weight,), (result,), node)
     plan = SimpleNamespace(instructions=[Instruction((call, call)), Instruction((call,))])
-    step = LiveStep({"tokens": 1}, (1,), (0, 0))
-    found = step_table.lines(plan, np.array([20, 10]), step)
-    assert found[0] == Line("2 matmul Q4_0", "blk.4.w", 1, 20, 10000)
-    assert found[1] == Line("matmul Q4_0", "blk.4.w", 1, 10, 5000)
+    found = step_table.lines(plan, np.array([20, 10]), Seen())
+    nbytes = 32 * 4 + 10 * 18 + 10 * 4
+    assert found[0] == Line("2 matmul Q4_0", "blk.4.w", 1, 20, 2 * nbytes)
+    assert found[1] == Line("matmul Q4_0", "blk.4.w", 1, 10, nbytes)
 
 
 def test_merged_lines_add_up_and_the_longest_comes_first():

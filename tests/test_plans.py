@@ -86,7 +86,7 @@ def test_rows_keep_the_order_of_dependent_calls(model: Model):
 def _call(reads: list[Buffer], writes: list[Buffer], divided: int = 0) -> Call:
     node = ops.step_input("x", (1,))
     own = frozenset((*reads, *writes)) if divided else frozenset()
-    return Call(Kernel.of("add"), {}, tuple(reads), tuple(writes), node, 0, divided, own)
+    return Call(Kernel.of("add"), {}, tuple(reads), tuple(writes), node, divided, own)
 
 
 def test_what_joins_a_row():

@@ -10,11 +10,11 @@ from small_models import Sizes, write_model
 
 import runtime
 from runtime import ops, traffic
-from runtime.backends.plan.plan import Buffer, Call
+from runtime.backends.cpu.pages import page_nbytes
 from runtime.cli import facts
 from runtime.gguf.reader import open_gguf
-from runtime.ops.dtypes import F16, F32
-from runtime.traffic import LiveStep
+from runtime.ops.cost import Seen, cost, moves
+from runtime.ops.dtypes import F16, F32, I32
 
 KV = ("f16", "f16")
 SIZES = [
@@ -65,7 +65,7 @@ def test_windows_bound_what_attention_reads():
     rest = [ops.step_input(n, (1, 1) if n == "table" else (1,)) for n in ("table", "s", "p")]
     for window, seen in ((0, 500), (128, 128)):
         node = ops.attention(q, pages, pages, *rest, scale=1.0, window=window)
-        found = traffic.of_token(ops.Graph((node,), "g"), 500)
+        found = traffic.of_token(ops.Graph((node,), "g"), 500, page_nbytes)
         assert found.kv == seen * 2 * 2 * 32 * 2
 
 
@@ -76,7 +76,7 @@ def test_recurrent_state_is_read_and_written():
     table, w = ops.weight("table", (5, 16), F32), ops.weight("w", (16, 4), F32)
     x = ops.get_rows(table, ops.step_input("tokens", (1,)))
     node = ops.short_conv(x, w, state, runs, *slot)
-    found = traffic.of_token(ops.Graph((node,), "g"), 9)
+    found = traffic.of_token(ops.Graph((node,), "g"), 9, page_nbytes)
     assert (found.state, found.weights, found.kv) == (2 * 3 * 16 * 4, 16 * 4 * 4 + 16 * 4, 0)
 
 
@@ -99,28 +99,57 @@ def test_calls_of_a_plan_add_up_to_the_token(tmp_path: Path, size: Sizes):
     path = write_model(tmp_path / "m.gguf", size)
     inputs = {"sequences": np.array([0]), "places": np.array([63])}
     with runtime.load(path, devices="null") as model:
-        step = LiveStep.of(model.file, inputs, {"tokens": 1, "outputs": 1, "sequences": 1})
+        seen = traffic.seen_by(inputs, LIVE, model.backend.page_nbytes)
         plan = model.backend.plan(model.graph(1, 1))
-        token = traffic.of_token(model.graph(1, 1), 64)
-    assert step.lengths == (64,) and step.experts == ((2, 6) if size.experts else (0, 0))
-    kinds = ("raw", "vector", "packed")
-    weights = sum(
-        step._of_weight(call, buffer)
-        for call in plan.calls()
-        for buffer in dict.fromkeys(call.reads)
-        if buffer.kind in kinds
-    )
+        token = traffic.of_token(model.graph(1, 1), 64, page_nbytes)
+        step = model.graph(1, 1).cost(seen)
+    assert seen.lengths == (64,)
+    found = [move for call in plan.calls() for move in moves(call.node, seen)]
+    weights = sum(nbytes for tensor, nbytes, _ in found if tensor.base.op == "weight")
     row = 64 * 4  # the embedding's row is read from the file, beside the output's packed copy
     assert weights == pytest.approx(token.weights + row)
-    attention = [call for call in plan.calls() if call.kernel.name.startswith("attention")]
-    pages = {b for call in attention for b in call.reads if b.kind == "state"}
-    kv = sum(step._of_state(c, b) for c in attention for b in set(c.reads) & pages)
-    assert kv == pytest.approx(token.kv)
+    states = [move for move in found if move.tensor.base.attrs.get("kind") == "pages"]
+    assert sum(m.nbytes for m in states if not m.written) == pytest.approx(token.kv)
+    assert token.nbytes < step.bytes < 1.2 * token.nbytes, "the graph's own cost agrees"
 
 
-def test_state_slots_of_a_call_count_twice_per_sequence():
-    leaf = ops.state("state.0.delta", (8, 2, 16, 16), F32, "slots")
-    buffer = Buffer("state", "state.0.delta", leaf.nbytes, tensor=leaf)
-    call = Call(None, {}, (buffer,), (buffer,), leaf)  # type: ignore[arg-type]
-    step = LiveStep({"tokens": 5}, (3, 2), (0, 0))
-    assert step.nbytes(call) == 2 * 2 * (2 * 16 * 16 * 4)
+LIVE = {"tokens": 1, "outputs": 1, "sequences": 1}
+
+
+def _delta(slots: int) -> ops.Tensor:
+    """Eight tokens of room, four sequences of room."""
+    t, s = ops.Dim("tokens", 8), ops.Dim("sequences", 4)
+    heads = [ops.step_input(name, (t, 2, 16), F32) for name in "qkv"]
+    gates = [ops.step_input(name, (t, 2), F32) for name in ("decay", "beta")]
+    state = ops.state("state.0.delta", (slots, 2, 16, 16), F32, "slots")
+    where = [ops.step_input(n, (s, 2) if n == "runs" else (s,)) for n in ("runs", "in", "out")]
+    return ops.gated_delta(*heads, *gates, state, *where, scale=1.0, order="tiled")
+
+
+def test_state_slots_count_twice_per_live_sequence():
+    seen = Seen({"tokens": 5, "sequences": 2})
+    each = 2 * 16 * 16 * 4
+    state = [m for m in moves(_delta(8), seen) if m.tensor.base.op == "state"]
+    assert [m.nbytes for m in state] == [2 * each, 2 * each]
+    assert [m.written for m in state] == [False, True]
+
+
+def test_what_is_not_live_costs_nothing():
+    node = _delta(8)
+    per_token = cost(node, Seen({"tokens": 1, "sequences": 0})).bytes
+    assert per_token == (4 * 2 * 16 + 2 * 2) * 4
+    assert cost(node, Seen({"tokens": 3, "sequences": 0})).bytes == 3 * per_token
+    assert cost(node, Seen()).flops == 8 / 3 * cost(node, Seen({"tokens": 3})).flops
+
+
+def test_of_experts_as_many_as_are_chosen():
+    """Never more than there are; each chosen one counts its matrix."""
+    w = ops.weight("w", (6, 10, 32), F32)
+    x, ids = (
+        ops.step_input("x", (8, 32), F32),
+        ops.step_input("ids", (ops.Dim("tokens", 8), 2), I32),
+    )
+    node = ops.matmul_id(x.with_(shape=(ids.shape[0], 32)), w, ids)
+    for tokens, matrices in ((1, 2), (2, 4), (3, 6), (8, 6)):
+        read = {m.tensor: m.nbytes for m in moves(node, Seen({"tokens": tokens}))}[w]
+        assert read == matrices * 10 * 32 * 4

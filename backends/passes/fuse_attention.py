@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from runtime.backends.passes.packing import PACKED, Options, node_of, only_user, pack
+from runtime.backends.passes.packing import Options, node_of, only_user, pack
 from runtime.ops.attention import attention, kv_write
 from runtime.ops.elementwise import mul, sigmoid
 from runtime.ops.graph import Graph, rewrite
@@ -94,6 +94,6 @@ def fuse_gate(graph: Graph, options: Options) -> Graph:
         gated = gated_heads(graph, node, x, sigmoid)
         if gated is None:
             return node.with_(inputs=(x,))
-        return node_of(sigmoid_gate_pack, gated, node, dtype=PACKED, **node.attrs)
+        return node_of(sigmoid_gate_pack, gated, node, **node.attrs)
 
     return rewrite(graph, {pack: gate})

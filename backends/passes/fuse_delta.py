@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.backends.passes.fuse_attention import gated_heads
-from runtime.backends.passes.packing import PACKED, Options, node_of, only_user, pack
+from runtime.backends.passes.packing import Options, node_of, only_user, pack
 from runtime.ops.delta import gated_delta, l2_norm, short_conv, softplus
 from runtime.ops.elementwise import add, mul, sigmoid, silu
 from runtime.ops.graph import Graph, rewrite
@@ -109,6 +109,6 @@ def fuse_gated_norm(graph: Graph, options: Options) -> Graph:
         (y, w), eps = norm.inputs, norm.attrs["eps"]
         if not y.layout.is_contiguous(y.shape):
             return node.with_(inputs=(x,))
-        return node_of(gated_norm_pack, (y, w, gate), node, dtype=PACKED, eps=eps, **node.attrs)
+        return node_of(gated_norm_pack, (y, w, gate), node, eps=eps, **node.attrs)
 
     return rewrite(graph, {pack: normed})

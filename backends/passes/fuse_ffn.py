@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.passes.packing import (
-    PACKED,
     Options,
     expert_tiles,
     node_of,
@@ -35,18 +34,18 @@ def fuse_packs(graph: Graph, options: Options) -> Graph:
 
     def tiles(node: Tensor, x: Tensor) -> Tensor:
         if rms_norm.made(x) and _only_packed(graph, node.inputs[0]):
-            return node_of(rms_norm_pack, x.inputs, node, dtype=PACKED, **node.attrs, **x.attrs)
+            return node_of(rms_norm_pack, x.inputs, node, **node.attrs, **x.attrs)
         gated = _swiglu(x)
         if gated and only_user(graph, node.inputs[0]):
             inputs, attrs = gated
-            return node_of(swiglu_pack, inputs, node, dtype=PACKED, **node.attrs, **attrs)
+            return node_of(swiglu_pack, inputs, node, **node.attrs, **attrs)
         return node.with_(inputs=(x,))
 
     def tiles_of_experts(node: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         gated = _swiglu(x)
         if gated and only_user(graph, node.inputs[0]):
             inputs, attrs = (*gated[0], experts), {**node.attrs, **gated[1]}
-            return node_of(swiglu_pack_rows, inputs, node, dtype=PACKED, **attrs)
+            return node_of(swiglu_pack_rows, inputs, node, **attrs)
         return node.with_(inputs=(x, experts))
 
     return rewrite(graph, {pack: tiles, pack_rows: tiles_of_experts})

@@ -19,7 +19,11 @@ from runtime.ops.registry import Kind, Op, fused
 from runtime.ops.tensor import Tensor
 
 FLOAT_FORMATS = ("F32", "F16", "BF16")
-PACKED = DType("packed", 1, 1, None)
+PACKED = {  # by what weights are multiplied with; sizes are those of the CPU's tiles
+    "int8": DType("int8 tiles", 32, 52, None),
+    "f32": DType("f32 tiles", 1, 4, None),
+    "split": DType("bf16 tiles", 1, 6, None),
+}
 PACKED_OPS = (matmul, matmul_id)  # what `pack_inputs` replaces: no rule sees them
 
 pack = fused("pack", kind=Kind.ROWWISE)  # rows of x as tiles of a matmul
@@ -120,7 +124,7 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
     def product(node: Tensor, x: Tensor, w: Tensor) -> Tensor:
         kind = activation_kind(w, options)
         width = columns(x.size // x.shape[-1], kind, options)
-        return node_of(linear, (once(pack, (x,), PACKED, C=width, kind=kind), w), node)
+        return node_of(linear, (once(pack, (x,), PACKED[kind], C=width, kind=kind), w), node)
 
     def chosen(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
         kind = activation_kind(w, options)
@@ -128,9 +132,10 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
         tiles = once(expert_tiles, (ids,), I32, C=width, experts=int(w.shape[0]))
         each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
         if width == 1:  # tiles find their row: nothing has to be gathered
-            packed, every = once(pack, (x,), PACKED, C=1, kind=kind), each
+            packed, every = once(pack, (x,), PACKED[kind], C=1, kind=kind), each
         else:
-            packed = once(pack_rows, (x, tiles), PACKED, C=width, kind=kind, divisor=each)
+            shape, tile = (*ids.shape, x.shape[-1]), {"C": width, "kind": kind}
+            packed = once(pack_rows, (x, tiles), PACKED[kind], shape=shape, **tile, divisor=each)
             every = 0
         return node_of(linear_id, (packed, w, tiles, *bias), node, every=every)
 

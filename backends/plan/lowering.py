@@ -109,13 +109,12 @@ class Lowering:
 
     def emit(
         self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
-        skipped: int = 0, **arguments: Any,
+        **arguments: Any,
     ) -> None:  # fmt: skip
         """Append a call; arguments by the names that the kernel's function gives them.
 
         They are integers, Refs to read, or `Out(ref)` to write.
         share: how the kernel divides some of them between threads, where it promises something.
-        skipped: bytes of its buffers that it leaves alone, such as experts that nobody chose.
         """
         plain = {n: a.ref if isinstance(a, Out) else a for n, a in arguments.items()}
         writes = [a.ref.buffer for a in arguments.values() if isinstance(a, Out)]
@@ -125,7 +124,6 @@ class Lowering:
             Call(
                 Kernel.of(kernel, **(constants or {})), plain,
                 tuple(dict.fromkeys(reads + updates)), tuple(dict.fromkeys(writes)), node,
-                sum(b.nbytes for b in {*reads, *writes} if b.kind != "state") - skipped,
                 share.length if share else 0, _own(share, plain),
             )
         )  # fmt: skip

@@ -67,7 +67,6 @@ class Call:
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
     node: Tensor
-    nbytes: int = 0  # read and written at full capacity, for bandwidth figures
     divided: int = 0
     own: frozenset[Buffer] = frozenset()
 
@@ -95,11 +94,6 @@ class Instruction:
     def writes(self) -> tuple[Buffer, ...]:
         """Buffers that any call writes, each once."""
         return tuple(dict.fromkeys(b for c in self.calls for b in c.writes))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its calls read and write at full capacity."""
-        return sum(c.nbytes for c in self.calls)
 
     def __str__(self) -> str:
         counted = Counter(str(c.kernel) for c in self.calls)

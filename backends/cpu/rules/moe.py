@@ -122,7 +122,7 @@ def linear_id(lower: Lowering, node: Tensor) -> None:
     x, w, tiles, *bias = node.inputs
     records, count, _ = _tiles(lower, tiles)
     rows, inner = int(w.shape[1]), int(w.shape[2])
-    every, experts = node.attrs["every"], int(w.shape[0])
+    every = node.attrs["every"]
     constants = {
         "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
     }  # fmt: skip
@@ -133,7 +133,6 @@ def linear_id(lower: Lowering, node: Tensor) -> None:
         live=lower.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,
         expert_stride=packed_nbytes(tile_format(w.dtype), rows, inner), bias_stride=rows,
         every=every, share=Share(rows, ("out",)) if every else None,
-        skipped=w.nbytes // experts * max(0, experts - tiles.size),
     )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ def get_rows(lower: Lowering, node: Tensor) -> None:
         "get_rows", node, {"format": kind}, table=lower.weight(table, form), ids=lower.read(ids),
         out=lower.write(node), live=lower.live(node), n=n,
         row_bytes=nbytes_for(table.dtype, (n,)) if direct else 4 * n, out_stride=n,
-        skipped=table.nbytes // int(table.shape[0]) * max(0, int(table.shape[0]) - node.shape[0]),
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def _f16(x: np.ndarray) -> np.ndarray:
 def _q8_0(x: np.ndarray) -> np.ndarray:
     """Blocks of 32 int8 with one float16 scale, as GGUF's Q8_0; zeros fill up the last."""
     filled = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 32)])
-    blocks = filled.reshape(*x.shape[:-1], -1, 32)
+    blocks = filled.reshape(*x.shape[:-1], filled.shape[-1] // 32, 32)
     exact = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact > 0)
     quants = np.rint(blocks * inverse)

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
+from runtime.ops.dtypes import F32, I32
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
 from runtime.ops.registry import FUSED, OPS, Kind, Op, kind_of
@@ -88,7 +89,7 @@ class Rules:
         lowering = self.lower(graph)
         kept = tuple(o for o in graph.outputs if o.base.op != "state")
         plan = Plan(
-            graph.name, make_rows(lowering.calls), [lowering.read(o) for o in kept], kept,
+            graph.name, make_rows(lowering.calls), [lowering._place(o) for o in kept], kept,
             lowering.counts, scratch_nbytes=lowering.scratch_nbytes,
         )  # fmt: skip
         place_buffers(plan, guarded)
@@ -129,9 +130,17 @@ class Lowering:
         )  # fmt: skip
 
     def read(self, x: Tensor) -> Ref:
-        """Where a tensor (or view) lies, as float32 or int32 in memory."""
-        layout = x.layout
-        return Ref(self._buffer(layout.base), layout.offset * 4)
+        """Where a tensor (or view) lies whose elements follow each other."""
+        if not x.layout.is_contiguous(x.shape):
+            raise Declined(f"{x!r} is not contiguous")
+        return self._place(x)
+
+    def _place(self, x: Tensor) -> Ref:
+        """Where a tensor (or view) begins, as float32 or int32 in memory."""
+        base = x.base
+        if base.op == "input" and base.dtype not in (F32, I32):
+            raise Declined(f"step input {base!r} is neither f32 nor i32")
+        return Ref(self._buffer(base), x.layout.offset * 4)
 
     def write(self, node: Tensor, nbytes: int | None = None) -> Out:
         """New arena memory for a node's result."""
@@ -182,7 +191,7 @@ class Lowering:
         """x as rows of its last axis: address, row length, live count, row stride."""
         strides, shape = x.layout.strides, x.shape
         if x.ndim == 1:
-            return self.read(x), int(shape[0]), self.count("=1"), int(shape[0])
+            return self._place(x), int(shape[0]), self.count("=1"), int(shape[0])
         if strides[-1] != 1 and shape[-1] != 1:
             raise Declined(f"rows of {x!r} are not contiguous")
         step = strides[-2]
@@ -192,7 +201,7 @@ class Lowering:
         factor = 1
         for n in shape[1:-1]:
             factor *= int(n)
-        return self.read(x), int(shape[-1]), self.live(x, factor), int(step)
+        return self._place(x), int(shape[-1]), self.live(x, factor), int(step)
 
     def tokens(self, x: Tensor) -> tuple[Ref, int, Ref, int]:
         """x as one row per element of its first axis: address, row length, live, row stride."""
@@ -201,14 +210,14 @@ class Lowering:
             if stride != tail and n != 1:
                 raise Declined(f"a row of {x!r} is not contiguous")
             tail *= int(n)
-        return self.read(x), tail, self.live(x), int(x.layout.strides[0])
+        return self._place(x), tail, self.live(x), int(x.layout.strides[0])
 
     def heads(self, x: Tensor) -> tuple[Ref, int, int]:
         """x [tokens, heads, dim], a view or not: address, token stride, head stride."""
         token, head, step = x.layout.strides
         if step != 1 and x.shape[2] != 1:
             raise Declined(f"heads of {x!r} are not contiguous")
-        return self.read(x), int(token), int(head)
+        return self._place(x), int(token), int(head)
 
     def _buffer(self, base: Tensor) -> Buffer:
         if base in self._buffers:

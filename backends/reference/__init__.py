@@ -12,6 +12,7 @@ import numpy as np
 
 from runtime.backends.base import Progress
 from runtime.ops.graph import Graph, walk
+from runtime.ops.quants import dequantize
 from runtime.ops.registry import find
 from runtime.ops.tensor import Dim, Tensor, stored_name
 
@@ -98,7 +99,8 @@ class ReferenceProgram:
 
 
 def _compute(node: Tensor, *inputs: np.ndarray) -> np.ndarray:
-    wide = [x.astype(np.float64) if x.dtype == np.float32 and x.ndim < 4 else x for x in inputs]
+    narrow = (np.float16, np.float32)
+    wide = [x.astype(np.float64) if x.dtype in narrow and x.ndim < 4 else x for x in inputs]
     return find(node.op).reference(*wide, **node.attrs)
 
 
@@ -107,4 +109,6 @@ def _live_shape(node: Tensor, live: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _live_part(node: Tensor, value: np.ndarray, live: Mapping[str, int]) -> np.ndarray:
-    return value[: _live_shape(node, live)[0]]
+    part = value[: _live_shape(node, live)[0]]
+    # bfloat16 is kept as its bits, which no numpy type reads
+    return dequantize(part, node.dtype, part.shape) if node.dtype.name == "bf16" else part

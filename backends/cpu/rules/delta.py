@@ -30,8 +30,6 @@ def short_conv(lower: Lowering, node: Tensor) -> None:
     channels, taps = int(w.shape[0]), int(w.shape[1])
     if taps > MAX_TAPS:
         raise Declined(f"{taps} taps are more than {MAX_TAPS}")
-    if not w.layout.is_contiguous(w.shape):
-        raise Declined(f"the filters {w!r} are not contiguous")
     address, _, _, stride = lower.rows(x)
     block = node.attrs.get("head_dim", CONV_BLOCK)
     scratch = conv_scratch_nbytes(block, taps)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from runtime.backends.cpu.rules.registry import lowers
 from runtime.backends.cpu.sizes import float_bits
-from runtime.backends.plan.lowering import Declined, Lowering
-from runtime.ops.tensor import Tensor, dense_strides
+from runtime.backends.plan.lowering import Lowering
+from runtime.ops.tensor import Tensor
 
 
 @lowers("rope_angles")
@@ -13,8 +13,6 @@ def rope_angles(lower: Lowering, node: Tensor) -> None:
     """cos and sin of this step's positions, once for all layers."""
     positions, inv_freq, *components = node.inputs
     width = int(positions.shape[1]) if components else 1
-    if positions.layout.strides != dense_strides(positions.shape):
-        raise Declined(f"{positions!r} is not contiguous")
     lower.emit(
         "rope_angles", node, positions=lower.read(positions), width=width,
         components=lower.read(components[0]) if components else 0,

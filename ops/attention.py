@@ -33,12 +33,8 @@ def _slots(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return rng.permutation(4 * PAGE)[: shape[0]].astype(np.int32)
 
 
-def _zeros(rng: np.random.Generator, shape: Shape) -> np.ndarray:
-    return np.zeros(shape)
-
-
 def _write_case(kv: str, tolerance: float) -> Case:
-    pages = Arg((4, PAGE, 2, 32), DTYPES[kv], _zeros, "state")
+    pages = Arg((4, PAGE, 2, 32), DTYPES[kv], leaf="state")
     attrs = {"which": "k", "kv": kv}
     return Case(((5, 2, 32), pages, Arg((5,), I32, _slots)), attrs, tolerance)
 
@@ -51,7 +47,7 @@ def _write_case(kv: str, tolerance: float) -> Case:
     layout=lambda node: node.inputs[1].layout,
     shape=_write_shape,
     flops=0,
-    cases=[_write_case("f32", 1e-14), _write_case("f16", 1e-12), _write_case("q8_0", 1e-7)],
+    cases=[_write_case(kv, 1e-14) for kv in KV_TYPES],
 )
 def kv_write(
     x: np.ndarray, pages: np.ndarray, slots: np.ndarray, *, which: str, kv: str
@@ -85,12 +81,17 @@ def _places(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return rng.integers(0, 3 * PAGE, shape).astype(np.int32)
 
 
-def _case(tokens: int, heads: int, kv_heads: int, dim: int, **attrs: float) -> Case:
-    pages = Arg((6, PAGE, kv_heads, dim), leaf="state")
+def _case(
+    tokens: int, heads: int, kv_heads: int, dim: int, kv: str = "f32", sinks: bool = False,
+    **attrs: float,
+) -> Case:  # fmt: skip
+    pages = Arg((6, PAGE, kv_heads, dim), DTYPES[kv], leaf="state")
     step = (
         Arg((2, 3), I32, _table), Arg((tokens,), I32, _sequences), Arg((tokens,), I32, _places)
     )  # fmt: skip
-    return Case(((tokens, heads, dim), pages, pages, *step), {"scale": dim**-0.5, **attrs}, 1e-10)
+    more = [Arg((heads,), leaf="weight")] if sinks else []
+    args = ((tokens, heads, dim), pages, pages, *step, *more)
+    return Case(args, {"scale": dim**-0.5, **attrs}, 1e-10)
 
 
 def _flops(node: Tensor, seen: Seen) -> float:
@@ -113,6 +114,7 @@ def _flops(node: Tensor, seen: Seen) -> float:
         _case(3, 7, 1, 40),
         _case(9, 4, 2, 32, window=20),
         _case(2, 2, 1, 32, softcap=30.0),
+        *(_case(5, 4, 2, 48, kv, sinks=True) for kv in KV_TYPES),
     ],
 )
 def attention(

@@ -83,7 +83,7 @@ def _swiglu_shape(gate: Tensor, up: Tensor, *, alpha: float, limit: float) -> Sh
     kind=Kind.ELEMENTWISE,
     shape=_swiglu_shape,
     flops=10,
-    cases=[Case(((3, 50), (3, 50)), {"alpha": 1.702, "limit": 7.0})],
+    cases=[Case(((3, 50), (3, 50)), {"alpha": 1.702, "limit": 0.7})],
 )
 def swiglu_oai(gate: np.ndarray, up: np.ndarray, *, alpha: float, limit: float) -> np.ndarray:
     """(up + 1) * gate * sigmoid(alpha * gate), as gpt-oss (OpenAI 2025) has it.

@@ -32,6 +32,7 @@ def _w(*shape: int) -> Arg:
         Case(((5, 96), _w(17, 96))),  # rows past a tile
         Case(((9, 128), _w(40, 128))),
         Case(((3, 40), _w(1, 40))),  # inner size that is no multiple of a block
+        Case(((5, 256), _w(18, 256))),  # and of all of them
     ],
 )
 def matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -64,6 +65,7 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
         Case(((1, 64), _w(4, 20, 64), Arg((1, 2), I32, _ids))),
         Case(((11, 64), _w(4, 16, 64), Arg((11, 3), I32, _ids))),
         Case(((6, 2, 96), _w(4, 33, 96), Arg((6, 2), I32, _ids))),  # a row of x per choice
+        Case(((6, 256), _w(4, 18, 256), Arg((6, 2), I32, _ids))),
     ],
 )
 def matmul_id(x: np.ndarray, w: np.ndarray, ids: np.ndarray) -> np.ndarray:

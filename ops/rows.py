@@ -29,7 +29,7 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     picks={0: 1},
     shape=_shape,
     flops=0,
-    cases=[Case((Arg((7, 64), leaf="weight"), Arg((5,), I32, _ids)))],
+    cases=[Case((Arg((7, n), leaf="weight"), Arg((5,), I32, _ids))) for n in (64, 256)],
 )
 def get_rows(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Rows of a weight, dequantised: the embedding of each token id."""

@@ -23,6 +23,7 @@ from interruptions import interrupted, lines_of
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
+from runtime.engine.advance import Piece
 from runtime.errors import MemoryLimitError
 from runtime.model import Model
 from runtime.session import Session, Snapshot
@@ -115,6 +116,15 @@ CASES = {
     "step of forks": Case((40,), lambda m, *all: m.step([(s, [5]) for s in all]), forked),
     "step with a fork that went back": Case(
         (40,), lambda m, *all: m.step([(s, [5]) for s in all]), gone_back
+    ),
+    "run": Case(
+        (40, 33, 0),
+        lambda m, *all: m._engine.run(
+            [Piece(s._sequence, ids) for s, ids in zip(all, ([1], [2, 3], IDS[:20]), strict=True)]
+        ),
+    ),
+    "run of forks": Case(
+        (40,), lambda m, *all: m._engine.run([Piece(s._sequence, [5]) for s in all]), gone_back
     ),
     "no memory": Case((40,), fails, fill),
     "checkpoints give way": Case((70, 60), lambda m, a, b, *o: a.eval([1, 2]), run_out),

@@ -10,6 +10,7 @@ import pytest
 from small_models import NOVEL, Sizes, Values, write_model
 
 import runtime
+from runtime.engine.advance import Piece
 from runtime.errors import BackendError
 from runtime.model import Model
 
@@ -63,6 +64,22 @@ def test_a_session_is_what_it_was(model: Model):
         assert session.tokens == IDS[:20] and other.tokens == IDS[:30]
         np.testing.assert_array_equal(session.eval(IDS[20:]), whole[20:])
         np.testing.assert_array_equal(other.eval(IDS[30:]), whole[30:])
+
+
+def test_the_others_of_a_step_go_on(model: Model):
+    whole = model.eval(IDS)
+    with model.session() as session, model.session() as other, model.session() as third:
+        session.eval(IDS[:20])
+        pieces = [(other, IDS[:33]), (session, [1, BAD]), (third, IDS[:1])]
+        found = model._engine.run([Piece(s._sequence, ids) for s, ids in pieces])
+        np.testing.assert_array_equal(found[0], whole[32:33])
+        np.testing.assert_array_equal(found[2], whole[:1])
+        with pytest.raises(BackendError, match="not finite"):
+            raise found[1]
+        assert session.tokens == IDS[:20] and other.tokens == IDS[:33]
+        for each in (session, other, third):
+            at = len(each)
+            np.testing.assert_array_equal(each.eval(IDS[at:]), whole[at:])
 
 
 def test_memory_that_held_no_numbers_is_used_again(model: Model):

@@ -6,7 +6,7 @@ never written: the writer takes a copy first. A page that nobody holds is free (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +28,11 @@ class Pages(NamedTuple):
     own: int = 0  # no other sequence holds the pages from this one on
 
     @classmethod
-    def room(cls, capacity: int) -> Pages:
-        """No pages, of a sequence of at most `capacity` tokens."""
-        return cls(np.zeros(-(-capacity // PAGE), np.int32))
+    def room(cls, capacity: int, shared: abc.Sequence[int] | np.ndarray = ()) -> Pages:
+        """Those pages, which others hold too, of a sequence of at most `capacity` tokens."""
+        row = np.zeros(-(-capacity // PAGE), np.int32)
+        row[: len(shared)] = shared
+        return cls(row, len(shared), len(shared))
 
     @property
     def held(self) -> np.ndarray:
@@ -67,7 +69,7 @@ class Pages(NamedTuple):
 class PagePool:
     """`count` physical pages; `arrays` are the layers' memory, first axis = page."""
 
-    def __init__(self, count: int, arrays: Sequence[np.ndarray], holders: Holders) -> None:
+    def __init__(self, count: int, arrays: abc.Sequence[np.ndarray], holders: Holders) -> None:
         self.count = count
         self._arrays, self._holders = arrays, holders
 
@@ -89,11 +91,13 @@ class PagePool:
         """Pages that are free or can be had: nobody holds them who cannot give them up."""
         return int((self.holders(pinned=True) == 0).sum())
 
-    def copy_too(self, arrays: Sequence[np.ndarray]) -> None:
+    def copy_too(self, arrays: abc.Sequence[np.ndarray]) -> None:
         """From now on a copied page is copied in these arrays too; first axis = page."""
         self._arrays = [*self._arrays, *arrays]
 
-    def prepare(self, wanted: Sequence[tuple[Pages, int, int]]) -> list[Pages | MemoryLimitError]:
+    def prepare(
+        self, wanted: abc.Sequence[tuple[Pages, int, int]]
+    ) -> list[Pages | MemoryLimitError]:
         """The same pages with places start..stop-1 of each writable; an error where they are not
         to be had, and the others go on.
 
@@ -104,7 +108,7 @@ class PagePool:
         holders, free = self._freed(wanted)
         return [self._prepare(pages, start, stop, holders, free) for pages, start, stop in wanted]
 
-    def _freed(self, wanted: Sequence[tuple[Pages, int, int]]) -> tuple[np.ndarray, list[int]]:
+    def _freed(self, wanted: abc.Sequence[tuple[Pages, int, int]]) -> tuple[np.ndarray, list[int]]:
         """Holders and free pages, as many as are wanted where giving up helps."""
         while True:
             holders = self.holders()

@@ -17,6 +17,8 @@ Progress = Callable[[int, int, str], None]  # done, total, what
 class Program(Protocol):
     """A graph made ready for one device."""
 
+    plan: Plan
+
     def run(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> Sequence[np.ndarray]:
@@ -24,6 +26,12 @@ class Program(Protocol):
 
         Results are views of the device's memory, valid until the next run.
         """
+        ...
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> tuple[Sequence[np.ndarray], np.ndarray]:
+        """As `run`, with the nanoseconds of each row of the plan, int64 [rows]."""
         ...
 
 
@@ -49,15 +57,33 @@ class Backend(Protocol):
     name: str
     threads: int
 
-    def state(self, leaf: Tensor) -> np.ndarray:
-        """Memory of a state leaf, made on first use, zero, and kept; first axis = pages or slots.
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """Bytes of one page, or of one slot, of a state leaf on this device."""
+        ...
 
-        Rows are copied to share a page's past, so everything a page holds is in its row.
+    def copy_pages(
+        self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """Copy whole pages, or slots, of each leaf; no target is among the sources.
+
+        State is zero until it is written, is kept from step to step, and takes room when it is
+        first used. BackendError: there is none.
         """
         ...
 
-    def page_nbytes(self, leaf: Tensor) -> int:
-        """Bytes of one page, or of one slot, of a state leaf on this device."""
+    def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """Pages or slots in the plain form that all devices share: float32 [rows, ...].
+
+        The last axes are the leaf's own. Of a cache the very numbers that attention reads.
+        """
+        ...
+
+    def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """The inverse of `read_state`; numbers that a cache type cannot hold are rounded."""
+        ...
+
+    def plan(self, graph: Graph) -> Plan:
+        """The calls of a step; without any on a device that runs nodes one by one."""
         ...
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:

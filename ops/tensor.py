@@ -158,11 +158,11 @@ def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:
     return Tensor("input", (), tuple(shape), dtype, name=name)
 
 
-def state(name: str, shape: Shape, dtype: DType, kind: str = "pages") -> Tensor:
+def state(name: str, shape: Shape, dtype: DType, kind: str = "k") -> Tensor:
     """Memory that outlives a step and is read and written by explicit ops.
 
-    kind: "pages" of a KV cache, [pages, PAGE, heads, dim], which a device may lay out as it
-    likes; or "slots", one per sequence, [slots, ...] as given.
+    kind: "k" or "v", pages of a KV cache [pages, PAGE, heads, dim]; or "slots", one for each
+    sequence, [slots, ...]. How a device lays them out is its own affair.
     """
     return Tensor("state", (), tuple(shape), dtype, MappingProxyType({"kind": kind}), name=name)
 

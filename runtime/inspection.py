@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def run_inspected(
     validate: bool, level: int,
 ) -> np.ndarray:  # fmt: skip
     """Run one step as VALIDATE and DEBUG ask; the logits."""
-    if not hasattr(program, "profile"):
+    if not program.plan.instructions:
         return program.run(inputs, live)[0]
     if level >= 3 and not getattr(program, "shown", False):
         program.shown = True
@@ -161,7 +162,8 @@ def _reference(engine: Engine) -> Any:
         warn_of_nan(engine)
         shadow = ReferenceBackend(engine.file)
         step = engine.graphs.inputs(1, 1)
-        engine.pools.pages.copy_too([shadow.state(x) for x in (*step.k.values(), *step.v.values())])
+        leaves = *step.k.values(), *step.v.values()
+        engine.pools.pages.copy_too(partial(shadow.copy_pages, leaves))
         engine._shadow = shadow  # type: ignore[attr-defined]
     return engine._shadow  # type: ignore[attr-defined]
 

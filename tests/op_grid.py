@@ -136,7 +136,9 @@ class Built:
     def _state(self, name: str, value: np.ndarray, arg: Arg) -> ops.Tensor:
         if arg.dtype.name in KV_TYPES and arg.leaf == "state":
             value = round_to(value, arg.dtype.name)
-        leaf = ops.state(name, arg.shape, arg.dtype, "slots" if arg.leaf == "slots" else "pages")
+        kind = self.case.attrs.get("which") or ("k" if name == "x1" else "v")
+        kind = "slots" if arg.leaf == "slots" else kind
+        leaf = ops.state(name, arg.shape, arg.dtype, kind)
         self.states[name] = leaf, value
         self._keep(value)
         return leaf

@@ -101,7 +101,8 @@ class Device:
         self.program = self.backend.bind(self.plan)
         self.leaves = {leaf.name: leaf for leaf in graph.leaves("state")}
         for leaf in self.leaves.values():
-            self.backend.state(leaf)[:] = 0xFF  # slots nobody wrote are NaN
+            nothing = np.full([int(n) for n in leaf.shape], np.nan)  # slots nobody wrote
+            self.backend.write_state(leaf, range(SLOTS), nothing)
 
     def step(self, given: dict[str, np.ndarray], *pieces: tuple[int, int, int]) -> np.ndarray:
         """Read-outs of the rows of some sequences: (count, slot_in, slot_out) of each."""
@@ -120,9 +121,7 @@ class Device:
 
     def slot(self, n: int) -> list[np.ndarray]:
         """What a slot holds: inputs of the convolution, state of the heads."""
-        return [
-            self.backend.state(leaf)[n].view(np.float32).copy() for leaf in self.leaves.values()
-        ]
+        return [self.backend.read_state(leaf, [n])[0].ravel() for leaf in self.leaves.values()]
 
     def prompt(self, given: dict[str, np.ndarray], cuts: Sequence[int]) -> list[bytes]:
         """A prompt in pieces, slot 0 and slot 1 in turn; bits of read-outs and last slots."""

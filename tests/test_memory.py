@@ -34,7 +34,10 @@ class Pool(PagePool):
 
     def __init__(self, count: int = 8) -> None:
         self.memory, self.sequences = np.zeros((count, 4), np.uint8), list[Sequence]()
-        super().__init__(count, [self.memory], Holders())
+        super().__init__(count, self._copy_pages, Holders())
+
+    def _copy_pages(self, sources: list[int], targets: list[int]) -> None:
+        self.memory[targets] = self.memory[sources]
 
     def sequence(self, capacity: int = 8 * PAGE) -> Sequence:
         return self._add(Sequence(Pages.room(capacity)))

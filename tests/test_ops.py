@@ -8,6 +8,7 @@ from op_grid import INPUTS, VIEWS, Built, grid
 from oracles import ORACLES
 
 from runtime import ops
+from runtime.backends.base import Backend
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.compile.library import Native, library
 from runtime.backends.cpu.pages import from_plain, to_plain
@@ -90,6 +91,18 @@ def _check(got: np.ndarray, want: np.ndarray, tolerance: float) -> None:
         assert _error(got, want) <= tolerance
 
 
+def _fill(backend: Backend, built: Built) -> None:
+    """States as the case has them."""
+    for leaf, value in built.states.values():
+        backend.write_state(leaf, range(len(value)), value)
+
+
+def _left(backend: Backend, built: Built, key: str) -> np.ndarray:
+    """What a state holds."""
+    leaf, value = built.states[key]
+    return backend.read_state(leaf, range(len(value)))
+
+
 def test_op_names_are_pinned():
     assert sorted(OPS) == NAMES
 
@@ -110,8 +123,7 @@ def test_reference_backend(name: str, n: int, variant: str):
     """The op's reference against its oracle, and its shape rule against both."""
     built = _built(name, n, variant)
     backend = ReferenceBackend(built.file())
-    for leaf, value in built.states.values():
-        backend.state(leaf)[:] = value
+    _fill(backend, built)
     results, left = _wanted(built)
     got = backend.program(built.graph).run(built.inputs, built.live)
     for found, want in zip(got, results, strict=True):
@@ -120,7 +132,7 @@ def test_reference_backend(name: str, n: int, variant: str):
             assert tuple(built.node.shape) == want.shape
             assert (built.node.dtype is I32) == (want.dtype.kind == "i")
     for key, value in left.items():
-        _check(backend.state(built.states[key][0]), value, 1e-14)
+        _check(_left(backend, built, key), value, 1e-14)
 
 
 @pytest.fixture(scope="module")
@@ -136,26 +148,6 @@ def test_cpu_backend_refuses(name: str, n: int, variant: str):
     reason = "(not contiguous|do not merge into rows|neither f32 nor i32)"
     with pytest.raises(BackendError, match=f"cpu backend cannot run .*{reason}"):
         CpuBackend(activations="f32").plan(_built(name, n, variant).graph)
-
-
-def _fill(backend: CpuBackend, built: Built) -> None:
-    """States as the case has them; pages in this device's layout."""
-    for key, (leaf, value) in built.states.items():
-        if leaf.attrs["kind"] == "slots":
-            backend.state(leaf)[:] = value.reshape(len(value), -1).view(np.uint8)
-        else:
-            backend.state(leaf)[:] = from_plain(value, leaf, _which(built, key))
-
-
-def _which(built: Built, key: str) -> str:
-    return built.case.attrs.get("which") or ("k" if key == "x1" else "v")
-
-
-def _left(backend: CpuBackend, built: Built, key: str) -> np.ndarray:
-    leaf, value = built.states[key]
-    if leaf.attrs["kind"] == "slots":
-        return backend.state(leaf).view(np.float32).reshape(value.shape)
-    return to_plain(backend.state(leaf), leaf, _which(built, key))
 
 
 @pytest.mark.usefixtures("compiled")

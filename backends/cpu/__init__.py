@@ -46,20 +46,28 @@ class CpuBackend:
             self.threads, lambda name, constants: address(Kernel.of(name, **constants))
         )
         self.weights = WeightStore(file, self._library, self._team)
-        self._memory = FixedMemory(self.weights)
+        self.memory = FixedMemory(self.weights)
         self._programs: dict[str, Program] = {}
         self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
-
-    def state(self, leaf: Tensor) -> np.ndarray:
-        """uint8 [pages or slots, bytes of one] of a state leaf, zero-filled, on first use.
-
-        The system gives memory to what is written, so room never used costs nothing.
-        """
-        return self._memory.state(leaf)
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""
         return self.planner.page_nbytes(leaf)
+
+    def copy_pages(
+        self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """See backends/base.py."""
+        for leaf in leaves:
+            self.memory.copy(leaf, sources, targets)
+
+    def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """See backends/base.py."""
+        return self.memory.read(leaf, rows)
+
+    def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """See backends/base.py."""
+        self.memory.write(leaf, rows, values)
 
     def plan(self, graph: Graph, guarded: bool = False) -> Plan:
         """The plan of a graph, not yet bound to memory; equal graphs give the same plan."""
@@ -81,9 +89,7 @@ class CpuBackend:
         scratch = plan.scratch_nbytes * self.threads
         if scratch > self._scratch.nbytes:
             self._scratch = aligned_empty(scratch)
-        return Program(
-            plan, self._team, self._library.get, self._memory, self._arena, self._scratch
-        )
+        return Program(plan, self._team, self._library.get, self.memory, self._arena, self._scratch)
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels of these graphs, then pack the weights."""

@@ -24,13 +24,21 @@ class NullBackend:
         self.device_count, self.threads = devices, 1
         self.planner = planner
 
-    def state(self, leaf: Tensor) -> np.ndarray:
-        """Pages of no bytes: block tables work, nothing is stored."""
-        return np.zeros((int(leaf.shape[0]), 0), np.uint8)
-
     def page_nbytes(self, leaf: Tensor) -> int:
         """What a page would take on the device."""
         return self.planner.page_nbytes(leaf)
+
+    def copy_pages(
+        self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """Nothing: block tables work, nothing is stored."""
+
+    def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """Zeros."""
+        return np.zeros((len(rows), *map(int, leaf.shape[1:])), np.float32)
+
+    def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """Nothing."""
 
     def plan(self, graph: Graph) -> Plan:
         """The device's plan of a graph."""
@@ -70,3 +78,9 @@ class NullProgram:
             np.zeros([live.get(getattr(n, "name", ""), int(n)) for n in o.shape], np.float32)
             for o in self._outputs
         ]
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """No time at all."""
+        return self.run(inputs, live), np.zeros(len(self.plan.instructions), np.int64)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Progress
+from runtime.backends.plan.plan import Plan
 from runtime.ops.graph import Graph, walk
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import find
@@ -38,6 +39,25 @@ class ReferenceBackend:
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page in float32, or of one slot in float64."""
         return (8 if leaf.attrs["kind"] == "slots" else 4) * leaf.size // int(leaf.shape[0])
+
+    def copy_pages(
+        self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """See backends/base.py."""
+        for leaf in leaves:
+            self.state(leaf)[list(targets)] = self.state(leaf)[list(sources)]
+
+    def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """See backends/base.py."""
+        return self.state(leaf)[list(rows)].astype(np.float32)
+
+    def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """See backends/base.py."""
+        self.state(leaf)[list(rows)] = values
+
+    def plan(self, graph: Graph) -> Plan:
+        """See backends/base.py."""
+        return self.program(graph).plan
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """None: nothing is compiled."""
@@ -80,6 +100,7 @@ class ReferenceProgram:
         state: Callable[[Tensor], np.ndarray],
     ) -> None:  # fmt: skip
         self.graph, self._weight, self._state = graph, weight, state
+        self.plan = Plan(graph.name, [], [], ())  # nodes are run one by one
         self.values: dict[str, np.ndarray] = {}
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
@@ -96,6 +117,12 @@ class ReferenceProgram:
         by_node = dict(zip(self.graph.nodes, found, strict=True))
         self.values = {node.name: value for node, value in by_node.items() if node.name}
         return [by_node[o] for o in self.graph.outputs if o.base.op != "state"]
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """See backends/base.py; a plan without rows has no times."""
+        return self.run(inputs, live), np.zeros(0, np.int64)
 
 
 def _compute(node: Tensor, *inputs: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,8 @@ class Engine:
         self.graphs = StepGraphs(architecture, kv_types, size)
         self.most_tokens, self.most_rows = _limits(file, self.vocabulary)
         step = self.graphs.inputs(1, 1)
-        arrays = [backend.state(leaf) for leaf in (*step.k.values(), *step.v.values())]
-        self.pools = Pools(size.pages, arrays, size.slots)
+        copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
+        self.pools = Pools(size.pages, copy_pages, size.slots)
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip

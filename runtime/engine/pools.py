@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections import abc
 from collections.abc import Iterable
 
-import numpy as np
-
 from runtime.engine.advance import Advance
 from runtime.engine.sequence import Sequence
 from runtime.errors import MemoryLimitError
 from runtime.memory.holders import Holder, Holders
-from runtime.memory.pages import PagePool
+from runtime.memory.pages import CopyPages, PagePool
 from runtime.memory.slots import NONE, SlotPool
 
 
 class Pools:
     """`pages` and `slots` of a model, and their `holders`."""
 
-    def __init__(self, n_pages: int, arrays: abc.Sequence[np.ndarray], n_slots: int) -> None:
+    def __init__(self, n_pages: int, copy_pages: CopyPages, n_slots: int) -> None:
         self.holders = Holders()
-        self.pages = PagePool(n_pages, arrays, self.holders)
+        self.pages = PagePool(n_pages, copy_pages, self.holders)
         self.slots = SlotPool(n_slots, self.holders)
 
     def reserve(self, advances: abc.Sequence[Advance]) -> None:

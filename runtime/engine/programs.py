@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 from runtime.backends.base import Backend, Program, Progress
 from runtime.backends.environment import debug
@@ -80,7 +79,7 @@ class Programs:
         return reporter(self._progress)
 
 
-def _show_plan(sizes: Sizes, program: Any) -> None:
+def _show_plan(sizes: Sizes, program: Program) -> None:
     """DEBUG=1: a line per program."""
-    if debug() >= 1 and hasattr(program, "plan"):
+    if debug() >= 1 and program.plan.instructions:
         print(f"{sizes[0]} tokens: {str(program.plan).splitlines()[0]}", file=sys.stderr)

@@ -15,6 +15,8 @@ from runtime.errors import MemoryLimitError
 from runtime.memory.holders import Evictable, Holders
 from runtime.ops import PAGE
 
+CopyPages = abc.Callable[[abc.Sequence[int], abc.Sequence[int]], None]
+
 
 class Pages(NamedTuple):
     """The pages of one sequence, in order: a value, of which changes make another.
@@ -67,11 +69,11 @@ class Pages(NamedTuple):
 
 
 class PagePool:
-    """`count` physical pages; `arrays` are the layers' memory, first axis = page."""
+    """`count` physical pages of all layers; `copy_pages(sources, targets)` copies whole ones."""
 
-    def __init__(self, count: int, arrays: abc.Sequence[np.ndarray], holders: Holders) -> None:
+    def __init__(self, count: int, copy_pages: CopyPages, holders: Holders) -> None:
         self.count = count
-        self._arrays, self._holders = arrays, holders
+        self._copies, self._holders = [copy_pages], holders
 
     def holders(self, pinned: bool = False) -> np.ndarray:
         """int32 [count]: how many hold each page; pinned: not counting who could give it up."""
@@ -91,9 +93,9 @@ class PagePool:
         """Pages that are free or can be had: nobody holds them who cannot give them up."""
         return int((self.holders(pinned=True) == 0).sum())
 
-    def copy_too(self, arrays: abc.Sequence[np.ndarray]) -> None:
-        """From now on a copied page is copied in these arrays too; first axis = page."""
-        self._arrays = [*self._arrays, *arrays]
+    def copy_too(self, copy_pages: CopyPages) -> None:
+        """From now on a copied page is copied by this too."""
+        self._copies.append(copy_pages)
 
     def prepare(
         self, wanted: abc.Sequence[tuple[Pages, int, int]]
@@ -140,8 +142,8 @@ class PagePool:
         )
 
     def _copy(self, page: int, copy: int) -> int:
-        for array in self._arrays:
-            array[copy] = array[page]
+        for copy_pages in self._copies:
+            copy_pages([page], [copy])
         return copy
 
 

@@ -81,6 +81,7 @@ class Step:
                     f"cache.{i}.{which}",
                     (pages, ops.PAGE, layer.kv_heads, getattr(layer, f"{which}_dim")),
                     DTYPES[kind],
+                    which,
                 )
                 for i, layer in layers.attention.items()
             }

@@ -6,9 +6,11 @@ all of it at once, without a garbage collection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from runtime.backends.cpu.pages import page_nbytes
+from runtime.backends.cpu.pages import from_plain, page_nbytes, to_plain
 from runtime.backends.cpu.run.weights import WeightStore
 from runtime.backends.plan.plan import ALIGNMENT, Buffer
 from runtime.ops.errors import BackendError
@@ -44,6 +46,27 @@ class FixedMemory:
                     "a smaller `context` or fewer `sequences`"
                 ) from None
         return self._states[leaf.name]
+
+    def copy(self, leaf: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages or slots of a leaf."""
+        memory = self.state(leaf)
+        memory[list(targets)] = memory[list(sources)]
+
+    def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """float32 [rows, ...]: pages as [PAGE, heads, dim], slots as they are."""
+        found = self.state(leaf)[list(rows)]
+        if leaf.attrs["kind"] == "slots":
+            return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
+        return to_plain(found, leaf, leaf.attrs["kind"])
+
+    def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """The inverse of `read`."""
+        values = np.ascontiguousarray(values, np.float32)
+        if leaf.attrs["kind"] == "slots":
+            raw = values.reshape(len(rows), -1).view(np.uint8)
+        else:
+            raw = from_plain(values, leaf, leaf.attrs["kind"])
+        self.state(leaf)[list(rows)] = raw
 
 
 def aligned_zeros(nbytes: int) -> np.ndarray:

@@ -15,7 +15,7 @@ def select_early(graph: Graph) -> Graph:
     something else needs in full. In a prompt this spares the last layer's feed-forward part.
     """
     for node in graph.nodes:
-        if node.op == "select_rows" and isinstance(node.shape[0], Dim):
+        if select_rows.made(node) and isinstance(node.shape[0], Dim):
             graph = _move_up(graph, node)
     return graph
 

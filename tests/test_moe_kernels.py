@@ -268,8 +268,8 @@ def test_expert_sum_with_a_shared_expert(rng, gated, residual):
     if gated:
         run(
             Kernel.of("row_scale"), threads=2, x=Fenced.of(shared),
-            factors=Fenced.of(by_rows("sigmoid", gate), 5), out=scaled, live=ROWS, n=n, x_stride=n,
-            factors_stride=5, out_stride=n,
+            y=Fenced.of(by_rows("sigmoid", gate), 5), out=scaled, live=ROWS, n=n, x_stride=n,
+            y_stride=5, out_stride=n,
         )  # fmt: skip
     wanted = expert_sum(y, weights, None, ROWS, 1) + scaled.values + (add if residual else 0)
     for threads in THREADS:

@@ -15,11 +15,11 @@ def fuse_sums(graph: Graph, options: Options) -> Graph:
     def grow(node: Tensor, *new: Tensor) -> Tensor:
         for product, other in ((0, 1), (1, 0)):
             old, fused = node.inputs[product], new[product]
-            if not only_user(graph, old) or new[other].shape == () or fused.attrs.get("add"):
+            if not only_user(graph, old) or new[other].shape == () or fused.attrs.get("residual"):
                 continue
             vector = new[other].ndim == 1
             if linear.made(fused) and not (vector and fused.attrs.get("bias")):
-                attrs = {**fused.attrs, "bias" if vector else "add": True}
+                attrs = {**fused.attrs, "bias" if vector else "residual": True}
                 return node_of(linear, (*fused.inputs, new[other]), node, **attrs)
             if expert_sum.made(fused) and not vector:
                 grown = _one_more_term(node, fused, new[other])
@@ -48,10 +48,10 @@ def _one_more_term(node: Tensor, total: Tensor, term: Tensor) -> Tensor | None:
     if not terms and gated:
         x, opening = term.inputs
         added, terms = (x, opening.inputs[0]), ("shared", "gate")
-    elif not terms or terms[-1] != "add":
-        added, terms = (term,), (*terms, "add")
-    elif terms == ("add",):
-        added, terms = (term,), ("shared", "add")
+    elif not terms or terms[-1] != "residual":
+        added, terms = (term,), (*terms, "residual")
+    elif terms == ("residual",):
+        added, terms = (term,), ("shared", "residual")
     else:
         return None
     return node_of(expert_sum, (*total.inputs, *added), node, terms=terms)

@@ -32,6 +32,7 @@ class Rules:
         """folder: where the files of rules are, for messages."""
         self.device, self._folder = device, folder
         self._rules: dict[str, Rule] = {}
+        self._kinds: dict[Kind, Rule] = {}
 
     def lowers(self, *names: str) -> Callable[[Rule], Rule]:
         """Register the rule of some ops; an unknown or second registration fails at import."""
@@ -47,9 +48,19 @@ class Rules:
 
         return register
 
+    def lowers_kind(self, kind: Kind) -> Callable[[Rule], Rule]:
+        """Register the rule of all ops of a kind that have none of their own."""
+
+        def register(rule: Rule) -> Rule:
+            self._kinds[kind] = rule
+            return rule
+
+        return register
+
     def names(self) -> list[str]:
         """Ops that have a rule, sorted."""
-        return sorted(self._rules)
+        by_kind = (name for name, op in OPS.items() if op.kind in self._kinds)
+        return sorted({*self._rules, *by_kind})
 
     def check(self, declared: Mapping[str, Op], replaced: Collection[Op] = ()) -> None:
         """OpError for an op of this package that has no rule; others' ops bring their own.
@@ -59,7 +70,8 @@ class Rules:
         package = Op.__module__.rpartition(".")[0]
         for name, op in declared.items():
             of, _, file = op.reference.__module__.rpartition(".")
-            if of == package and not op.view and name not in self._rules and op not in replaced:
+            has = name in self._rules or op.kind in self._kinds
+            if of == package and not op.view and not has and op not in replaced:
                 raise OpError(
                     f"op {name!r} of ops/{file}.py has no rule on the {self.device} backend: write "
                     f"a function with @lowers({name!r}) in {self._folder}/{file}.py"
@@ -71,13 +83,14 @@ class Rules:
         for node in graph.nodes:
             if kind_of(node) in (Kind.LEAF, Kind.VIEW):
                 continue
-            if node.op not in self._rules:
+            rule = self._rules.get(node.op) or self._kinds.get(kind_of(node))
+            if rule is None:
                 raise BackendError(
                     f"{self.device} backend has no kernel for op {node.op!r} ({node!r}); "
                     f"it has {', '.join(self.names())}"
                 )
             try:
-                self._rules[node.op](lowering, node)
+                rule(lowering, node)
             except Declined as reason:
                 raise BackendError(
                     f"{self.device} backend cannot run {node.op} ({node!r}): {reason}"

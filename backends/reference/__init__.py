@@ -16,6 +16,7 @@ from runtime.ops.graph import Graph, walk
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import find
 from runtime.ops.tensor import Dim, Tensor, stored_name
+from runtime.ops.views import broadcast, reshape
 
 
 class ReferenceBackend:
@@ -105,13 +106,13 @@ class ReferenceProgram:
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """See backends/base.py; results are float64."""
-        rules: dict[str, Callable[..., Any]] = {
+        rules: dict[Any, Callable[..., Any]] = {
             "input": lambda node: _live_part(node, inputs[node.name], live),
             "weight": self._weight,
             "constant": lambda node: node.attrs["value"],
             "state": self._state,
-            "reshape": lambda node, x: x.reshape(_live_shape(node, live)),
-            "broadcast": lambda node, x: np.broadcast_to(x, _live_shape(node, live)),
+            reshape: lambda node, x: x.reshape(_live_shape(node, live)),
+            broadcast: lambda node, x: np.broadcast_to(x, _live_shape(node, live)),
         }
         found = walk(self.graph, rules, _compute)
         by_node = dict(zip(self.graph.nodes, found, strict=True))

@@ -181,14 +181,12 @@ def build_scale():
 
 
 def build_row_scale():
-    def row_scale(
-        x, factors, out, live, n, x_stride, factors_stride, out_stride, thread, n_threads
-    ):
+    def row_scale(x, y, out, live, n, x_stride, y_stride, out_stride, thread, n_threads):
         units = (n + 15) // 16
         at, last = share(s.load_i64(live) * units, thread, n_threads)
         while at < last:
             row, first, stop = piece(at, last, units)
-            by = s.splat(s.load_f32(factors + row * factors_stride * 4))
+            by = s.splat(s.load_f32(y + row * y_stride * 4))
             for unit in range(first, stop):
                 i = unit * 16
                 result = get(x + row * x_stride * 4, i, n, 0) * by

@@ -80,7 +80,7 @@ def linear(lower: Lowering, node: Tensor) -> None:
     """All tiles times one weight, plus a bias and a residual where there are."""
     x, w, *extra = node.inputs
     bias = extra.pop(0) if node.attrs.get("bias") else None
-    add = extra.pop(0) if node.attrs.get("add") else None
+    add = extra.pop(0) if node.attrs.get("residual") else None
     constants = {
         "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
     }  # fmt: skip

@@ -153,10 +153,10 @@ def expert_sum(lower: Lowering, node: Tensor) -> None:
     y, weights, *rest = node.inputs
     n, terms = int(y.shape[2]), dict(zip(node.attrs.get("terms", ()), rest, strict=True))
     places: dict[str, Any] = {}
-    for name in ("shared", "gate", "add"):
+    for name, term in (("shared", "shared"), ("gate", "gate"), ("add", "residual")):
         places[name], places[f"{name}_stride"] = 0, 0
-        if name in terms:
-            places[name], _, _, places[f"{name}_stride"] = lower.rows(terms[name])
+        if term in terms:
+            places[name], _, _, places[f"{name}_stride"] = lower.rows(terms[term])
     lower.emit(
         "expert_sum", node, y=lower.read(y), weights=lower.read(weights), out=lower.write(node),
         live=lower.live(node), n=n, k=int(y.shape[1]), out_stride=n, **places,

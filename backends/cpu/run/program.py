@@ -14,6 +14,7 @@ from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.table import Record, Table
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import GUARD, Buffer, Call, Plan, Ref
+from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
 
@@ -157,7 +158,7 @@ class Program:
 
     def _attention(self) -> Tensor | None:
         """An attention node of the plan: all of them see the same tokens."""
-        nodes = (c.node for c in self.plan.calls() if c.node.op == "attention")
+        nodes = (c.node for c in self.plan.calls() if attention.made(c.node))
         return next(nodes, None)
 
 

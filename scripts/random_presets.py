@@ -222,6 +222,11 @@ PRESETS = {
         head_dim=256, vocab=151_936, context=262_144, rope_base=1e7, epsilon=1e-6, rotated=64,
         delta=Delta(16, 32), experts=Experts(64, 10, 512, 512), tied=False,
     ),
+    "qwen3next-80b": Preset(
+        "qwen3next", hybrid_tensors, layers=48, hidden=2048, ff=5120, heads=16, kv_heads=2,
+        head_dim=256, vocab=151_936, context=262_144, rope_base=1e7, epsilon=1e-6, rotated=64,
+        delta=Delta(16, 32), experts=Experts(512, 10, 512, 512), tied=False,
+    ),
     "gpt-oss-mini": Preset(
         "gpt-oss", gpt_oss_tensors, layers=12, hidden=1024, ff=0, heads=16, kv_heads=2,
         head_dim=64, vocab=201_088, context=131_072, rope_base=150_000.0, epsilon=1e-5,

@@ -32,7 +32,7 @@ from runtime.backends.cpu.compile.library import Library
 start = subprocess.Popen
 def popen(*a, **k):
     process = start(*a, **k)
-    os.write(1, b"%d\n" % process.pid)  # whole: two threads start processes
+    os.write(1, b"%d\\n" % process.pid)  # whole: two threads start processes
     return process
 subprocess.Popen = popen
 kernels = [Kernel.of("pack_weights", format=f) for f in ("Q8_0", "Q4_0", "Q5_0", "Q4_1")]

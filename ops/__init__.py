@@ -7,11 +7,12 @@ are found here under the name of their reference, whichever file declares them.
 from typing import TYPE_CHECKING
 
 from runtime.ops import delta, elementwise, moe, norm, rows, views  # noqa: F401  declare ops
-from runtime.ops.attention import PAGE, attention
+from runtime.ops.attention import attention
 from runtime.ops.cost import Cost, Seen
 from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.errors import OpError
 from runtime.ops.graph import Graph, rewrite, walk
+from runtime.ops.kv_formats import PAGE
 from runtime.ops.matmul import matmul
 from runtime.ops.passes import select_early
 from runtime.ops.registry import OPS, Arg, Case, Kind, Op, op

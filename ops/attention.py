@@ -10,12 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.ops.cost import Seen
-from runtime.ops.dtypes import DTYPES, I32, DType
+from runtime.ops.dtypes import I32, DType
+from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 from runtime.ops.registry import Arg, Case, Kind, need, op
-from runtime.ops.rounding import KV_TYPES, round_to
 from runtime.ops.tensor import Shape, Tensor
-
-PAGE = 32  # tokens in a page: a multiple of the attention block, the unit of sharing
 
 
 def _write_shape(
@@ -23,7 +21,7 @@ def _write_shape(
 ) -> tuple[Shape, DType]:
     need(which in ("k", "v"), f"which={which!r} is neither 'k' nor 'v'")
     need(pages.ndim == 4 and pages.shape[1] == PAGE, f"pages must be [pages, {PAGE}, heads, dim]")
-    need(kv in KV_TYPES and kv == pages.dtype.name, f"KV type {kv} in pages of {pages.dtype.name}")
+    need(kv in KV_FORMATS and kv == pages.dtype.name, f"KV type {kv} in pages of {pages.dtype}")
     need(tuple(x.shape[1:]) == tuple(pages.shape[2:]), f"rows {list(x.shape[1:])} of other heads")
     need(slots.shape == x.shape[:1], "needs one slot per row")
     return pages.shape, pages.dtype
@@ -34,7 +32,7 @@ def _slots(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 
 
 def _write_case(kv: str, tolerance: float) -> Case:
-    pages = Arg((4, PAGE, 2, 32), DTYPES[kv], leaf="state")
+    pages = Arg((4, PAGE, 2, 32), kv_format(kv).dtype, leaf="state")
     attrs = {"which": "k", "kv": kv}
     return Case(((5, 2, 32), pages, Arg((5,), I32, _slots)), attrs, tolerance)
 
@@ -53,7 +51,7 @@ def kv_write(
     x: np.ndarray, pages: np.ndarray, slots: np.ndarray, *, which: str, kv: str
 ) -> np.ndarray:
     """Rows x[t] rounded to the KV type and stored at slots[t]; changes and returns the pages."""
-    pages.reshape(-1, *pages.shape[2:])[slots] = round_to(x, kv)
+    pages.reshape(-1, *pages.shape[2:])[slots] = kv_format(kv).rounded(x)
     return pages
 
 

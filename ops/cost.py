@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from runtime.ops.kv_formats import kv_format
 from runtime.ops.registry import Kind, Op, find
 from runtime.ops.tensor import LEAVES, Tensor
 
 
-def _page_nbytes(leaf: Tensor) -> float:
-    return leaf.nbytes / int(leaf.shape[0])
+def page_nbytes(leaf: Tensor) -> int:
+    """Bytes of one page of `leaf` [pages, PAGE, heads, dim] in planes, or of one slot as it is."""
+    if leaf.base.attrs["kind"] == "slots":
+        return leaf.nbytes // int(leaf.shape[0])
+    _, tokens, heads, dim = map(int, leaf.shape)
+    return tokens * heads * kv_format(leaf.dtype.name).token_nbytes(dim)
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Seen:
 
     live: Mapping[str, int] = field(default_factory=dict)
     lengths: tuple[int, ...] = ()
-    page_nbytes: Callable[[Tensor], float] = _page_nbytes
+    page_nbytes: Callable[[Tensor], float] = page_nbytes
 
     def count(self, x: Tensor) -> int:
         """Live rows of x, along its first axis."""

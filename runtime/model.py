@@ -29,7 +29,7 @@ from runtime.memory.budget import Memory
 from runtime.models import registry
 from runtime.ops import Graph
 from runtime.ops.errors import shown
-from runtime.ops.rounding import KV_TYPES
+from runtime.ops.kv_formats import KV_FORMATS
 from runtime.session import Session
 
 if TYPE_CHECKING:
@@ -222,10 +222,10 @@ def parse_kv_type(text: str) -> tuple[str, str]:
     text = text if isinstance(text, str) else ",".join(map(str, text))
     parts = [p.strip().lower() for p in text.split(",")]
     kinds = parts * 2 if len(parts) == 1 else parts
-    wrong = next((k for k in kinds if k not in KV_TYPES), None)
+    wrong = next((k for k in kinds if k not in KV_FORMATS), None)
     if len(kinds) != 2 or wrong is not None:
         raise OptionError(
-            f"kv_type={text!r} must be one of {', '.join(KV_TYPES)}, or two of them for K and V "
+            f"kv_type={text!r} must be one of {', '.join(KV_FORMATS)}, or two of them for K and V "
             "apart, such as 'q8_0,f16'"
         )
     return kinds[0], kinds[1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.cost import Seen, flops, moves
+from runtime.ops.cost import Seen, flops, moves, page_nbytes
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, kind_of
 from runtime.ops.tensor import Tensor
@@ -46,13 +46,13 @@ def token_step(file: Any, kv_types: tuple[str, str]) -> tuple[Any, Any]:
 
 def of_file(file: Any, kv_types: tuple[str, str], context: int) -> Traffic:
     """What one token of an open GGUF file's model moves after `context` tokens."""
-    from runtime.backends.cpu.pages import page_nbytes
-
     architecture, step = token_step(file, kv_types)
-    return of_token(architecture.graph(step), context, page_nbytes)
+    return of_token(architecture.graph(step), context)
 
 
-def of_token(graph: Graph, context: int, page_nbytes: Callable[[Tensor], float]) -> Traffic:
+def of_token(
+    graph: Graph, context: int, page_nbytes: Callable[[Tensor], float] = page_nbytes
+) -> Traffic:
     """What one token moves after `context` tokens, by a graph of one token and one slot.
 
     Of the cache what is read, and of a weight that is used twice the larger part.

@@ -70,11 +70,8 @@ def _operations():
         s.store_brain(out + 32, c)
         out += 64
         s.store_bytes(out, j)
-        s.scatter_bytes(out + 16, j, 3, 16)
         out += 64
-        s.scatter_half(out, c, 4, 16)
-        out += 64
-        s.scatter_brain(out, c, 4, 5)
+        s.scatter(out, c, 4, 16)
         out += 64
         s.scatter(out, c, 4, 7)
         out += 64

@@ -13,16 +13,12 @@ from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 from runtime import ops
 from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.pages import from_plain, to_plain
-from runtime.backends.cpu.sizes import (
-    attention_scratch_nbytes,
-    kv_block_nbytes,
-    padded_head,
-)
+from runtime.backends.cpu.sizes import attention_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
-from runtime.ops.attention import PAGE, attention
-from runtime.ops.dtypes import DTYPES
+from runtime.ops.attention import attention
+from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format, padded_head
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES = tuple(KV_FORMATS)
 
 
 @dataclass
@@ -60,7 +56,7 @@ class Case:
         self.arrays["places"] = self.arrays["places"].astype(np.int32)
         for which, kind, dim in (("k", self.k_type, self.k_dim), ("v", self.v_type, self.v_dim)):
             shape = (pages, PAGE, self.kv_heads, dim)
-            leaf = ops.state(which, shape, DTYPES[kind])
+            leaf = ops.state(which, shape, kv_format(kind).dtype)
             # Behind the dims of a head lie other numbers, which nobody may notice.
             whole = rng.standard_normal((*shape[:3], padded_head(dim))).astype(np.float32)
             memory = from_plain(whole, leaf, which)
@@ -98,8 +94,8 @@ class Case:
             Kernel.of("attention", k_type=self.k_type, v_type=self.v_type), isa, n_threads, q=q,
             q_stride=self.heads * step, q_head_stride=step, k_pages=Fenced.like(a["k"]),
             v_pages=Fenced.like(a["v"]),
-            k_page_bytes=self.kv_heads * kv_block_nbytes(self.k_type, self.k_dim),
-            v_page_bytes=self.kv_heads * kv_block_nbytes(self.v_type, self.v_dim),
+            k_page_bytes=self.kv_heads * PAGE * kv_format(self.k_type).token_nbytes(self.k_dim),
+            v_page_bytes=self.kv_heads * PAGE * kv_format(self.v_type).token_nbytes(self.v_dim),
             table=Fenced.of(a["table"]), table_stride=a["table"].shape[1], tiles=Fenced.of(tiles),
             n_tiles=np.array([len(tiles)]), places=Fenced.of(a["places"][None]), out=out,
             out_stride=stride, n_heads=self.heads, n_kv_heads=self.kv_heads, k_dim=self.k_dim,
@@ -246,15 +242,12 @@ def spoil(
     memory: np.ndarray, kind: str, dim: int, heads: int, where: np.ndarray, which: str
 ) -> None:
     """Every byte of the unwritten tokens becomes 0xFF: NaN in each float type."""
-    item = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}[kind]
-    blocks = memory.reshape(len(memory), heads, -1)
-    dims = padded_head(dim)
-    parts = [(blocks[..., : PAGE * dims * item], item)]
-    if kind == "q8_0":
-        parts.append((blocks[..., PAGE * dims :], 2))
-    for part, size in parts:
-        tokens = part.reshape(len(memory), heads, *((-1, PAGE) if which == "k" else (PAGE, -1)),
-                              *((size,) if which == "k" else ()))  # fmt: skip
+    blocks, at = memory.reshape(len(memory), heads, -1), 0
+    for plane in kv_format(kind).planes:
+        size, start = plane.dtype.nbytes, at
+        at += PAGE * size * plane.width(padded_head(dim))
+        shape = (-1, PAGE, size) if which == "k" else (PAGE, -1)
+        tokens = blocks[..., start:at].reshape(len(memory), heads, *shape)
         for page, token in np.argwhere(where):
             tokens[(page, slice(None), slice(None), token) if which == "k"
                    else (page, slice(None), token)] = 0xFF  # fmt: skip

@@ -11,12 +11,9 @@ from kernel_calls import ISAS, Fenced, at_the_front, fenced_twice, library, run
 from runtime import ops
 from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.pages import to_plain
-from runtime.backends.cpu.sizes import kv_block_nbytes, padded_head
 from runtime.backends.plan.kernel import Kernel
-from runtime.ops.attention import PAGE
-from runtime.ops.dtypes import DTYPES
+from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format, padded_head
 from runtime.ops.registry import OPS
-from runtime.ops.rounding import KV_TYPES, round_to
 
 EPS = 1e-6
 STYLES = ("neox", "normal")
@@ -24,7 +21,9 @@ STYLES = ("neox", "normal")
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    writes = [Kernel.of("kv_write", which=which, type=kind) for which in "kv" for kind in KV_TYPES]
+    writes = [
+        Kernel.of("kv_write", which=which, type=kind) for which in "kv" for kind in KV_FORMATS
+    ]
     posts = [
         Kernel.of("qkv_post", style="neox", k_type="q8_0", v_type="f16"),
         Kernel.of("qkv_post", style="none", k_type="f32", v_type="f32"),
@@ -78,8 +77,12 @@ def test_rope(rng, style, half, dim):
 N_PAGES, SLOTS = 4, np.array([[70], [3], [127], [0], [33], [32]], np.int32)
 
 
+def block_nbytes(kind: str, dim: int) -> int:
+    return PAGE * kv_format(kind).token_nbytes(dim)
+
+
 def page_memory(kind: str, heads: int, dim: int) -> Fenced:
-    memory = Fenced(1, N_PAGES * heads * kv_block_nbytes(kind, dim) // 4, dtype=np.int32)
+    memory = Fenced(1, N_PAGES * heads * block_nbytes(kind, dim) // 4, dtype=np.int32)
     memory.values[:] = 0
     return memory
 
@@ -87,7 +90,7 @@ def page_memory(kind: str, heads: int, dim: int) -> Fenced:
 def plain_pages(memory: Fenced, kind: str, heads: int, dim: int, which: str) -> np.ndarray:
     """float32 [slots, heads, dim]."""
     assert memory.strays(1) == 0
-    leaf = ops.state("pages", (N_PAGES, PAGE, heads, dim), DTYPES[kind])
+    leaf = ops.state("pages", (N_PAGES, PAGE, heads, dim), kv_format(kind).dtype)
     raw = np.ascontiguousarray(memory.values).view(np.uint8).reshape(N_PAGES, -1)
     return to_plain(raw, leaf, which).reshape(-1, heads, dim)
 
@@ -102,13 +105,13 @@ def write(
     run(
         Kernel.of("kv_write", which=which, type=kind), isa, threads, pages=memory, live=rows,
         x=Fenced.of(x.reshape(rows, -1), heads * dim + 3), slots=Fenced.of(SLOTS),
-        page_bytes=heads * kv_block_nbytes(kind, dim), n_kv_heads=heads, head_dim=dim,
+        page_bytes=heads * block_nbytes(kind, dim), n_kv_heads=heads, head_dim=dim,
         x_stride=heads * dim + 3,
     )  # fmt: skip
     return plain_pages(memory, kind, heads, dim, which)
 
 
-@pytest.mark.parametrize("kind", KV_TYPES)
+@pytest.mark.parametrize("kind", KV_FORMATS)
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_kv_write(rng, which, kind):
     check_kv_write(rng, which, kind, (*range(1, 65), 100, 128))
@@ -118,7 +121,7 @@ def check_kv_write(rng, which: str, kind: str, dims: Iterable[int], isa: str = I
     for dim in dims:
         x = (rng.standard_normal((6, 2, dim)) * [[1e-7], [50]]).astype(np.float32)
         wanted = np.zeros((N_PAGES * PAGE, 2, dim), np.float32)
-        wanted[SLOTS[:, 0]] = round_to(x, kind)
+        wanted[SLOTS[:, 0]] = kv_format(kind).rounded(x)
         found = fenced_twice(lambda n, x=x: write(which, kind, x, isa, n))
         assert np.array_equal(found, wanted), f"head size {dim}"
         assert not padding(kind, x, which, isa).any(), "what is behind a head's dims is zero"
@@ -136,7 +139,7 @@ def padding(kind: str, x: np.ndarray, which: str, isa: str) -> np.ndarray:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("isa", available())
-@pytest.mark.parametrize("kind", KV_TYPES)
+@pytest.mark.parametrize("kind", KV_FORMATS)
 def test_kv_write_of_every_head_size_on_every_processor(rng, kind, isa):
     for which in "kv":
         check_kv_write(rng, which, kind, range(1, 257), isa)
@@ -145,7 +148,7 @@ def test_kv_write_of_every_head_size_on_every_processor(rng, kind, isa):
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
 def test_kv_write_rounds_to_nearest_even(rng, kind):
     x = extreme_rows(rng)
-    assert np.array_equal(write("v", kind, x)[SLOTS[:, 0]], round_to(x, kind))
+    assert np.array_equal(write("v", kind, x)[SLOTS[:, 0]], kv_format(kind).rounded(x))
 
 
 def extreme_rows(rng: np.random.Generator) -> np.ndarray:
@@ -200,8 +203,8 @@ def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
             q_out_stride=heads * dim + 3, live=6,
             k_pages=memory[0], v_pages=memory[1], slots=Fenced.of(SLOTS), n_heads=heads,
             n_kv_heads=kv_heads, head_dim=dim,
-            k_page_bytes=kv_heads * kv_block_nbytes(types[0], dim),
-            v_page_bytes=kv_heads * kv_block_nbytes(types[1], dim),
+            k_page_bytes=kv_heads * block_nbytes(types[0], dim),
+            v_page_bytes=kv_heads * block_nbytes(types[1], dim),
         )  # fmt: skip
         assert out.strays(6) == 0
         pages = zip(memory, types, "kv", strict=True)
@@ -218,9 +221,9 @@ def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
     np.testing.assert_allclose(new_q.reshape(q.shape), wanted(q, weights[0]), rtol=2e-6, atol=2e-6)
     exact = wanted(k, weights[1]).astype(np.float32)
     step = np.abs(exact).max() / 127 if types[0] == "q8_0" else 2e-6
-    np.testing.assert_allclose(new_k, round_to(exact, types[0]), rtol=2e-6, atol=step)
+    np.testing.assert_allclose(new_k, kv_format(types[0]).rounded(exact), rtol=2e-6, atol=step)
     assert (np.abs(new_k - exact) <= 0.51 * step + 2e-6).all()
-    assert np.array_equal(new_v, round_to(v, types[1]))
+    assert np.array_equal(new_v, kv_format(types[1]).rounded(v))
     with at_the_front():
         again = post(3)
     for other, first in zip(again, (new_q, new_k, new_v), strict=True):

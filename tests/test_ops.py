@@ -17,8 +17,8 @@ from runtime.backends.plan.kernel import Kernel
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.dtypes import I32
 from runtime.ops.errors import BackendError, OpError
+from runtime.ops.kv_formats import KV_FORMATS, kv_format
 from runtime.ops.registry import OPS, Op, op
-from runtime.ops.rounding import round_to
 
 NAMES = [
     "add", "attention", "broadcast", "expert_bias", "expert_sum", "gated_delta", "get_rows",
@@ -172,11 +172,11 @@ def test_cpu_backend(name: str, n: int, variant: str):
         backend.close()
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_pages_convert_exactly_both_ways(kv: str, which: str, rng: np.random.Generator):
     leaf = ops.state("cache", (3, ops.PAGE, 2, 64), ops.DTYPES[kv])
-    plain = round_to(rng.standard_normal((3, ops.PAGE, 2, 64)).astype(np.float32), kv)
+    plain = kv_format(kv).rounded(rng.standard_normal((3, ops.PAGE, 2, 64)).astype(np.float32))
     memory = from_plain(plain, leaf, which)
     np.testing.assert_array_equal(to_plain(memory, leaf, which), plain)
     np.testing.assert_array_equal(from_plain(to_plain(memory, leaf, which), leaf, which), memory)

@@ -18,7 +18,7 @@ from runtime.engine.batch import UBATCH
 from runtime.engine.graphs import capacity
 from runtime.model import Model
 from runtime.ops import Graph
-from runtime.ops.rounding import KV_TYPES
+from runtime.ops.kv_formats import KV_FORMATS
 
 # (experts, used): from many tokens for each expert to less than one in a full step
 MIXTURES = [(6, 2), (8, 2), (32, 4), (64, 6), (128, 8), (512, 10)]
@@ -76,7 +76,7 @@ def test_no_step_of_any_architecture_needs_another_kernel(name, kind, tmp_path, 
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "qwen35"])
 def test_no_kv_type_needs_another_kernel(name, tmp_path, monkeypatch):
     path = write_model(tmp_path / "m.gguf", NOVEL.get(name, Sizes(name)))
-    for pair in itertools.product(KV_TYPES, KV_TYPES):
+    for pair in itertools.product(KV_FORMATS, KV_FORMATS):
         _check(path, ",".join(pair), cpu_options(), monkeypatch)
 
 

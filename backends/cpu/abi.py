@@ -8,9 +8,6 @@ from __future__ import annotations
 
 SHARE_UNIT = 32  # elements: what is divided alike between threads is divided in whole units
 
-PAGE = 32  # tokens in a page of the KV cache
-HEAD_UNIT = 16  # a head in a page takes a whole number of these dims, zeros behind its own
-KV_GROUP = 32  # dims of a head under one scale of q8_0
 MAX_HEAD_DIM = 1024  # of a head that is normed, rotated and stored by one kernel
 ATTENTION_ROWS = 8  # query rows of a register block of attention; tokens of a tile
 MAX_TAPS = 64  # of a short convolution

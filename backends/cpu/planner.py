@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime.backends.cpu.abi import MAX_HEAD_DIM
-from runtime.backends.cpu.pages import page_nbytes
 from runtime.backends.cpu.tile.formats import NAMES
 from runtime.backends.passes.packing import Options, distinct_sizes
 from runtime.backends.passes.prepare import prepare
 from runtime.backends.plan.plan import Plan
+from runtime.ops.cost import page_nbytes
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 

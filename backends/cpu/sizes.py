@@ -1,4 +1,4 @@
-"""Bytes of pages and of scratch, as kernels take them, and how they take floats."""
+"""Bytes of scratch, as kernels take them, and how they take floats."""
 
 from __future__ import annotations
 
@@ -9,28 +9,13 @@ from runtime.backends.cpu.abi import (
     ATTENTION_ROWS,
     DELTA_COLUMNS,
     DELTA_VECTORS,
-    HEAD_UNIT,
-    KV_GROUP,
-    PAGE,
 )
+from runtime.ops.kv_formats import PAGE, padded_head
 
 
 def float_bits(value: float) -> int:
     """The bit pattern of a float32, as kernels take float arguments."""
     return struct.unpack("<I", struct.pack("<f", value))[0]
-
-
-def padded_head(head_dim: int) -> int:
-    """Dims that a head of this size takes in a page: what kernels read has no odd end."""
-    return -(-head_dim // HEAD_UNIT) * HEAD_UNIT
-
-
-def kv_block_nbytes(kv_type: str, head_dim: int) -> int:
-    """Bytes of one KV head's K or V in one page of 32 tokens."""
-    dims = padded_head(head_dim)
-    if kv_type == "q8_0":
-        return PAGE * (dims + 2 * -(-dims // KV_GROUP))
-    return PAGE * dims * (4 if kv_type == "f32" else 2)
 
 
 def conv_scratch_nbytes(block: int, taps: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from runtime.backends.plan.kernel import Kernel
@@ -22,7 +22,7 @@ _BUILDER = re.compile(r"^def build_(\w+)\(", re.MULTILINE)
 _Build = TypeVar("_Build", bound=Callable[..., Any])
 
 
-def constants(**values: tuple[Any, ...]) -> Callable[[_Build], _Build]:
+def constants(**values: Collection[Any]) -> Callable[[_Build], _Build]:
     """Declare the constants of what a function builds, each with the values it may have."""
 
     def declare(build: _Build) -> _Build:
@@ -54,7 +54,7 @@ class Catalogue:
             )
         return self._modules[name]
 
-    def constants(self, name: str) -> dict[str, tuple[Any, ...]]:
+    def constants(self, name: str) -> dict[str, Collection[Any]]:
         """The constants of a kernel and the values each may have; imports its file."""
         return getattr(self._builder(name), "constants", {})
 
@@ -75,7 +75,7 @@ class Catalogue:
         for key, value in given.items():
             if value not in allowed[key]:
                 raise BackendError(
-                    f"kernel {kernel.name}: {key} is one of {allowed[key]}, not {value!r}"
+                    f"kernel {kernel.name}: {key} is one of {tuple(allowed[key])}, not {value!r}"
                 )
 
     def build(self, kernel: Kernel) -> Any:

@@ -110,7 +110,7 @@ def memory(file: Any, kv_type: str) -> Memory:
 
     A `runtime.Error` says why a file cannot be run, or that its heads do not fit the type.
     """
-    from runtime.backends.cpu.pages import page_nbytes
+    from runtime.ops.cost import page_nbytes
     from runtime.traffic import token_step
 
     _, step = token_step(file, (kv_type, kv_type))

@@ -109,10 +109,10 @@ def _needs(file: Any) -> tuple[dict[str, Memory], str]:
     from runtime.arguments import check_has_weights
     from runtime.cli import facts
     from runtime.errors import Error
-    from runtime.ops.rounding import KV_TYPES
+    from runtime.ops.kv_formats import KV_FORMATS
 
     found, reason = {}, ""
-    for kind in KV_TYPES:
+    for kind in KV_FORMATS:
         try:
             check_has_weights(file)
             found[kind] = facts.memory(file, kind)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from runtime import ops
-from runtime.ops.dtypes import DTYPES, F32
+from runtime.ops.dtypes import F32
+from runtime.ops.kv_formats import kv_format
 from runtime.ops.tensor import Shape, Tensor
 
 
@@ -80,7 +81,7 @@ class Step:
                 i: ops.state(
                     f"cache.{i}.{which}",
                     (pages, ops.PAGE, layer.kv_heads, getattr(layer, f"{which}_dim")),
-                    DTYPES[kind],
+                    kv_format(kind).dtype,
                     which,
                 )
                 for i, layer in layers.attention.items()

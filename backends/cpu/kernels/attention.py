@@ -18,15 +18,16 @@ import math
 
 from llvmlite import ir
 
-from runtime.backends.cpu.abi import ATTENTION_BLOCKS, ATTENTION_ROWS, PAGE
+from runtime.backends.cpu.abi import ATTENTION_BLOCKS, ATTENTION_ROWS
 from runtime.backends.plan.catalogue import constants
-from runtime.ops.rounding import KV_TYPES
+from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 
 from . import emit as e
 from . import simd as s
 from .attention_block import Block, begin_block, exp2_negative, row_peaks, tanh
 from .attention_passes import output_pass, row_passes, scores_pass
-from .rows import helper, padded
+from .kv_planes import padded
+from .rows import helper
 
 _LOG2_E = e.single(1 / math.log(2))
 _LOWEST = e.single(-3e38)  # finite, so that -inf less this is -inf and not NaN
@@ -136,7 +137,10 @@ def page_step(k_type, v_type):
 
     k_ahead and v_ahead: how far behind this page the one to be read next lies.
     """
-    scores, output = row_passes(scores_pass, k_type), row_passes(output_pass, v_type)
+    scores, output = (
+        row_passes(make, kv_format(name))
+        for make, name in ((scores_pass, k_type), (output_pass, v_type))
+    )
 
     @helper
     def step(block, rows, k, v, k_ahead, v_ahead, base, k_dims, v_dims, window, softcap):
@@ -175,7 +179,7 @@ def begin_item(
     return low, high
 
 
-@constants(k_type=KV_TYPES, v_type=KV_TYPES)
+@constants(k_type=KV_FORMATS, v_type=KV_FORMATS)
 def build_attention(k_type, v_type):
     step = page_step(k_type, v_type)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from runtime.backends.cpu.abi import ATTENTION_ROWS, PAGE
+from runtime.backends.cpu.abi import ATTENTION_ROWS
+from runtime.ops.kv_formats import PAGE
 
 from . import emit as e
 from . import simd as s

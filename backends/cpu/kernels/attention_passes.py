@@ -15,17 +15,16 @@ from typing import Any
 
 from llvmlite import ir
 
-from runtime.backends.cpu.abi import ATTENTION_ROWS, KV_GROUP, PAGE
+from runtime.backends.cpu.abi import ATTENTION_ROWS
+from runtime.ops.kv_formats import GROUP, PAGE, KVFormat
 
 from . import emit as e
 from . import simd as s
 from .attention_block import ROW_BYTES, Block, number, repeat, repeat_if_any, times
+from .kv_planes import k_place, k_step, load16, load_splat, v_place
 from .target import chosen
 
-_CHUNK = KV_GROUP  # dims of one partial sum: those under one scale of q8_0
-_ITEM = {"f32": 4, "f16": 2, "bf16": 2, "q8_0": 1}
-_ELEMENT = {"f32": e.f32, "f16": e.i16, "bf16": e.i16, "q8_0": e.i8}
-
+_CHUNK = GROUP  # dims of one partial sum: those that share a scale
 
 # Rows of a pass -> vectors of 16 keys (scores) and of 16 dims (output) that its registers hold.
 _REGISTERS = {
@@ -33,16 +32,6 @@ _REGISTERS = {
     8: {4: (1, 1), 2: (2, 2), 1: (2, 4)},
     4: {2: (1, 1), 1: (2, 2)},
 }[chosen().lanes]
-
-
-def _widen(b: ir.IRBuilder, address: Any, kind: str) -> Any:
-    """16 cache values as float32."""
-    value = e.load(b, address, e.wide(_ELEMENT[kind]), 1)
-    if kind == "f16":
-        return e.half_to_float(b, value, s.HALVES)
-    if kind == "bf16":
-        return e.brain_to_float(b, value)
-    return value if kind == "f32" else b.sitofp(b.sext(value, e.wide(e.i32)), e.wide(e.f32))
 
 
 def _broadcast(b: ir.IRBuilder, address: Any) -> Any:
@@ -60,42 +49,62 @@ def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return e.fma(b, x, y, z, s.FUSED)
 
 
-def scores_pass(rows: int, kind: str) -> Callable:
+def scores_pass(rows: int, format: KVFormat) -> Callable:
     """Emits: scores = q k^T of rows row.. and the 32 keys of a page."""
     held, unroll = _REGISTERS[rows][0], 4
-    size = _ITEM[kind]
+    (codes,), n_sums = format.codes, rows * held
+    size, has_minima = k_step(codes), len(format.shared) == 2
 
     def dims_of(b, q, page, count, first, ahead):
-        """Sums of `count` dims for keys of vectors first, first + 1, .. (`held` of them)."""
+        """Sums of `count` dims for keys of vectors first, first + 1, .. (`held` of them).
+
+        Behind them, where there are minima to multiply them with, the sums of q of each row.
+        """
 
         def few(i, sums):
             sums = list(sums)
             for step in range(unroll):
                 dim = b.add(i, number(step))
-                at = b.add(page, times(b, dim, PAGE * size))
+                at = b.add(page, times(b, dim, size))
                 keys = [
-                    _widen(b, e.offset(b, at, (first + j) * e.LANES * size), kind)
+                    load16(b, codes, e.offset(b, at, (first + j) * e.LANES * codes.dtype.nbytes))
                     for j in range(held)
                 ]
                 values = b.add(q, times(b, dim, ROW_BYTES))
-                if first == 0 and step * PAGE * size % 64 == 0:
-                    for j in range(0, PAGE * size, 64):
+                if first == 0 and step * size % 64 == 0:
+                    for j in range(0, size, 64):
                         _prefetch(b, b.add(e.offset(b, at, j), ahead))
                 for r in range(rows):
                     value = _broadcast(b, e.offset(b, values, 4 * r))
                     for j, key in enumerate(keys):
                         sums[r * held + j] = _fma(b, value, key, sums[r * held + j])
+                    if has_minima:
+                        sums[n_sums + r] = b.fadd(sums[n_sums + r], value)
             return sums
 
-        return repeat(b, number(0), count, unroll, [e.floats(0.0)] * (rows * held), few)
+        zeros = [e.floats(0.0)] * (n_sums + rows * has_minima)
+        return repeat(b, number(0), count, unroll, zeros, few)
 
-    def add(b, target, is_first, sums, scales):
+    def add(b, target, is_first, sums, shared):
+        """Add the sums of a group, its scales and minima by vector of keys."""
         for r in range(rows):
             for j in range(held):
                 at = e.offset(b, target, 4 * (r * PAGE + j * e.LANES))
                 old, new = e.load(b, at, e.wide(e.f32), 4), sums[r * held + j]
                 old = b.select(is_first, e.floats(0.0), old)
-                e.store(b, _fma(b, new, scales[j], old) if scales else b.fadd(old, new), at, 4)
+                new = _fma(b, new, shared[0][j], old) if shared else b.fadd(old, new)
+                if has_minima:
+                    new = _fma(b, sums[n_sums + r], shared[1][j], new)
+                e.store(b, new, at, 4)
+
+    def shared_of(b, page, dim, dims, first):
+        """The numbers of the group at `dim`, by plane and vector of keys."""
+        found = []
+        for plane in format.shared:
+            at, step = k_place(b, format, plane, page, dim, dims), e.LANES * plane.dtype.nbytes
+            places = [e.offset(b, at, step * (first + j)) for j in range(held)]
+            found.append([load16(b, plane, place) for place in places])
+        return found
 
     def scores(b, block, row, page, dims, n_keys, o, ahead):
         q = b.add(e.offset(b, block, Block.q), times(b, row, 4))
@@ -104,51 +113,48 @@ def scores_pass(rows: int, kind: str) -> Callable:
         def chunk(dim):
             left = b.sub(dims, dim)
             count = b.select(b.icmp_signed("<", left, number(_CHUNK)), left, number(_CHUNK))
-            here = b.add(page, times(b, dim, PAGE * size))
+            here = b.add(page, times(b, dim, size))
             is_first = b.icmp_signed("==", dim, number(0))
             for first in range(0, PAGE // e.LANES, held):
                 sums = dims_of(b, b.add(q, times(b, dim, ROW_BYTES)), here, count, first, ahead)
-                scales = []
-                if kind == "q8_0":
-                    at = b.add(b.add(page, times(b, dims, PAGE)), times(b, dim, 2))
-                    places = [e.offset(b, at, 2 * e.LANES * (first + j)) for j in range(held)]
-                    scales = [_widen(b, place, "f16") for place in places]
-                add(b, e.offset(b, target, 4 * e.LANES * first), is_first, sums, scales)
+                shared = shared_of(b, page, dim, dims, first)
+                add(b, e.offset(b, target, 4 * e.LANES * first), is_first, sums, shared)
 
         repeat_if_any(b, number(0), dims, _CHUNK, chunk)
 
     return scores
 
 
-def _scale_of(b: ir.IRBuilder, page: Any, key: Any, dim: Any, dims: Any) -> Any:
-    """The q8_0 scale of one key of V at a dim, in all lanes."""
-    groups = b.udiv(b.add(dims, number(KV_GROUP - 1)), number(KV_GROUP))
-    which = b.add(b.mul(key, groups), b.udiv(dim, number(KV_GROUP)))
-    at = b.add(b.add(page, times(b, dims, PAGE)), times(b, which, 2))
-    return e.half_to_float(b, e.splat(b, e.load(b, at, e.i16, 1)), s.HALVES)
-
-
-def _values(b: ir.IRBuilder, kind: str, page: Any, key: Any, dim: Any, dims: Any, vectors: int):
-    """V of one key from `dim` on as `vectors` float32 vectors."""
-    size = _ITEM[kind]
-    at = b.add(page, times(b, b.add(b.mul(key, dims), dim), size))
-    found = []
+def _values(
+    b: ir.IRBuilder, format: KVFormat, page: Any, key: Any, dim: Any, dims: Any, vectors: int
+) -> tuple[Any, list[Any]]:
+    """V of one key from `dim` on as `vectors` float32 vectors, and where its codes lie."""
+    (codes,), found, shared = format.codes, [], []
+    at = v_place(b, format, codes, page, key, dim, dims)
     for j in range(vectors):
-        value = _widen(b, e.offset(b, at, e.LANES * size * j), kind)
-        if kind == "q8_0":
-            if j % 2 == 0:  # two vectors share a scale
-                scale = _scale_of(b, page, key, b.add(dim, number(e.LANES * j)), dims)
-            value = b.fmul(value, scale)
+        value = load16(b, codes, e.offset(b, at, e.LANES * codes.dtype.nbytes * j))
+        if j * e.LANES % GROUP == 0:  # two vectors share these
+            shared = _shared_by(b, format, page, key, b.add(dim, number(e.LANES * j)), dims)
+        for numbers, apply in zip(shared, (b.fmul, b.fadd), strict=False):
+            value = apply(value, numbers)
         found.append(value)
     return at, found
 
 
-def output_pass(rows: int, kind: str) -> Callable:
+def _shared_by(
+    b: ir.IRBuilder, format: KVFormat, page: Any, key: Any, dim: Any, dims: Any
+) -> list[Any]:
+    """The scale and the minimum, if there are such, of one key of V at a dim, in all lanes."""
+    places = (v_place(b, format, plane, page, key, dim, dims) for plane in format.shared)
+    return [load_splat(b, plane, at) for plane, at in zip(format.shared, places, strict=True)]
+
+
+def output_pass(rows: int, format: KVFormat) -> Callable:
     """Emits: o = o * decay + p v for rows row.. of a block.
 
     Only the first n_keys tokens of the page are read: what lies behind them may be anything.
     """
-    held, line = _REGISTERS[rows][1], 64 // _ITEM[kind]
+    held, size = _REGISTERS[rows][1], format.codes[0].dtype.nbytes
 
     def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead):
         """`vectors` vectors of dims from `dim` on, over all keys."""
@@ -168,9 +174,9 @@ def output_pass(rows: int, kind: str) -> Callable:
 
         def key(i, sums):
             sums, weights = list(sums), b.add(p, times(b, i, 4))
-            at, found = _values(b, kind, page, i, dim, dims, vectors)
-            for j in range(0, vectors * e.LANES, line):
-                _prefetch(b, b.add(e.offset(b, at, j * _ITEM[kind]), ahead))
+            at, found = _values(b, format, page, i, dim, dims, vectors)
+            for j in range(0, vectors * e.LANES * size, 64):
+                _prefetch(b, b.add(e.offset(b, at, j), ahead))
             for r in range(rows):
                 weight = _broadcast(b, e.offset(b, weights, 4 * PAGE * r))
                 for j, value in enumerate(found):
@@ -191,7 +197,7 @@ def output_pass(rows: int, kind: str) -> Callable:
     return output
 
 
-def row_passes(make: Callable, kind: str) -> Any:
+def row_passes(make: Callable, format: KVFormat) -> Any:
     """(block, rows, page, dims, n_keys, o, ahead): a pass over rows 0.. of a block.
 
     What lies `ahead` bytes behind the parts of the page that are read is prefetched.
@@ -200,7 +206,7 @@ def row_passes(make: Callable, kind: str) -> Any:
     two, whose further rows are in the block but mean nothing.
     """
     sizes = sorted(_REGISTERS, reverse=True)
-    passes = [make(size, kind) for size in sizes]
+    passes = [make(size, format) for size in sizes]
 
     def fitting(b, left, which, arguments):
         if which + 1 == len(sizes):

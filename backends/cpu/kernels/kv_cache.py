@@ -1,12 +1,7 @@
 """Rows of k and v into the pages of the cache, alone or with the norm and rope before it.
 
-A page holds 32 tokens; in it each KV head has one block. With d the head size rounded up to a
-multiple of 16, a K block is transposed, [d][32 tokens], so that attention reads 16 keys at once; a
-V block is [32 tokens][d]. Type q8_0 is int8 in the same places, then f16 scales of 32 dims each (or
-of the last 16), of K [groups][32 tokens] and of V [32 tokens][groups], with
-q = x * (1 / (max|x| / 127)) to the nearest even. Dims that a head does not have are zeros.
-
-Parallel over (token x head). A head is normed and rotated on the stack, then stored rounded.
+Parallel over (token x head). A head is normed and rotated on the stack, then stored rounded, 32
+dims at a time; kv_planes.py says what and where.
 """
 
 from __future__ import annotations
@@ -14,16 +9,15 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import cgutils
 
-from runtime.backends.cpu.abi import KV_GROUP, MAX_HEAD_DIM, PAGE
+from runtime.backends.cpu.abi import MAX_HEAD_DIM
 from runtime.backends.plan.catalogue import constants
-from runtime.ops.rounding import KV_TYPES
+from runtime.ops.kv_formats import GROUP, KV_FORMATS, PAGE, kv_format
 
 from . import emit as e
 from . import simd as s
+from .kv_planes import padded, store_group
 from .rope import ROTATE
-from .rows import helper, inverse_rms, padded, share
-
-_SMALLEST = 1e-30  # a block of smaller values is stored as zeros
+from .rows import helper, inverse_rms, share
 
 
 @s.operation(s.i64)
@@ -33,59 +27,26 @@ def stage(b):
     return b.ptrtoint(room, e.i64)
 
 
-# KV type -> how 16 lanes are stored apart, and the bytes of one value
-_STORES = {"f32": (s.scatter, 4), "f16": (s.scatter_half, 2), "bf16": (s.scatter_brain, 2)}
-
-
 @helper
 def some(address, n):
     """Up to 16 floats, zeros after the n-th; n may be 0 or less."""
     return s.load(address) if n >= 16 else s.load_part(address, n, s.f32(0))
 
 
-def _plain_store(kind, which):
-    """(row, block, place, d): one head into its block at the token's place in the page."""
-    lanes, size = _STORES[kind]
-    is_k = which == "k"
-
-    @helper
-    def put(row, block, place, d):
-        step = PAGE * size if is_k else size
-        at = block + (place * size if is_k else place * padded(d) * size)
-        for i in range(0, d, 16):
-            lanes(at + i * step, some(row + i * 4, d - i), step, 16)
-
-    return put
-
-
-def _quantised_store(which):
-    is_k = which == "k"
-
-    @helper
-    def put(row, block, place, d):
-        step, dims = PAGE if is_k else 1, padded(d)
-        groups = (dims + KV_GROUP - 1) // KV_GROUP
-        at = block + (place if is_k else place * dims)
-        scales = block + PAGE * dims + (place * 2 if is_k else place * groups * 2)
-        for g in range(groups):
-            low, high = some(row + g * 128, d - g * 32), some(row + g * 128 + 64, d - g * 32 - 16)
-            peak = s.largest(s.larger(s.absolute(low), s.absolute(high)))
-            empty = not peak >= s.f32(_SMALLEST)
-            scale = s.f32(0) if empty else peak / s.f32(127)
-            inverse = s.splat(s.f32(0) if empty else s.f32(1) / scale)
-            s.scatter_bytes(at + g * 32 * step, s.nearest_int(low * inverse), step, 16)
-            if g * 32 + 16 < dims:
-                s.scatter_bytes(at + (g * 32 + 16) * step, s.nearest_int(high * inverse), step, 16)
-            s.store_i16(scales + g * (2 * PAGE if is_k else 2), s.half_bits(scale))
-
-    return put
-
-
 def _store(kind, which):
-    return _quantised_store(which) if kind == "q8_0" else _plain_store(kind, which)
+    """(row, block, place, d): one head into its block at the token's place in the page."""
+    put_group = store_group(kv_format(kind), which)
+
+    @helper
+    def put(row, block, place, d):
+        for i in range(0, d, GROUP):
+            low, high = some(row + i * 4, d - i), some(row + i * 4 + 64, d - i - 16)
+            put_group(low, high, block, place, i, padded(d))
+
+    return put
 
 
-@constants(which=("k", "v"), type=KV_TYPES)
+@constants(which=("k", "v"), type=KV_FORMATS)
 def build_kv_write(which, type):
     put = _store(type, which)
 
@@ -121,7 +82,7 @@ def unrotated(x, angles, out, half):
     pass
 
 
-@constants(style=("neox", "normal", "none"), k_type=KV_TYPES, v_type=KV_TYPES)
+@constants(style=("neox", "normal", "none"), k_type=KV_FORMATS, v_type=KV_FORMATS)
 def build_qkv_post(style, k_type, v_type):
     put_k, put_v = _store(k_type, "k"), _store(v_type, "v")
     rotate = ROTATE.get(style, unrotated)

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import njit
 from numba.core import cgutils
 
-from runtime.backends.cpu.abi import HEAD_UNIT, SHARE_UNIT
+from runtime.backends.cpu.abi import SHARE_UNIT
 
 from . import emit as e
 from . import simd as s
@@ -26,12 +26,6 @@ def share_of_row(n, thread, n_threads):
     """Elements first..end-1 of rows of n that belong to a thread: see Share in plan.py."""
     first, end = share((n + SHARE_UNIT - 1) // SHARE_UNIT, thread, n_threads)
     return first * SHARE_UNIT, min(end * SHARE_UNIT, n)
-
-
-@helper
-def padded(dim):
-    """Dims that a head takes in a page of the cache; as `padded_head` of sizes.py."""
-    return (dim + HEAD_UNIT - 1) // HEAD_UNIT * HEAD_UNIT
 
 
 @s.operation(s.f32, s.i64, s.i64)

@@ -171,36 +171,23 @@ def store_part(b, address, value, n):
     e.store_first(b, value, address, n)
 
 
-def _scatter(given: Vector, convert: Callable) -> Any:
-    def emit(b, address, value, stride, n):
-        """Store the first n lanes (all 16 where n is larger) `stride` bytes apart."""
-        value = convert(b, value)
-        element = value.type.element
-        align = 4 if element == e.f32 else element.width // 8
-        room = cgutils.alloca_once(b, value.type)
-        with b.if_else(b.icmp_signed(">=", n, ir.Constant(e.i64, e.LANES))) as (whole, part):
-            with whole:
-                for lane in range(e.LANES):
-                    one = b.extract_element(value, ir.Constant(e.i32, lane))
-                    at = b.add(address, b.mul(stride, ir.Constant(e.i64, lane)))
-                    e.store(b, one, at, align)
-            with part:
-                b.store(value, room)
-                lanes = b.bitcast(room, element.as_pointer())
+@operation(void, i64, f32x16, i64, i64)
+def scatter(b, address, value, stride, n):
+    """Store the first n lanes (all 16 where n is larger) `stride` bytes apart."""
+    room = cgutils.alloca_once(b, value.type)
+    with b.if_else(b.icmp_signed(">=", n, ir.Constant(e.i64, e.LANES))) as (whole, part):
+        with whole:
+            for lane in range(e.LANES):
+                one = b.extract_element(value, ir.Constant(e.i32, lane))
+                e.store(b, one, b.add(address, b.mul(stride, ir.Constant(e.i64, lane))), 4)
+        with part:
+            b.store(value, room)
+            lanes = b.bitcast(room, e.f32.as_pointer())
 
-                def copy(i):
-                    at = b.add(address, b.mul(stride, i))
-                    e.store(b, b.load(b.gep(lanes, [i])), at, align)
+            def copy(i):
+                e.store(b, b.load(b.gep(lanes, [i])), b.add(address, b.mul(stride, i)), 4)
 
-                _each_of(b, n, copy)
-
-    return operation(void, i64, given, i64, i64)(emit)
-
-
-scatter = _scatter(f32x16, lambda b, v: v)
-scatter_half = _scatter(f32x16, lambda b, v: e.float_to_half(b, v, HALVES))
-scatter_brain = _scatter(f32x16, e.float_to_brain)
-scatter_bytes = _scatter(i32x16, lambda b, v: b.trunc(v, e.wide(e.i8)))
+            _each_of(b, n, copy)
 
 
 @operation(void, i64)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.backends.cpu.pages import page_nbytes
 from runtime.backends.cpu.rules.registry import lowers
 from runtime.backends.cpu.sizes import attention_scratch_nbytes, float_bits
 from runtime.backends.plan.lowering import Declined, Lowering, Out
+from runtime.ops.cost import page_nbytes
 from runtime.ops.tensor import Tensor
 
 

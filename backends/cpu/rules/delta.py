@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.backends.cpu.abi import CONV_BLOCK, MAX_TAPS
-from runtime.backends.cpu.pages import page_nbytes
 from runtime.backends.cpu.rules.registry import lowers
 from runtime.backends.cpu.sizes import conv_scratch_nbytes, delta_scratch_nbytes, float_bits
 from runtime.backends.plan.lowering import Declined, Lowering, Out
+from runtime.ops.cost import page_nbytes
 from runtime.ops.tensor import Tensor
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.backends.cpu.pages import from_plain, page_nbytes, to_plain
+from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.cpu.run.weights import WeightStore
 from runtime.backends.plan.plan import ALIGNMENT, Buffer
+from runtime.ops.cost import page_nbytes
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
 

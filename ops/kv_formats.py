@@ -26,9 +26,11 @@ _SMALLEST = np.float32(1e-30)  # a group of smaller values is kept as zeros
 class Plane:
     """Numbers of a head that lie together, one of a plain `dtype` for every `dims` dims.
 
-    Values of less than a byte share a number: 4-bit values are a U8 plane of 2 dims.
+    `name` tells a type's planes apart. Values of less than a byte share a number: 4-bit values
+    are a U8 plane of 2 dims.
     """
 
+    name: str
     dtype: DType
     dims: int = 1
 
@@ -78,8 +80,9 @@ class KVFormat:
         first = len(self.codes)
         values = self.widen(*planes[:first])
         shared = [p.astype(np.float32).repeat(GROUP, -1) for p in planes[first:]]
-        for numbers, apply in zip(shared, (np.multiply, np.add), strict=False):
-            values = apply(values, numbers[..., : values.shape[-1]])
+        with np.errstate(invalid="ignore"):  # 0 * infinity, of a group with an infinite value
+            for numbers, apply in zip(shared, (np.multiply, np.add), strict=False):
+                values = apply(values, numbers[..., : values.shape[-1]])
         return values
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
@@ -139,10 +142,10 @@ def _wide(codes: np.ndarray) -> np.ndarray:
 KV_FORMATS = {
     row.name: row
     for row in (
-        KVFormat("f32", (Plane(F32),), lambda x: (x,), _wide),
-        KVFormat("f16", (Plane(F16),), lambda x: (_f16(x),), _wide),
-        KVFormat("bf16", (Plane(BF16),), lambda x: (_bf16(x),), _bf16_value),
-        KVFormat("q8_0", (Plane(I8),), _q8_0, _wide, (Plane(F16, GROUP),)),
+        KVFormat("f32", (Plane("values", F32),), lambda x: (x,), _wide),
+        KVFormat("f16", (Plane("values", F16),), lambda x: (_f16(x),), _wide),
+        KVFormat("bf16", (Plane("values", BF16),), lambda x: (_bf16(x),), _bf16_value),
+        KVFormat("q8_0", (Plane("values", I8),), _q8_0, _wide, (Plane("scales", F16, GROUP),)),
     )
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from runtime.ops.errors import BackendError
 from runtime.ops.kv_formats import GROUP, HEAD_UNIT, PAGE, KVFormat, Plane
 
 from . import emit as e
@@ -64,6 +65,17 @@ def _q8_0(b: ir.IRBuilder, low: Value, high: Value) -> tuple[list[Value], list[V
 
 # cache type -> (builder, first 16 dims, other 16): their codes, and the numbers of the group
 _ROUND: dict[str, Callable] = {"q8_0": _q8_0}
+
+
+def _rounding(format: KVFormat) -> Callable:
+    if not format.shared:
+        return lambda b, low, high: ([low, high], [])
+    if format.name not in _ROUND:
+        raise BackendError(
+            f"KV type {format.name!r} has no rounding: add it to _ROUND in "
+            "backends/cpu/kernels/kv_planes.py"
+        )
+    return _ROUND[format.name]
 
 
 def _start(b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dims: Value) -> Value:
@@ -119,7 +131,7 @@ def store_group(format: KVFormat, which: str) -> Any:
 
     low, high: their values, float32; block: of the KV head in its page; place: the token's there.
     """
-    (codes,), is_k = format.codes, which == "k"
+    (codes,), is_k, rounding = format.codes, which == "k", _rounding(format)
 
     def address(b, plane, block, place, dim, dims):
         if not is_k:
@@ -138,9 +150,7 @@ def store_group(format: KVFormat, which: str) -> Any:
 
     @s.operation(s.void, s.f32x16, s.f32x16, s.i64, s.i64, s.i64, s.i64)
     def put(b, low, high, block, place, dim, dims):
-        halves, shared = [low, high], []
-        if format.shared:
-            halves, shared = _ROUND[format.name](b, low, high)
+        halves, shared = rounding(b, low, high)
         at = address(b, codes, block, place, dim, dims)
         store16(b, halves[0], at)
         with b.if_then(b.icmp_signed("<", b.add(dim, number(GROUP // 2)), dims)):

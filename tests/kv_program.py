@@ -49,9 +49,7 @@ def declare(rounding: str) -> None:
     """The type's row, its rounding, and its kernels."""
     from kernel_calls import ISAS, library
 
-    from runtime.backends.cpu.compile import objects
     from runtime.backends.cpu.compile.compilers import compile_one
-    from runtime.backends.cpu.compile.library import extra_symbols
     from runtime.backends.cpu.kernels import target
     from runtime.backends.plan.kernel import Kernel
     from runtime.ops.dtypes import F16, I8
@@ -67,9 +65,7 @@ def declare(rounding: str) -> None:
         kv_planes._ROUND[TYPE] = round_group
     writes = [Kernel.of("kv_write", which=which, type=TYPE) for which in "kv"]
     for kernel in (*writes, Kernel.of("attention", k_type=TYPE, v_type=TYPE)):
-        symbol, code = compile_one(kernel, ISAS[0])
-        address = objects.load_object(code, symbol, extra_symbols())
-        library(ISAS[0])._addresses[kernel] = address
+        library(ISAS[0])._loaded[kernel] = library(ISAS[0]).load(*compile_one(kernel, ISAS[0]))
 
 
 def check() -> None:

@@ -16,6 +16,7 @@ from runtime.ops.kv_formats import PAGE
 
 from . import emit as e
 from . import simd as s
+from .emit import number, times
 
 ROW_BYTES = 4 * ATTENTION_ROWS  # of one dim of q
 
@@ -25,14 +26,6 @@ class Block:
 
     places, lowest, highest, sources, targets = 0, 32, 40, 64, 128
     peak, decay, sums, scores, q = 192, 256, 320, 832, 1856
-
-
-def number(value: int) -> ir.Constant:
-    return ir.Constant(e.i64, value)
-
-
-def times(b: ir.IRBuilder, value: Any, factor: int) -> Any:
-    return b.mul(value, number(factor)) if factor != 1 else value
 
 
 def repeat(

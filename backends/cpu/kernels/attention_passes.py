@@ -20,7 +20,8 @@ from runtime.ops.kv_formats import GROUP, PAGE, KVFormat
 
 from . import emit as e
 from . import simd as s
-from .attention_block import ROW_BYTES, Block, number, repeat, repeat_if_any, times
+from .attention_block import ROW_BYTES, Block, repeat, repeat_if_any
+from .emit import number, times
 from .kv_planes import k_place, k_step, load16, load_splat, v_place
 from .target import chosen
 

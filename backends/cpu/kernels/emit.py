@@ -88,6 +88,15 @@ def offset(b: ir.IRBuilder, address: Value, n_bytes: int) -> Value:
     return b.add(address, ir.Constant(i64, n_bytes)) if n_bytes else address
 
 
+def number(value: int) -> ir.Constant:
+    """A size or an address."""
+    return ir.Constant(i64, value)
+
+
+def times(b: ir.IRBuilder, value: Value, factor: int) -> Value:
+    return b.mul(value, number(factor)) if factor != 1 else value
+
+
 def splat(b: ir.IRBuilder, value: Value) -> Value:
     undef = ir.Constant(wide(value.type), ir.Undefined)
     first = b.insert_element(undef, value, ir.Constant(i32, 0))

@@ -20,7 +20,7 @@ from runtime.ops.kv_formats import GROUP, HEAD_UNIT, PAGE, KVFormat, Plane
 
 from . import emit as e
 from . import simd as s
-from .attention_block import number, times
+from .emit import number, times
 from .rows import helper
 
 Value = Any

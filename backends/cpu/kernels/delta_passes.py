@@ -15,7 +15,7 @@ from numba.core import cgutils
 
 from . import emit as e
 from . import simd as s
-from .attention_block import number
+from .emit import number
 from .target import chosen
 
 # Widths in vectors of 16 columns: two sums of each and as many updates fill the registers.

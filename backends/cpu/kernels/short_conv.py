@@ -13,8 +13,8 @@ from numba.core import cgutils
 
 from . import emit as e
 from . import simd as s
-from .attention_block import number
 from .elementwise import get, put
+from .emit import number
 from .rows import helper, share, sum_squares
 
 _PIECE = 64  # tokens; more than the taps, which abi.py limits

@@ -45,7 +45,7 @@ def _write_case(kv: str, tolerance: float) -> Case:
     layout=lambda node: node.inputs[1].layout,
     shape=_write_shape,
     flops=0,
-    cases=[_write_case(kv, 1e-14) for kv in KV_TYPES],
+    cases=[_write_case(kv, 1e-14) for kv in KV_FORMATS],
 )
 def kv_write(
     x: np.ndarray, pages: np.ndarray, slots: np.ndarray, *, which: str, kv: str
@@ -83,7 +83,7 @@ def _case(
     tokens: int, heads: int, kv_heads: int, dim: int, kv: str = "f32", sinks: bool = False,
     **attrs: float,
 ) -> Case:  # fmt: skip
-    pages = Arg((6, PAGE, kv_heads, dim), DTYPES[kv], leaf="state")
+    pages = Arg((6, PAGE, kv_heads, dim), kv_format(kv).dtype, leaf="state")
     step = (
         Arg((2, 3), I32, _table), Arg((tokens,), I32, _sequences), Arg((tokens,), I32, _places)
     )  # fmt: skip
@@ -112,7 +112,7 @@ def _flops(node: Tensor, seen: Seen) -> float:
         _case(3, 7, 1, 40),
         _case(9, 4, 2, 32, window=20),
         _case(2, 2, 1, 32, softcap=30.0),
-        *(_case(5, 4, 2, 48, kv, sinks=True) for kv in KV_TYPES),
+        *(_case(5, 4, 2, 48, kv, sinks=True) for kv in KV_FORMATS),
     ],
 )
 def attention(

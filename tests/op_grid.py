@@ -15,9 +15,9 @@ from tile_calls import random_rows
 
 from runtime import ops
 from runtime.ops.dtypes import BF16, DTYPES, F32, I32, DType
+from runtime.ops.kv_formats import KV_FORMATS, kv_format
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import OPS, Arg, Case
-from runtime.ops.rounding import KV_TYPES, round_to
 
 SPARE = 3  # rows of room behind the live ones
 # Arguments whose first axis counts live rows; of other ops the first, and those as long as it.
@@ -103,7 +103,7 @@ class Built:
             return self._view(name, value, shape, form)
         kind = DTYPES[form] if form in INPUTS and which == str(i) else None
         if kind:
-            value = round_to(value, kind.name)
+            value = kv_format(kind.name).rounded(value)
         self._keep(value)
         whole = _with_room(value, shape)
         if kind is BF16:  # kept as its bits
@@ -134,8 +134,8 @@ class Built:
         return ops.weight(name, value.shape, kind)
 
     def _state(self, name: str, value: np.ndarray, arg: Arg) -> ops.Tensor:
-        if arg.dtype.name in KV_TYPES and arg.leaf == "state":
-            value = round_to(value, arg.dtype.name)
+        if arg.dtype.name in KV_FORMATS and arg.leaf == "state":
+            value = kv_format(arg.dtype.name).rounded(value)
         kind = self.case.attrs.get("which") or ("k" if name == "x1" else "v")
         kind = "slots" if arg.leaf == "slots" else kind
         leaf = ops.state(name, arg.shape, arg.dtype, kind)

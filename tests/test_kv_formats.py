@@ -12,7 +12,8 @@ import pytest
 
 import runtime
 from runtime import ops
-from runtime.backends.cpu.pages import from_plain, page_nbytes, to_plain
+from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.ops.cost import page_nbytes
 from runtime.ops.dtypes import F16, U8
 from runtime.ops.kv_formats import GROUP, KV_FORMATS, KVFormat, Plane, in_groups, kv_format
 

@@ -87,7 +87,7 @@ def _numba(*files: str) -> set[str]:
         ("cpu/tile/pack.py", {"pack_weights"}),
         ("cpu/tile/get_rows.py", {"get_rows"}),
         ("cpu/kernels/simd.py", set(NUMBA.names())),
-        ("cpu/kernels/attention_block.py", _numba("attention", "short_conv", "delta")),
+        ("cpu/kernels/attention_block.py", _numba("attention")),
     ],
 )
 def test_what_an_edited_file_is_part_of_alone_is_compiled_again(

@@ -10,10 +10,9 @@ from small_models import Sizes, write_model
 
 import runtime
 from runtime import ops, traffic
-from runtime.backends.cpu.pages import page_nbytes
 from runtime.cli import facts
 from runtime.gguf.reader import open_gguf
-from runtime.ops.cost import Seen, cost, moves
+from runtime.ops.cost import Seen, cost, moves, page_nbytes
 from runtime.ops.dtypes import F16, F32, I32
 
 KV = ("f16", "f16")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from runtime.arguments import check_function, flag, listed, token_ids, whole, wrong
+from runtime.engine.advance import Piece
 from runtime.engine.engine import OnPrompt, check_room
 from runtime.errors import OptionError
 from runtime.generation import Generation, Options, Prompt
@@ -120,7 +121,7 @@ def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, An
         ids = token_ids(prompt)
     if not ids:
         raise OptionError("the prompt is empty and the model adds no start token; give some text")
-    model._engine.check(session._sequence, ids)
+    model._engine.check(Piece(session._sequence, ids))
     return Generation(model, Prompt(session, owned is None, len(session), ids), options)
 
 

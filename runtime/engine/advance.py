@@ -11,6 +11,8 @@ from collections import abc, deque
 from dataclasses import dataclass
 from itertools import repeat
 
+import numpy as np
+
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import Error
 from runtime.memory.slots import NONE, Checkpoint, least_missed
@@ -23,6 +25,9 @@ class Piece:
     rows: "none", "last" or "all" of them, or places in `ids`, rising. opens, closes: whether a
     message begins before the first or ends with the last of them, so that a recurrent state is
     worth keeping there; by default where there are several.
+    vectors: float32 [n, hidden] in place of the embeddings of the n ids below 0, which are what
+    the sequence knows these tokens by. positions: int32 [len(ids)] or [len(ids), components], by
+    default the places of the tokens in the sequence.
     """
 
     sequence: Sequence
@@ -30,6 +35,8 @@ class Piece:
     rows: str | abc.Sequence[int] = "last"
     opens: bool | None = None
     closes: bool | None = None
+    vectors: np.ndarray | None = None
+    positions: np.ndarray | None = None
 
     def wanted(self) -> abc.Sequence[int]:
         """Places in `ids`."""
@@ -44,12 +51,13 @@ class Advance:
 
     The first ones may be tokens that it has already; `new` of them it has not. `wanted`: of which
     of `ids` logits are wanted. `state` and `slot_out`: what its recurrent layers read and write
-    next. `error`: why it cannot go on, while others do.
+    next. `vectors` and `positions`: of the new tokens, where they come with them. `error`: why it
+    cannot go on, while others do.
     """
 
     __slots__ = (
-        "before", "closes", "error", "ids", "new", "pages", "sequence", "slot_out", "start",
-        "state", "stop", "wanted",
+        "before", "closes", "error", "ids", "new", "pages", "positions", "sequence", "slot_out",
+        "start", "state", "stop", "vectors", "wanted",
     )  # fmt: skip
 
     def __init__(self, piece: Piece) -> None:
@@ -59,6 +67,7 @@ class Advance:
         self.stop = record.length + self.new  # how many tokens it will have
         self.start, self.ids, self.wanted = record.length, piece.ids, piece.wanted()
         self.closes = self.new > 1 if piece.closes is None else piece.closes
+        self.vectors, self.positions = piece.vectors, piece.positions
         self.error: Error | None = None
         if self.state is not None:
             self.start = self.state.place
@@ -87,7 +96,8 @@ class Advance:
         The same tokens, but pages of its own in place of shared ones, and not the state that is
         written over.
         """
-        tokens, length, pages, state, _ = self.sequence.record
+        record = self.sequence.record
+        length, pages, state = record.length, record.pages, record.state
         over = state is not None and self.slot_out == state.slot != NONE
         if self.pages.row is not pages.row:
             pages = self.pages.cut(length)
@@ -95,7 +105,7 @@ class Advance:
             return None
         if over and state is not None:
             state = state.lost()
-        return Record(tokens, length, pages, state)
+        return record._replace(pages=pages, state=state)
 
     def done(self) -> Record:
         """What the sequence is when the step has ended."""
@@ -104,7 +114,9 @@ class Advance:
         tokens, length = self.before.tokens, self.before.length
         del tokens[length:]
         tokens.extend(self.ids[-self.new :])
-        return Record(tokens, self.stop, self.pages, self.state)
+        plain = self.vectors is None and self.positions is None
+        given = self.before.given if plain else self.stop
+        return Record(tokens, self.stop, self.pages, self.state, given=given)
 
     def held_slots(self) -> set[int]:
         """What the sequence holds, and what the step takes beside."""

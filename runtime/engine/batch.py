@@ -41,6 +41,25 @@ class Part:
         found = [place - at for place in wanted[first:last]]
         return Part(advance, ids[at:stop], advance.start + at, found, message_end)
 
+    def vectors(self) -> np.ndarray | None:
+        """float32 [tokens without an id, hidden], where there are any."""
+        given = self.advance.vectors
+        if given is None:
+            return None
+        at = self.start - self.advance.start
+        first = sum(i < 0 for i in self.advance.ids[:at])
+        return given[first : first + sum(i < 0 for i in self.ids)]
+
+    def positions(self) -> np.ndarray | None:
+        """int32 [tokens] or [tokens, components] where they are not the places."""
+        given, at = self.advance.positions, self.start - self.advance.before.length
+        if given is None or at + len(self.ids) <= 0:
+            return None
+        again = np.arange(self.start, self.start + max(0, -at), dtype=np.int32)
+        again = again.reshape(-1, *[1] * (given.ndim - 1))
+        own = given[max(0, at) : at + len(self.ids)]
+        return np.concatenate([np.broadcast_to(again, (len(again), *own.shape[1:])), own])
+
     def finish(self) -> None:
         """The step has ended."""
         self.advance.end(self.start + len(self.ids), self.message_end)
@@ -52,12 +71,15 @@ class Batch:
     def __init__(self) -> None:
         self.parts: list[Part] = []
         self.tokens = self.outputs = 0
+        self.vectors = self.positioned = False  # whether tokens come with vectors, with positions
 
     def add(self, part: Part) -> None:
         """One part more, of a sequence that has none here."""
         self.parts.append(part)
         self.tokens += len(part.ids)
         self.outputs += len(part.wanted)
+        self.vectors = self.vectors or part.advance.vectors is not None
+        self.positioned = self.positioned or part.advance.positions is not None
 
     def rows(self, logits: np.ndarray) -> Iterator[tuple[Advance, np.ndarray]]:
         """Whose rows are which of the step's logits."""
@@ -79,15 +101,33 @@ class Batch:
         single = self.tokens == len(self.parts)
         found = self._single_tokens() if single else self._any_tokens()
         found["table"] = self._table()
-        places = found["places"]
-        found["positions"] = places
-        if components > 1:  # of a text they are all the same
-            found["positions"] = places.repeat(components).reshape(-1, components)
+        found["positions"] = self._positions(found["places"], components)
+        if self.vectors:
+            found |= self._vectors(found["tokens"])
         if self.parts[0].advance.state is not None:
             slots = [p.advance.slots for p in self.parts]
             found["slot_in"], found["slot_out"] = np.array(slots, np.int32).T
             found["runs"] = self._runs()
         return found
+
+    def _positions(self, places: np.ndarray, components: int) -> np.ndarray:
+        positions = places
+        if components > 1:  # of a text they are all the same
+            positions = places.repeat(components).reshape(-1, components)
+        if self.positioned:
+            positions, at = positions.copy(), 0
+            for part in self.parts:
+                if (own := part.positions()) is not None:
+                    positions[at : at + len(own)] = own
+                at += len(part.ids)
+        return positions
+
+    def _vectors(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        given = [v for part in self.parts if (v := part.vectors()) is not None]
+        vectors = np.zeros((self.tokens, given[0].shape[1]), np.float32)
+        vectors[tokens < 0] = np.concatenate(given)
+        from_table = (tokens >= 0).astype(np.float32)[:, None]
+        return {"vectors": vectors, "from_table": from_table, "tokens": tokens.clip(0)}
 
     def _single_tokens(self) -> dict[str, np.ndarray]:
         """One token each: a decode step, where every microsecond counts."""

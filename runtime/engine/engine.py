@@ -153,18 +153,37 @@ class Engine:
         if self._closed:
             raise OptionError("this model is closed; load it again")
 
-    def check(self, sequence: Sequence, ids: abc.Sequence[int]) -> None:
+    def check(self, piece: Piece) -> None:
         """OptionError or MemoryLimitError for what cannot be evaluated."""
+        ids, record = piece.ids, piece.sequence.record
         if not ids:
             raise OptionError("there are no tokens to evaluate; give at least one id")
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
+        if (piece.vectors is None and min(ids) < 0) or max(ids) >= self.vocabulary:
             outside = next(i for i in ids if not 0 <= i < self.vocabulary)
             raise OptionError(
                 f"token id {shown(outside)} is outside the vocabulary of {self.vocabulary}"
             )
-        if sequence.record.closed:
-            raise OptionError(sequence.closed_error)
-        check_room(sequence.record.length, len(ids), self.context)
+        if piece.vectors is not None or piece.positions is not None:
+            self._check_given(piece)
+        if record.closed:
+            raise OptionError(piece.sequence.closed_error)
+        if record.evaluated < record.given:
+            raise OptionError(
+                f"{record.given - record.evaluated} tokens that came with vectors or positions "
+                "would be evaluated again; rewind to before them and give them again"
+            )
+        check_room(record.length, len(ids), self.context)
+
+    def _check_given(self, piece: Piece) -> None:
+        """OptionError unless vectors and positions have the shapes that the ids ask for."""
+        n, components = len(piece.ids), self.architecture.positions_per_token
+        absent, hidden = sum(i < 0 for i in piece.ids), self.architecture.p.hidden
+        for what, given, shape in (
+            ("vectors", piece.vectors, (absent, hidden)),
+            ("positions", piece.positions, (n, components) if components > 1 else (n,)),
+        ):
+            if given is not None and given.shape != shape:
+                raise OptionError(f"{what} of shape {list(given.shape)}; needed is {list(shape)}")
 
     def _admitted(self, pieces: abc.Sequence[Piece]) -> list[Advance]:
         """Each piece on its way, with an error where it is not one that can be evaluated."""
@@ -175,7 +194,7 @@ class Engine:
         for piece in pieces:
             advances.append(advance := Advance(piece))
             try:
-                self.check(piece.sequence, piece.ids)
+                self.check(piece)
             except Error as error:
                 advance.error = error.with_traceback(None)  # which would hold the advance
         return advances
@@ -190,7 +209,8 @@ class Engine:
 
     def _step(self, batch: Batch) -> np.ndarray:
         """The device's logits, a view; parts whose logits are not finite have an error."""
-        program = self.programs.of(batch.tokens, batch.outputs)
+        kind = (True,) if batch.vectors else ()
+        program = self.programs.of(batch.tokens, batch.outputs, *kind)
         inputs = batch.inputs(self.architecture.positions_per_token)
         logits = self._execute(program, inputs, batch.live)
         if not _finite(logits):

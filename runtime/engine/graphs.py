@@ -20,17 +20,20 @@ class StepGraphs:
     kv_types: tuple[str, str]
     size: CacheSize
 
-    def inputs(self, tokens: int, outputs: int) -> Step:
-        """The inputs of a step with room for so many tokens and rows of logits."""
+    def inputs(self, tokens: int, outputs: int, vectors: bool = False) -> Step:
+        """The inputs of a step with room for so many tokens and rows of logits.
+
+        vectors: whether tokens may come as vectors in place of ids.
+        """
         return Step.capacity(
             tokens, outputs, -(-self.size.context // PAGE), self.size.pages, self.size.slots,
             self.architecture.layers, self.kv_types, self.architecture.positions_per_token,
-            self.size.context,
+            self.size.context, self.architecture.p.hidden if vectors else 0,
         )  # fmt: skip
 
-    def graph(self, tokens: int, outputs: int) -> Graph:
+    def graph(self, tokens: int, outputs: int, vectors: bool = False) -> Graph:
         """The plain graph of such a step."""
-        return self.architecture.graph(self.inputs(tokens, outputs))
+        return self.architecture.graph(self.inputs(tokens, outputs, vectors))
 
     def warm(self, backend: Backend) -> list[Graph]:
         """Graphs that between them use every kernel this model can need."""
@@ -61,7 +64,7 @@ def output_buckets(tokens: int) -> list[int]:
     return sorted({1, min(8, tokens), tokens})
 
 
-def capacity(tokens: int, outputs: int) -> tuple[int, int]:
-    """Tokens and output rows of the smallest program that holds a step of that size."""
+def capacity(tokens: int, outputs: int, *kind: bool) -> tuple[int, ...]:
+    """Tokens and output rows of the smallest program that holds a step of that size and kind."""
     t = bucket(tokens)
-    return t, next(r for r in output_buckets(t) if r >= outputs)
+    return t, next(r for r in output_buckets(t) if r >= outputs), *kind

@@ -24,6 +24,7 @@ class Record(NamedTuple):
     pages: Pages
     state: Recurrent | None = None  # of models with recurrent layers
     closed: bool = False
+    given: int = 0  # tokens up to here came with what is not kept: vectors, positions of their own
 
     @property
     def evaluated(self) -> int:
@@ -33,16 +34,17 @@ class Record(NamedTuple):
     def cut(self, length: int) -> Record:
         """Without what is past `length` tokens."""
         state = None if self.state is None else self.state.cut(length)
-        return Record(self.tokens, length, self.pages.cut(length), state)
+        given = min(self.given, length)
+        return self._replace(length=length, pages=self.pages.cut(length), state=state, given=given)
 
     def shared(self) -> Record:
         """The same once somebody else may hold its pages and slots."""
         state = None if self.state is None else self.state.shared()
-        return Record(self.tokens, self.length, self.pages.shared(), state)
+        return self._replace(pages=self.pages.shared(), state=state)
 
     def copy(self) -> Record:
         """The same for another sequence; this one has to be `shared`."""
-        return Record(self.tokens[: self.length], self.length, self.pages.copy(), self.state)
+        return self._replace(tokens=self.tokens[: self.length], pages=self.pages.copy())
 
     def without_memory(self) -> Record:
         """What is left of it when it is closed."""

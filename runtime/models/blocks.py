@@ -66,9 +66,12 @@ class AttentionSizes:
 
 
 def embedding(w: Weights, step: Step, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
-    """The table of all tokens, and the rows of this step's, [T, hidden]."""
+    """The table of all tokens, and this step's rows of it or vectors, [T, hidden]."""
     table = w("token_embd.weight", vocabulary, hidden)
-    return table, ops.get_rows(table, step.tokens, name="embedding")
+    x = ops.get_rows(table, step.tokens, name="embedding")
+    if step.vectors is not None and step.from_table is not None:
+        x = ops.add(ops.row_scale(x, step.from_table), step.vectors, name="embedding+vectors")
+    return table, x
 
 
 def angles(w: Weights, step: Step, size: RotarySizes, name: str = "inv_freq") -> Tensor:

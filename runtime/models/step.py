@@ -47,7 +47,9 @@ class Step:
     `slots` say where a token's K and V go; `table` lists each sequence's pages. `runs` are the
     rows (first, count) of each sequence; its recurrent state is read from `slot_in` (-1: zeros)
     and written to `slot_out`. Memory by layer: pages `k` and `v`, slots `conv` and `delta`.
-    `context`: tokens that a sequence may grow to, a number and no input.
+    `context`: tokens that a sequence may grow to, a number and no input. Where some tokens come as
+    `vectors` [T, hidden], such as those of an image: `from_table` [T, 1] is 1 for a token whose
+    embedding is looked up and 0 for one whose vector is given; the other's row is zeros.
     """
 
     tokens: Tensor
@@ -65,14 +67,17 @@ class Step:
     conv: Mapping[int, Tensor]
     delta: Mapping[int, Tensor]
     context: int = 0
+    vectors: Tensor | None = None
+    from_table: Tensor | None = None
 
     @staticmethod
     def capacity(
         tokens: int, outputs: int, table_pages: int, pages: int, slots: int, layers: Layers,
         kv_types: tuple[str, str], positions_per_token: int = 1, context: int = 0,
+        vector_size: int = 0,
     ) -> Step:  # fmt: skip
         """Inputs with room for that many tokens (each its own sequence, at most) and output rows,
-        over memory of that many pages and slots."""
+        over memory of that many pages and slots; with a `vector_size` for vectors too."""
         t, s = ops.Dim("tokens", tokens), ops.Dim("sequences", tokens)
         position = (t,) if positions_per_token == 1 else (t, positions_per_token)
 
@@ -106,6 +111,8 @@ class Step:
             conv=room("conv", lambda layer: (layer.taps - 1, layer.channels)),
             delta=room("delta", lambda layer: (layer.heads, layer.k_dim, layer.v_dim)),
             context=context,
+            vectors=ops.step_input("vectors", (t, vector_size), F32) if vector_size else None,
+            from_table=ops.step_input("from_table", (t, 1), F32) if vector_size else None,
         )
 
     @property

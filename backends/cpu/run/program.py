@@ -34,7 +34,7 @@ class Program:
         self.plan, self._team, self._arena = plan, team, arena
         self._memory, self._scratch = memory, scratch  # kept alive: the table has addresses
         self._inputs: dict[str, np.ndarray] = {}
-        self._pace = math.inf  # seconds a token took in the last step
+        self._pace = math.inf  # seconds a row (a token) took in the last step
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
         self._table = Table(
@@ -51,10 +51,10 @@ class Program:
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step; see backends/base.py. Results are views of the arena."""
         self._prepare(inputs, live)
-        tokens, started = live.get("tokens", 1), time.perf_counter()
-        self._team.run(*self._table.records(), long=self._pace * tokens > _LONG)
-        if tokens:  # a step of no rows says nothing about the next one
-            self._pace = (time.perf_counter() - started) / tokens
+        rows, started = max(live.values(), default=1), time.perf_counter()
+        self._team.run(*self._table.records(), long=self._pace * rows > _LONG)
+        if rows:  # a step of no rows says nothing about the next one
+            self._pace = (time.perf_counter() - started) / rows
         return self._results(live)
 
     def profile(

@@ -88,12 +88,16 @@ def scales(row: BlockFormat, scale: Scale, blocks: np.ndarray) -> np.ndarray:
 
 def _base(row: BlockFormat, scale: Scale, blocks: np.ndarray) -> np.ndarray:
     if isinstance(scale.base, Bits):
-        pieces = numbers(row, scale.base, blocks)
-        shifts = np.arange(pieces.shape[-1], dtype=np.uint16) * np.uint16(scale.base.width)
-        joined = np.bitwise_or.reduce(pieces.astype(np.uint16) << shifts, axis=-1)
-        return joined.view(np.float16).astype(np.float32)[:, None]
+        return pieces(row, scale.base, blocks).astype(np.float32)
     kind, values = row.fields[scale.base].kind, blocks[scale.base]
     return _TABLES[kind][values] if kind in _TABLES else values.astype(np.float32)
+
+
+def pieces(row: BlockFormat, number: Bits, blocks: np.ndarray) -> np.ndarray:
+    """Sixteen bits in pieces, joined to a float16 [n, 1]."""
+    found = numbers(row, number, blocks).astype(np.uint16)
+    shifts = np.arange(found.shape[-1], dtype=np.uint16) * np.uint16(number.width)
+    return np.bitwise_or.reduce(found << shifts, axis=-1, keepdims=True).view(np.float16)
 
 
 def _half_ue4m3() -> np.ndarray:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 from packed_rows import Packed, pack
+from tile_packs import pack_split
+from tile_reference import quantise_activations
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu.tile.formats import READABLE
-from runtime.backends.cpu.tile.reference import quantise_activations
-from runtime.backends.cpu.tile.reference_pack import pack_split
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.dtypes import DTYPES, nbytes_for
 from runtime.ops.errors import BackendError

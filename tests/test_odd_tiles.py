@@ -12,11 +12,11 @@ import pytest
 import tile_calls as tiles
 from kernel_calls import at_the_front
 from tile_calls import FLOATS, ISAS, QUANTISED, matmul, packed, random_rows
+from tile_reference import matmul_f32, matmul_int8, matmul_split
 
 from runtime.backends.cpu.compile.isa import isa
 from runtime.backends.cpu.tile import TileSpec
 from runtime.backends.cpu.tile.formats import format_of
-from runtime.backends.cpu.tile.reference import matmul_f32, matmul_int8, matmul_split
 
 REFERENCES = {"int8": matmul_int8, "f32": matmul_f32, "split": matmul_split}
 ROWS = range(1, 41)

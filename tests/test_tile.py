@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tile_calls as tiles
 from tile_calls import FLOATS, ISAS, QUANTISED, Guarded, matmul, packed, random_rows
+from tile_reference import dequantised, matmul_f32, matmul_int8, matmul_split
 
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.compile.symbols import undefined_symbols
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import format_of
-from runtime.backends.cpu.tile.reference import dequantised, matmul_f32, matmul_int8, matmul_split
 from runtime.errors import Error
 
 BEST = ISAS[0]

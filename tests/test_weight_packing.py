@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tile_calls import FLOATS, QUANTISED, Guarded, call, pack_kernel, packed, random_rows
+from tile_packs import pack_weights
+from tile_reference import decode, dequantised
 
 from runtime.backends.cpu.compile.isa import available
 from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
-from runtime.backends.cpu.tile.reference import decode, dequantised
-from runtime.backends.cpu.tile.reference_pack import pack_weights
 from runtime.errors import Error
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.quants import dequantize

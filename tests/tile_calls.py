@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from kernel_calls import Fenced, guarded_bytes
+from tile_packs import pack_f32, pack_int8, pack_split
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
-from runtime.backends.cpu.tile.reference_pack import pack_f32, pack_int8, pack_split
+from runtime.ops.blocks import BLOCK_FORMATS
 
 Array = np.ndarray[Any, Any]
 CANARY = 0xA5
@@ -22,12 +23,6 @@ FENCE = 256  # bytes on the other side of a guarded buffer
 ISAS = isa.available()  # asking also asks the system for the matrix registers
 FLOATS = ("F32", "F16", "BF16")
 QUANTISED = tuple(name for name in NAMES if name not in FLOATS)
-# Where the float16 values of a block are; the first bytes else.
-_HALVES = {
-    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)},
-    **dict.fromkeys(("MXFP4", "NVFP4", "IQ1_M"), ()),
-}
 
 
 class Guarded:
@@ -102,7 +97,8 @@ def random_rows(name: str, n_rows: int, n_inner: int, seed: int = 0) -> Array:
         return values.view(np.uint8)
     n_blocks = n_inner // layout.block
     blocks = rng.integers(0, 256, (n_rows, n_blocks, layout.source_bytes), dtype=np.uint8)
-    for at in _HALVES.get(name, (0,)):
+    halves = [f for f in BLOCK_FORMATS[name.lower()].fields.values() if f.kind == "f2"]
+    for at in (field.offset for field in halves):
         scale = rng.uniform(-0.02, 0.02, (n_rows, n_blocks, 1)).astype(np.float16)
         scale[0] = 0
         blocks[..., at : at + 2] = scale.view(np.uint8)
@@ -127,7 +123,7 @@ def packed(name: str, raw: Array, n_inner: int, isa_name: str, n_threads: int = 
 
 def activations(spec: TileSpec, x: Array) -> tuple[Guarded, tuple[Array, ...]]:
     """Packed tiles of x (float32 [T, K]), and what they hold: (q, d) or (x,)."""
-    from runtime.backends.cpu.tile.reference import quantise_activations
+    from tile_reference import quantise_activations
 
     held = quantise_activations(x) if spec.activations == "int8" else (x,)
     pack = {"int8": pack_int8, "f32": pack_f32, "split": pack_split}[spec.activations]

@@ -2,7 +2,7 @@
 
 Four scales, `STRETCHES` times max|x| / 127, are tried: the least of four sums of squared errors is
 an eighth below their mean. The scale stored is then the best one for the codes, sum(x q) /
-sum(q^2). `tile/reference.py` says the same in numpy.
+sum(q^2). `tests/tile_reference.py` says the same in numpy.
 """
 
 from __future__ import annotations

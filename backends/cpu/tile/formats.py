@@ -14,15 +14,16 @@ block of 256 has one float scale. The code book formats (IQ1 to IQ3) keep their 
 sign bits for eight elements. Float formats have no blocks: [K][16] values, for BF16
 [ceil(K/2)][16] pairs of neighbours.
 
-Source layouts: the GGUF specification (ggml-common.h names the fields d, m, qh, ql, scales).
+Fields and numbers of the source blocks are those of `ops/blocks.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from runtime.ops.blocks import BLOCK_FORMATS
-from runtime.ops.dtypes import DType
+from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.errors import OpError
 
 READABLE = ("f32", "f16", "bf16", *BLOCK_FORMATS)  # types whose rows a kernel decodes
@@ -31,20 +32,83 @@ LINE = 64  # bytes of one word plane of a group
 
 
 @dataclass(frozen=True)
+class Plane:
+    """`count` planes of values of `unit` bytes, one for each row."""
+
+    unit: int
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Copy(Plane):
+    """The bytes of a field of the source, in order.
+
+    change: "unsigned" adds 128 to signed bytes; "usable" leaves an E4M3 without its top bit and 0
+    for 0x7f; "thirds" puts the bits of 32 elements out of 256 into four words of 128 elements.
+    """
+
+    field: str = ""
+    change: str = ""
+
+
+@dataclass(frozen=True)
+class Half(Plane):
+    """The float16 that a block's scale, or its minimum, is a multiple of."""
+
+    of: str = "scale"
+
+
+@dataclass(frozen=True)
+class Numbers(Plane):
+    """Small integers side by side, `width` bits of each from bit `low` on, the first lowest.
+
+    of: "scale" and "minimum" (the steps), "codes", "signs" (eight bits for eight elements),
+    "turned" (of a negated step the size, and the top bit for its sign).
+    """
+
+    of: str = "scale"
+    width: int = 8
+    low: int = 0
+
+
+@dataclass(frozen=True)
+class Spread(Plane):
+    """Words of `width` bits for each element, bits that are neighbours in the field.
+
+    Byte k of a word has, from bit width * w on, those of element 4 w + k.
+    """
+
+    field: str = ""
+    width: int = 1
+
+
+@dataclass(frozen=True)
 class Format:
-    """Layout of one block format: sizes in bytes, lengths in elements."""
+    """Layout of one block format: planes, sizes in bytes, lengths in elements."""
 
     name: str
-    block: int  # elements of one row in a block
-    source_bytes: int  # of one row's block in the file
-    header: int  # bytes before the first chunk of a packed block
     chunk: int  # elements of one row that are unpacked together
-    chunk_bytes: int  # packed bytes of a chunk of 16 rows
+    head: tuple[Plane, ...]  # before the first chunk of a packed block
+    each: tuple[Plane, ...]  # of a chunk of 16 rows
     levels: int = 0  # codes are 0 .. levels - 1; 0 for float formats
     offset: int = 0  # what is subtracted from a code
-    minimum: bool = False  # a float minimum is added for each block of 32
     scales: int = 1  # scales for each block of 32
     half_minima: bool = False  # the minimum has an integer factor for each half of 32
+
+    @property
+    def block(self) -> int:
+        """Elements of one row in a block."""
+        return DTYPES[self.name.lower()].block
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of one row's block in the file."""
+        return DTYPES[self.name.lower()].nbytes
+
+    @property
+    def minimum(self) -> bool:
+        """Whether a float minimum is added for each block of 32."""
+        return not self.is_float and BLOCK_FORMATS[self.name.lower()].minimum is not None
 
     @property
     def is_float(self) -> bool:
@@ -56,46 +120,95 @@ class Format:
         """Chunks of one block."""
         return self.block // self.chunk
 
+    @cached_property
+    def header(self) -> int:
+        """Bytes before the first chunk of a packed block."""
+        return _nbytes(self.head)
+
+    @cached_property
+    def chunk_bytes(self) -> int:
+        """Packed bytes of a chunk of 16 rows."""
+        return _nbytes(self.each)
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of one packed block of 16 rows."""
         return self.header + self.chunks * self.chunk_bytes
 
 
+def _nbytes(planes: tuple[Plane, ...]) -> int:
+    return ROWS * sum(plane.unit * plane.count for plane in planes)
+
+
+def _words(field: str, count: int, change: str = "") -> Copy:
+    return Copy(4, count, field, change)
+
+
+def _bytes(field: str, count: int = 1, change: str = "") -> Copy:
+    return Copy(1, count, field, change)
+
+
+_D, _M = Half(2), Half(2, of="minimum")
+_NIBBLES, _FIFTH = _words("qs", 4), Spread(4, 1, "qh")
+_K_CHUNK = (Numbers(1, 2), Numbers(1, 2, "minimum"), _words("qs", 8))
+_STEPS = Numbers(4, width=4)  # eight scales in a word
+_INDEX, _SIGNS = Numbers(4, of="codes"), Numbers(4, of="signs")
+
 _TABLE = {
     f.name: f
     for f in (
-        Format("F32", 1, 4, 0, 1, 64),
-        Format("F16", 1, 2, 0, 1, 32),
-        Format("BF16", 1, 2, 0, 1, 32),
-        # name, block, source, header, chunk, chunk bytes, levels, offset
-        Format("Q8_0", 32, 34, 0, 32, 32 + 8 * LINE, 256, 128),
-        Format("Q4_0", 32, 18, 0, 32, 32 + 4 * LINE, 16, 8),
-        Format("Q4_1", 32, 20, 0, 32, 64 + 4 * LINE, 16, minimum=True),
-        Format("Q5_0", 32, 22, 0, 32, 32 + 5 * LINE, 32, 16),
-        Format("Q5_1", 32, 24, 0, 32, 64 + 5 * LINE, 32, minimum=True),
-        Format("IQ4_NL", 32, 18, 0, 32, 32 + 4 * LINE, 256, 128),
-        Format("MXFP4", 32, 17, 0, 32, ROWS + 4 * LINE, 29, 16),
-        Format("Q1_0", 128, 18, 0, 128, 32 + 4 * LINE, 3, 1),
-        Format("Q2_0", 64, 18, 0, 64, 32 + 4 * LINE, 4, 1),
-        Format("NVFP4", 64, 36, 0, 64, 4 * ROWS + 8 * LINE, 29, 16, scales=2),
-        Format("TQ1_0", 256, 54, 32, 256, 13 * LINE, 3, 1),
-        Format("TQ2_0", 256, 66, 32 + 16 * LINE, 32, 0, 3, 1),
-        Format("IQ4_XS", 256, 136, 32, 64, 32 + 8 * LINE, 256, 128),
-        Format("Q2_K", 256, 84, 64 + 16 * LINE, 32, 2 * ROWS, 46, minimum=True, half_minima=True),
-        Format("IQ1_S", 256, 50, 32, 32, LINE + 2 * ROWS, 26, 16),
-        Format("IQ1_M", 256, 56, 32, 32, LINE + 3 * ROWS, 26, 16, scales=2),
-        Format("IQ2_XXS", 256, 66, 32 + LINE, 32, 2 * LINE, 256, 128),
-        Format("IQ2_XS", 256, 74, 32 + LINE, 32, 2 * LINE + ROWS, 256, 128, scales=2),
-        Format("IQ2_S", 256, 82, 32, 32, 2 * LINE + 2 * ROWS, 256, 128, scales=2),
-        Format("IQ3_XXS", 256, 98, 32 + LINE, 32, 3 * LINE, 256, 128),
-        Format("IQ3_S", 256, 110, 32 + LINE, 32, 3 * LINE + ROWS, 256, 128),
-        Format("Q3_K", 256, 110, 32 + 24 * LINE, 32, 2 * ROWS, 256, 128),
-        Format("Q4_K", 256, 144, 64, 64, 64 + 8 * LINE, 16, minimum=True),
-        Format("Q5_K", 256, 176, 64 + 8 * LINE, 64, 64 + 8 * LINE, 32, minimum=True),
-        Format("Q6_K", 256, 210, 32, 128, 128 + 24 * LINE, 64, 32, scales=2),
+        Format("F32", 1, (), (Plane(4),)),
+        Format("F16", 1, (), (Plane(2),)),
+        Format("BF16", 1, (), (Plane(2),)),
+        # name, chunk, head, planes of a chunk, levels, offset
+        Format("Q8_0", 32, (), (_D, _words("qs", 8, "unsigned")), 256, 128),
+        Format("Q4_0", 32, (), (_D, _NIBBLES), 16, 8),
+        Format("Q4_1", 32, (), (_D, _M, _NIBBLES), 16),
+        Format("Q5_0", 32, (), (_D, _FIFTH, _NIBBLES), 32, 16),
+        Format("Q5_1", 32, (), (_D, _M, _FIFTH, _NIBBLES), 32),
+        Format("IQ4_NL", 32, (), (_D, _NIBBLES), 256, 128),
+        Format("MXFP4", 32, (), (_bytes("e"), _NIBBLES), 29, 16),
+        Format("Q1_0", 128, (), (_D, Spread(4, 4, "qs")), 3, 1),
+        Format("Q2_0", 64, (), (_D, Spread(4, 4, "qs", 2)), 4, 1),
+        Format("NVFP4", 64, (), (_bytes("d", 4, "usable"), _words("qs", 8)), 29, 16, scales=2),
+        Format("TQ1_0", 256, (_D,), (_words("qs", 12), _words("qh", 1)), 3, 1),
+        Format("TQ2_0", 32, (_D, _words("qs", 16)), (), 3, 1),
+        Format("IQ4_XS", 64, (_D,), (Numbers(1, 2), _words("qs", 8)), 256, 128),
+        Format(
+            "Q2_K", 32, (_D, _M, _words("qs", 16)), (_bytes("scales", 2),), 46, half_minima=True
+        ),
+        Format("IQ1_S", 32, (_D,), (_words("qs", 1), Copy(2, 1, "qh")), 26, 16),
+        Format(
+            "IQ1_M", 32, (_D,), (_words("qs", 1), Copy(2, 1, "qh"), Numbers(1, width=3)), 26, 16,
+            scales=2,
+        ),
+        Format("IQ2_XXS", 32, (_D, _STEPS), (_INDEX, _SIGNS), 256, 128),
+        Format(
+            "IQ2_XS", 32, (_D, Numbers(4, 1, "codes", 1, low=8)),
+            (_INDEX, _SIGNS, _bytes("scales")), 256, 128, scales=2,
+        ),
+        Format(
+            "IQ2_S", 32, (_D,),
+            (_words("qs", 1), _words("signs", 1), _bytes("qh"), _bytes("scales")), 256, 128,
+            scales=2,
+        ),
+        Format("IQ3_XXS", 32, (_D, _STEPS), (_words("qs", 2), _SIGNS), 256, 128),
+        Format(
+            "IQ3_S", 32, (_D, _words("scales", 1)),
+            (_words("qs", 2), _words("signs", 1), _bytes("qh")), 256, 128,
+        ),
+        Format(
+            "Q3_K", 32, (_D, _words("qs", 16), _words("hmask", 8, "thirds")),
+            (Numbers(1, 2, "turned"),), 256, 128,
+        ),
+        Format("Q4_K", 64, (_D, _M), _K_CHUNK, 16),
+        Format("Q5_K", 64, (_D, _M, _words("qh", 8)), _K_CHUNK, 32),
+        Format(
+            "Q6_K", 128, (_D,), (_bytes("scales", 8), _words("ql", 16), _words("qh", 8)), 64, 32,
+            scales=2,
+        ),
     )
-}
+}  # fmt: skip
 NAMES = tuple(_TABLE)
 
 
@@ -123,13 +236,6 @@ def group_nbytes(name: str, n_inner: int) -> int:
     layout = format_of(name)
     blocks = n_inner + n_inner % 2 if name == "BF16" else n_inner // layout.block
     return blocks * layout.packed_bytes
-
-
-# The non-linear 4-bit values of IQ4_NL (kvalues_iq4nl of the GGUF reference).
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-
-# Four-bit floats (E2M1), doubled to be whole (OCP Microscaling Formats v1.0, table 5).
-E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def tile_format(dtype: DType) -> str:

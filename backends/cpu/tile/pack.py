@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.backends.cpu.compile.isa import isa
-from runtime.backends.cpu.tile import pack_books, pack_large, pack_small
 from runtime.backends.cpu.tile.formats import ROWS, Format, format_of
 from runtime.backends.cpu.tile.pack_row import Row
+from runtime.backends.cpu.tile.source import Source
 from runtime.backends.cpu.tile.spec import PACK_ARGS
 from runtime.backends.cpu.tile.vector import I1, I8, Code, const, ir, vec
-
-STEPS = {**pack_small.STEPS, **pack_large.STEPS, **pack_books.STEPS}
+from runtime.ops.blocks import BLOCK_FORMATS
 
 
 def emit_pack(format_name: str, isa_name: str) -> str:
@@ -71,15 +70,32 @@ def _clear(code: Code, layout: Format, goal: Any, size: Any, rows: Any) -> None:
 
 def _group(code: Code, layout: Format, group: _Group) -> None:
     """Blocks outside, rows inside: sixteen source rows are read side by side."""
-    pack = STEPS[layout.name]
 
     def block(i: Any) -> None:
         goal = code.at(group.goal, code.times(i, layout.packed_bytes))
         place = code.at(group.source, code.times(i, layout.source_bytes))
 
         def row(r: Any) -> None:
-            pack(Row(code, code.at(place, code.times(r, group.row_bytes)), goal, r, i))
+            source = code.at(place, code.times(r, group.row_bytes))
+            if layout.is_float:
+                _value(code, layout, source, goal, r, i)
+            else:
+                Row(Source(code, BLOCK_FORMATS[layout.name.lower()], source), goal, r).pack(layout)
 
         code.each(0, group.rows, row)
 
     code.each(0, group.blocks, block)
+
+
+def _value(code: Code, layout: Format, source: Any, goal: Any, row: Any, k: Any) -> None:
+    """Element k of a row of plain numbers.
+
+    Of BF16 it is half k % 2 of its row's lane in pair k // 2; `goal` is k * 32.
+    """
+    value = code.load(source, ir.IntType(8 * layout.source_bytes))
+    if layout.name == "BF16":
+        odd = code.b.and_(k, const(1))
+        goal = code.at(code.b.sub(goal, code.times(odd, 2 * ROWS)), code.times(odd, 2))
+        code.store(value, code.at(goal, code.times(row, 4)))
+    else:
+        code.store(value, code.at(goal, code.times(row, layout.source_bytes)))

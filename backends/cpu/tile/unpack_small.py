@@ -14,11 +14,13 @@ from runtime.backends.cpu.tile.codes import (
     nibble_words,
     nibbles,
 )
-from runtime.backends.cpu.tile.formats import E2M1_VALUES, IQ4_VALUES, LINE, ROWS
-from runtime.backends.cpu.tile.vector import F32, I8, I32, Code, vec
+from runtime.backends.cpu.tile.formats import LINE, ROWS
+from runtime.backends.cpu.tile.source import half_e4m3, half_power
+from runtime.backends.cpu.tile.vector import I8, vec
+from runtime.ops.blocks import E2M1_LEVELS, IQ4_LEVELS
 
-IQ4_CODES = [v + 128 for v in IQ4_VALUES]
-_E2M1_CODES = [v + 16 for v in E2M1_VALUES]
+IQ4_CODES = [v + 128 for v in IQ4_LEVELS]
+_E2M1_CODES = [v + 16 for v in E2M1_LEVELS]
 
 
 def _q8_0(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
@@ -80,19 +82,7 @@ def _as_bytes(rows: Rows, lanes: Any) -> Any:
 
 def _mxfp4(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
     words = looked_up(rows, nibble_words(rows, base, ROWS), _E2M1_CODES)
-    return [Block(words, [_half_power(rows.code, rows.integer(base, 0))])]
-
-
-def _half_power(code: Code, e: Any) -> Any:
-    """2^(e - 128) for e in 0..255: E8M0 powers of two, halved as the values are doubled.
-
-    As bits (e - 1) << 23, or the denormals (e + 1) << 21, which are smaller except for e < 2.
-    """
-    b = code.b
-    usual = b.shl(b.sub(e, code.fill(I32, 1)), code.fill(I32, 23))
-    tiny = b.shl(b.add(e, code.fill(I32, 1)), code.fill(I32, 21))
-    larger = b.select(b.icmp_signed(">", usual, tiny), usual, tiny)
-    return b.bitcast(larger, vec(F32, code.lanes))
+    return [Block(words, [half_power(rows.code, rows.integer(base, 0))])]
 
 
 def _nvfp4(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
@@ -103,15 +93,9 @@ def _nvfp4(rows: Rows, head: list[Any], base: Any, number: Any) -> list[Block]:
         for j in (2 * i, 2 * i + 1):
             for high in (False, True):
                 parts += nibbles(rows, base, 4 * ROWS, range(2 * j, 2 * j + 2), high)
-            scales.append(_half_e4m3(rows.code, rows.integer(base, j * ROWS)))
+            scales.append(half_e4m3(rows.code, rows.integer(base, j * ROWS)))
         blocks.append(Block(looked_up(rows, parts, _E2M1_CODES), scales))
     return blocks
-
-
-def _half_e4m3(code: Code, bits: Any) -> Any:
-    """Half the float of four exponent bits (bias 7) and three of mantissa, denormals included."""
-    value = code.b.bitcast(code.b.shl(bits, code.fill(I32, 20)), vec(F32, code.lanes))
-    return code.b.fmul(value, code.fill(F32, 2.0**119))
 
 
 STEPS = {

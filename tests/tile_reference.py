@@ -6,12 +6,16 @@ Slow and plain. `fma=False` follows instruction sets without a fused multiply-ad
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from runtime.backends.cpu.tile.formats import format_of
-from runtime.backends.cpu.tile.reference_formats import DECODE, Array
 from runtime.backends.cpu.tile.spec import PIECES, STRETCHES
+from runtime.ops.blocks import BLOCK_FORMATS, BlockFormat
+from runtime.ops.quant_blocks import levels, numbers, scales, struct_of
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -142,14 +146,49 @@ def fused(x: Array, y: Array, z: Array, fma: bool = True) -> Array:
 
 
 def decode(name: str, raw: Array) -> Codes:
-    """Codes, scales and minima of rows of GGUF blocks (uint8 [N, row bytes])."""
-    layout = format_of(name)
-    blocks = raw.reshape(len(raw), -1, layout.source_bytes)
-    codes, scales, minimum, *halves = DECODE[name](blocks)
-    n = len(raw)
+    """Codes, scales and minima of rows of GGUF blocks (uint8 [N, row bytes]).
+
+    From the description of the format, by what `ops/quant_blocks.py` reads from it.
+    """
+    row, n = BLOCK_FORMATS[name.lower()], len(raw)
+    blocks = raw.reshape(-1).view(struct_of(row))
+    codes, scale, minimum, halves = _TAKEN_APART.get(name, _taken_apart)(row, blocks)
+    parts = format_of(name).scales
     return Codes(
-        codes.reshape(n, -1).astype(np.int32) - layout.offset,
-        scales.reshape(n, -1, layout.scales).astype(np.float32),
-        None if minimum is None else minimum.reshape(n, -1).astype(np.float32),
-        halves[0].reshape(n, -1, 2).astype(np.int32) if halves else None,
+        codes.reshape(n, -1).astype(np.int32),
+        _for_each(scale, row.block // 32 * parts).reshape(n, -1, parts),
+        None if minimum is None else _for_each(minimum, row.block // 32).reshape(n, -1),
+        None if halves is None else halves.reshape(n, -1, 2).astype(np.int32),
     )
+
+
+def _for_each(values: Array, count: int) -> Array:
+    """float32 [blocks, groups] as one value for each of `count` stretches of a block."""
+    return np.repeat(values, count // values.shape[1], axis=1).astype(np.float32)
+
+
+def _taken_apart(row: BlockFormat, blocks: Array) -> tuple[Any, ...]:
+    """Levels, scales, minima; those of IQ1 in eighths."""
+    unit = 8 if row.down else 1
+    minimum = scales(row, row.minimum, blocks) if row.minimum else None
+    scale = scales(row, row.scale, blocks) / np.float32(unit)
+    return levels(row, blocks) * unit, scale, minimum, None
+
+
+def _q2_k(row: BlockFormat, blocks: Array) -> tuple[Any, ...]:
+    """Codes are two bits times the scale of 16; four bits are the factors of the minima."""
+    assert row.scale.steps and row.minimum and row.minimum.steps
+    codes = levels(row, blocks) * np.repeat(numbers(row, row.scale.steps, blocks), 16, axis=1)
+    d, dmin = (blocks[name].astype(np.float32) for name in ("d", "dmin"))
+    return codes, d, -dmin, numbers(row, row.minimum.steps, blocks)
+
+
+def _q3_k(row: BlockFormat, blocks: Array) -> tuple[Any, ...]:
+    """Codes are -(three bits - 4) * (six bits of scale - 32), the float scale is -d."""
+    assert row.scale.steps
+    steps = numbers(row, row.scale.steps, blocks).astype(np.int32) - 32
+    codes = -levels(row, blocks) * np.repeat(steps, 16, axis=1)
+    return codes, -blocks["d"].astype(np.float32), None, None
+
+
+_TAKEN_APART = {"Q2_K": _q2_k, "Q3_K": _q3_k}

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from runtime.backends.plan.plan import Plan
+from runtime.ops.errors import BackendError
 from runtime.ops.graph import Graph
-from runtime.ops.tensor import Tensor
+from runtime.ops.tensor import Tensor, stored_name
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+
+
+def stored_tensor(files: Any, leaf: Tensor) -> Any:
+    """The tensor of a file that a weight is, or is cut from.
+
+    files: an open file, or several by name, the model's own under "". BackendError: no such file.
+    """
+    name = leaf.attrs.get("source", "")
+    by_name = files if isinstance(files, Mapping) else {"": files}
+    if name not in by_name:
+        raise BackendError(
+            f"weight {leaf.name!r} is of the file {name!r}, which the device was not given; "
+            f"it has {', '.join(map(repr, by_name))}"
+        )
+    return by_name[name].tensors[stored_name(leaf)]
 
 
 class Program(Protocol):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtime.ops.cached import cached_property
+from runtime.ops.cuts import Cut, Parts, canonical, cut_array, cut_shape, label
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import OpError
 
@@ -38,7 +39,6 @@ class Dim(int):
 
 
 Shape = tuple[int, ...]
-Runs = tuple[tuple[int, int], ...]  # stretches (start, stop) of rows, one after another
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,13 @@ class Tensor:
             self.attrs if attrs is None else MappingProxyType(dict(attrs)), self.name,
         )  # fmt: skip
 
+    @cached_property
+    def content(self) -> tuple[Any, ...]:
+        """Of a leaf: what decides its numbers, and what memory keeps it by."""
+        given = sorted(self.attrs.items())
+        attrs = ((k, v.tobytes() if isinstance(v, np.ndarray) else v) for k, v in given)
+        return self.op, stored_name(self), self.shape, self.dtype.name, *attrs
+
     def __repr__(self) -> str:
         return f"{self.name or self.op}: {self.dtype.name}{list(self.shape)}"
 
@@ -136,20 +143,28 @@ def dense_strides(shape: Shape) -> Shape:
 
 
 def weight(
-    name: str, shape: Shape, dtype: DType, rows: Runs = (), part: str = "", axis: int = -2
+    name: str, shape: Shape, dtype: DType, cut: Cut | None = None, part: str = "", source: str = ""
 ) -> Tensor:
     """A tensor of the model file; `shape` outermost first, as in `w[rows, inner]`.
 
-    rows: the runs of the stored tensor's rows that make this weight, in its order; of a tensor
-    [experts, rows, inner] the same of each expert, and with axis -1 elements of vectors (biases).
-    `part` tells such weights of one tensor apart.
+    cut: what of it makes this weight, see ops/cuts.py; `shape` is that of the whole. `part`: what
+    plans call it. source: of another file that the device was given, its name there.
     """
-    attrs = MappingProxyType({"of": name, "rows": rows, "axis": axis} if rows else {})
-    return Tensor("weight", (), tuple(shape), dtype, attrs, f"{name}:{part}" if rows else name)
+    parts = canonical(cut or {}, shape, dtype)
+    attrs = _cut_attrs(shape, parts) | ({"source": source} if source else {})
+    if attrs:
+        attrs["of"] = name
+        name = f"{source}{'/' * bool(source)}{name}"
+        name += (f":{part}" if part else label(parts)) if parts else ""
+    return Tensor("weight", (), cut_shape(shape, parts), dtype, MappingProxyType(attrs), name)
+
+
+def _cut_attrs(whole: Shape, parts: Parts) -> dict[str, Any]:
+    return {"whole": tuple(map(int, whole)), "cut": parts} if parts else {}
 
 
 def stored_name(leaf: Tensor) -> str:
-    """The name of the file's tensor that a weight is, or takes rows of."""
+    """The name of the file's tensor that a weight is, or is cut from."""
     return str(leaf.attrs.get("of", leaf.name))
 
 
@@ -158,18 +173,24 @@ def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:
     return Tensor("input", (), tuple(shape), dtype, name=name)
 
 
-def state(name: str, shape: Shape, dtype: DType, kind: str = "k") -> Tensor:
+def state(name: str, shape: Shape, dtype: DType, kind: str = "k", cut: Cut | None = None) -> Tensor:
     """Memory that outlives a step and is read and written by explicit ops.
 
     kind: "k" or "v", pages of a KV cache [pages, PAGE, heads, dim]; or "slots", one for each
-    sequence, [slots, ...]. How a device lays them out is its own affair.
+    sequence, [slots, ...]. How a device lays them out is its own affair. cut: the part of `shape`
+    that this leaf is, say some heads.
     """
-    return Tensor("state", (), tuple(shape), dtype, MappingProxyType({"kind": kind}), name=name)
+    parts = canonical(cut or {}, shape, dtype)
+    attrs = MappingProxyType({"kind": kind} | _cut_attrs(shape, parts))
+    return Tensor("state", (), cut_shape(shape, parts), dtype, attrs, name)
 
 
-def constant(name: str, value: np.ndarray) -> Tensor:
-    """Numbers known when the graph is built, such as inverse frequencies; float32 or int32."""
-    value = np.ascontiguousarray(value)
+def constant(name: str, value: np.ndarray, cut: Cut | None = None) -> Tensor:
+    """Numbers known when the graph is built, such as inverse frequencies; float32 or int32.
+
+    cut: what of them is the leaf.
+    """
+    value = np.ascontiguousarray(cut_array(value, canonical(cut or {}, value.shape, F32)))
     if value.dtype not in (np.float32, np.int32):
         raise OpError(f"constant {name!r} has dtype {value.dtype}; use float32 or int32")
     dtype = F32 if value.dtype == np.float32 else I32

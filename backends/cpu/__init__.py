@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,9 +130,9 @@ class CpuBackend:
 
 def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
     """The weights these plans read, each form once, in order of use."""
-    found: dict[tuple[str, str], Buffer] = {}
+    found: dict[Hashable, Buffer] = {}
     for plan in plans:
         for buffer in plan.buffers():
             if buffer.kind in ("raw", "vector", "packed"):
-                found.setdefault((buffer.kind, buffer.key), buffer)
+                found.setdefault(buffer.content, buffer)
     return list(found.values())

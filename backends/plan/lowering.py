@@ -7,7 +7,7 @@ plan.py, for all devices alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
@@ -118,7 +118,7 @@ class Lowering:
         self.scratch_nbytes = 0
         self.router_results: dict[Tensor, dict[str, Buffer]] = {}
         self._buffers: dict[Tensor, Buffer] = {}
-        self._fixed: dict[tuple[str, str], Buffer] = {}
+        self._fixed: dict[Hashable, Buffer] = {}
         self._counts = Buffer("count", "counts", 0)
 
     def emit(
@@ -246,9 +246,8 @@ class Lowering:
         raise BackendError(f"lowering reads {base!r} before anything wrote it")
 
     def _named(self, kind: str, key: str, nbytes: int, tensor: Tensor | None) -> Buffer:
-        if (kind, key) not in self._fixed:
-            self._fixed[kind, key] = Buffer(kind, key, nbytes, tensor=tensor)
-        return self._fixed[kind, key]
+        made = Buffer(kind, key, nbytes, tensor=tensor)
+        return self._fixed.setdefault(made.content, made)
 
 
 class Out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from runtime.backends.plan.kernel import Kernel
@@ -18,7 +18,8 @@ GUARD = 64  # bytes after a buffer that a guarded plan checks for stray writes
 class Buffer:
     """Memory of a plan. `kind`: arena, scratch, input, count, constant, state, or a form of weight.
 
-    `offset` is set by the memory planner for arena buffers; `key` finds the others.
+    `offset` is set by the memory planner for arena buffers; the others are found by `content`, and
+    `key` is what plans call them.
     """
 
     kind: str
@@ -26,6 +27,11 @@ class Buffer:
     nbytes: int
     offset: int = -1
     tensor: Tensor | None = None
+
+    @property
+    def content(self) -> Hashable:
+        """What decides the numbers of a buffer outside the arena: equal ones are one."""
+        return self.kind, self.key if self.tensor is None else self.tensor.content
 
     def __str__(self) -> str:
         return f"@{self.offset}" if self.kind == "arena" else self.key

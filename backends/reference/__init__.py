@@ -5,17 +5,18 @@ Slow and exact. It runs whole models, and VALIDATE compares other backends with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Progress
+from runtime.backends.base import Progress, stored_tensor
 from runtime.backends.plan.plan import Plan
+from runtime.ops.cuts import cut_array
 from runtime.ops.graph import Graph, walk
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import find
-from runtime.ops.tensor import Dim, Tensor, stored_name
+from runtime.ops.tensor import Dim, Tensor
 from runtime.ops.views import broadcast, reshape
 
 
@@ -27,15 +28,15 @@ class ReferenceBackend:
 
     def __init__(self, file: Any = None) -> None:
         self._file = file
-        self._states: dict[str, np.ndarray] = {}
-        self._weights: dict[str, np.ndarray] = {}
+        self._states: dict[Hashable, np.ndarray] = {}
+        self._weights: dict[Hashable, np.ndarray] = {}
 
     def state(self, leaf: Tensor) -> np.ndarray:
         """In the leaf's own shape: float32 pages [pages, PAGE, heads, dim], float64 slots."""
-        if leaf.name not in self._states:
+        if leaf.content not in self._states:
             wide = np.float64 if leaf.attrs["kind"] == "slots" else np.float32
-            self._states[leaf.name] = np.zeros([int(n) for n in leaf.shape], wide)
-        return self._states[leaf.name]
+            self._states[leaf.content] = np.zeros([int(n) for n in leaf.shape], wide)
+        return self._states[leaf.content]
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page in float32, or of one slot in float64."""
@@ -77,15 +78,11 @@ class ReferenceBackend:
 
     def weight(self, leaf: Tensor) -> np.ndarray:
         """A weight as float64, in its shape."""
-        if leaf.name not in self._weights:
-            stored = self._file.tensors[stored_name(leaf)].to_float32().astype(np.float64)
-            if runs := leaf.attrs.get("rows"):
-                axis, whole = leaf.attrs["axis"], [int(n) for n in leaf.shape]
-                whole[axis] = -1
-                places = np.concatenate([np.arange(a, b) for a, b in runs])
-                stored = np.take(stored.reshape(whole), places, axis)
-            self._weights[leaf.name] = stored.reshape(leaf.shape)
-        return self._weights[leaf.name]
+        if leaf.content not in self._weights:
+            stored = stored_tensor(self._file, leaf).to_float32().astype(np.float64)
+            whole = stored.reshape(leaf.attrs.get("whole", leaf.shape))
+            self._weights[leaf.content] = cut_array(whole, leaf.attrs.get("cut", ()))
+        return self._weights[leaf.content]
 
     def close(self) -> None:
         """Drop weights and state."""

@@ -14,7 +14,8 @@ from runtime.models.keys import Keys
 from runtime.models.linear import linear
 from runtime.models.step import StateLayer, Step
 from runtime.models.weights import Weights
-from runtime.ops.tensor import Runs, Tensor
+from runtime.ops.cuts import Runs
+from runtime.ops.tensor import Tensor
 
 L2_EPS = 1e-6  # in the norm of queries and keys, not in the files
 

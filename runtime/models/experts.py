@@ -10,7 +10,8 @@ from runtime.models.blocks import swiglu
 from runtime.models.keys import Keys
 from runtime.models.linear import linear, scaled_by_expert
 from runtime.models.weights import Weights
-from runtime.ops.tensor import Runs, Tensor
+from runtime.ops.cuts import Runs
+from runtime.ops.tensor import Tensor
 
 # `expert_gating_func` of GGUF files: how scores become weights of the chosen experts
 SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3

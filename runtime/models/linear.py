@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from runtime import ops
 from runtime.models.weights import Weights
-from runtime.ops.tensor import Runs, Tensor
+from runtime.ops.cuts import Runs
+from runtime.ops.tensor import Tensor
 
 
 def linear(

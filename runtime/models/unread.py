@@ -76,7 +76,8 @@ _NEUTRAL: dict[str, Any] = {
 
 def refuse_unread(keys: Keys, w: Weights, graph: Graph, layers: int) -> None:
     """ModelError that names what the file says and a model of so many layers does not read."""
-    used = w.looked_up | {stored_name(node) for node in graph.nodes if node.op == "weight"}
+    leaves = [leaf for leaf in graph.leaves("weight") if "source" not in leaf.attrs]
+    used = w.looked_up | set(map(stored_name, leaves))
     stray = [n for n in w.tensors if n not in used and not _spare_tensor(n, w, keys, layers)]
     if stray:
         raise ModelError(

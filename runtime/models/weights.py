@@ -11,7 +11,8 @@ import numpy as np
 
 from runtime import ops
 from runtime.errors import ModelError
-from runtime.ops.tensor import Runs, Shape, Tensor
+from runtime.ops.cuts import Runs
+from runtime.ops.tensor import Shape, Tensor
 
 # What other converters (Ollama's) call a tensor of a block, tried where its usual name is missing.
 _OTHER_NAMES = {
@@ -34,7 +35,7 @@ class Weights:
     source: str
     looked_up: set[str] = field(default_factory=set)
     _stored: dict[str, str] = field(default_factory=dict)
-    _made: dict[str, Tensor] = field(default_factory=dict)
+    _made: dict[Any, Tensor] = field(default_factory=dict)
     _values: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
@@ -84,10 +85,8 @@ class Weights:
             return whole
         if axis == -1 and whole.dtype.block > 1:
             raise ModelError(f"{self.source}: tensor {name!r} is {whole.dtype}, not a plain type")
-        count = sum(stop - start for start, stop in runs)
-        cut = (*shape[:axis], count, *shape[len(shape) + axis + 1 :])
-        made = ops.weight(whole.name, cut, whole.dtype, runs, part, axis)
-        return self._made.setdefault(made.name, made)
+        made = ops.weight(whole.name, shape, whole.dtype, {axis: runs}, part)
+        return self._made.setdefault(made.content, made)
 
     def optional(self, name: str, *shape: int) -> Tensor | None:
         """The weight, or None where the file has none."""

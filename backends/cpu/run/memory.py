@@ -6,7 +6,7 @@ all of it at once, without a garbage collection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class FixedMemory:
 
     def __init__(self, weights: WeightStore) -> None:
         self.weights = weights
-        self._states: dict[str, np.ndarray] = {}
+        self._states: dict[Hashable, np.ndarray] = {}
 
     def address(self, buffer: Buffer) -> int:
         """Where a weight or a state leaf lies, made on first use."""
@@ -37,16 +37,16 @@ class FixedMemory:
 
         The system gives memory to what is written, so room never used costs nothing.
         """
-        if leaf.name not in self._states:
+        if leaf.content not in self._states:
             shape = (int(leaf.shape[0]), page_nbytes(leaf))
             try:
-                self._states[leaf.name] = aligned_zeros(shape[0] * shape[1]).reshape(shape)
+                self._states[leaf.content] = aligned_zeros(shape[0] * shape[1]).reshape(shape)
             except MemoryError:
                 raise BackendError(
                     f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes; load the model with "
                     "a smaller `context` or fewer `sequences`"
                 ) from None
-        return self._states[leaf.name]
+        return self._states[leaf.content]
 
     def copy(self, leaf: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages or slots of a leaf."""

@@ -7,18 +7,20 @@ Nothing of it refers to the file afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from runtime.backends.base import stored_tensor
 from runtime.backends.cpu.compile.library import Library
+from runtime.backends.cpu.run.stored import StoredRows
 from runtime.backends.cpu.run.table import Table
 from runtime.backends.cpu.tile.formats import ROWS, packed_nbytes, tile_format
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import ALIGNMENT, Buffer
 from runtime.ops.quants import dequantize
-from runtime.ops.tensor import Tensor, stored_name
+from runtime.ops.tensor import Tensor
 
 _PIECE = 16 << 20  # bytes read, and packed or widened, at a time; an interrupt waits for one
 
@@ -35,16 +37,15 @@ class WeightStore:
 
     def __init__(self, file: Any, library: Library, team: Any) -> None:
         self._file, self._library, self._team = file, library, team
-        self._made: dict[tuple[str, str], np.ndarray] = {}
+        self._made: dict[Hashable, np.ndarray] = {}
         self._slab = self._room = aligned_empty(0)
 
     def address(self, buffer: Buffer) -> int:
         """Where a weight lies in the form its buffer asks for."""
-        key = (buffer.kind, buffer.key)
-        if key not in self._made:
+        if buffer.content not in self._made:
             assert buffer.tensor is not None, "a weight buffer has its tensor"
-            self._made[key] = _MAKERS[buffer.kind](self, buffer.tensor)
-        return self._made[key].ctypes.data
+            self._made[buffer.content] = _MAKERS[buffer.kind](self, buffer.tensor)
+        return self._made[buffer.content].ctypes.data
 
     def nbytes(self) -> int:
         """Bytes of memory taken."""
@@ -60,7 +61,7 @@ class WeightStore:
         Packed weights lie in one piece of memory, which the system then maps with large pages:
         reading them is a third faster than from many small pieces (measured).
         """
-        wanted = [b for b in buffers if (b.kind, b.key) not in self._made]
+        wanted = [b for b in buffers if b.content not in self._made]
         packed = [_packed_nbytes(b.tensor) for b in wanted if b.kind == "packed" and b.tensor]
         self._slab = aligned_empty(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
         self._room = aligned_empty(_PIECE)
@@ -70,14 +71,12 @@ class WeightStore:
         self._room = aligned_empty(0)
 
     def _raw(self, w: Tensor) -> np.ndarray:
-        """The stored bytes, uint8; of a weight that takes some of the tensor's rows these."""
-        stored = self._file.tensors[stored_name(w)].data
-        if not (runs := w.attrs.get("rows")):
-            return stored
-        axis = w.ndim + w.attrs["axis"]
-        before, inner = math.prod(w.shape[:axis]), math.prod(w.shape[axis + 1 :])
-        rows = stored.reshape(before, -1, inner // w.dtype.block * w.dtype.nbytes)
-        return np.concatenate([rows[:, a:b] for a, b in runs], axis=1).reshape(-1)
+        """The stored bytes, uint8; of a cut weight those of its part."""
+        tensor = stored_tensor(self._file, w)
+        if "cut" not in w.attrs:
+            return tensor.data
+        rows = StoredRows(w, tensor).read(0, math.prod(w.shape[:-1]), self._room)
+        return rows.copy().reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:
         return np.ascontiguousarray(dequantize(self._raw(w), w.dtype, w.shape), np.float32)
@@ -86,35 +85,22 @@ class WeightStore:
         """Tiles of a matrix [rows, inner], or of the matrices of all experts one after another."""
         out, format = self._take(_packed_nbytes(w)), tile_format(w.dtype)
         (rows, inner), matrices = _matrix(w), _experts(w)
-        row_nbytes, each = w.nbytes // (rows * matrices), out.nbytes // matrices
-        read, widened = self._reader(w), format != w.dtype.name.upper()
-        for matrix, count, first, stop in _pieces(
-            matrices, rows, 4 * inner if widened else row_nbytes
-        ):
-            raw = read((matrix * rows + first) * row_nbytes, count * (stop - first) * row_nbytes)
+        each, stored = out.nbytes // matrices, self._stored(w)
+        widened = format != w.dtype.name.upper()
+        row_nbytes = 4 * inner if widened else stored.nbytes
+        for matrix, count, first, stop in _pieces(matrices, rows, row_nbytes):
+            raw = stored.read(matrix * rows + first, count * (stop - first), self._room)
             if widened:
-                wide = dequantize(raw, w.dtype, (count * (stop - first), inner))
-                raw = np.ascontiguousarray(wide, np.float32).view(np.uint8).reshape(-1)
+                wide = dequantize(np.ascontiguousarray(raw), w.dtype, (len(raw), inner))
+                raw = np.ascontiguousarray(wide, np.float32).view(np.uint8)
             at = matrix * each + packed_nbytes(format, first, inner)
             self._pack(format, raw, out[at:], (stop - first, inner), count, each)
         return out
 
-    def _reader(self, w: Tensor) -> Callable[[int, int], np.ndarray]:
-        """A function (start, nbytes) that gives stored bytes of a weight, until it is called
-        again."""
-        raw = self._made.get(("raw", w.name))  # an embedding that is the output matrix as well
-        if raw is None and w.attrs.get("rows"):
-            raw = self._raw(w)
-        if raw is not None:
-            return lambda start, nbytes: raw[start : start + nbytes]
-        tensor = self._file.tensors[stored_name(w)]
-
-        def read(start: int, nbytes: int) -> np.ndarray:
-            room = self._room[:nbytes] if nbytes <= self._room.nbytes else aligned_empty(nbytes)
-            tensor.read(start, room)
-            return room
-
-        return read
+    def _stored(self, w: Tensor) -> StoredRows:
+        """Rows of a weight, those in memory where an embedding is the output matrix as well."""
+        raw = None if "cut" in w.attrs else self._made.get(("raw", w.content))
+        return StoredRows(w, stored_tensor(self._file, w), raw)
 
     def _take(self, nbytes: int) -> np.ndarray:
         """Memory from the slab, or of its own for a weight that comes later."""
@@ -128,17 +114,14 @@ class WeightStore:
         self, format: str, raw: np.ndarray, out: np.ndarray, shape: tuple[int, int], matrices: int,
         apart: int,
     ) -> None:  # fmt: skip
-        """Pack matrices of one shape that lie one after another; their tiles begin `apart` bytes
-        from each other."""
-        (rows, inner), each = shape, raw.nbytes // matrices
+        """Pack matrices of one shape, rows raw [matrices * rows, bytes] that may lie apart; their
+        tiles begin `apart` bytes from each other."""
+        (rows, inner), stride = shape, raw.strides[0]
         kernel = Kernel.of("pack_weights", format=format)
-        arguments = {
-            "src": raw.ctypes.data, "dst": out.ctypes.data, "n_rows": rows, "n_inner": inner,
-            "src_row_bytes": each // rows, "n_matrices": matrices, "src_matrix_bytes": each,
-            "dst_matrix_bytes": apart,
-        }  # fmt: skip
-        native = self._library.get(kernel)
-        table = Table.single(native.address, native.ordered(kernel, arguments))
+        arguments = [
+            raw.ctypes.data, out.ctypes.data, rows, inner, stride, matrices, rows * stride, apart,
+        ]  # fmt: skip
+        table = Table.single(self._library.address(kernel), arguments)
         self._team.run(*table.records())
 
 

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from runtime.engine.engine import OnPrompt
+import numpy as np
+
+from runtime.engine.advance import Piece
+from runtime.engine.engine import OnPrompt, checked
 from runtime.errors import OptionError
 from runtime.session import Session
 
@@ -45,50 +48,44 @@ class Generation:
 
     def __init__(self, model: Model, prompt: Prompt, options: Options) -> None:
         from runtime.text.answer import Answer
-        from runtime.text.sampling import Sampler
 
-        self.reason: str | None = None
-        """None until the answer has ended, then "end" (the model said so), "stop" (a stop
-        string), "length" (max_tokens) or "context" (the context is full). It stays None where
-        the answer was closed early."""
         self.prompt_tokens: int = len(prompt.ids)
         """How many tokens are evaluated before the first of the answer."""
         # the token after the last place of the context is still known, but cannot be evaluated
-        room, most = model.context - prompt.keep - len(prompt.ids) + 1, options.max_tokens
-        self._most = room if most is None else min(most, room)
-        self._at_most = "context" if most is None or room < most else "length"
-        sampling = options.sampling
-        # rows of the output matrix past the vocabulary are padding, which has no text
-        choices = min(model.vocab_size, model.tokenizer.vocab_size)
-        self._sampler = Sampler(sampling, choices, model.tokenizer.token_bytes)
+        room = model.context - prompt.keep - len(prompt.ids) + 1
         self._answer = Answer(
-            model.tokenizer, self._sampler, sampling.stop, self._most, self._at_most
+            model.tokenizer, options.sampling, model.vocab_size, room, options.max_tokens
         )
         self._session, self._owned, self._keep = prompt.session, prompt.owned, prompt.keep
         self._length = len(prompt.session)  # what nobody else may change meanwhile
         self._pending, self._options = prompt.ids, options
-        self._tokens: list[Token] = []
-        self._pieces: list[str] = []
         self._begun = self._over = False
         self._reading = threading.Lock()
+
+    @property
+    def reason(self) -> str | None:
+        """None until the answer has ended, then "end" (the model said so), "stop" (a stop
+        string), "length" (max_tokens) or "context" (the context is full). It stays None where
+        the answer was closed early."""
+        return self._answer.reason
 
     @property
     def text(self) -> str:
         """The whole answer; what is still to come is generated first."""
         for _ in self:
             pass
-        return "".join(self._pieces)
+        return self._answer.text
 
     @property
     def tokens(self) -> list[int]:
         """Ids chosen so far, an end token included."""
-        return [token.id for token in self._tokens]
+        return [token.id for token in self._answer.tokens]
 
     @property
     def logprobs(self) -> list[Token]:
         """With `logprobs=N`: of each token chosen so far its id, its natural log-probability
         (`logprob`) and the N best in its place (`top`); without, an empty list."""
-        return [token for token in self._tokens if token.logprob is not None]
+        return [token for token in self._answer.tokens if token.logprob is not None]
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -130,7 +127,7 @@ class Generation:
 
     def __repr__(self) -> str:
         state = self.reason or ("closed" if self._over else "iterate it, or take .text")
-        return f"<Generation of {len(self._tokens)} tokens: {state}>"
+        return f"<Generation of {len(self._answer.tokens)} tokens: {state}>"
 
     def _next_piece(self) -> str:
         if not (self._begun or self._over):
@@ -138,7 +135,6 @@ class Generation:
         while not self._over:
             text = self._advance()
             if text:
-                self._pieces.append(text)
                 return text
         raise StopIteration
 
@@ -147,27 +143,27 @@ class Generation:
         self._session.rewind(self._length - self._keep)
         self._length = self._keep
         self._begun = True
-        self._sampler.begin([*self._session.tokens, *self._pending])
-        if not self._most:
-            self._end(self._at_most)
+        self._answer.begin([*self._session.tokens, *self._pending])
+        self._over = self._answer.reason is not None
 
     def _advance(self) -> str:
         """Evaluate what is pending and choose a token; the text it completes."""
         self._check_session()
-        on_prompt = None if self._tokens else self._options.on_prompt
-        row = self._session.eval(self._pending, "last", on_prompt)[0]
+        row = self._evaluated()
         self._length += len(self._pending)
         token, text, end = self._answer.feed(row)
         self._pending = [token.id]
-        self._tokens.append(token)
-        if end is not None:
-            self._end(end)
+        self._over = self._over or end is not None
         if self._options.on_token is not None:
             self._options.on_token(token)
         return text
 
-    def _end(self, reason: str) -> None:
-        self.reason, self._over = reason, True
+    def _evaluated(self) -> np.ndarray:
+        """The logits after what is pending, float32 [vocabulary]."""
+        if not self._answer.tokens:
+            return self._session.eval(self._pending, "last", self._options.on_prompt)[0]
+        piece = Piece(self._session._sequence, self._pending)
+        return checked(*self._session.model._engine.run([piece]))[0]
 
     def _check_session(self) -> None:
         if len(self._session) != self._length:

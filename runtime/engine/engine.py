@@ -248,15 +248,22 @@ def _finite(logits: np.ndarray) -> bool:
     return bool(np.logical_and.reduce(np.isfinite(logits), axis=None))  # quicker than `all`
 
 
+def checked(result: np.ndarray | Error) -> np.ndarray:
+    """The rows of a piece that was run; its error is raised."""
+    if isinstance(result, Error):
+        try:
+            raise result
+        finally:
+            del result  # or it and what it remembers of its way would hold one another
+    return result
+
+
 def _raise(advances: abc.Sequence[Advance]) -> None:
-    """The first error of any; it and what it remembers of its way must not hold one another."""
+    """The first error of any."""
     for advance in advances:
         if advance.error is not None:
-            error, advance.error = advance.error, None
-            try:
-                raise error
-            finally:
-                del error
+            found, advance.error = [advance.error], None
+            checked(found.pop())
 
 
 def _told(batches: list[Batch], on_prompt: OnPrompt) -> abc.Iterator[Batch]:

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.text.sampling import Sampler, Token
+from runtime.text.sampling import Sampler, Sampling, Token
 from runtime.text.stops import StopFilter
 from runtime.text.tokenizer import Tokenizer
 
 
 class Fed(NamedTuple):
     """What a row of logits became. `text` is what can be shown now and may be empty; `end` is
-    None, or why the answer is over: "end", "stop" or the reason given for the limit."""
+    None, or why the answer is over: "end", "stop", "length" or "context"."""
 
     token: Token
     text: str
@@ -25,37 +25,62 @@ class Fed(NamedTuple):
 
 
 class Answer:
-    """The text of one answer.
+    """One answer, as far as it has come: its `tokens`, its `text` and why it has ended, `reason`.
 
-    It ends at an end token ("end"), a stop string ("stop") or after `most` tokens (`at_most`).
+    It ends at an end token ("end"), a stop string ("stop"), after `most` tokens ("length"; None:
+    no limit), or after as many as there is `room` for ("context"); the last of them need not be
+    evaluated.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, sampler: Sampler, stops: Sequence[str], most: int, at_most: str
-    ) -> None:
-        self._ends, self._sampler = tokenizer.end_ids, sampler
-        self._stream, self._stops = tokenizer.stream(), StopFilter(stops)
-        self._stoppable = bool(stops)
-        self._left, self._at_most = most, at_most
+        self, tokenizer: Tokenizer, sampling: Sampling, vocabulary: int, room: int,
+        most: int | None = None,
+    ) -> None:  # fmt: skip
+        """vocabulary: columns of the logits; those past the tokenizer's are padding."""
+        choices = min(vocabulary, tokenizer.vocab_size)
+        self._sampler = Sampler(sampling, choices, tokenizer.token_bytes)
+        self._choices, self._ends = choices, tokenizer.end_ids
+        self._stream, self._stops = tokenizer.stream(), StopFilter(sampling.stop)
+        self._stoppable = bool(sampling.stop)
+        self._left = room if most is None else min(most, room)
+        self._at_most = "context" if most is None or room < most else "length"
+        self._pieces: list[str] = []
+        self.tokens: list[Token] = []
+        self.reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What can be shown so far."""
+        return "".join(self._pieces)
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """It follows these tokens, which repetition penalties look at."""
+        self._sampler.begin(tokens)
+        if self._left <= 0:
+            self.reason = self._at_most
 
     def feed(self, row: np.ndarray) -> Fed:
-        """The token chosen from `row`, float32 [vocabulary] or longer, and what follows from it.
-
-        Raises BackendError for logits that are not finite.
-        """
-        token = self._sampler.sample(row[: self._sampler.vocab_size])
+        """The token chosen from `row`, float32 [vocabulary], all finite, and what follows."""
+        token = self._sampler.sample(row[: self._choices], finite=True)
         self._sampler.accept(token.id)
         self._left -= 1
-        if token.id in self._ends:
-            return Fed(token, self._tail(), "end")
-        text = self._stream.feed(token.id)
+        text, self.reason = self._shown(token.id)
+        self.tokens.append(token)
+        if text:
+            self._pieces.append(text)
+        return Fed(token, text, self.reason)
+
+    def _shown(self, token: int) -> tuple[str, str | None]:
+        """What can be shown with this token, and why it is the last."""
+        if token in self._ends:
+            return self._tail(), "end"
+        text = self._stream.feed(token)
         if self._stoppable:
-            text = self._stops.feed(text, self._stream.hidden_text(token.id))
-        if self._stops.stopped:
-            return Fed(token, text, "stop")
-        if self._left <= 0:
-            return Fed(token, text + self._tail(), "stop" if self._stops.stopped else self._at_most)
-        return Fed(token, text, None)
+            text = self._stops.feed(text, self._stream.hidden_text(token))
+        if not self._stops.stopped and self._left <= 0:
+            text += self._tail()
+            return text, "stop" if self._stops.stopped else self._at_most
+        return text, "stop" if self._stops.stopped else None
 
     def _tail(self) -> str:
         """What was held back: it can become no stop string and no character any more."""

@@ -200,15 +200,16 @@ class Sampler:
         for memory in self._memories.values():
             memory.accept(token)
 
-    def sample(self, logits: np.ndarray) -> Token:
+    def sample(self, logits: np.ndarray, finite: bool = False) -> Token:
         """Choose from `logits`, float32 [vocabulary], which is left as it is.
 
-        Raises BackendError when they hold NaN or +inf, or nothing but -inf.
+        finite: they are known to be; else BackendError when they hold NaN or +inf, or nothing but
+        -inf.
         """
         raw = np.asarray(logits, np.float32).reshape(-1)
         if raw.size != self.vocab_size:
             raise OptionError(f"{raw.size} logits for a vocabulary of {self.vocab_size}")
-        chosen = self._choose(raw, self._biased(raw))
+        chosen = self._choose(raw, self._biased(raw), finite and not self._bias.size)
         if not self.sampling.logprobs:
             return Token(chosen)
         return _with_logprobs(raw, chosen, self.sampling.logprobs)
@@ -226,12 +227,13 @@ class Sampler:
             Candidates(logits).change(self._bias_ids, logits[self._bias_ids] + self._bias)
         return logits
 
-    def _choose(self, raw: np.ndarray, logits: np.ndarray) -> int:
+    def _choose(self, raw: np.ndarray, logits: np.ndarray, finite: bool) -> int:
         if self._greedy and not self._steps:
             chosen = int(logits.argmax())
             _check_finite(logits[chosen], raw)
             return chosen
-        _check_finite(logits.max(), raw)
+        if not finite:
+            _check_finite(logits.max(), raw)
         c = Candidates(logits)
         for step in self._steps:
             c = step(c)

@@ -27,8 +27,8 @@ def compiled():
     library(ISAS[0]).prepare(Kernel.of(name) for name in ("executor", "gather_rows", "add"))
 
 
-def loader(name: str, constants: dict[str, Any]) -> int:
-    return library(ISAS[0]).address(Kernel.of(name, **constants))
+def loader(kernel: Kernel) -> int:
+    return library(ISAS[0]).address(kernel)
 
 
 class Chain:
@@ -42,7 +42,7 @@ class Chain:
         self.live, self.rounds = np.array([WIDTH], np.int64), rounds
         gather = self._arguments("gather_rows", x=self.x, ids=self.ids, out=self.moved)
         add = self._arguments("add", x=self.moved, y=self.y, out=self.x)
-        rows = [(loader(n, {}), a.ctypes.data, PLAN_BARRIER) for n, a in (gather, add)]
+        rows = [(loader(Kernel.of(n)), a.ctypes.data, PLAN_BARRIER) for n, a in (gather, add)]
         self.table = np.array(rows * rounds, np.int64)
 
     def _arguments(self, kernel: str, **arrays: np.ndarray) -> tuple[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from runtime.backends.base import Progress
 from runtime.backends.cpu.compile.library import Library, library
 from runtime.backends.cpu.planner import Planner, options
-from runtime.backends.cpu.run.cores import physical_cores
+from runtime.backends.cpu.run.cores import checked, physical_cores
 from runtime.backends.cpu.run.executor import ThreadTeam
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.program import Program
@@ -26,25 +26,26 @@ MAX_THREADS = 1024
 
 
 class CpuBackend:
-    """See backends/base.py. `threads` None means one per physical core."""
+    """See backends/base.py. `threads` None means one per physical core.
+
+    cores: the logical processors that its threads keep to, such as range(0, 2); None: any.
+    """
 
     def __init__(
         self, file: Any = None, threads: int | None = None, activations: str = "int8",
-        kernels: Library | None = None, fuse: bool = True,
+        kernels: Library | None = None, fuse: bool = True, cores: Iterable[int] | None = None,
     ) -> None:  # fmt: skip
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
         self._library = kernels or library()
-        self.threads = threads or physical_cores()
+        kept = None if cores is None else checked(cores)
+        self.threads = threads or physical_cores(kept)
         self.name = f"cpu ({self._library.target}, {self.threads} threads)"
         amx = self._library.target == "amx"
         self.planner = Planner(options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx))
-        address = self._library.address
-        self._team = ThreadTeam(
-            self.threads, lambda name, constants: address(Kernel.of(name, **constants))
-        )
+        self._team = ThreadTeam(self.threads, self._library.address, kept)
         self.weights = WeightStore(file, self._library, self._team)
         self.memory = FixedMemory(self.weights)
         self._programs: dict[str, Program] = {}

@@ -7,6 +7,11 @@ no Python and no allocation lies between two plans. The barrier counts arrivals 
 the goal of a barrier is where the count stood when the plan began, plus n_threads per barrier.
 A plan that is aborted is walked to its end all the same, so that all threads meet at every
 barrier, but no kernel is called any more.
+
+Several teams are led as one: threads 0 are a team too, whose only kernel is `lead_teams`, by which
+each runs the plan of its own team. In these plans `meet` is the barrier of all threads of all
+teams. It counts in a block of its own, and lets everybody pass once the plans are aborted, for of
+an aborted plan nobody else may come.
 """
 
 from __future__ import annotations
@@ -87,6 +92,17 @@ def clock(control, thread):
 
 
 @helper
+def turn(control, left):
+    """One turn of waiting, of which `left` may go by before the processor is given away."""
+    pause()
+    if left <= 0:
+        call(s.load_i64(control + _YIELD), 0, 0, 0, 0)
+        if left % _YIELDS == 0:
+            call(s.load_i64(control + _SLEEP), s.load_i64(control + _SLEEP_FOR), 0, 0, 0)
+    return left - 1
+
+
+@helper
 def await_arrivals(control, goal):
     """Spin until `goal` arrivals were counted; give the processor away when that takes long.
 
@@ -96,12 +112,7 @@ def await_arrivals(control, goal):
     """
     left = s.load_i64(control + _SPINS)
     while observe(control + _ARRIVALS) < goal:
-        pause()
-        left -= 1
-        if left < 0:
-            call(s.load_i64(control + _YIELD), 0, 0, 0, 0)
-            if left % _YIELDS == 0:
-                call(s.load_i64(control + _SLEEP), s.load_i64(control + _SLEEP_FOR), 0, 0, 0)
+        left = turn(control, left)
 
 
 @helper
@@ -181,3 +192,28 @@ def build_executor():
             follow(control, thread, n_threads)
 
     return executor
+
+
+def build_lead_teams():
+    def lead_teams(jobs, thread, n_threads):
+        """jobs: of each team control block, table, rows, threads."""
+        job = jobs + thread * 32
+        control = s.load_i64(job)
+        s.store_i64(control + _TABLE, s.load_i64(job + 8))
+        s.store_i64(control + _N_ROWS, s.load_i64(job + 16))
+        s.store_i64(control + _PROFILE, 0)
+        lead(control)
+        run_plan(control, 0, s.load_i64(job + 24))
+
+    return lead_teams
+
+
+def build_meet():
+    def meet(meeting, goal, thread, n_threads):
+        """goal: how many threads in all have come to this meeting and to those before it."""
+        fetch_add(meeting + _ARRIVALS, 1)
+        left = s.load_i64(meeting + _SPINS)
+        while observe(meeting + _ARRIVALS) < goal and observe(meeting + _ABORT) == 0:
+            left = turn(meeting, left)
+
+    return meet

@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from runtime.ops.errors import OptionError
 
-def physical_cores() -> int:
-    """Cores this process may use, hyperthreads counted once where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = os.sched_getaffinity(0)
-        if sys.platform == "linux":
-            return len(_linux_cores(allowed)) or len(allowed)
-        return len(allowed)
-    logical = os.cpu_count() or 1
+_CAN_PIN = hasattr(os, "sched_setaffinity")
+
+
+Cores = frozenset[int]  # logical processors, by the system's numbers
+
+
+def processors() -> int:
+    """Logical processors this process may use."""
+    return len(_allowed()) if _CAN_PIN else os.cpu_count() or 1
+
+
+def physical_cores(cores: Cores | None = None) -> int:
+    """Cores this process may use, or those of `cores`; hyperthreads counted once where known."""
+    if _CAN_PIN:
+        allowed = cores or _allowed()
+        return (len(_linux_cores(allowed)) if sys.platform == "linux" else 0) or len(allowed)
+    logical = processors()
     return max(1, logical // 2) if sys.platform == "win32" and logical > 1 else logical
 
 
-def _linux_cores(allowed: set[int]) -> set[str]:
+def checked(cores: Iterable[int]) -> Cores:
+    """Processors to keep threads to. OptionError: the system cannot, or has not all of them."""
+    wanted = frozenset(cores)
+    if not _CAN_PIN:
+        raise OptionError(
+            f"cores={sorted(wanted)}: {sys.platform} does not let a program choose the processors "
+            "of its threads; leave it out"
+        )
+    if not wanted or wanted - _allowed():
+        raise OptionError(
+            f"cores={sorted(wanted)}: this process may use the processors {sorted(_allowed())}"
+        )
+    return wanted
+
+
+@contextlib.contextmanager
+def pinned(cores: Cores | None) -> Iterator[None]:
+    """Keep this thread to some processors (None: to any) for as long as it lasts."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)  # 0: the calling thread
+    try:
+        os.sched_setaffinity(0, cores)
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _allowed() -> Cores:
+    return frozenset(os.sched_getaffinity(0))
+
+
+def _linux_cores(allowed: Cores) -> set[str]:
     """One name per physical core: the list of logical processors that share it."""
     found = set()
     for cpu in allowed:

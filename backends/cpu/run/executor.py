@@ -1,19 +1,16 @@
 """Threads that run plans: started once, woken natively, ended before their code is freed.
 
-The work is in kernels/executor.py. Here are the control block it reads, the functions of the
-operating system that it calls by address, and the lives of the threads.
+The work is in kernels/executor.py, and its control block in block.py.
 """
 
 from __future__ import annotations
 
 import _thread
 import atexit
-import ctypes
 import os
-import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +18,12 @@ import numpy as np
 from runtime.backends import forks
 from runtime.backends.cpu.abi import CONTROL
 from runtime.backends.cpu.compile.objects import function
+from runtime.backends.cpu.run.block import control_block
 from runtime.backends.cpu.run.control import ABORT
+from runtime.backends.cpu.run.cores import Cores, pinned
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
-_SPIN_NS = 200_000  # a worker waits this long for the next plan before it parks
-_SPINS = 500  # turns in a barrier before a thread gives its processor away
-_LINE = 64
 _HEAR, _AGAIN = 0.05, 0.001  # seconds between two looks at signals, and at the end of an abort
 
 _teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()
@@ -35,15 +32,18 @@ _teams: weakref.WeakSet[ThreadTeam] = weakref.WeakSet()
 class ThreadTeam:
     """`n_threads` threads, the caller's among them, that run one plan at a time together.
 
-    loader: gives the address of a compiled kernel for its name and constants; like the threads'
-    start it waits for the first plan. Use as a context manager, or `close()` it.
+    loader: gives the address of a compiled kernel; like the threads' start it waits for the first
+    plan. cores: logical processors that the threads keep to, the caller's while it runs a plan;
+    None: any. Use as a context manager, or `close()` it.
     """
 
-    def __init__(self, n_threads: int, loader: Callable[[str, dict[str, Any]], int]) -> None:
+    def __init__(
+        self, n_threads: int, loader: Callable[[Kernel], int], cores: Cores | None = None
+    ) -> None:
         if n_threads < 1:
             raise ValueError(f"a team needs at least one thread, not {n_threads}")
-        self.n_threads = n_threads
-        self._loader = loader
+        self.n_threads, self.loader = n_threads, loader
+        self.cores = [cores] * n_threads  # of each thread
         self._entry: Any = None  # the executor, once it is needed
         self._lock = forks.lock()
         self._control: np.ndarray | None = None
@@ -63,17 +63,37 @@ class ThreadTeam:
         if n_rows == 0:
             return
         with self._lock:
-            if self._control is None:
-                self._start()
-            assert self._control is not None, "started"
-            self._end_last()
-            words = {"table": table, "n_rows": n_rows, "profile": profile}
-            if long and threading.current_thread() is threading.main_thread():
-                self._last = run = LongRun(self._entry, self._control, self.n_threads, words)
-                run.run()
-                self._last = None
-            else:
-                _lead(self._entry, self._control, self.n_threads, **words)
+            self.run_with((), table, n_rows, profile, long)
+
+    def run_with(
+        self, led: Sequence[ThreadTeam], table: int, n_rows: int, profile: int, long: bool,
+        meeting: Sequence[np.ndarray] = (),
+    ) -> None:  # fmt: skip
+        """As `run`, for who holds the locks: a plan that leads other teams, and lets them meet."""
+        control = self.ready()
+        words = {"table": table, "n_rows": n_rows, "profile": profile}
+        plan = self._entry, control, self.n_threads, words, self.cores[0]
+        if long and threading.current_thread() is threading.main_thread():
+            run = LongRun(*plan)
+            run.aborted += [*(team.ready() for team in led), *meeting]
+            self._note(led, run)
+            run.run()
+            self._note(led, None)
+        else:
+            _lead(*plan)
+
+    def ready(self) -> np.ndarray:
+        """The control block of threads that wait for a plan; for who holds the lock."""
+        if self._control is None:
+            self._start()
+        assert self._control is not None, "started"
+        self._end_last()
+        return self._control
+
+    def _note(self, led: Sequence[ThreadTeam], run: LongRun | None) -> None:
+        """Who interrupts a run twice leaves it under way; the next plan of any of them ends it."""
+        for team in (self, *led):
+            team._last = run
 
     def close(self) -> None:
         """End the threads. The next `run` starts new ones; a team nobody holds ends by itself."""
@@ -102,11 +122,12 @@ class ThreadTeam:
 
     def _start(self) -> None:
         if self._entry is None:
-            self._entry = function(self._loader("executor", {}))
-        control = _control_block(self.n_threads)
+            self._entry = function(self.loader(Kernel.of("executor")))
+        control = control_block(self.n_threads)
         threads = [
             threading.Thread(
-                target=_follow, args=(self._entry, control, number, self.n_threads),
+                target=_follow,
+                args=(self._entry, control, number, self.n_threads, self.cores[number]),
                 name=f"runtime-cpu-{number}", daemon=True,
             )
             for number in range(1, self.n_threads)
@@ -138,10 +159,11 @@ class LongRun:
     """
 
     def __init__(
-        self, entry: Any, control: np.ndarray, n_threads: int, words: dict[str, int]
-    ) -> None:
-        self._control = control
-        self._arguments, self._words = (entry, control, n_threads), words
+        self, entry: Any, control: np.ndarray, n_threads: int, words: dict[str, int],
+        cores: Cores | None = None,
+    ) -> None:  # fmt: skip
+        self.aborted = [control]  # the blocks of all that end with it
+        self._plan = entry, control, n_threads, words, cores
         # An interrupt may come between any two lines, so nothing here counts on a line being
         # reached: whoever claims the run first has it, and asking again changes nothing.
         self._claim: dict[str, str] = {}
@@ -171,7 +193,8 @@ class LongRun:
             return  # it has not begun, and will not
         while not self._ended:
             if not self._running.acquire(timeout=_AGAIN):
-                self._control[ABORT] = 1  # again, for the plan may only now have begun
+                for control in self.aborted:
+                    control[ABORT] = 1  # again, for the plan may only now have begun
 
     def _claimed_by(self, who: str) -> bool:
         return self._claim.setdefault("by", who) == who
@@ -179,99 +202,40 @@ class LongRun:
     def _lead(self) -> None:
         try:
             if self._claimed_by("leader"):
-                entry, control, n_threads = self._arguments
-                _lead(entry, control, n_threads, **self._words)
+                _lead(*self._plan)
         finally:
             self._ended = True
             self._running.release()
 
 
-def _lead(entry: Any, control: np.ndarray, n_threads: int, **words: int) -> None:
+def _lead(
+    entry: Any, control: np.ndarray, n_threads: int, words: dict[str, int], cores: Cores | None
+) -> None:
     for name, value in words.items():
         control[CONTROL[name]] = value
-    entry(control.ctypes.data, 0, n_threads)
+    if cores is None:
+        entry(control.ctypes.data, 0, n_threads)
+    else:
+        with pinned(cores):
+            entry(control.ctypes.data, 0, n_threads)
 
 
-def _follow(entry: Any, control: np.ndarray, number: int, n_threads: int) -> None:
+def _follow(
+    entry: Any, control: np.ndarray, number: int, n_threads: int, cores: Cores | None
+) -> None:
     # The block lives as long as a thread reads it: its arguments hold it.
-    entry(control.ctypes.data, number, n_threads)
+    with pinned(cores):
+        entry(control.ctypes.data, number, n_threads)
 
 
 def _end(entry: Any, control: np.ndarray, threads: list[threading.Thread], process: int) -> None:
     if process != os.getpid():
         return  # a fork copies no threads, and whatever state their locks were in
-    _lead(entry, control, len(threads) + 1, table=0, n_rows=0, profile=0, stop=1)
+    words = {"table": 0, "n_rows": 0, "profile": 0, "stop": 1}
+    _lead(entry, control, len(threads) + 1, words, None)
     for thread in threads:
         if thread.ident is not None:
             thread.join()
-
-
-def _control_block(n_threads: int) -> np.ndarray:
-    """A zeroed control block on a cache line's boundary, with the system's functions filled in."""
-    n_words = CONTROL["threads"] + 8 * n_threads
-    room = np.zeros(n_words + 8, np.int64)
-    control = room[-room.ctypes.data % _LINE // 8 :][:n_words]
-    words = _windows() if sys.platform == "win32" else _posix(control)
-    # With more threads than processors, whoever waits is in the way of whoever works.
-    spins = _SPINS if n_threads <= _processors() else 16
-    words |= {"self": control.ctypes.data, "spin_ns": _SPIN_NS, "spins": spins}
-    for name, value in words.items():
-        control[CONTROL[name]] = value
-    return control
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _address(symbol: Any) -> int:
-    return ctypes.cast(symbol, ctypes.c_void_p).value or 0
-
-
-def _posix(control: np.ndarray) -> dict[str, int]:
-    import time
-
-    libc = ctypes.CDLL(None)
-    names = ("mutex", "condition", "seconds")
-    at = {name: control.ctypes.data + 8 * CONTROL[name] for name in names}
-    libc.pthread_mutex_init(ctypes.c_void_p(at["mutex"]), None)
-    libc.pthread_cond_init(ctypes.c_void_p(at["condition"]), None)
-    return {
-        "yield": _address(libc.sched_yield),
-        "sleep": _address(libc.nanosleep),
-        "sleep_for": at["seconds"],
-        "nanoseconds": 20_000,
-        "lock": _address(libc.pthread_mutex_lock),
-        "unlock": _address(libc.pthread_mutex_unlock),
-        "wait": _address(libc.pthread_cond_wait),
-        "broadcast": _address(libc.pthread_cond_broadcast),
-        "clock": _address(libc.clock_gettime),
-        "clock_id": time.CLOCK_MONOTONIC,
-        "clock_high": 1_000_000_000,
-        "clock_low": 1,
-    }
-
-
-def _windows() -> dict[str, int]:
-    # An SRWLOCK and a CONDITION_VARIABLE of zeros are initialised.
-    kernel = ctypes.CDLL("kernel32")
-    frequency = ctypes.c_int64()
-    kernel.QueryPerformanceFrequency(ctypes.byref(frequency))
-    return {
-        "yield": _address(kernel.SwitchToThread),
-        "sleep": _address(kernel.Sleep),
-        "sleep_for": 1,  # millisecond
-        "lock": _address(kernel.AcquireSRWLockExclusive),
-        "unlock": _address(kernel.ReleaseSRWLockExclusive),
-        "wait": _address(kernel.SleepConditionVariableSRW),
-        "broadcast": _address(kernel.WakeAllConditionVariable),
-        "clock": _address(kernel.QueryPerformanceCounter),
-        "clock_id": -1,
-        "clock_high": 1_000_000_000 // frequency.value,
-        "clock_low": 0,
-    }
 
 
 @atexit.register

@@ -19,7 +19,8 @@ DEFAULT = (
 WITHOUT_FMA = ("softmax", "rope-neox", "gated_delta", "pack-8")
 # Whole blocks alone (quantised rows, heads of whole units), pages, no rows at all, several teams.
 ELSEWHERE = {
-    "executor", "lead_teams", "meet", "sum_parts", "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
+    "executor", "lead_teams", "meet", "sum_parts",
+    "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
     "take", "sigmoid_gate_pack", "gated_norm_pack",
 }  # fmt: skip
 

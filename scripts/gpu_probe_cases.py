@@ -27,6 +27,7 @@ from runtime.backends.cuda.kernels.matvec import rows_of
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import attention as attention_op
 from runtime.ops.dtypes import DTYPES
+from runtime.ops.kv_formats import PAGE
 from runtime.ops.quants import dequantize
 from runtime.ops.rope import rope as rope_op
 from runtime.ops.rope import rope_angles as angles_op
@@ -37,7 +38,7 @@ PACK: dict[str, Callable[[np.ndarray], tuple[np.ndarray, ...]]] = {
     "Q4_K": layouts.pack_q4_k,
     "Q6_K": layouts.pack_q6_k,
 }
-PAGE, TILE = 32, 128
+TILE = 128
 
 
 @dataclass

@@ -56,12 +56,12 @@ class Case:
         self.arrays["places"] = self.arrays["places"].astype(np.int32)
         for which, kind, dim in (("k", self.k_type, self.k_dim), ("v", self.v_type, self.v_dim)):
             shape = (pages, PAGE, self.kv_heads, dim)
-            leaf = ops.state(which, shape, kv_format(kind).dtype)
+            leaf = ops.state(which, shape, kv_format(kind).dtype, which)
             # Behind the dims of a head lie other numbers, which nobody may notice.
             whole = rng.standard_normal((*shape[:3], padded_head(dim))).astype(np.float32)
-            memory = from_plain(whole, leaf, which)
+            memory = from_plain(whole, leaf)
             self.arrays[which] = np.ascontiguousarray(memory)
-            self.arrays[f"{which}_plain"] = to_plain(memory, leaf, which)
+            self.arrays[f"{which}_plain"] = to_plain(memory, leaf)
 
     def expected(self) -> np.ndarray:
         a = self.arrays

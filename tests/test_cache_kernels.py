@@ -90,9 +90,9 @@ def page_memory(kind: str, heads: int, dim: int) -> Fenced:
 def plain_pages(memory: Fenced, kind: str, heads: int, dim: int, which: str) -> np.ndarray:
     """float32 [slots, heads, dim]."""
     assert memory.strays(1) == 0
-    leaf = ops.state("pages", (N_PAGES, PAGE, heads, dim), kv_format(kind).dtype)
+    leaf = ops.state("pages", (N_PAGES, PAGE, heads, dim), kv_format(kind).dtype, which)
     raw = np.ascontiguousarray(memory.values).view(np.uint8).reshape(N_PAGES, -1)
-    return to_plain(raw, leaf, which).reshape(-1, heads, dim)
+    return to_plain(raw, leaf).reshape(-1, heads, dim)
 
 
 def write(

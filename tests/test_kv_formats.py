@@ -12,7 +12,7 @@ import pytest
 
 import runtime
 from runtime import ops
-from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.cpu.pages import from_plain, from_planes, to_plain, to_planes
 from runtime.ops.cost import page_nbytes
 from runtime.ops.dtypes import F16, U8
 from runtime.ops.kv_formats import GROUP, KV_FORMATS, KVFormat, Plane, in_groups, kv_format
@@ -82,12 +82,13 @@ def book(monkeypatch: pytest.MonkeyPatch) -> KVFormat:
 @pytest.mark.parametrize("dim", ODD_HEADS)
 @pytest.mark.parametrize("which", ["k", "v"])
 def test_pages_of_packed_codes(rng: np.random.Generator, book: KVFormat, which: str, dim: int):
-    leaf = ops.state("cache", (3, ops.PAGE, 2, dim), book.dtype)
+    leaf = ops.state("cache", (3, ops.PAGE, 2, dim), book.dtype, which)
     plain = book.rounded(rng.standard_normal((3, ops.PAGE, 2, dim)).astype(np.float32))
-    memory = from_plain(plain, leaf, which)
+    memory = from_plain(plain, leaf)
     assert memory.shape == (3, page_nbytes(leaf))
     assert page_nbytes(leaf) == 2 * 32 * (-(-dim // 16) * 8 + -(-dim // 32) * 2)
-    np.testing.assert_array_equal(to_plain(memory, leaf, which), plain)
+    np.testing.assert_array_equal(to_plain(memory, leaf), plain)
+    np.testing.assert_array_equal(from_planes(to_planes(memory, leaf), leaf), memory)
 
 
 def test_a_model_runs_with_a_further_type(book: KVFormat):

@@ -58,7 +58,7 @@ class FixedMemory:
         found = self.state(leaf)[list(rows)]
         if leaf.attrs["kind"] == "slots":
             return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
-        return to_plain(found, leaf, leaf.attrs["kind"])
+        return to_plain(found, leaf)
 
     def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """The inverse of `read`."""
@@ -66,7 +66,7 @@ class FixedMemory:
         if leaf.attrs["kind"] == "slots":
             raw = values.reshape(len(rows), -1).view(np.uint8)
         else:
-            raw = from_plain(values, leaf, leaf.attrs["kind"])
+            raw = from_plain(values, leaf)
         self.state(leaf)[list(rows)] = raw
 
 

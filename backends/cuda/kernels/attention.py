@@ -53,8 +53,8 @@ from runtime.backends.cuda.intrinsics import (
     u32,
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
+from runtime.ops.kv_formats import PAGE
 
-PAGE = 32  # tokens
 ROWS = 16  # of a tile
 WARPS = 4
 _DIMS = (64, 128)  # head sizes

@@ -23,8 +23,8 @@ class _Context(click.IntRange):
 
 # How weights are run and where: of every command that loads a model.
 _PRECISION_OPTIONS = (
-    option("--kv-type", "Type of the KV cache: f32, f16, bf16, q8_0, or two for K and V apart, "
-           "such as q8_0,f16.", _MODEL, default="f16", metavar="TYPE", show_default=True),
+    option("--kv-type", "Type of the KV cache, such as f32, f16, bf16 or q8_0, or two for K and V "
+           "apart, such as q8_0,f16.", _MODEL, default="f16", metavar="TYPE", show_default=True),
     option("-ctk --cache-type-k", "Type of K alone.", _MODEL, metavar="TYPE"),
     option("-ctv --cache-type-v", "Type of V alone.", _MODEL, metavar="TYPE"),
     option("--activations", "Precision of activations against quantised weights.", _MODEL,

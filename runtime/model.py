@@ -50,9 +50,9 @@ def load(
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
-    devices: "cpu", "reference" or "null". kv_type: one of ops.kv_formats (f16, q8_0, ..), or
-    two for K and V apart ("q8_0,f16"). context: tokens of one sequence (default: what the file was trained for,
-    or what fits). threads: default one per core. activations: "int8", or "f32" to keep them in
+    devices: "cpu", "reference" or "null". kv_type: such as f32, f16, bf16 or q8_0, or two for
+    K and V apart ("q8_0,f16"). context: tokens of one sequence (default: what the file was trained
+    for, or what fits). threads: default one per core. activations: "int8", or "f32" to keep them in
     float for every weight type. sequences: full contexts the cache has room for, memory allowing.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).

@@ -2,31 +2,25 @@
 
 DEBUG=1 one line per plan; 2 a table of each step with time, bytes and share of memory bandwidth,
 where rows of the plan that do the same in different layers are one line; 3 every row for itself,
-and the plan with its buffers; 4 the graph. VALIDATE=1 runs each row alone, compares it with the
-reference backend, stops at the first that differs, and says so when none did.
+and the plan with its buffers; 4 the graph. VALIDATE=1 runs each row alone and compares every call
+with what its op means (validation.py), stops at the first that differs, and says so when none did.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.errors import BackendError, Error
+from runtime.errors import Error
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
-
-# Rounding activations to int8 moves a layer's values by about 1e-4 (measured on the golden
-# models, where weights are random); a wrong kernel moves them by 1e-1 and more.
-_TOLERANCE = {"int8": 2e-2, "f32": 1e-6}
+    from runtime.validation import Validation
 
 
 def run_inspected(
@@ -42,7 +36,7 @@ def run_inspected(
         if level >= 4:
             print(engine.graphs.graph(live["tokens"], max(1, live["outputs"])), file=sys.stderr)
     if validate:
-        return _validate(engine, program, inputs, live)
+        return _validation(engine).run(program, inputs, live)
     (rows, *_), nanoseconds = program.profile(inputs, live)
     _show_times(engine, program.plan, nanoseconds, inputs, live, level)
     return rows
@@ -78,94 +72,22 @@ def _bandwidth(threads: int) -> float | None:
         return None
 
 
-@dataclass
-class _Tally:
-    """What VALIDATE compared so far."""
-
-    steps: int = 0
-    results: int = 0
-    worst: float = 0.0
-    name: str = ""
-    sound: bool = True
-
-    def add(self, name: str, error: float) -> None:
-        self.results += 1
-        self.sound = self.sound and math.isfinite(error)
-        if error >= self.worst:
-            self.worst, self.name = error, name
-
-    def report(self) -> None:
-        """One line when all is well; what is wrong has been said where it was found."""
-        if self.sound and self.results:
-            plural = "s" * (self.steps != 1)
-            print(
-                f"VALIDATE: {self.results} results of {self.steps} step{plural} agree with the "
-                f"reference (largest NMSE {self.worst:.1e}, {self.name})",
-                file=sys.stderr,
-            )
+_validations: weakref.WeakKeyDictionary[Engine, Validation] = weakref.WeakKeyDictionary()
 
 
-def _tally(engine: Engine) -> _Tally:
-    """The model's tally, which reports when the model is closed or the program ends."""
-    if engine.validated is None:
-        tally = _Tally()
-        engine.validated = weakref.finalize(engine, tally.report)
-        _tallies[engine] = tally
-    return _tallies[engine]
+def _validation(engine: Engine) -> Validation:
+    """What VALIDATE found of a model, told when it is closed or the program ends.
 
+    The first use looks at every weight.
+    """
+    from runtime.backends.reference import ReferenceBackend
+    from runtime.validation import Validation
 
-_tallies: weakref.WeakKeyDictionary[Engine, _Tally] = weakref.WeakKeyDictionary()
-
-
-def _validate(
-    engine: Engine, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
-) -> np.ndarray:
-    """Each row's named results against the reference's, which keeps its own cache."""
-    reference = _reference(engine)
-    expected = reference.program(engine.graphs.graph(live["tokens"], max(1, live["outputs"])))
-    expected.run(inputs, live)
-    tolerance = _TOLERANCE[engine.backend.planner.options.activations]  # type: ignore[attr-defined]
-    tally = _tally(engine)
-    tally.steps += 1
-
-    def compare(n: int, results: list[tuple[Any, np.ndarray]]) -> None:
-        for tensor, got in results:
-            want = expected.values.get(tensor.name)
-            if tensor.op == "conv_post":  # more is done in it than in the plain node of its name
-                continue
-            if want is None or want.size == 0 or want.dtype.kind != "f":
-                continue
-            if getattr(tensor.shape[0], "name", "") == "outputs" and len(want) == live["tokens"]:
-                want = want[inputs["output_rows"]]  # rows were picked early in this plan
-            rows = got[: len(want)].reshape(want.shape)
-            if not np.isfinite(rows).all() and np.isfinite(want).all():
-                tally.sound = False
-                raise BackendError(f"VALIDATE: {tensor.name} (row {n}) is not finite")
-            error = float(((rows - want) ** 2).sum() / max(1e-30, float((want**2).sum())))
-            tally.add(tensor.name, error)
-            if error > tolerance:
-                tally.sound = False
-                row = program.plan.instructions[n]
-                raise BackendError(
-                    f"VALIDATE: {tensor.name} (row {n}, {row}) differs from the reference: "
-                    f"NMSE {error:.1e} > {tolerance:.0e}"
-                )
-
-    return program.run_each(inputs, live, compare)[0]
-
-
-def _reference(engine: Engine) -> Any:
-    """The model's shadow on the reference backend; its first use looks at every weight."""
-    if not hasattr(engine, "_shadow"):
-        from runtime.backends.reference import ReferenceBackend
-
-        warn_of_nan(engine)
-        shadow = ReferenceBackend(engine.file)
-        step = engine.graphs.inputs(1, 1)
-        leaves = *step.k.values(), *step.v.values()
-        engine.pools.pages.copy_too(partial(shadow.copy_pages, leaves))
-        engine._shadow = shadow  # type: ignore[attr-defined]
-    return engine._shadow  # type: ignore[attr-defined]
+    if engine not in _validations:
+        made = _validations[engine] = Validation(ReferenceBackend(engine.file).stored)
+        made.tally.sound = not warn_of_nan(engine)
+        engine.validated = weakref.finalize(engine, made.tally.report)
+    return _validations[engine]
 
 
 def warn_of_nan(engine: Engine) -> list[str]:

@@ -140,7 +140,7 @@ def in_turn(program: Program, tokens: int, order: list[int]) -> np.ndarray:
         for thread in order:
             for kernel, arguments, _ in records[first:end]:
                 function(int(kernel))(int(arguments), thread, len(order))
-    return program._results(given(tokens)[1])[0].copy()
+    return program.results(given(tokens)[1])[0].copy()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,13 @@ import pytest
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
-from runtime import inspection, ops, step_table
+from runtime import inspection, ops, step_table, validation
+from runtime.backends import cpu
+from runtime.backends.cpu import planner as cpu_planner
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Instruction
 from runtime.errors import BackendError
+from runtime.model import Model
 from runtime.ops.cost import Seen
 from runtime.ops.dtypes import DTYPES, F32
 from runtime.step_table import Line
@@ -96,33 +100,52 @@ def test_validate_says_once_that_all_is_well(small: Path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("name", NOVEL)
-def test_validate_knows_every_fused_result(tmp_path: Path, name: str, monkeypatch, capsys):
-    """What a fused kernel leaves under a plain node's name may be more than that node's result."""
-    monkeypatch.setenv("VALIDATE", "1")
-    path = write_model(tmp_path / "m.gguf", NOVEL[name])
-    with runtime.load(path, threads=1, kv_type="f32") as model:
-        model.eval([1, 2, 3, 4, 5])
-    assert "results of 1 step agree" in capsys.readouterr().err
+SIZES = {"llama": Sizes("llama"), "qwen3moe": Sizes("qwen3moe", experts=6, inner=32), **NOVEL}
+KINDS = (("F32", "int8", "f32,q8_0"), ("Q4_0", "int8", "f16"), ("Q8_0", "f32", "bf16,f16"))
 
 
-def test_validate_follows_forks_and_rewinds(small: Path, monkeypatch, capsys):
-    """The shadow's cache is copied with the model's when a shared page is written."""
-    monkeypatch.setenv("VALIDATE", "1")
-    with runtime.load(small, threads=1, kv_type="f32") as model:
-        session = model.session()
-        session.eval(list(range(40)), "last")
+def every_kind_of_step(model: Model) -> None:
+    """A prompt, tokens, a fork that parts, a rewind, a batch of both kinds: six steps."""
+    with model.session() as session:
+        session.eval(list(range(2, 42)), "last")
         child = session.fork()
         child.eval([1, 2], "last")
-        session.eval([3], "last")
-        session.rewind(5)
-        session.eval([4], "last")
-    assert "results of 4 steps agree" in capsys.readouterr().err
+        session.eval([3])
+        session.rewind(2)
+        session.eval([4])
+        model.step([(session, [5]), (child, [6, 7, 8])])
+        model.step([(session, [5]), (child, [6])], "none")
+
+
+@pytest.mark.parametrize("kind, activations, kv_type", KINDS)
+@pytest.mark.parametrize("name", SIZES)
+def test_validate_knows_every_op(
+    tmp_path: Path, name: str, kind: str, activations: str, kv_type: str, monkeypatch, capsys
+):
+    monkeypatch.setenv("VALIDATE", "1")
+    path = write_model(tmp_path / "m.gguf", SIZES[name], kind)
+    with runtime.load(path, threads=2, kv_type=kv_type, activations=activations) as model:
+        every_kind_of_step(model)
+    said = capsys.readouterr().err
+    found = re.search(r"results of 6 steps agree .*largest NMSE (\S+),", said)
+    assert found and float(found[1]) < 1e-11
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_validate_knows_plain_ops(tmp_path: Path, name: str, monkeypatch, capsys):
+    """Without fusion, which a step can do without."""
+    monkeypatch.setenv("VALIDATE", "1")
+    plain = cpu_planner.options
+    monkeypatch.setattr(cpu, "options", lambda *a, **k: replace(plain(*a, **k), fuse=False))
+    with runtime.load(write_model(tmp_path / "m.gguf", SIZES[name], "Q8_0"), threads=2) as model:
+        every_kind_of_step(model)
+    assert "results of 6 steps agree" in capsys.readouterr().err
 
 
 def test_validate_names_the_first_difference_and_nothing_else(small: Path, monkeypatch, capsys):
     monkeypatch.setenv("VALIDATE", "1")
-    monkeypatch.setattr(inspection, "_TOLERANCE", {"int8": -1.0, "f32": -1.0})
-    with pytest.raises(BackendError, match=r"VALIDATE: .* differs from the reference"):
+    monkeypatch.setattr(validation, "_ATTENTION", -1.0)
+    message = r"VALIDATE: blk\.0\.attention \(row \d+, attention-.*\) differs .* in row \[0, 0\]"
+    with pytest.raises(BackendError, match=message):
         decode(small, [1])
     assert "agree" not in capsys.readouterr().err

@@ -98,7 +98,7 @@ def fuse_router(graph: Graph, options: Options) -> Graph:
             normalize=choice.normalize, scale=choice.scale,
             tiles=any(map(_tile_each, graph.users[node])),
         )  # fmt: skip
-        return node_of(router_ids, (made[node],), node, dtype=I32)
+        return node_of(router_ids, (made[node], scores), node, dtype=I32)
 
     def weights(node: Tensor, *new: Tensor) -> Tensor:
         if node in ends:

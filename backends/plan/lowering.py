@@ -103,7 +103,7 @@ class Rules:
         kept = tuple(o for o in graph.outputs if o.base.op != "state")
         plan = Plan(
             graph.name, make_rows(lowering.calls), [lowering._place(o) for o in kept], kept,
-            lowering.counts, scratch_nbytes=lowering.scratch_nbytes,
+            lowering.counts, scratch_nbytes=lowering.scratch_nbytes, results=lowering.results,
         )  # fmt: skip
         place_buffers(plan, guarded)
         return plan
@@ -117,7 +117,7 @@ class Lowering:
         self.counts: dict[tuple[str, int], int] = {}
         self.scratch_nbytes = 0
         self.router_results: dict[Tensor, dict[str, Buffer]] = {}
-        self._buffers: dict[Tensor, Buffer] = {}
+        self.results: dict[Tensor, Buffer] = {}
         self._fixed: dict[Hashable, Buffer] = {}
         self._counts = Buffer("count", "counts", 0)
 
@@ -158,16 +158,16 @@ class Lowering:
     def write(self, node: Tensor, nbytes: int | None = None) -> Out:
         """New arena memory for a node's result."""
         buffer = Buffer("arena", node.name or node.op, nbytes or node.nbytes, tensor=node)
-        self._buffers[node] = buffer
+        self.results[node] = buffer
         return Out(Ref(buffer))
 
     def alias(self, node: Tensor, buffer: Buffer) -> None:
         """The result of `node` lies in a buffer that another node wrote."""
-        self._buffers[node] = buffer
+        self.results[node] = buffer
 
     def result(self, node: Tensor) -> Buffer:
         """The buffer a node was written to."""
-        return self._buffers[node]
+        return self.results[node]
 
     def weight(self, x: Tensor, form: str) -> Ref:
         """A weight in one of its forms: "raw" file bytes, "vector" float32, or "packed"."""
@@ -233,8 +233,8 @@ class Lowering:
         return self._place(x), int(token), int(head)
 
     def _buffer(self, base: Tensor) -> Buffer:
-        if base in self._buffers:
-            return self._buffers[base]
+        if base in self.results:
+            return self.results[base]
         if base.op == "input":
             return self._named("input", base.name, base.nbytes, base)
         if base.op == "constant":

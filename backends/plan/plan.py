@@ -117,6 +117,7 @@ class Plan:
     counts: dict[tuple[str, int], int] = field(default_factory=dict)  # (dim, factor) -> slot
     arena_nbytes: int = 0
     scratch_nbytes: int = 0
+    results: dict[Tensor, Buffer] = field(default_factory=dict)  # where each computed tensor lies
 
     def calls(self) -> list[Call]:
         """The calls of all rows in order."""

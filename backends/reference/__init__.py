@@ -1,6 +1,7 @@
 """The reference backend: every op's numpy reference in float64, one node after the other.
 
-Slow and exact. It runs whole models, and VALIDATE compares other backends with it.
+Slow and exact. It runs whole models, and VALIDATE judges each call of other backends by what its
+op means here (`compute`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.base import Progress, stored_tensor
+from runtime.backends.passes.meanings import MEANINGS
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import cut_array
 from runtime.ops.graph import Graph, walk
@@ -77,12 +79,16 @@ class ReferenceBackend:
         """Nothing to prepare: weights are widened on first use."""
 
     def weight(self, leaf: Tensor) -> np.ndarray:
-        """A weight as float64, in its shape."""
+        """A weight as float64, in its shape; kept."""
         if leaf.content not in self._weights:
-            stored = stored_tensor(self._file, leaf).to_float32().astype(np.float64)
-            whole = stored.reshape(leaf.attrs.get("whole", leaf.shape))
-            self._weights[leaf.content] = cut_array(whole, leaf.attrs.get("cut", ()))
+            self._weights[leaf.content] = self.stored(leaf).astype(np.float64)
         return self._weights[leaf.content]
+
+    def stored(self, leaf: Tensor) -> np.ndarray:
+        """A weight as float32, which every stored value fits in, in its shape; made anew."""
+        stored = stored_tensor(self._file, leaf).to_float32()
+        whole = stored.reshape(leaf.attrs.get("whole", leaf.shape))
+        return cut_array(whole, leaf.attrs.get("cut", ()))
 
     def close(self) -> None:
         """Drop weights and state."""
@@ -111,7 +117,7 @@ class ReferenceProgram:
             reshape: lambda node, x: x.reshape(_live_shape(node, live)),
             broadcast: lambda node, x: np.broadcast_to(x, _live_shape(node, live)),
         }
-        found = walk(self.graph, rules, _compute)
+        found = walk(self.graph, rules, compute)
         by_node = dict(zip(self.graph.nodes, found, strict=True))
         self.values = {node.name: value for node, value in by_node.items() if node.name}
         return [by_node[o] for o in self.graph.outputs if o.base.op != "state"]
@@ -123,10 +129,22 @@ class ReferenceProgram:
         return self.run(inputs, live), np.zeros(0, np.int64)
 
 
-def _compute(node: Tensor, *inputs: np.ndarray) -> np.ndarray:
+def compute(node: Tensor, *inputs: np.ndarray) -> np.ndarray:
+    """What a node is, plain or fused, in float64 (integers as they are); changes its states.
+
+    Weights may be float32: they are widened where they are used.
+    """
     narrow = (np.float16, np.float32)
-    wide = [x.astype(np.float64) if x.dtype in narrow and x.ndim < 4 else x for x in inputs]
+    wide = [
+        x.astype(np.float64) if x.dtype in narrow and source.base.op not in _KEPT else x
+        for x, source in zip(inputs, node.inputs, strict=True)
+    ]
+    if node.op in MEANINGS:
+        return MEANINGS[node.op](node, *wide)
     return find(node.op).reference(*wide, **node.attrs)
+
+
+_KEPT = ("weight", "state")
 
 
 def _live_shape(node: Tensor, live: Mapping[str, int]) -> tuple[int, ...]:

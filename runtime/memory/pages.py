@@ -93,10 +93,6 @@ class PagePool:
         """Pages that are free or can be had: nobody holds them who cannot give them up."""
         return int((self.holders(pinned=True) == 0).sum())
 
-    def copy_too(self, copy_pages: CopyPages) -> None:
-        """From now on a copied page is copied by this too."""
-        self._copies.append(copy_pages)
-
     def prepare(
         self, wanted: abc.Sequence[tuple[Pages, int, int]]
     ) -> list[Pages | MemoryLimitError]:

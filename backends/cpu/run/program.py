@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from runtime.backends.plan.plan import GUARD, Buffer, Call, Plan, Ref
 from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
+
+if TYPE_CHECKING:
+    from runtime.backends.cpu.run.contents import Contents
 
 TILE_TOKENS = 8  # tokens of one attention tile: they share the conversion of a page
 _PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unused
@@ -55,7 +59,7 @@ class Program:
         self._team.run(*self._table.records(), long=self._pace * rows > _LONG)
         if rows:  # a step of no rows says nothing about the next one
             self._pace = (time.perf_counter() - started) / rows
-        return self._results(live)
+        return self.results(live)
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
@@ -65,23 +69,21 @@ class Program:
         address, count = self._table.records()
         times = np.zeros(count + 1, np.int64)
         self._team.run(address, count, times.ctypes.data)
-        return self._results(live), np.diff(times[self._table.starts])
+        return self.results(live), np.diff(times[self._table.starts])
 
     def run_each(
-        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
-        after: Callable[[int, list[tuple[Tensor, np.ndarray]]], None],
-    ) -> list[np.ndarray]:  # fmt: skip
-        """As `run`, one row at a time; `after(n, results)` sees its float results."""
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> Iterator[Callable[[], None]]:
+        """One step, row by row: each is run by the function that stands for it, once."""
         self._prepare(inputs, live)
-        for n, instruction in enumerate(self.plan.instructions):
-            self._team.run(*self._table.records(n))
-            found = [
-                (b.tensor, _view(self._arena, Ref(b), b.tensor))
-                for b in instruction.writes
-                if b.kind == "arena" and b.tensor is not None and b.tensor.dtype.name == "f32"
-            ]
-            after(n, found)
-        return self._results(live)
+        for n in range(len(self._table)):
+            yield partial(self._team.run, *self._table.records(n))
+
+    def contents(self, live: Mapping[str, int]) -> Contents:
+        """What lies in memory in a step of these live counts, whenever it is asked."""
+        from runtime.backends.cpu.run.contents import Contents
+
+        return Contents(self.plan, self._arena, self._memory, live)
 
     def poison(self) -> None:
         """Fill the arena so that unwritten results are NaN and stray writes break canaries."""
@@ -117,7 +119,8 @@ class Program:
             else:
                 self._counts[slot] = (int(dim[1:]) if dim[0] == "=" else live[dim]) * factor
 
-    def _results(self, live: Mapping[str, int]) -> list[np.ndarray]:
+    def results(self, live: Mapping[str, int]) -> list[np.ndarray]:
+        """The graph's outputs after a step of these live counts."""
         pairs = zip(self._outputs, self._dims, strict=True)
         return [out[: live[dim]] if dim else out for out, dim in pairs]
 

@@ -1,0 +1,298 @@
+"""VALIDATE: every call of a plan against what its op means, from the device's own inputs.
+
+What a call has read (results before it, step inputs, weights, pages and slots as they were) goes
+through the numpy meaning of its op in float64; what it has left in memory must be that, but for
+the op's own rounding: results, packed activations, ids and tiles exactly, cache and state, of
+which nothing else may have changed. A result must also still be what it was whenever it is read.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.cpu.run.contents import Contents
+from runtime.backends.passes.packing import pack, pack_rows
+from runtime.backends.plan.plan import Buffer, Call, Plan
+from runtime.backends.reference import compute
+from runtime.errors import BackendError
+from runtime.ops.attention import attention
+from runtime.ops.registry import OPS, Kind, kind_of
+from runtime.ops.rounding import round_to
+from runtime.ops.tensor import Tensor
+
+# Largest normalised squared error of a row: float32 leaves about 1e-14 of one rounding, more of
+# long sums. Attention's weights are exponentials, which turn the absolute error of a score, 1e-7
+# of a score of 50, into a relative one.
+_LIMIT = 1e-11
+_ATTENTION = 1e-9
+_SHORT = 16  # numbers of a row that may nearly cancel all at once
+_SLACK = 2e-6  # of values that are computed before they are rounded to codes
+
+
+@dataclass
+class Tally:
+    """What was compared so far."""
+
+    steps: int = 0
+    results: int = 0
+    worst: float = 0.0
+    name: str = ""
+    sound: bool = True
+
+    def add(self, name: str, error: float) -> None:
+        """One result more, with its error."""
+        self.results += 1
+        if error >= self.worst:
+            self.worst, self.name = error, name
+
+    def report(self) -> None:
+        """One line when all is well; what is wrong has been said where it was found."""
+        if self.sound and self.results:
+            plural = "s" * (self.steps != 1)
+            print(
+                f"VALIDATE: {self.results} results of {self.steps} step{plural} agree with the "
+                f"reference (largest NMSE {self.worst:.1e}, {self.name})",
+                file=sys.stderr,
+            )
+
+
+class _State:
+    """A state leaf around one row of the plan: as it was, and as it should be."""
+
+    def __init__(self, contents: Contents, leaf: Tensor) -> None:
+        self._contents, self._leaf = contents, leaf
+        self.rows = np.flatnonzero(contents.totals(leaf))  # those that hold anything
+        self.before = contents.state(leaf, self.rows)
+        self.wanted = np.zeros([int(n) for n in leaf.shape])  # untouched rows take no memory
+        self.wanted[self.rows] = self.before
+
+    def check(self, slack: float) -> tuple[float, str]:
+        """The error of what was written, and where something is not what it should be."""
+        rows = np.union1d(self.rows, np.flatnonzero(self._contents.totals(self._leaf)))
+        got = self._contents.state(self._leaf, rows).astype(np.float64)
+        want, before = self.wanted[rows], np.zeros_like(got)
+        before[np.isin(rows, self.rows)] = self.before
+        written = (want != before).any(-1)
+        if (stray := (got != before).any(-1) & ~written).any():
+            return math.inf, f"at {_place(stray, rows)}, which nothing was to write"
+        if self._leaf.attrs["kind"] == "slots":
+            error, where = _floats(got[written], want[written], _LIMIT)
+            return error, where and f"in the written slots {where}"
+        wrong = _beyond(got, want, self._leaf.dtype.name, slack).any(-1) & written
+        return 0.0, f"at {_place(wrong, rows)}" if wrong.any() else ""
+
+
+class Validation:
+    """Steps of one model."""
+
+    def __init__(self, stored: Callable[[Tensor], np.ndarray]) -> None:
+        """stored: a weight of the file in float32, read without the device's help."""
+        self._stored, self.tally = stored, Tally()
+
+    def run(
+        self, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> np.ndarray:
+        """One step; the logits. BackendError at the first difference."""
+        self.tally.steps += 1
+        try:
+            _Step(self, program, inputs, live).run()
+        except BackendError:
+            self.tally.sound = False
+            raise
+        return program.results(live)[0]
+
+    def weight(self, leaf: Tensor) -> np.ndarray:
+        """float32, in its shape."""
+        return leaf.attrs["value"] if leaf.op == "constant" else self._stored(leaf)
+
+
+class _Step:
+    def __init__(
+        self, of: Validation, program: Any, inputs: Mapping[str, np.ndarray],
+        live: Mapping[str, int],
+    ) -> None:  # fmt: skip
+        self._of, self._program, self._inputs, self._live = of, program, inputs, live
+        self._contents: Contents = program.contents(live)
+        self._plan: Plan = program.plan
+        self._digests: dict[Buffer, int] = {}
+        self._row, self._n = "", 0
+        self._values: dict[Tensor, np.ndarray] = {}
+        self._states: dict[Tensor, _State] = {}
+
+    def run(self) -> None:
+        rows = zip(
+            self._plan.instructions, self._program.run_each(self._inputs, self._live), strict=True
+        )
+        for self._n, (row, run) in enumerate(rows):
+            read = [b for b in row.reads if b in self._digests]
+            leaves = [b.tensor for b in (*row.reads, *row.writes) if b.kind == "state" and b.tensor]
+            self._states = {leaf: _State(self._contents, leaf) for leaf in leaves}
+            self._values = {}
+            self._intact(read)
+            run()
+            self._intact(read)
+            for call in row.calls:
+                self._call(call)
+            for b in row.writes:
+                if b.kind == "arena":
+                    self._digests[b] = self._contents.digest(b)
+        self._intact([ref.buffer for ref in self._plan.outputs])
+
+    def _intact(self, buffers: list[Buffer]) -> None:
+        """Whether results are still what they were when they were written."""
+        for b in buffers:
+            if self._contents.digest(b) != self._digests[b]:
+                raise BackendError(
+                    f"VALIDATE: {b.key} was overwritten by or before row {self._n} while it was "
+                    "still needed: its memory was given away too early"
+                )
+
+    def _call(self, call: Call) -> None:
+        node = _without_rounding(call.node)
+        values = [self._value(x) for x in node.inputs]
+        want = compute(node, *values)
+        for tensor, buffer in self._plan.results.items():
+            if buffer not in call.writes:
+                continue
+            if tensor is not call.node:  # a further result of the call
+                want_of = compute(tensor, *(self._value(x) for x in tensor.inputs))
+            else:
+                want_of = want
+            self._result(call, tensor, want_of, values)
+        slack = 0.0 if node.op in OPS else _SLACK
+        for buffer in call.writes:
+            if buffer.kind == "state" and buffer.tensor:
+                self._judge(call, buffer.key, *self._states[buffer.tensor].check(slack))
+
+    def _result(
+        self, call: Call, tensor: Tensor, want: np.ndarray, values: list[np.ndarray]
+    ) -> None:
+        name = tensor.name or tensor.op
+        if tensor.dtype.is_blocked:
+            self._judge(call, name, *self._packed(tensor, want))
+            return
+        got = self._contents.array(tensor)
+        if got.dtype.kind == "i":
+            self._judge(call, name, *_integers(got, want))
+            return
+        limit = _ATTENTION if attention.made(tensor) else _LIMIT
+        size = _natural_size(call, want, values)
+        self._judge(call, name, *_floats(got.astype(np.float64), want, limit, size))
+
+    def _packed(self, tensor: Tensor, want: np.ndarray) -> tuple[float, str]:
+        packed = self._contents.packed(tensor)
+        rows = np.zeros_like(packed.values)
+        rows[: want.size // rows.shape[1]] = want.reshape(-1, rows.shape[1])
+        if packed.codes is None:
+            return _floats(packed.values, rows, _LIMIT)
+        exact = pack.made(tensor) or pack_rows.made(tensor)
+        wrong = packed.wrong(rows, 0.0 if exact else _SLACK)
+        return 0.0, f"in block {_place(wrong)}" if wrong.any() else ""
+
+    def _value(self, x: Tensor) -> np.ndarray:
+        """What a call has read: an array of x's live shape; of states, one to be changed."""
+        base = x.base
+        if base.op == "state":
+            return self._states[base].wanted
+        if x not in self._values:
+            self._values[x] = self._read(x, base)
+        return self._values[x]
+
+    def _read(self, x: Tensor, base: Tensor) -> np.ndarray:
+        if base.op in ("weight", "constant"):
+            stored = self._of.weight(base)
+            return stored if x is base else self._contents.part(x, stored.reshape(-1))
+        if base.op != "input":
+            return self._contents.array(x)
+        given = self._inputs[base.name]
+        room = np.zeros([int(n) for n in base.shape], base.dtype.numpy)
+        room[tuple(slice(n) for n in given.shape)] = given
+        return self._contents.part(x, room.reshape(-1))
+
+    def _judge(self, call: Call, name: str, error: float, where: str) -> None:
+        if where:
+            raise BackendError(
+                f"VALIDATE: {name} (row {self._n}, {call.kernel}) differs from the reference "
+                f"{where}"
+            )
+        self._of.tally.add(name, error)
+
+
+def _without_rounding(node: Tensor) -> Tensor:
+    """A node that stores values as they are: what rounding may make of them is judged after."""
+    kinds = {name: "f32" for name in ("kv", "k_type", "v_type") if name in node.attrs}
+    return replace(node, attrs=MappingProxyType({**node.attrs, **kinds})) if kinds else node
+
+
+def _integers(got: np.ndarray, want: np.ndarray) -> tuple[float, str]:
+    if got.shape != want.shape:
+        return math.inf, f"in shape: {list(got.shape)} for {list(want.shape)}"
+    wrong = got != want
+    if not wrong.any():
+        return 0.0, ""
+    at = tuple(np.argwhere(wrong)[0])
+    return math.inf, f"at {_place(wrong)}: {got[at]} for {want[at]}"
+
+
+def _floats(
+    got: np.ndarray, want: np.ndarray, limit: float, size: np.ndarray | float = 0.0
+) -> tuple[float, str]:
+    """The largest normalised squared error of a row, and where it is beyond the limit.
+
+    size: what the squares of a row would add up to if nothing cancelled.
+    """
+    if not want.size:
+        return 0.0, ""
+    bad = ~np.isfinite(got) & np.isfinite(want)
+    if bad.any():
+        return math.inf, f"at {_place(bad)}: it is not finite"
+    with np.errstate(invalid="ignore"):
+        errors = np.nan_to_num((got - want) ** 2).sum(-1)
+        sizes = np.maximum(np.nan_to_num(want**2).sum(-1), size)
+    shares = errors / np.maximum(1e-30, sizes)
+    worst = float(shares.max())
+    if worst <= limit:
+        return worst, ""
+    first = _place(shares > limit)
+    return worst, f"in row {first}: NMSE {worst:.1e} > {limit:.0e}"
+
+
+def _natural_size(call: Call, want: np.ndarray, values: list[np.ndarray]) -> np.ndarray | float:
+    """What the squares of a row add up to where its sums do not happen to cancel.
+
+    Of a product with few rows of weights the squares of all terms; of a recurrence, which begins
+    with queries times keys, what other heads of the token have. Of others rows are long enough.
+    """
+    slots = any(b.tensor and b.tensor.attrs.get("kind") == "slots" for b in call.writes)
+    if slots and want.ndim == 3:
+        return (want**2).sum(-1).mean(-1, keepdims=True)
+    if kind_of(call.node) is not Kind.CONTRACTION or want.shape[-1] >= _SHORT:
+        return 0.0
+    squares = [v if v.dtype.kind == "i" else v.astype(np.float64) ** 2 for v in values]
+    return compute(call.node, *squares).sum(-1)
+
+
+def _beyond(got: np.ndarray, want: np.ndarray, kind: str, slack: float) -> np.ndarray:
+    """Which values are not what rounding to a cache type makes of `want`, or of one that near.
+
+    slack: how near, in shares of the largest of a row.
+    """
+    s = slack * np.abs(want).max(-1, keepdims=True)
+    near = [round_to(x, kind) for x in (want, want - s, want + s, want * (1 - s), want * (1 + s))]
+    low, high = np.min(near, axis=0), np.max(near, axis=0)
+    return ~((low <= got) & (got <= high))
+
+
+def _place(wrong: np.ndarray, rows: np.ndarray | None = None) -> str:
+    """The first place where something is wrong, the first axis counted by `rows`."""
+    first = [int(n) for n in np.argwhere(wrong)[0]] if wrong.ndim else []
+    if rows is not None:
+        first[0] = int(rows[first[0]])
+    return str(first)

@@ -23,8 +23,8 @@ from runtime.backends.plan.plan import Buffer, Call, Plan
 from runtime.backends.reference import compute
 from runtime.errors import BackendError
 from runtime.ops.attention import attention
+from runtime.ops.kv_formats import kv_format
 from runtime.ops.registry import OPS, Kind, kind_of
-from runtime.ops.rounding import round_to
 from runtime.ops.tensor import Tensor
 
 # Largest normalised squared error of a row: float32 leaves about 1e-14 of one rounding, more of
@@ -285,7 +285,10 @@ def _beyond(got: np.ndarray, want: np.ndarray, kind: str, slack: float) -> np.nd
     slack: how near, in shares of the largest of a row.
     """
     s = slack * np.abs(want).max(-1, keepdims=True)
-    near = [round_to(x, kind) for x in (want, want - s, want + s, want * (1 - s), want * (1 + s))]
+    near = [
+        kv_format(kind).rounded(x)
+        for x in (want, want - s, want + s, want * (1 - s), want * (1 + s))
+    ]
     low, high = np.min(near, axis=0), np.max(near, axis=0)
     return ~((low <= got) & (got <= high))
 

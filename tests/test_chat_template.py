@@ -352,7 +352,7 @@ class TestNamedTemplates:
         ("sources", "options", "says"),
         [
             (SEVERAL, {"template": "rga"}, "'rga' is not in this file.*default, rag, tool_use"),
-            ({"a": "1", "b": "2"}, {}, "has a, b"),
+            ({"a": "1", "b": "2"}, {}, "several .* none is the default: choose one of a, b by"),
             (SEVERAL, {"template": 3}, "template=3"),
         ],
     )
@@ -454,3 +454,11 @@ def test_a_folder_of_templates(path):
                 continue
             assert "Hi & <you>" in text and "None" not in text
             assert tools is None or "weather" in text
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "system", "content": None}])
+def test_a_message_without_content_is_not_answered(message):
+    with pytest.raises(TextError, match=r"message 1, of role '\w+', has no 'content'"):
+        ChatTemplate(None).render([*USER, message])
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert ChatTemplate(None).render([*USER, call])

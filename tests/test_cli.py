@@ -65,6 +65,7 @@ def test_help_is_quick_and_imports_no_engine():
         (["run", "--raw", "--system", "a", "-p", "b"], "--raw is no conversation"),
         (["run", "m.gguf", "-m", "m.gguf", "-p", "b"], "the prompt is given twice"),
         (["chat", "m.gguf", "-m", "m.gguf"], "the model is given twice"),
+        (["chat", "m.gguf", "hello"], "unexpected 'hello': the first message goes after -p"),
         (["run", "-p", "a", "--temp", "-1"], "temperature"),
         (["run", "-p", "a", "--top-p", "2"], "top_p"),
         (["run", "-p", "a", "--logit-bias", "x"], "--logit-bias"),

@@ -122,6 +122,14 @@ class TestFlags:
         assert result.exit_code == 0, result.stderr
         assert result.loaded == [] if name == "inspect" else result.loaded[0][0] == str(DEMO)
 
+    @pytest.mark.parametrize(("threads", "said"), [(8, 0), (9, 1), (1000, 1)])
+    def test_more_threads_than_processors(self, invoke, monkeypatch, threads, said):
+        monkeypatch.setattr("runtime.cli.model_path._processors", lambda: 8)
+        result = invoke("run", "-p", "x", "-t", threads)
+        assert result.exit_code == 0 and result.loaded[0][1]["threads"] == threads
+        line = f"-t {threads} is more than the 8 processors here, which makes it slower\n"
+        assert result.stderr.count(line) == said == result.stderr.count("processors")
+
     def test_escapes(self, invoke):
         for args, text in (((r"a\nb\q\\",), r"a\nb\q\\"), ((r"a\nb\q\\n", "-e"), "a\nb\\q\\n")):
             model = FakeModel()

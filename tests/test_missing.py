@@ -13,6 +13,7 @@ import runtime
         ("none.gguf", "none.gguf: no such file; check the path"),
         ("Qwen/Qwen3-0.6B-GGUF", 'get the file with "hf download Qwen/Qwen3-0.6B-GGUF --local'),
         ("hf.co/org/name:Q8_0", "hf download org/name --include '*Q8_0*.gguf'"),
+        ("llama3.2:1b", "llama3.2:1b is a name of Ollama's, and models are not downloaded here"),
         ("https://example.org/a/b.gguf", "models are not downloaded here: fetch the file first"),
         ("~/none.gguf", "expanduser()"),
         ("small.Q4_1.gguf", "no such file; did you mean small.Q4_0.gguf?"),

@@ -23,19 +23,21 @@ Examples:
   printf 'What is a fox?\\nAnd a hen?\\n' | runtime chat model.gguf -q
 """,
 )
-@click.argument("model", required=False)
+@click.argument("words", nargs=-1, metavar="[MODEL]")
 @option("-p --prompt", "The first message.", TEXT, metavar="TEXT")
 @talk_options
 @sampling_options
 @model_option
 @model_options
-def command(model: str | None, model_option: str | None, **options: Any) -> None:
+def command(words: tuple[str, ...], model_option: str | None, **options: Any) -> None:
     """Talk with a model through its chat template.
 
     The conversation stays in the model's memory: only new words are read. When the context is
     full the oldest messages are forgotten. In a pipe every line of stdin is answered in turn.
     """
-    path = model_argument(model, model_option)
+    if len(words) > 1:
+        raise click.UsageError(f"unexpected {words[1]!r}: the first message goes after -p")
+    path = model_argument(words[0] if words else None, model_option)
     system, arguments = given_system(options), generation_arguments(options)
     with loaded_model(path, options, arguments) as loaded:
         converse(loaded, system, arguments, options["quiet"], options["prompt"])

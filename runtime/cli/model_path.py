@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,11 +10,11 @@ from typing import Any
 
 import click
 
+from runtime.cli.output import note
 from runtime.cli.parsing import Refused, option
-from runtime.missing import NO_DOWNLOAD, URL, fetch, is_path, near_file, repository
+from runtime.missing import NO_DOWNLOAD, URL, fetch, near_file, of_ollama, repository, tagged
 
 _NAME = re.compile(r"[\w.-]+")
-_TAG = re.compile(r"([\w.-]{2,}(?:/[\w.-]+)?):([\w.-]+)")
 
 
 model_option = option(
@@ -29,10 +28,20 @@ def load(path: str | None, **arguments: Any) -> Any:
     import runtime
     from runtime.errors import OptionError
 
+    threads, processors = arguments.get("threads"), _processors()
+    if threads is not None and threads > processors:
+        note(f"-t {threads} is more than the {processors} processors here, which makes it slower")
     try:
         return runtime.load(path, **arguments)
     except OptionError as error:
         raise Refused(str(error)) from None
+
+
+def _processors() -> int:
+    """Logical processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def model_argument(text: str | None, option: str | None) -> str | None:
@@ -61,7 +70,7 @@ def model_file(text: str | None) -> str | None:
     if near is not None:
         raise click.ClickException(f"{text}: there is no such file; did you mean {near}?")
     if _NAME.fullmatch(text) and not text.endswith(".gguf"):
-        raise Refused(_named(text, "latest"))
+        raise Refused(of_ollama(text, "latest"))
     return text
 
 
@@ -72,31 +81,7 @@ def _download(text: str) -> str | None:
     hub = repository(text)
     if hub is not None:
         return f"{text} is no file here, and {fetch(hub)}"
-    tag = None if is_path(text) else _TAG.fullmatch(text)
-    return _named(*tag.groups()) if tag else None
-
-
-def _named(name: str, tag: str) -> str:
-    """What to do about a name of Ollama's, or one that may be."""
-    text = name if tag == "latest" else f"{name}:{tag}"
-    held = _of_ollama(name, tag)
-    if held is not None:
-        return f"{text} is a name of Ollama's; its file is here: {held}"
-    what = "no file here" if tag == "latest" else "a name of Ollama's"
-    return f"{text} is {what}, and {NO_DOWNLOAD}: give the path of a .gguf file"
-
-
-def _of_ollama(name: str, tag: str) -> Path | None:
-    """Where Ollama keeps the weights of a model that it has fetched."""
-    root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
-    name = name if "/" in name else f"library/{name}"
-    try:
-        manifest = json.loads((root / "manifests" / "registry.ollama.ai" / name / tag).read_text())
-        layers = {x["mediaType"].rpartition(".")[2]: x["digest"] for x in manifest["layers"]}
-        path = root / "blobs" / layers["model"].replace(":", "-")
-        return path if path.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        return None
+    return tagged(text)
 
 
 def _folder(path: Path) -> str:

@@ -125,8 +125,13 @@ class ChatTemplate:
     def _usual(self, tools: bool) -> str:
         if tools and _TOOLS in self.sources:
             return _TOOLS
-        if _DEFAULT in self.sources or len(self.sources) > 1:
+        if _DEFAULT in self.sources:
             return _DEFAULT
+        if len(self.sources) > 1:
+            raise OptionError(
+                "this file has several chat templates and none is the default: choose one of "
+                f"{', '.join(sorted(self.sources))} by template="
+            )
         return next(iter(self.sources))
 
 

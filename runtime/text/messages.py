@@ -36,6 +36,8 @@ def plain_messages(messages: Any) -> list[Message]:
             raise TextError(
                 f"message {i} is no mapping with 'role' and 'content': {shown(message)}"
             )
+        if message["role"] in ("user", "system") and message.get("content") is None:
+            raise TextError(f"message {i}, of role {message['role']!r}, has no 'content'")
     if not found:
         raise TextError("there are no messages: give at least one")
     return found

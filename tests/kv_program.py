@@ -1,7 +1,7 @@
 """A further cache type, with a scale and a minimum, on the CPU's store and attention kernels.
 
 python kv_program.py FOLDERS ROUNDING: the folders to import from, one a line; an empty ROUNDING
-leaves the type's out. A program, since the type is a row and its rounding of this process alone,
+leaves the type's out, "packed" puts two codes in a byte, which no kernel reads. A program, since the type is a row and its rounding of this process alone,
 which has to compile its kernels itself.
 """
 
@@ -52,7 +52,7 @@ def declare(rounding: str) -> None:
     from runtime.backends.cpu.compile.compilers import compile_one
     from runtime.backends.cpu.kernels import target
     from runtime.backends.plan.kernel import Kernel
-    from runtime.ops.dtypes import F16, I8
+    from runtime.ops.dtypes import F16, I8, U8
     from runtime.ops.kv_formats import GROUP, KV_FORMATS, KVFormat, Plane
 
     target.choose(ISAS[0])
@@ -60,7 +60,8 @@ def declare(rounding: str) -> None:
 
     shared = Plane("scales", F16, GROUP), Plane("minima", F16, GROUP)
     widen = KV_FORMATS["q8_0"].widen
-    KV_FORMATS[TYPE] = KVFormat(TYPE, (Plane("values", I8),), encode, widen, shared)
+    codes = Plane("pairs", U8, 2) if rounding == "packed" else Plane("values", I8)
+    KV_FORMATS[TYPE] = KVFormat(TYPE, (codes,), encode, widen, shared)
     if rounding:
         kv_planes._ROUND[TYPE] = round_group
     writes = [Kernel.of("kv_write", which=which, type=TYPE) for which in "kv"]

@@ -120,5 +120,6 @@ def test_minima_on_the_kernels_of_the_cpu():
     assert _program("rounding") == ""
 
 
-def test_a_row_without_its_rounding_is_named():
+def test_what_a_row_lacks_in_kernels_is_named():
     assert "'q8_m' has no rounding: add it to _ROUND in " in _program("")
+    assert "'q8_m' keeps its values in " in _program("packed")

@@ -22,7 +22,7 @@ from . import emit as e
 from . import simd as s
 from .attention_block import ROW_BYTES, Block, repeat, repeat_if_any
 from .emit import number, times
-from .kv_planes import k_place, k_step, load16, load_splat, v_place
+from .kv_planes import codes_of, k_place, k_step, load16, load_splat, v_place
 from .target import chosen
 
 _CHUNK = GROUP  # dims of one partial sum: those that share a scale
@@ -53,7 +53,7 @@ def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
 def scores_pass(rows: int, format: KVFormat) -> Callable:
     """Emits: scores = q k^T of rows row.. and the 32 keys of a page."""
     held, unroll = _REGISTERS[rows][0], 4
-    (codes,), n_sums = format.codes, rows * held
+    codes, n_sums = codes_of(format), rows * held
     size, has_minima = k_step(codes), len(format.shared) == 2
 
     def dims_of(b, q, page, count, first, ahead):
@@ -130,7 +130,7 @@ def _values(
     b: ir.IRBuilder, format: KVFormat, page: Any, key: Any, dim: Any, dims: Any, vectors: int
 ) -> tuple[Any, list[Any]]:
     """V of one key from `dim` on as `vectors` float32 vectors, and where its codes lie."""
-    (codes,), found, shared = format.codes, [], []
+    codes, found, shared = codes_of(format), [], []
     at = v_place(b, format, codes, page, key, dim, dims)
     for j in range(vectors):
         value = load16(b, codes, e.offset(b, at, e.LANES * codes.dtype.nbytes * j))
@@ -155,7 +155,7 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
 
     Only the first n_keys tokens of the page are read: what lies behind them may be anything.
     """
-    held, size = _REGISTERS[rows][1], format.codes[0].dtype.nbytes
+    held, size = _REGISTERS[rows][1], codes_of(format).dtype.nbytes
 
     def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead):
         """`vectors` vectors of dims from `dim` on, over all keys."""

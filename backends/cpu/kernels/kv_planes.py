@@ -78,6 +78,17 @@ def _rounding(format: KVFormat) -> Callable:
     return _ROUND[format.name]
 
 
+def codes_of(format: KVFormat) -> Plane:
+    """The plane of its values. BackendError: it is not one of the kinds that kernels read."""
+    if len(format.codes) > 1 or format.codes[0].dtype.name not in _CONVERT:
+        raise BackendError(
+            f"KV type {format.name!r} keeps its values in {', '.join(map(str, format.codes))}, and "
+            f"kernels read one plane of {', '.join(_CONVERT)}: add it to load16 and store_group in "
+            "backends/cpu/kernels/kv_planes.py"
+        )
+    return format.codes[0]
+
+
 def _start(b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dims: Value) -> Value:
     """Where a plane of a block begins; dims: of the padded head."""
     for before in format.planes[: format.planes.index(plane)]:
@@ -131,7 +142,7 @@ def store_group(format: KVFormat, which: str) -> Any:
 
     low, high: their values, float32; block: of the KV head in its page; place: the token's there.
     """
-    (codes,), is_k, rounding = format.codes, which == "k", _rounding(format)
+    codes, is_k, rounding = codes_of(format), which == "k", _rounding(format)
 
     def address(b, plane, block, place, dim, dims):
         if not is_k:

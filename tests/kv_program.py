@@ -1,8 +1,9 @@
 """A further cache type, with a scale and a minimum, on the CPU's store and attention kernels.
 
 python kv_program.py FOLDERS ROUNDING: the folders to import from, one a line; an empty ROUNDING
-leaves the type's out, "packed" puts two codes in a byte, which no kernel reads. A program, since the type is a row and its rounding of this process alone,
-which has to compile its kernels itself.
+leaves the type's out, "packed" puts two codes in a byte, which no kernel reads. A
+program, since the type is a row and its rounding of this process alone, which has to compile its
+kernels itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Views: reshape, slice, permute, broadcast. Layouts of another tensor, never copies."""
+"""Views: reshape, slice, permute, broadcast: layouts of another tensor. And `copy` of a view."""
 
 from __future__ import annotations
 
@@ -119,6 +119,18 @@ def _layout_broadcast(node: Tensor) -> Layout:
 def broadcast(x: np.ndarray, *, shape: Shape) -> np.ndarray:
     """Axes of length 1 repeated, with stride 0."""
     return np.broadcast_to(x, tuple(int(n) for n in shape))
+
+
+@op(
+    "copy",
+    kind=Kind.COPY,
+    shape=lambda x: x.shape,
+    flops=0,
+    cases=[Case(((3, 40),)), Case(((2, 3, 37),)), Case(((2, 3, 2, 16),))],
+)
+def copy(x: np.ndarray) -> np.ndarray:
+    """The elements of a view one after another, in memory of their own."""
+    return np.array(x, order="C")
 
 
 def reshape_strides(old: Shape, strides: Shape, new: Shape) -> Shape:

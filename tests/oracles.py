@@ -206,6 +206,11 @@ def slice_(x: Array, *, axis: int, start: int, stop: int) -> Array:
 
 
 @oracle
+def copy(x: Array) -> Array:
+    return _each(x, lambda at: x[at])
+
+
+@oracle
 def permute(x: Array, *, axes: tuple[int, ...]) -> Array:
     shape = [x.shape[a] for a in axes]
     return _each(x, lambda at: x[tuple(at[axes.index(d)] for d in range(x.ndim))], shape)

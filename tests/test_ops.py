@@ -15,13 +15,14 @@ from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.cpu.rules import RULES
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.reference import ReferenceBackend
-from runtime.ops.dtypes import I32
+from runtime.ops.dtypes import BF16, I32
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.kv_formats import KV_FORMATS, kv_format
+from runtime.ops.quants import dequantize
 from runtime.ops.registry import OPS, Op, op
 
 NAMES = [
-    "add", "attention", "broadcast", "expert_bias", "expert_sum", "gated_delta", "get_rows",
+    "add", "attention", "broadcast", "copy", "expert_bias", "expert_sum", "gated_delta", "get_rows",
     "kv_write", "l2_norm", "matmul", "matmul_id", "mul", "normalize", "permute", "reshape",
     "rms_norm", "rope", "rope_angles", "row_scale", "scale", "select_rows", "short_conv",
     "sigmoid", "silu", "slice", "softmax", "softplus", "swiglu_oai", "take", "top_k",
@@ -57,6 +58,8 @@ REFUSED: dict[str, dict[str, str]] = {
 
 
 def _refused(name: str, n: int, variant: str) -> bool:
+    if name == "copy":
+        return False
     return variant.split()[0] in INPUTS or str(n) in REFUSED.get(name, {}).get(variant, "")
 
 
@@ -163,6 +166,8 @@ def test_cpu_backend(name: str, n: int, variant: str):
         program.poison()
         got = program.run(built.inputs, built.live)
         for found, room, want in zip(got, program._outputs, results, strict=True):
+            if built.node.dtype is BF16:
+                found = dequantize(found, BF16, found.shape)
             _check(found, want, built.case.tolerance)
             behind = np.ascontiguousarray(room[len(found) :]).view(np.uint8)
             assert (behind == 0xFF).all(), "rows behind the live ones were written"

@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
-from runtime.ops.dtypes import F32, I32
+from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
 from runtime.ops.registry import FUSED, OPS, Kind, Op, kind_of
@@ -101,9 +101,10 @@ class Rules:
         """The plan of a graph: lowered, gathered into rows, memory placed."""
         lowering = self.lower(graph)
         kept = tuple(o for o in graph.outputs if o.base.op != "state")
+        results = [lowering.place(o, (o.dtype,)) for o in kept]
         plan = Plan(
-            graph.name, make_rows(lowering.calls), [lowering._place(o) for o in kept], kept,
-            lowering.counts, scratch_nbytes=lowering.scratch_nbytes, results=lowering.results,
+            graph.name, make_rows(lowering.calls), results, kept, lowering.counts,
+            scratch_nbytes=lowering.scratch_nbytes, results=lowering.results,
         )  # fmt: skip
         place_buffers(plan, guarded)
         return plan
@@ -146,14 +147,15 @@ class Lowering:
         """Where a tensor (or view) lies whose elements follow each other."""
         if not x.layout.is_contiguous(x.shape):
             raise Declined(f"{x!r} is not contiguous")
-        return self._place(x)
+        return self.place(x)
 
-    def _place(self, x: Tensor) -> Ref:
-        """Where a tensor (or view) begins, as float32 or int32 in memory."""
-        base = x.base
-        if base.op == "input" and base.dtype not in (F32, I32):
-            raise Declined(f"step input {base!r} is neither f32 nor i32")
-        return Ref(self._buffer(base), x.layout.offset * 4)
+    def place(self, x: Tensor, dtypes: Collection[DType] = (F32, I32)) -> Ref:
+        """Where a tensor (or view) begins; dtypes: those that the kernel can read."""
+        layout = x.layout
+        dtype = F32 if layout.base.op == "weight" else x.dtype  # weights are widened
+        if dtype not in dtypes:
+            raise Declined(f"{x!r} is neither {' nor '.join(d.name for d in dtypes)}")
+        return Ref(self._buffer(layout.base), layout.offset * dtype.nbytes)
 
     def write(self, node: Tensor, nbytes: int | None = None) -> Out:
         """New arena memory for a node's result."""
@@ -203,8 +205,10 @@ class Lowering:
     def rows(self, x: Tensor) -> tuple[Ref, int, Ref, int]:
         """x as rows of its last axis: address, row length, live count, row stride."""
         strides, shape = x.layout.strides, x.shape
+        if x.ndim == 0:
+            return self.place(x), 1, self.count("=1"), 1
         if x.ndim == 1:
-            return self._place(x), int(shape[0]), self.count("=1"), int(shape[0])
+            return self.place(x), int(shape[0]), self.count("=1"), int(shape[0])
         if strides[-1] != 1 and shape[-1] != 1:
             raise Declined(f"rows of {x!r} are not contiguous")
         step = strides[-2]
@@ -214,7 +218,7 @@ class Lowering:
         factor = 1
         for n in shape[1:-1]:
             factor *= int(n)
-        return self._place(x), int(shape[-1]), self.live(x, factor), int(step)
+        return self.place(x), int(shape[-1]), self.live(x, factor), int(step)
 
     def tokens(self, x: Tensor) -> tuple[Ref, int, Ref, int]:
         """x as one row per element of its first axis: address, row length, live, row stride."""
@@ -223,14 +227,14 @@ class Lowering:
             if stride != tail and n != 1:
                 raise Declined(f"a row of {x!r} is not contiguous")
             tail *= int(n)
-        return self._place(x), tail, self.live(x), int(x.layout.strides[0])
+        return self.place(x), tail, self.live(x), int(x.layout.strides[0])
 
     def heads(self, x: Tensor) -> tuple[Ref, int, int]:
         """x [tokens, heads, dim], a view or not: address, token stride, head stride."""
         token, head, step = x.layout.strides
         if step != 1 and x.shape[2] != 1:
             raise Declined(f"heads of {x!r} are not contiguous")
-        return self._place(x), int(token), int(head)
+        return self.place(x), int(token), int(head)
 
     def _buffer(self, base: Tensor) -> Buffer:
         if base in self.results:
@@ -260,7 +264,11 @@ class Out:
 def _own(share: Share | None, arguments: dict[str, int | Ref]) -> frozenset[Buffer]:
     """The buffers a share speaks of; an argument that begins inside a row is none of them."""
     refs = [arguments[name] for name in share.arguments] if share else []
-    row = 4 * share.length if share else 1
-    whole = {r.buffer for r in refs if isinstance(r, Ref) and r.offset % row == 0}
-    partial = {r.buffer for r in refs if isinstance(r, Ref) and r.offset % row}
+    length = share.length if share else 0
+    partial, whole = set[Buffer](), set[Buffer]()
+    for ref in refs:
+        if isinstance(ref, Ref):
+            assert ref.buffer.tensor is not None, "what is divided is a tensor"
+            inside = ref.offset % (ref.buffer.tensor.dtype.nbytes * length)
+            (partial if inside else whole).add(ref.buffer)
     return frozenset(whole - partial)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from runtime.backends.plan.kernel import Kernel
+from runtime.ops.registry import Kind, find
 from runtime.ops.tensor import Tensor
 
 ALIGNMENT = 64  # of buffers: a cache line, and a 512-bit vector
@@ -133,8 +134,8 @@ class Plan:
         return list(found)
 
     def copies(self) -> int:
-        """Calls that only move data: a good plan has none."""
-        return sum(c.kernel.name == "copy" for c in self.calls())
+        """Calls that only move data: copies of views, and rows picked from activations."""
+        return sum(map(_moves, self.calls()))
 
     def __str__(self) -> str:
         lines = [
@@ -153,6 +154,12 @@ class Plan:
         """One line per kernel with how often it is called."""
         found = Counter(str(c.kernel) for c in self.calls())
         return "\n".join(f"{n:5} x {kernel}" for kernel, n in found.most_common())
+
+
+def _moves(call: Call) -> bool:
+    op = find(call.node.op)
+    picked = op.kind is Kind.GATHER and op.flops == 0 and call.node.inputs[0].op != "weight"
+    return picked or op.kind is Kind.COPY
 
 
 def make_rows(calls: Sequence[Call]) -> list[Instruction]:

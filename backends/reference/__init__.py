@@ -152,6 +152,6 @@ def _live_shape(node: Tensor, live: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _live_part(node: Tensor, value: np.ndarray, live: Mapping[str, int]) -> np.ndarray:
-    part = value[: _live_shape(node, live)[0]]
+    part = value[: _live_shape(node, live)[0]] if node.shape else value
     # bfloat16 is kept as its bits, which no numpy type reads
     return dequantize(part, node.dtype, part.shape) if node.dtype.name == "bf16" else part

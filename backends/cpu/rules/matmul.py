@@ -9,7 +9,7 @@ from runtime.backends.cpu.sizes import float_bits
 from runtime.backends.cpu.tile.formats import tile_format
 from runtime.backends.cpu.tile.spec import activations_nbytes
 from runtime.backends.plan.lowering import Lowering, Out
-from runtime.backends.plan.plan import Share
+from runtime.backends.plan.plan import Ref, Share
 from runtime.ops.tensor import Tensor
 
 
@@ -89,7 +89,7 @@ def linear(lower: Lowering, node: Tensor) -> None:
     # The count of live rows is that of the packed input's first axes.
     live = lower.live(node, node.size // rows // int(node.shape[0]) if node.ndim > 1 else 1)
     lower.emit(
-        "matmul", node, constants, w=lower.weight(w, "packed"), x=lower.read(x),
+        "matmul", node, constants, w=lower.weight(w, "packed"), x=Ref(lower.result(x)),
         out=lower.write(node), out_stride=rows,
         bias=0 if bias is None else lower.weight(bias, "vector"),
         add=add_address, add_stride=add_stride, live=live, n_rows=rows, n_inner=inner,

@@ -127,7 +127,7 @@ def linear_id(lower: Lowering, node: Tensor) -> None:
         "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
     }  # fmt: skip
     lower.emit(
-        "matmul_id", node, constants, w=lower.weight(w, "packed"), x=lower.read(x),
+        "matmul_id", node, constants, w=lower.weight(w, "packed"), x=Ref(lower.result(x)),
         out=lower.write(node), out_stride=rows,
         bias=lower.weight(bias[0], "vector") if bias else 0, add=0, add_stride=0,
         live=lower.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,

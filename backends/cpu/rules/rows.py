@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from runtime.backends.cpu.rules.registry import lowers
 from runtime.backends.cpu.tile.formats import READABLE
-from runtime.backends.plan.lowering import Lowering
-from runtime.ops.dtypes import nbytes_for
+from runtime.backends.plan.lowering import Declined, Lowering
+from runtime.ops.dtypes import BF16, F16, F32, I32, nbytes_for
 from runtime.ops.tensor import Tensor
 
 
@@ -20,6 +20,22 @@ def get_rows(lower: Lowering, node: Tensor) -> None:
         "get_rows", node, {"format": kind}, table=lower.weight(table, form), ids=lower.read(ids),
         out=lower.write(node), live=lower.live(node), n=n,
         row_bytes=nbytes_for(table.dtype, (n,)) if direct else 4 * n, out_stride=n,
+    )  # fmt: skip
+
+
+@lowers("copy")
+def copy(lower: Lowering, node: Tensor) -> None:
+    """A view with up to four axes, of f32, i32, f16 or bf16."""
+    (x,) = node.inputs
+    axes = list(zip(map(int, x.shape), x.layout.strides, strict=True))
+    (_, first), *inner = axes or [(1, 0)]
+    if len(inner) > 3:
+        raise Declined(f"{x!r} has more than four axes")
+    (b, stride_b), (c, stride_c), (n, stride_n) = [(1, 0)] * (3 - len(inner)) + inner
+    lower.emit(
+        "copy", node, {"item": x.dtype.nbytes}, x=lower.place(x, (F32, I32, F16, BF16)),
+        out=lower.write(node), live=lower.live(x), stride_a=first, b=b, stride_b=stride_b, c=c,
+        stride_c=stride_c, n=n, stride_n=stride_n,
     )  # fmt: skip
 
 

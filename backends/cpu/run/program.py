@@ -50,7 +50,9 @@ class Program:
         ]
         attention = self._attention()
         self._sequences = attention.inputs[4].name if attention else ""
-        self._dims = [str(getattr(t.shape[0], "name", "")) for t in plan.output_tensors]
+        self._dims = [
+            str(getattr(t.shape[0], "name", "")) if t.shape else "" for t in plan.output_tensors
+        ]
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step; see backends/base.py. Results are views of the arena."""
@@ -106,7 +108,7 @@ class Program:
             if name == "attention_tiles":
                 continue
             value = inputs[name]
-            if len(value) > len(room):
+            if value.shape[:1] > room.shape[:1]:
                 raise BackendError(f"step input {name}: {len(value)} rows, room for {len(room)}")
             room[tuple(slice(n) for n in value.shape)] = value
         tiles = 0

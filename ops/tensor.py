@@ -74,6 +74,7 @@ class Tensor:
 
     @property
     def ndim(self) -> int:
+        """Number of axes; 0 of a scalar."""
         return len(self.shape)
 
     @property

@@ -14,12 +14,12 @@ from runtime.ops.errors import BackendError, MemoryLimitError
 from .arena import sized
 from .arguments import WIDTHS
 from .catalogue import Compiled
-from .driver import DeviceInfo
+from .driver import DeviceInfo, Driver
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 
-class BoundDriver:
+class BoundDriver(Driver):
     """`Driver` by the functions of `cuda.bindings.driver`, given as `api`."""
 
     fake = False

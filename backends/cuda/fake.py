@@ -29,7 +29,7 @@ from runtime.ops.errors import MemoryLimitError
 from .accesses import accesses
 from .arena import sized
 from .catalogue import Compiled
-from .driver import ALIGNMENT, NEEDED_CUDA, DeviceInfo
+from .driver import ALIGNMENT, NEEDED_CUDA, DeviceInfo, Driver
 from .fake_memory import Memory, Span
 from .fake_nodes import (
     Function,
@@ -48,7 +48,7 @@ from .ordering import Order
 H100 = DeviceInfo(0, "fake H100", (9, 0), 80 << 30, 132, 227 << 10, 50 << 20, 1_980_000)
 
 
-class FakeDriver:
+class FakeDriver(Driver):
     """`Driver` for GPUs that are not there; `calls` lists what was asked, oldest first."""
 
     fake = True

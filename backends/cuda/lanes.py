@@ -47,10 +47,12 @@ class Lane:
 
     @property
     def lane(self) -> int:
+        """Its number within the warp, 0 to 31."""
         return self.thread % WARP
 
     @property
     def warp(self) -> int:
+        """The number of its warp within the block."""
         return self.thread // WARP
 
     def __repr__(self) -> str:

@@ -17,26 +17,32 @@ _MASK = 0xFFFFFFFF
 
 
 def thread_x() -> int:
+    """tid.x: the lane's place in its block."""
     return current().thread
 
 
 def block_index(axis: int) -> int:
+    """ctaid: the block's place in the grid along an axis (0 = x)."""
     return current().block.index[axis]
 
 
 def grid_size(axis: int) -> int:
+    """nctaid: how many blocks the grid has along an axis."""
     return current().block.grid[axis]
 
 
 def u32(x: Any) -> int:
+    """The low 32 bits, unsigned."""
     return int(x) & _MASK
 
 
 def i32(x: Any) -> int:
+    """The low 32 bits, signed."""
     return ((int(x) & _MASK) ^ 0x80000000) - 0x80000000
 
 
 def f32(x: Any) -> np.float32:
+    """Rounded to nearest even."""
     return np.float32(x)
 
 
@@ -45,30 +51,37 @@ def nothing() -> None:
 
 
 def round_i32(x: Any) -> int:
+    """cvt.rni: to the nearest integer, halves to even."""
     return int(np.rint(np.float32(x)))
 
 
 def bits_to_f32(bits: int) -> np.float32:
+    """The float32 that a word holds."""
     return np.uint32(u32(bits)).view(np.float32)
 
 
 def f32_to_bits(x: Any) -> int:
+    """The word of a float32, unsigned."""
     return int(np.float32(x).view(np.uint32))
 
 
 def f16_low(word: int) -> np.float32:
+    """The f16 in bits 0 to 15, exactly."""
     return np.float32(np.uint16(int(word) & 0xFFFF).view(np.float16))
 
 
 def f16_high(word: int) -> np.float32:
+    """The f16 in bits 16 to 31, exactly."""
     return f16_low(int(word) >> 16)
 
 
 def f32_to_f16(x: Any) -> int:
+    """The bits of the nearest f16, halves to even."""
     return int(np.float16(x).view(np.uint16))
 
 
 def pack_f16(low: Any, high: Any) -> int:
+    """Two f16 in a word, `low` in bits 0 to 15."""
     return f32_to_f16(low) | f32_to_f16(high) << 16
 
 
@@ -80,6 +93,7 @@ def _bf16(x: Any) -> int:
 
 
 def pack_bf16(low: Any, high: Any) -> int:
+    """Two bf16 in a word, `low` in bits 0 to 15; each to nearest even, NaN as 0x7fff."""
     return _bf16(low) | _bf16(high) << 16
 
 
@@ -94,34 +108,42 @@ def fmax(a: Any, b: Any) -> np.float32:
 
 
 def fmin(a: Any, b: Any) -> np.float32:
+    """The number where one is NaN, as min.f32."""
     return np.fmin(np.float32(a), np.float32(b))
 
 
 def fabs(a: Any) -> np.float32:
+    """abs.f32: the sign bit cleared."""
     return np.abs(np.float32(a))
 
 
 def exp2(x: Any) -> np.float32:
+    """2^x, exactly rounded where ex2.approx is within 2 ulp."""
     return np.exp2(np.float32(x))
 
 
 def rcp(x: Any) -> np.float32:
+    """1 / x, exactly rounded where rcp.approx is within 1 ulp."""
     return np.float32(1) / np.float32(x)
 
 
 def rsqrt(x: Any) -> np.float32:
+    """1 / sqrt(x), rounded twice where rsqrt.approx is within 2 ulp."""
     return np.float32(1) / np.sqrt(np.float32(x))
 
 
 def divide(a: Any, b: Any) -> np.float32:
+    """div.rn: the quotient to nearest even."""
     return np.float32(a) / np.float32(b)
 
 
 def floor(x: Any) -> np.float32:
+    """cvt.rmi: the largest integer that is not above x, as f32."""
     return np.floor(np.float32(x))
 
 
 def shift_right(x: int, n: int) -> int:
+    """shr.s32: arithmetic, the sign moves in."""
     return i32(x) >> int(n)
 
 
@@ -142,6 +164,7 @@ def _signed_bytes(word: int) -> list[int]:
 
 
 def dp4a(a: int, b: int, c: int) -> int:
+    """c + the sum of four products of signed bytes."""
     pairs = zip(_signed_bytes(a), _signed_bytes(b), strict=True)
     return i32(sum(x * y for x, y in pairs) + int(c))
 
@@ -153,16 +176,19 @@ def dp4a_us(a: int, b: int, c: int) -> int:
 
 
 def dp2a(a: int, b: int, c: int) -> int:
+    """c + two int16 of a times the two low signed bytes of b."""
     low, high, *_ = _signed_bytes(b)
     first = ((u32(a) & 0xFFFF) ^ 0x8000) - 0x8000
     return i32(first * low + (i32(a) >> 16) * high + int(c))
 
 
 def registers(kind: str, count: int) -> Registers:
+    """A lane's own array of `count` values of type `kind`."""
     return Registers(kind, count)
 
 
 def shared(owner: object, kind: str, count: int, alignment: int) -> SharedArray:
+    """The block's array of one `owner`, made by the first lane that asks."""
     memory = current().block.memory
     if id(owner) not in memory.arrays:
         memory.arrays[id(owner)] = memory.reserve(count * WIDTH[kind], alignment)
@@ -170,6 +196,7 @@ def shared(owner: object, kind: str, count: int, alignment: int) -> SharedArray:
 
 
 def dynamic_shared(kind: str) -> SharedArray:
+    """All dynamic shared memory of the block, as values of type `kind`."""
     start, nbytes = current().block.dynamic
     return SharedArray(current().block.memory, start, kind, nbytes // WIDTH[kind])
 
@@ -185,12 +212,14 @@ def copy_async16(
 
 
 def copy_commit() -> None:
+    """Copies begun since the last commit become a group."""
     lane = current()
     lane.groups.append(lane.pending)
     lane.pending = []
 
 
 def copy_wait(left: int) -> None:
+    """Until at most `left` groups are on their way; the older ones arrive, oldest first."""
     lane = current()
     while len(lane.groups) > left:
         for memory, start, raw in lane.groups.pop(0):
@@ -221,27 +250,32 @@ shuffle_up = _shuffled(lambda lane, n: lane - n)
 
 @_warp
 def ballot(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """Bit i says whether lane i brings a value that is not 0."""
     bits = sum(1 << lane.lane for lane, v in zip(lanes, values, strict=True) if v[0])
     return [bits] * len(lanes)
 
 
 @_warp
 def vote_any(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """1 where some lane brings a value that is not 0."""
     return [int(any(v[0] for v in values))] * len(lanes)
 
 
 @_warp
 def vote_all(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """1 where every lane brings a value that is not 0."""
     return [int(all(v[0] for v in values))] * len(lanes)
 
 
 @_warp
 def warp_sum(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """redux.sync.add: the sum over the lanes, wrapped to int32."""
     return [i32(sum(int(v[0]) for v in values))] * len(lanes)
 
 
 @_warp
 def syncwarp(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """Accesses of the warp before it are seen after it, by the warp."""
     lanes[0].block.epochs[lanes[0].warp] += 1
     return [None] * len(lanes)
 
@@ -252,6 +286,7 @@ def _barrier(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
 
 
 def syncthreads() -> None:
+    """bar.sync: accesses of the block before it are seen after it, by the block."""
     meet_block(_barrier)
 
 

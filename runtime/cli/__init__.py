@@ -66,23 +66,28 @@ class CommandGroup(click.Group):
     """Imports a command on first use, and turns mistakes into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the help text."""
         return [*COMMANDS, *_HELPERS]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """A command, whose module is imported now; None: there is none of the name."""
         if name in COMMANDS:
             return importlib.import_module(f"runtime.cli.{name}").command
         return super().get_command(ctx, name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, from texts kept here: no command is imported."""
         with formatter.section("Commands"):
             formatter.write_dl([*COMMANDS.items(), *_HELPERS.items()])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Words without a command are of `run`; see `_is_run`."""
         if args == ["-v"]:  # of a command it is --verbose; alone, as people mean it
             args = ["--version"]
         return super().parse_args(ctx, ["run", *args] if _is_run(args) else args)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """UsageError names the nearest command, or who does what other programs do so."""
         name = click.utils.make_str(args[0])
         if name in _ELSEWHERE:
             ctx.fail(f"no command {name!r}: {_ELSEWHERE[name]}")

@@ -25,6 +25,7 @@ class Numbers(click.ParamType):
         self._least = least
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """The numbers in their order, of a text or of a default; fails below `least`."""
         if isinstance(value, tuple):
             return value
         try:
@@ -42,6 +43,7 @@ class Pair(click.ParamType):
     name = "P,N"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """(prompt length, tokens) of a text or of a default."""
         if isinstance(value, tuple):
             return value
         parts = str(value).split(",")

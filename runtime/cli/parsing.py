@@ -87,14 +87,17 @@ class Command(click.Command):
     """A command whose options are matched whole, with a help text in sections."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Options are spelt whole before click looks at them: it would take a part of a name."""
         return super().parse_args(ctx, _whole(self, ctx, args))
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Say the notes that parsing left, on stderr, then run."""
         for line in ctx.meta.get(_NOTES, ()):
             note(line, bool(ctx.params.get("quiet")))
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Options under the headings of their `section`."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

@@ -17,17 +17,20 @@ class Architecture(Protocol):
     """What the engine needs of a model."""
 
     @property
-    def layers(self) -> Layers: ...
+    def layers(self) -> Layers:
+        """How many layers keep what: the shapes of the caches follow from it."""
 
     @property
-    def p(self) -> Any: ...
+    def p(self) -> Any:
+        """The hyperparameters read from the file, a frozen dataclass."""
 
     @property
     def positions_per_token(self) -> int:
         """Columns of `step.positions`: 1, or 4 for M-RoPE (time, height, width, and one more)."""
         ...
 
-    def graph(self, step: Step) -> ops.Graph: ...
+    def graph(self, step: Step) -> ops.Graph:
+        """Logits [output rows, vocabulary] of a step of the given capacities."""
 
 
 Reader = Callable[[Keys, Weights, int], Architecture]  # of a file with so large a vocabulary

@@ -74,15 +74,18 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         return _Rewrite(self).visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`left operator right`, once the budget allows a result of its size."""
         _spend(operator_size(operator, left, right))
         return super().call_binop(context, operator, left, right)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
+        """`obj[argument]`; a tuple is measured before it is hashed."""
         if isinstance(argument, tuple):
             size_of(argument)  # is going to be hashed
         return super().getitem(obj, argument)
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """`obj(*args)`: counted, its arguments measured before and its result after it."""
         _spend()
         if not isinstance(obj, Macro | LoopContext):
             args = _checked_call(obj, args, kwargs)

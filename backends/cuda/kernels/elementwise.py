@@ -34,6 +34,7 @@ def silu(x):
 
 
 def gated(g, v):
+    """silu(g) * v of four values."""
     return silu(g[0]) * v[0], silu(g[1]) * v[1], silu(g[2]) * v[2], silu(g[3]) * v[3]
 
 

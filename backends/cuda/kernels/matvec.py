@@ -72,6 +72,7 @@ def dot_q4_0(weights, quants, blocks, x, cell, start):
 
 
 def no_offset(sums):
+    """Codes that are signed as they lie: their sum starts at 0."""
     return i32(0)
 
 

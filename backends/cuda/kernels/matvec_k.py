@@ -61,10 +61,12 @@ def dot_six_bits(a0, a1, a2, a3, high, v, start):
 
 
 def low_byte(word):
+    """Bits 0 to 7 of a word as int8, sign extended."""
     return i32(i32(u32(word << 24)) >> 24)
 
 
 def high_byte(word):
+    """Bits 8 to 15 of a word as int8, sign extended."""
     return i32(i32(u32(word << 16)) >> 24)
 
 

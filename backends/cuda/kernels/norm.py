@@ -50,6 +50,7 @@ def _row_factor() -> Callable:
 
 
 def scaled(v, w, r):
+    """v * r * w of four values: `r` the row's factor, `w` the norm's weights."""
     return (v[0] * r) * w[0], (v[1] * r) * w[1], (v[2] * r) * w[2], (v[3] * r) * w[3]
 
 

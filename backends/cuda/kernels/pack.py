@@ -38,6 +38,7 @@ def byte(value, inverse):
 
 
 def sign_extended(word, shift):
+    """The byte of a word that `shift` moves to the top, as int8 in an int32."""
     return i32(i32(u32(word << shift)) >> 24)
 
 

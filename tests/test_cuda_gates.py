@@ -200,7 +200,7 @@ def test_a_double_constant_is_named():
 def test_unknown_targets_and_kernels_are_named():
     with pytest.raises(BackendError, match="no CUDA target 'sm_75': there are sm_80"):
         Library("sm_75", None)
-    with pytest.raises(BackendError, match="no CUDA kernel is called 'matvek': .*; there are"):
+    with pytest.raises(BackendError, match=r"no CUDA kernel is called 'matvek': .*; there are"):
         Library("sm_80", None).get(Kernel.of("matvek"))
     with pytest.raises(BackendError, match="columns is one of"):
         Library("sm_80", None).get(Kernel.of("matvec", format="Q8_0", columns=3))

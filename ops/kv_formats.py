@@ -19,7 +19,7 @@ from runtime.ops.errors import OpError
 PAGE = 32  # tokens in a page: a multiple of the attention block, the unit of sharing
 HEAD_UNIT = 16  # a head in a page takes a whole number of these dims, zeros behind its own
 GROUP = 32  # dims that share a scale, the last of a head perhaps fewer
-_SMALLEST = np.float32(1e-30)  # a group of smaller values is kept as zeros
+SMALLEST = 1e-30  # a group of smaller values is kept as zeros
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class KVFormat:
 
 def padded_head(dim: int) -> int:
     """Dims that a head of this size takes in a page: what kernels read has no odd end."""
-    return -(-dim // HEAD_UNIT) * HEAD_UNIT
+    return (dim + HEAD_UNIT - 1) // HEAD_UNIT * HEAD_UNIT
 
 
 def fill(x: np.ndarray, unit: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def _q8_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
     groups = in_groups(x)
     peak = np.abs(groups).max(-1, keepdims=True)
     scale = peak / np.float32(127)
-    usable = (peak >= _SMALLEST) & np.isfinite(scale)
+    usable = (peak >= np.float32(SMALLEST)) & np.isfinite(scale)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=usable)
     codes = np.rint(np.multiply(groups, inverse, out=np.zeros_like(groups), where=usable))
     codes = codes.astype(np.int8).reshape(*x.shape[:-1], GROUP * codes.shape[-2])

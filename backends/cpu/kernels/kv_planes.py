@@ -16,7 +16,7 @@ from typing import Any
 from llvmlite import ir
 
 from runtime.ops.errors import BackendError
-from runtime.ops.kv_formats import GROUP, HEAD_UNIT, PAGE, KVFormat, Plane
+from runtime.ops.kv_formats import GROUP, PAGE, SMALLEST, KVFormat, Plane, padded_head
 
 from . import emit as e
 from . import simd as s
@@ -24,13 +24,7 @@ from .emit import number, times
 from .rows import helper
 
 Value = Any
-_SMALLEST = 1e-30  # a group of smaller values is stored as zeros
-
-
-@helper
-def padded(dim):
-    """Dims that a head takes in a page; as `padded_head` of ops/kv_formats.py."""
-    return (dim + HEAD_UNIT - 1) // HEAD_UNIT * HEAD_UNIT
+padded = helper(padded_head)
 
 
 def _same(b: ir.IRBuilder, value: Value) -> Value:
@@ -57,7 +51,7 @@ def _q8_0(b: ir.IRBuilder, low: Value, high: Value) -> tuple[list[Value], list[V
     """q = x * (1 / (max|x| / 127)) to the nearest even, and max|x| / 127."""
     zero, one = (ir.Constant(e.f32, value) for value in (0.0, 1.0))
     peak = e.largest(b, e.larger(b, e.absolute(b, low), e.absolute(b, high)))
-    some = b.fcmp_ordered(">=", peak, ir.Constant(e.f32, e.single(_SMALLEST)))
+    some = b.fcmp_ordered(">=", peak, ir.Constant(e.f32, e.single(SMALLEST)))
     scale = b.select(some, b.fdiv(peak, ir.Constant(e.f32, 127.0)), zero)
     inverse = e.splat(b, b.select(some, b.fdiv(one, scale), zero))
     return [e.nearest_int(b, b.fmul(x, inverse)) for x in (low, high)], [scale]

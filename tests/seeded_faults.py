@@ -1,0 +1,430 @@
+"""Small faults, each put into the running code, and the check that must see it.
+
+`python tests/seeded_faults.py` prints the table of what catches what; test_seeded_faults.py holds
+it to that. A fault changes one argument, rule, pass or step of memory management in this process;
+a fault of a kernel is what it would leave in memory, so nothing has to be compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fault_checks import (
+    Check,
+    any_order_of_threads,
+    fused_is_plain,
+    law_of_batches,
+    law_of_cuts,
+    law_of_forks,
+    law_of_rewinds,
+    red,
+    validate,
+    write_models,
+)
+from fault_seeds import (
+    Patch,
+    Seed,
+    argument,
+    constant,
+    device_input,
+    floats,
+    leaves,
+    number,
+    plus,
+    put,
+    shifted,
+    taken,
+    times,
+)
+
+from runtime.backends.cpu.rules.moe import HEADER
+from runtime.backends.cpu.run import program as programs
+from runtime.backends.cpu.run import weights
+from runtime.backends.cpu.run.program import Program
+from runtime.backends.cpu.run.weights import WeightStore
+from runtime.backends.passes import fuse_attention, fuse_delta, fuse_ffn, fuse_sums
+from runtime.backends.plan import lowering
+from runtime.backends.plan.lowering import Lowering
+from runtime.backends.plan.plan import Call, Instruction, Plan, Ref
+from runtime.engine.batch import Batch
+from runtime.memory import pages
+from runtime.memory.pages import PagePool, Pages
+from runtime.memory.slots import Recurrent
+from runtime.ops import PAGE
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`model` of MODELS it is put into, and the check that must turn red."""
+
+    name: str
+    where: str
+    model: str
+    caught_by: Check
+    seed: Seed
+
+
+def faults(where: str, model: str, caught_by: Check, seeds: dict[str, Seed]) -> list[Fault]:
+    """Those of one place, model and check."""
+    return [Fault(name, where, model, caught_by, seed) for name, seed in seeds.items()]
+
+
+def _nibbles_swapped(pack: Any) -> Any:
+    def faulty(self: WeightStore, format: str, raw: np.ndarray, *rest: Any) -> None:
+        blocks = raw.reshape(-1, 18).copy()  # of Q4_0: a float16 scale, 16 bytes of codes
+        blocks[:, 2:] = blocks[:, 2:] << 4 | blocks[:, 2:] >> 4
+        pack(self, format, blocks.reshape(raw.shape), *rest)
+
+    return faulty
+
+
+def _scales_off(pack: Any) -> Any:
+    def faulty(self: WeightStore, format: str, raw: np.ndarray, *rest: Any) -> None:
+        blocks = raw.reshape(-1, 18).copy()
+        scale = blocks[:, :2].copy().view(np.float16) * np.float16(1.01)
+        blocks[:, :2] = scale.astype(np.float16).view(np.uint8)
+        pack(self, format, blocks.reshape(raw.shape), *rest)
+
+    return faulty
+
+
+def _taps_reversed(patch: Patch) -> None:
+    vector = weights._MAKERS["vector"]
+
+    def faulty(self: WeightStore, w: Any) -> np.ndarray:
+        found = vector(self, w)
+        return np.ascontiguousarray(found[:, ::-1]) if "conv1d" in w.name else found
+
+    patch.setitem(weights._MAKERS, "vector", faulty)
+
+
+def _rows_merged(make_rows: Any) -> Any:
+    def faulty(calls: Any) -> list[Instruction]:
+        first, second, third, *rest = make_rows(calls)
+        return [first, Instruction((*second.calls, *third.calls)), *rest]
+
+    return faulty
+
+
+def _live_buffer_reused(place_buffers: Any) -> Any:
+    """The residual's memory is given to a result that is written before it is last read."""
+
+    def faulty(plan: Plan, guarded: bool = False) -> None:
+        place_buffers(plan, guarded)
+        rows = plan.instructions
+        last = {b: n for n, row in enumerate(rows) for b in row.reads}
+        residual = max(rows[0].writes, key=lambda b: last.get(b, 0))
+        between = [b for row in rows[1 : last[residual]] for b in row.writes if b.kind == "arena"]
+        between[-1].offset = residual.offset
+
+    return faulty
+
+
+def _one_live_row_less(make: Any) -> Any:
+    def faulty(self: Program, inputs: Any, live: Any) -> None:
+        make(self, inputs, live)
+        self._counts[self.plan.counts["tokens", 1]] -= 1
+
+    return faulty
+
+
+def _table_kept(make: Any) -> Any:
+    """The block table of the step before."""
+
+    def faulty(self: Program, inputs: Any, live: Any) -> None:
+        old = self._inputs["table"].copy() if "table" in self._inputs else None
+        make(self, inputs, live)
+        if old is not None:
+            self._inputs["table"][:] = old
+
+    return faulty
+
+
+def _tiles_of_one_sequence(tiles: Any) -> Any:
+    def faulty(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:
+        count = tiles(sequences, tokens, out)
+        out[:count, 2] = sequences[0]
+        return count
+
+    return faulty
+
+
+def _without(name: str) -> Callable[[Any], Any]:
+    def made(head: Any) -> Any:
+        return lambda x: replace(head(x), **{name: None})
+
+    return made
+
+
+def _output_rows_shifted(inputs: Any) -> Any:
+    def faulty(self: Batch, *given: Any) -> Any:
+        found = inputs(self, *given)
+        rows = found["output_rows"]
+        found["output_rows"] = np.maximum(rows - 1, 0)
+        return found
+
+    return faulty
+
+
+def _half_offsets(place: Any) -> Any:
+    def faulty(self: Lowering, *given: Any) -> Ref:
+        ref = place(self, *given)
+        return Ref(ref.buffer, ref.offset // 2)
+
+    return faulty
+
+
+def _table_reversed(table: Any) -> Any:
+    return lambda self: table(self)[::-1]
+
+
+def _slots_rolled(inputs: Any) -> Any:
+    """Each sequence of a batch reads the recurrent state of the one before it."""
+
+    def faulty(self: Batch, *given: Any) -> Any:
+        found = inputs(self, *given)
+        return {**found, "slot_in": np.roll(found["slot_in"], 1)}
+
+    return faulty
+
+
+def _pages_wrap(slots: Any) -> Any:
+    """A prompt past its first page goes on at the start of that."""
+    return lambda self, start, stop: slots(self, start, stop) % PAGE + self.row[0] * PAGE
+
+
+def _no_holders(holders: Any) -> Any:
+    return lambda self, pinned=False: np.zeros_like(holders(self, pinned))
+
+
+def _swapped(swiglu: Any) -> Any:
+    def faulty(product: Any) -> Any:
+        found = swiglu(product)
+        return found and (found[0][::-1], found[1])
+
+    return faulty
+
+
+def scale_off(raw: np.ndarray, call: Call) -> None:
+    """The first scale of a pack of int8 blocks."""
+    floats(raw)[int(call.node.shape[-1]) * call.node.attrs["C"] // 4] *= np.float32(1.01)
+
+
+def sum_off(raw: np.ndarray, call: Call) -> None:
+    """-8 times the sum of the first column's first block."""
+    columns = call.node.attrs["C"]
+    raw.view(np.int32)[int(call.node.shape[-1]) * columns // 4 + 2 * columns] += 8
+
+
+def code_off(raw: np.ndarray, call: Call) -> None:
+    raw.view(np.int8)[0] -= 1
+
+
+def first_number(change: Callable[[np.float32], Any]) -> Callable[[np.ndarray, Call], None]:
+    def spoil(raw: np.ndarray, call: Call) -> None:
+        floats(raw)[0] = change(floats(raw)[0])
+
+    return spoil
+
+
+def other_of_a_tie(raw: np.ndarray, call: Call) -> None:
+    """Experts 0 and 1, which have the same score, in the other order."""
+    ids = raw.view(np.int32)
+    ids[:] = np.where(ids < 2, 1 - ids, ids)
+
+
+def other_expert(raw: np.ndarray, call: Call) -> None:
+    """The first tile goes to the expert after its own."""
+    raw[HEADER:].view(np.int32)[0] += 1
+
+
+def elsewhere(raw: np.ndarray, call: Call) -> None:
+    """A bit of memory that the call has no business with; raw: all pages."""
+    raw[-1, -1] ^= 1
+
+
+def half_of_a_page(which: str) -> Callable[[dict[str, Any]], Any]:
+    """The second of two KV heads where the first is meant."""
+    return lambda a: shifted(f"{which}_pages", a[f"{which}_page_bytes"] // 2)(a)
+
+
+def _not_normalized(choice: Any) -> Any:
+    def faulty(*given: Any) -> Any:
+        found = choice(*given)
+        return found and replace(found, normalize=False)
+
+    return faulty
+
+
+def _dt_lost(raw_gates: Any) -> Any:
+    def faulty(*given: Any) -> Any:
+        found = raw_gates(*given)
+        return found and found[:3]
+
+    return faulty
+
+
+def _state_kept(cut: Any) -> Any:
+    return lambda self, length: self._replace(place=min(self.place, length))
+
+
+FAULTS = [
+    *faults("rule", "dense", validate, {
+        "scale of scores 10 % off": argument("attention", scale=times("scale", 1.1)),
+        "keys of the next KV head": argument("attention", k_pages=half_of_a_page("k")),
+        "values of the next KV head": argument("attention", v_pages=half_of_a_page("v")),
+        "softcap where there is none": argument("attention", softcap=number(0x41F00000)),
+        "K and V written to the next place": argument("qkv_post", slots=shifted("slots", 4)),
+        "pages of K and V swapped":
+            argument("qkv_post", k_pages=taken("v_pages"), v_pages=taken("k_pages")),
+        "norms of q and k swapped":
+            argument("qkv_post", q_norm=taken("k_norm"), k_norm=taken("q_norm")),
+        "rope in the other style": constant("qkv_post", style="normal"),
+        "rope of one dim less": argument("qkv_post", half=plus("half", -1)),
+        "embedding of the next token": argument("get_rows", ids=shifted("ids", 4)),
+        "logits of the next row": argument("gather_rows", x=shifted("x", 256)),
+        "eps of the norms 1e-4": argument("rms_norm_pack", eps=times("eps", 100)),
+        "residual dropped": argument("matmul", add=number(0)),
+        "gate and up swapped": argument("swiglu_pack", gate=taken("up"), up=taken("gate")),
+    }),
+    *faults("rule", "windowed", validate, {
+        "window one place too wide": argument("attention", window=plus("window", 1)),
+        "window one place too narrow": argument("attention", window=plus("window", -1)),
+        "window forgotten": argument("attention", window=number(0)),
+        "sinks forgotten": argument("attention", sinks=number(0)),
+        "angles of another magnitude": argument("rope_angles", mscale=times("mscale", 1.001)),
+        "bias dropped": argument("matmul", bias=number(0)),
+        "the last expert never chosen": argument("router", n_experts=plus("n_experts", -1)),
+        "weights of experts 10 % off": argument("router", scale=times("scale", 1.1)),
+        "tokens in the group of another expert": leaves("expert_group", other_expert),
+        "all experts are the first": argument("matmul_id", expert_stride=number(0)),
+        "biases of the first expert": argument("matmul_id", bias_stride=number(0)),
+        "rows of other tokens gathered": argument("pack_rows", divisor=lambda a: 2 * a["divisor"]),
+        "slope of the clamped SwiGLU": argument("swiglu_pack_rows", alpha=times("alpha", 1.01)),
+        "weights of the next choice": argument("expert_sum", weights=shifted("weights", 4)),
+    }),
+    *faults("program", "dense", validate, {
+        "mask one place too wide": device_input("places", lambda x: x + 1),
+        "mask one place too narrow": device_input("places", lambda x: np.maximum(x - 1, 0)),
+        "block table of the step before": put(Program, "_prepare", _table_kept),
+        "tiles of one sequence alone": put(programs, "attention_tiles", _tiles_of_one_sequence),
+        "positions one too far": device_input("positions", lambda x: x + 1),
+        "one live row too few": put(Program, "_prepare", _one_live_row_less),
+    }),
+    *faults("rule", "hybrid", validate, {
+        "stride between heads ignored": argument("qkv_post", q_head_stride=taken("head_dim")),
+        "shared expert always open": argument("expert_sum", gate=number(0)),
+        "shared expert opened by the first token": argument("expert_sum", gate_stride=number(0)),
+        "state read from where it is written": argument("gated_delta", slot_in=taken("slot_out")),
+        "the convolution's too": argument("conv_post", slot_in=taken("slot_out")),
+        "decay and beta swapped": argument("gated_delta", decay=taken("beta"), beta=taken("decay")),
+        "a and dt swapped": argument("gated_delta", a=taken("dt"), dt=taken("a")),
+        "value heads in the other order": argument("gated_delta", tiled=lambda a: 1 - a["tiled"]),
+        "one key head not normed": argument("conv_post", norm_end=plus("norm_end", -16)),
+        "gates of heads one after another":
+            argument("sigmoid_gate_pack", gate_head_stride=taken("head_dim")),
+    }),
+    *faults("kernel", "dense", validate, {
+        "a bit of another page changed": leaves("qkv_post", elsewhere, state=True),
+        "scale of packed activations 1 % off": leaves("rms_norm_pack", scale_off),
+        "a packed activation off by one": leaves("rms_norm_pack", code_off),
+        "a sum of packed activations off by one": leaves("rms_norm_pack", sum_off),
+        "one number 1 % off": leaves("matmul", first_number(lambda x: x * np.float32(1.01))),
+        "one number not finite": leaves("matmul", first_number(lambda x: np.nan)),
+    }),
+    *faults("lowering", "hybrid", validate, {
+        "offsets of views in half words": put(Lowering, "place", _half_offsets),
+    }),
+    *faults("weights", "dense", validate, {
+        "nibbles of weights swapped": put(WeightStore, "_pack", _nibbles_swapped),
+        "scales of weights 1 % off": put(WeightStore, "_pack", _scales_off),
+    }),
+    *faults("kernel", "tied", validate, {
+        "ties in the other order": leaves("router", other_of_a_tie),
+    }),
+    *faults("weights", "hybrid", validate, {
+        "taps of the convolution reversed": _taps_reversed,
+    }),
+    *faults("rows", "dense", any_order_of_threads, {
+        "no barrier anywhere in a layer": put(Call, "aligned", lambda _: lambda *_: True),
+        "two rows without a barrier between": put(lowering, "make_rows", _rows_merged),
+    }),
+    *faults("memory", "dense", validate, {
+        "memory given away while it is needed": put(lowering, "place_buffers", _live_buffer_reused),
+    }),
+    *faults("pass", "dense", fused_is_plain, {
+        "norms of q and k lost": put(fuse_attention, "_head", _without("norm")),
+        "rope lost": put(fuse_attention, "_head", _without("angles")),
+        "gate for up": put(fuse_ffn, "_swiglu", _swapped),
+    }),
+    *faults("pass", "hybrid", fused_is_plain, {
+        "experts' weights not made to sum to 1": put(fuse_ffn, "_choice", _not_normalized),
+        "residual behind experts lost":
+            put(fuse_sums, "_one_more_term", lambda _: lambda node, total, term: total),
+        "dt of the decay lost": put(fuse_delta, "_raw_gates", _dt_lost),
+    }),
+    *faults("pages", "dense", law_of_forks, {
+        "a shared page written without a copy":
+            put(pages, "_shared", lambda f: lambda *a: f(*a)[:0]),
+        "the copy of a page is empty":
+            put(PagePool, "_copy", lambda _: lambda self, page, copy: copy),
+    }),
+    *faults("pages", "dense", law_of_batches, {
+        "pages in use taken for free": put(PagePool, "holders", _no_holders),
+    }),
+    *faults("pages", "dense", law_of_cuts, {
+        "the second page is the first": put(Pages, "slots", _pages_wrap),
+    }),
+    *faults("batch", "dense", law_of_batches, {
+        "block tables of other sequences": put(Batch, "_table", _table_reversed),
+    }),
+    *faults("batch", "dense", law_of_cuts, {
+        "logits of the row before": put(Batch, "inputs", _output_rows_shifted),
+    }),
+    *faults("batch", "hybrid", law_of_batches, {
+        "state of the sequence before": put(Batch, "inputs", _slots_rolled),
+    }),
+    *faults("slots", "hybrid", law_of_rewinds, {
+        "a rewind keeps the state": put(Recurrent, "cut", _state_kept),
+    }),
+    *faults("slots", "hybrid", law_of_forks, {
+        "a fork goes on in its parent's slot":
+            put(Recurrent, "shared", lambda _: lambda self: self),
+    }),
+]  # fmt: skip
+
+
+def caught(fault: Fault, files: dict[str, Path]) -> str:
+    """What the check that should see a fault says of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        fault.seed(patch)
+        return red(fault.caught_by, files[fault.model])
+
+
+def line(fault: Fault, said: str) -> str:
+    """A row of the table."""
+    check = (fault.caught_by.__doc__ or "").strip() if said else "NOTHING"
+    return f"{fault.name:42} {fault.where:9} {fault.model:9} {check:31} {said[:110]}"
+
+
+def main() -> int:
+    """Print the table; 1 where a fault is not caught."""
+    with tempfile.TemporaryDirectory() as folder:
+        files, missed = write_models(Path(folder)), 0
+        for fault in FAULTS:
+            said = caught(fault, files)
+            missed += not said
+            print(line(fault, said), flush=True)
+    print(f"{len(FAULTS) - missed} of {len(FAULTS)} faults are caught")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,7 +15,7 @@ from packed_rows import Packed
 
 from runtime.backends.cpu.sizes import conv_scratch_nbytes, delta_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
-from runtime.ops.registry import OPS
+from runtime.ops.registry import OPS, Kind
 
 ROWS, LIVE, EPS, THREADS = 4, 3, 1e-6, 3
 BOUNDS = {"alpha": 1.702, "limit": 7.0}
@@ -110,7 +110,7 @@ def _row_scale(n: int, isa: str) -> Odd:
         out = Fenced(ROWS, n, n + 3)
         run(
             Kernel.of("row_scale"), isa, threads, x=Fenced.of(x, n + 5), out=out, live=LIVE, n=n,
-            factors=Fenced.of(factors, 5), x_stride=n + 5, factors_stride=5, out_stride=n + 3,
+            y=Fenced.of(factors, 5), x_stride=n + 5, y_stride=5, out_stride=n + 3,
         )  # fmt: skip
         assert out.strays(LIVE) == 0
         return out.values[:LIVE].copy()
@@ -149,6 +149,38 @@ def _gather_rows(n: int, isa: str) -> Odd:
         return out.values[:LIVE].copy()
 
     return Odd(call, wide(x[ids[:, 0]]), 0)
+
+
+def _copy(turned: bool) -> Callable[..., Odd]:
+    """Rows of n of [LIVE, 2, n], or of [n, LIVE, 2] turned: each element apart."""
+
+    def make(n: int, isa: str) -> Odd:
+        x = Numbers(n)(*((n, LIVE, 2) if turned else (LIVE, 2, n)))
+        wanted = x.transpose(1, 2, 0) if turned else x
+        a, c, step = (stride // 4 for stride in wanted.strides)
+
+        def call(threads: int) -> np.ndarray:
+            out = Fenced(2 * ROWS, n, n)
+            run(
+                Kernel.of("copy", item=4), isa, threads, x=Fenced.of(x.reshape(1, -1)), out=out,
+                live=LIVE, b=1, c=2, n=n, stride_a=a, stride_b=0, stride_c=c, stride_n=step,
+            )  # fmt: skip
+            assert out.strays(2 * LIVE) == 0
+            return out.values[: 2 * LIVE].copy()
+
+        return Odd(call, wide(wanted.reshape(2 * LIVE, n)), 0)
+
+    return make
+
+
+def _unary_ops() -> list[str]:
+    """Ops of one input without attributes, whose kernels are called alike."""
+    alike = (Kind.ELEMENTWISE, Kind.ROWWISE)
+    return [
+        name
+        for name, op in OPS.items()
+        if op.kind in alike and all(len(c.args) == 1 and not c.attrs for c in op.cases)
+    ]
 
 
 def _rope(style: str) -> Callable[..., Odd]:
@@ -386,10 +418,7 @@ CASES: dict[str, Callable[[int, str], Odd]] = {
     "swiglu_oai": _binary(
         "swiglu_oai", lambda x, y: reference("swiglu_oai", x, y, **BOUNDS), **BOUNDS
     ),
-    **{
-        name: _unary(name, lambda x, name=name: reference(name, x))
-        for name in ("silu", "sigmoid", "softplus", "softmax", "normalize")
-    },
+    **{name: _unary(name, lambda x, name=name: reference(name, x)) for name in _unary_ops()},
     "exp": _unary("exp", lambda x: np.exp(wide(x))),
     "log": _unary("log", lambda x: np.log(wide(x))),
     "scale": _unary("scale", lambda x: wide(x) * np.float32(0.3), factor=0.3),
@@ -397,6 +426,8 @@ CASES: dict[str, Callable[[int, str], Odd]] = {
     "rms_norm": _rms_norm(True),
     "rms_norm-plain": _rms_norm(False),
     "gather_rows": _gather_rows,
+    "copy-apart": _copy(True),
+    "copy-together": _copy(False),
     "rope-neox": _rope("neox"),
     "rope-normal": _rope("normal"),
     "l2_norm": _l2_norm,

@@ -12,7 +12,7 @@ from runtime.backends.cpu.kernels import KERNELS
 LENGTHS = range(1, 65)
 # What models run most, and one of each way to end a row; the sweep takes all on all processors.
 DEFAULT = (
-    "add", "swiglu", "softmax", "rms_norm", "gather_rows", "rope-neox", "rope-normal",
+    "add", "swiglu", "softmax", "rms_norm", "gather_rows", "copy-apart", "rope-neox", "rope-normal",
     "conv_post-4", "short_conv-3", "gated_delta", "expert_sum", "router-softmax", "pack-1",
     "pack-8", "rms_norm_pack-4", "swiglu_pack-4", "pack_rows-4",
 )  # fmt: skip

@@ -21,13 +21,6 @@ from runtime.ops.kv_formats import KV_FORMATS, kv_format
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import OPS, Op, op
 
-NAMES = [
-    "add", "attention", "broadcast", "copy", "expert_bias", "expert_sum", "gated_delta", "get_rows",
-    "kv_write", "l2_norm", "matmul", "matmul_id", "mul", "normalize", "permute", "reshape",
-    "rms_norm", "rope", "rope_angles", "row_scale", "scale", "select_rows", "short_conv",
-    "sigmoid", "silu", "slice", "softmax", "softplus", "swiglu_oai", "take", "top_k",
-]  # fmt: skip
-
 GRID = [pytest.param(*point, id="-".join(map(str, point))) for point in grid()]
 WHOLE = [point for point in GRID if point.values[2].split()[0] not in VIEWS]
 # Forms of arguments that the rules of the CPU refuse by name, with the numbers of the cases: a
@@ -106,10 +99,6 @@ def _left(backend: Backend, built: Built, key: str) -> np.ndarray:
     return backend.read_state(leaf, range(len(value)))
 
 
-def test_op_names_are_pinned():
-    assert sorted(OPS) == NAMES
-
-
 def test_unknown_and_duplicate_ops_are_refused():
     with pytest.raises(OpError, match="did you mean 'rms_norm'"):
         ops.registry.find("rms_nrom")
@@ -118,7 +107,8 @@ def test_unknown_and_duplicate_ops_are_refused():
 
 
 def test_every_op_has_an_oracle():
-    assert sorted(ORACLES) == NAMES
+    """So tests/oracles.py is the list of what ops there are; it should stay small."""
+    assert sorted(ORACLES) == sorted(OPS) and len(OPS) <= 45
 
 
 @pytest.mark.parametrize("name, n, variant", WHOLE)

@@ -29,7 +29,7 @@ from runtime.gguf import GGUFFile
 from runtime.memory import budget
 from runtime.model import Model
 from runtime.ops.dtypes import F32, nbytes_for
-from runtime.ops.registry import OPS
+from runtime.ops.registry import OPS, find
 
 PLANS = Path(__file__).parent / "plans"
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -68,6 +68,19 @@ def test_no_copies_and_few_ops(model: Model):
         plan = _plan(model, tokens, 1)
         assert plan.copies() == moved
     assert len(_plan(model, 1, 1).instructions) <= p.layers * (11 if p.experts else 9) + 3
+
+
+def test_calls_touch_the_state_that_their_op_declares(model: Model):
+    """`reads` and `writes` of ops are what kernels do; splits and VALIDATE go by them."""
+    for tokens in (1, 16):
+        for call in _plan(model, tokens, 1).calls():
+            inputs, op = call.node.inputs, find(call.node.op)
+            reads, writes = ({inputs[i].base for i in of} for of in (op.reads, op.writes))
+            read, written = (
+                {b.tensor for b in of if b.kind == "state"} for of in (call.reads, call.writes)
+            )
+            assert written == writes, op.name
+            assert reads <= read <= reads | writes, op.name
 
 
 def test_copies_of_views_are_seen():

@@ -176,11 +176,18 @@ def test_a_step_holds_so_much_and_says_so(model: Model, monkeypatch: pytest.Monk
     with model.session() as session:
         session.eval(IDS[:3], "none")
         for ids, rows, says in (
-            (IDS[:65], "last", "65 tokens in one step of this model; most is 64"),
-            (IDS[:9], "all", "9 rows of logits in one step of this model; most is 8"),
+            (
+                IDS[:65],
+                "last",
+                "65 tokens and 1 rows of logits in one step .* most is 64 and 8",
+            ),
+            (IDS[:9], "all", "9 tokens and 9 rows of logits"),
         ):
             with pytest.raises(OptionError, match=says):
                 _run(model, (session, ids, rows))
+        for rows in ([0, 5], [1, 1], [-1], [2, 0]):
+            [found] = _run(model, (session, IDS[:5], rows))
+            assert "must be rising places of 5 ids" in str(found)
         with pytest.raises(OptionError, match="stands twice"):
             _run(model, (session, [1], "last"), (session, [2], "last"))
         assert session.tokens == IDS[:3] == session.tokens[: session.evaluated]

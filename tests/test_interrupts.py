@@ -93,7 +93,7 @@ CASES = {
     "prompt": Case((0,), lambda m, s: s.eval(IDS[:40])),
     "long prompt": Case((5,), lambda m, s: s.eval(IDS[:90], "last", lambda *at: None)),
     "a program's first step": Case(
-        (3,), lambda m, s: s.eval([7, 8]), lambda m, *_: m._engine.programs.clear() or ()
+        (3,), lambda m, s: s.eval([7, 8]), lambda m, *_: m._engine.programs._made.clear() or ()
     ),
     "decode": Case((40,), lambda m, s: s.eval([7], "last")),
     "decode into a new page": Case((63, 1), lambda m, s, o: s.eval([7], "last")),

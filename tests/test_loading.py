@@ -37,7 +37,7 @@ def test_kernels_of_prompts_are_missed_with_the_first_prompt(
     monkeypatch.setattr(Library, "prepare", prepare_and_note)
     with runtime.load(small_model, progress=lambda *what: calls.append(what)) as model:
         want = model.eval([1, 2, 3, 4, 5, 6, 7, 8, 9])
-        model._engine.programs.clear()
+        model._engine.programs._made.clear()
         model.backend._programs.clear()
         single = model.backend.kernels([model.backend.plan(model.graph(1, 1))])
         wide = model.backend.kernels([model.backend.plan(model.graph(16, 16))])

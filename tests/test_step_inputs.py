@@ -50,19 +50,19 @@ def test_embeddings_may_come_as_vectors(model: Model, table: np.ndarray, whole: 
     run = model._engine.run
     with model.session() as session, model.session() as other, model.session() as third:
         absent = [-1] * 40
-        [rows] = run([Piece(session._sequence, absent, "all", vectors=table[IDS[:40]])])
+        [rows] = run([Piece(session._sequence, absent, "all", given={"vectors": table[IDS[:40]]})])
         np.testing.assert_array_equal(rows, whole[:40])
         mixed = [*IDS[:3], *[-1 - i for i in range(50)], *IDS[53:60]]
         found = run([
             Piece(third._sequence, IDS[:9], "all"),
-            Piece(other._sequence, mixed, "all", vectors=table[IDS[3:53]]),
-            Piece(session._sequence, [-7], "all", vectors=table[IDS[40:41]]),
+            Piece(other._sequence, mixed, "all", given={"vectors": table[IDS[:60]]}),
+            Piece(session._sequence, [-7], "all", given={"vectors": table[IDS[40:41]]}),
         ])  # fmt: skip
         for got, want in zip(found, (whole[:9], whole[:60], whole[40:41]), strict=True):
             np.testing.assert_array_equal(got, want)
         assert other.tokens == mixed
         np.testing.assert_array_equal(other.eval(IDS[60:70]), whole[60:70])
-        long = Piece(third._sequence, [-1] * 100, "last", vectors=table[IDS[9:109]])
+        long = Piece(third._sequence, [-1] * 100, "last", given={"vectors": table[IDS[9:109]]})
         most, model._engine.most_tokens = model._engine.most_tokens, 32
         [rows] = model._engine.run_all([long])
         model._engine.most_tokens = most
@@ -73,7 +73,9 @@ def test_vectors_matter(model: Model, table: np.ndarray, whole: np.ndarray):
     with model.session() as session:
         vectors = table[IDS[:40]]
         vectors[20] += 0.5
-        [rows] = model._engine.run([Piece(session._sequence, [-1] * 40, "all", vectors=vectors)])
+        [rows] = model._engine.run(
+            [Piece(session._sequence, [-1] * 40, "all", given={"vectors": vectors})]
+        )
     np.testing.assert_array_equal(rows[:20], whole[:20])
     assert (rows[20:] != whole[20:40]).any(axis=1).all()
 
@@ -87,13 +89,11 @@ def test_positions_of_their_own(model: Model, whole: np.ndarray):
         wide = positions.astype(np.int32).repeat(width).reshape(shape)
         with model.session() as session:
             session.eval(IDS[:10], "none")
-            found = [
-                engine.run(
-                    [Piece(session._sequence, IDS[a:b], "all", positions=wide[a - 10 : b - 10])]
-                )
-                for a, b in ((10, cut), (cut, 60))
-            ]
-        return np.concatenate([rows for [rows] in found])
+            found = []
+            for a, b in ((10, cut), (cut, 60)):
+                given = {"positions": wide[a - 10 : b - 10]}
+                found += engine.run([Piece(session._sequence, IDS[a:b], "all", given=given)])
+        return np.concatenate(found)
 
     places = np.arange(10, 60)
     np.testing.assert_array_equal(run(places, 40), whole[10:60])
@@ -113,7 +113,7 @@ def test_positions_in_several_steps_and_after_a_rewind(
         session.eval(IDS[:30], "none")
         session.eval(IDS[30:60], "none")
         session.rewind(5)
-        piece = Piece(session._sequence, IDS[55:155], "all", positions=wide)
+        piece = Piece(session._sequence, IDS[55:155], "all", given={"positions": wide})
         [rows] = model._engine.run_all([piece])
     np.testing.assert_array_equal(rows, whole[55:155])
 
@@ -122,8 +122,8 @@ def test_what_came_as_vectors_is_not_evaluated_again(model: Model, table: np.nda
     with model.session() as session:
         session.eval(IDS[:10], "none")
         pieces = [
-            Piece(session._sequence, [i], vectors=v)
-            for i, v in ((-1, table[:1]), (5, None), (6, None), (-1, table[:1]))
+            Piece(session._sequence, [i], given={"vectors": table[:1]} if i < 0 else {})
+            for i in (-1, 5, 6, -1)
         ]
         for piece in pieces:
             assert isinstance(model._engine.run([piece])[0], np.ndarray)
@@ -141,12 +141,13 @@ def test_what_came_as_vectors_is_not_evaluated_again(model: Model, table: np.nda
 def test_wrong_vectors_and_positions(model: Model, table: np.ndarray):
     with model.session() as session:
         for given, says in (
-            ({"vectors": table[:3]}, r"vectors of shape \[3, 64\]; needed is \[2, 64\]"),
-            ({"vectors": table[:2, :5]}, r"vectors of shape \[2, 5\]"),
-            ({"vectors": table[:2], "positions": np.zeros((2, 9), np.int32)}, "positions of shape"),
+            ({"vectors": table[:2]}, r"vectors of shape \[2, 64\]; needed is \[3, 64\]"),
+            ({"vectors": table[:3, :5]}, r"vectors of shape \[3, 5\]"),
+            ({"vectors": table[:3], "positions": np.zeros((3, 9), np.int32)}, "positions of shape"),
+            ({"vectors": table[:3], "pixels": table}, "come with positions, vectors, not 'pixels'"),
             ({}, "token id -1 is outside the vocabulary"),
         ):
-            [found] = model._engine.run([Piece(session._sequence, [4, -1, -1], **given)])
+            [found] = model._engine.run([Piece(session._sequence, [4, -1, -1], given=given)])
             with pytest.raises(OptionError, match=says):
                 raise found
         with pytest.raises(OptionError, match="token id -1 is outside"):

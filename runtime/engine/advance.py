@@ -8,26 +8,28 @@ model's sequences is under way at a time (see `Engine.alone`), so nothing else t
 from __future__ import annotations
 
 from collections import abc, deque
-from dataclasses import dataclass
 from itertools import repeat
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import Error
-from runtime.memory.slots import NONE, Checkpoint, least_missed
+from runtime.memory.slots import NONE, Checkpoint
+
+_NOTHING: abc.Mapping[str, np.ndarray] = MappingProxyType({})
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(NamedTuple):
     """New tokens of one sequence, and which of their rows of logits are wanted.
 
     rows: "none", "last" or "all" of them, or places in `ids`, rising. opens, closes: whether a
     message begins before the first or ends with the last of them, so that a recurrent state is
     worth keeping there; by default where there are several.
-    vectors: float32 [n, hidden] in place of the embeddings of the n ids below 0, which are what
-    the sequence knows these tokens by. positions: int32 [len(ids)] or [len(ids), components], by
-    default the places of the tokens in the sequence.
+    given: what the tokens come with, a row each: "positions", int32 [len(ids)] or [len(ids),
+    components], by default their places; "vectors", float32 [len(ids), hidden], whose rows stand
+    for the embeddings of ids below 0 (by which the sequence knows such tokens).
     """
 
     sequence: Sequence
@@ -35,15 +37,14 @@ class Piece:
     rows: str | abc.Sequence[int] = "last"
     opens: bool | None = None
     closes: bool | None = None
-    vectors: np.ndarray | None = None
-    positions: np.ndarray | None = None
+    given: abc.Mapping[str, np.ndarray] = _NOTHING
 
     def wanted(self) -> abc.Sequence[int]:
         """Places in `ids`."""
-        n = len(self.ids)
-        if isinstance(self.rows, str):
-            return range({"all": 0, "last": n - 1, "none": n}[self.rows], n)
-        return self.rows
+        n, rows = len(self.ids), self.rows
+        if not isinstance(rows, str):
+            return rows
+        return range(0 if rows == "all" else n - (rows == "last"), n)
 
 
 class Advance:
@@ -51,14 +52,17 @@ class Advance:
 
     The first ones may be tokens that it has already; `new` of them it has not. `wanted`: of which
     of `ids` logits are wanted. `state` and `slot_out`: what its recurrent layers read and write
-    next. `vectors` and `positions`: of the new tokens, where they come with them. `error`: why it
-    cannot go on, while others do.
+    next. `given`: see Piece. `rows`: float32 [len(wanted), vocabulary], as far as they are taken.
+    `error`: why it cannot go on, while others do.
     """
 
     __slots__ = (
-        "before", "closes", "error", "ids", "new", "pages", "positions", "sequence", "slot_out",
-        "start", "state", "stop", "vectors", "wanted",
+        "_filled", "before", "closes", "error", "given", "ids", "new", "pages", "rows", "sequence",
+        "slot_out", "start", "state", "stop", "wanted",
     )  # fmt: skip
+
+    error: Error | None
+    rows: np.ndarray
 
     def __init__(self, piece: Piece) -> None:
         self.sequence, self.new = piece.sequence, len(piece.ids)
@@ -67,8 +71,7 @@ class Advance:
         self.stop = record.length + self.new  # how many tokens it will have
         self.start, self.ids, self.wanted = record.length, piece.ids, piece.wanted()
         self.closes = self.new > 1 if piece.closes is None else piece.closes
-        self.vectors, self.positions = piece.vectors, piece.positions
-        self.error: Error | None = None
+        self.given, self.error, self._filled = piece.given, None, 0
         if self.state is not None:
             self.start = self.state.place
             if self.start < record.length:
@@ -83,6 +86,14 @@ class Advance:
         """The slots that the next step reads and writes, of models with recurrent layers."""
         assert self.state is not None, "only recurrent layers have slots"
         return self.state.slot, self.slot_out
+
+    def take(self, rows: np.ndarray) -> None:
+        """A copy of the next of its rows; there may be none."""
+        if not self._filled:
+            self.rows = np.empty((len(self.wanted), rows.shape[1]), np.float32)
+        end = self._filled + len(rows)
+        self.rows[self._filled : end] = rows
+        self._filled = end
 
     def end(self, place: int, message_end: bool) -> None:
         """The device has evaluated the tokens up to `place`."""
@@ -114,8 +125,7 @@ class Advance:
         tokens, length = self.before.tokens, self.before.length
         del tokens[length:]
         tokens.extend(self.ids[-self.new :])
-        plain = self.vectors is None and self.positions is None
-        given = self.before.given if plain else self.stop
+        given = self.stop if self.given else self.before.given
         return Record(tokens, self.stop, self.pages, self.state, given=given)
 
     def held_slots(self) -> set[int]:
@@ -135,11 +145,11 @@ class Advance:
         if self.state is not None:
             self.state = self.state.without(checkpoint)
 
-    def least_missed(self) -> Checkpoint:
-        """The checkpoint to drop first; it has one."""
-        assert self.state is not None, "who has a checkpoint has a state"
-        place = max(self.state.place, self.before.evaluated)
-        return least_missed(self.checkpoints, place)
+    @property
+    def evaluated(self) -> int:
+        """How far its states reach."""
+        assert self.state is not None, "only recurrent layers have states"
+        return max(self.state.place, self.before.evaluated)
 
 
 def begin(advances: abc.Sequence[Advance]) -> None:

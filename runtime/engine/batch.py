@@ -30,35 +30,13 @@ class Part:
     message_end: bool  # a message ends with it, or near it
 
     @staticmethod
-    def of(advance: Advance, at: int, stop: int, message_end: bool = False) -> Part:
+    def of(advance: Advance, at: int, stop: int, message_end: bool) -> Part:
         """Tokens at..stop-1 of those to evaluate."""
-        ids, wanted = advance.ids, advance.wanted
-        if stop == len(ids):
-            message_end = message_end or advance.closes
-            if not at:
-                return Part(advance, ids, advance.start, wanted, message_end)
+        wanted = advance.wanted
         first, last = bisect_left(wanted, at), bisect_left(wanted, stop)
         found = [place - at for place in wanted[first:last]]
-        return Part(advance, ids[at:stop], advance.start + at, found, message_end)
-
-    def vectors(self) -> np.ndarray | None:
-        """float32 [tokens without an id, hidden], where there are any."""
-        given = self.advance.vectors
-        if given is None:
-            return None
-        at = self.start - self.advance.start
-        first = sum(i < 0 for i in self.advance.ids[:at])
-        return given[first : first + sum(i < 0 for i in self.ids)]
-
-    def positions(self) -> np.ndarray | None:
-        """int32 [tokens] or [tokens, components] where they are not the places."""
-        given, at = self.advance.positions, self.start - self.advance.before.length
-        if given is None or at + len(self.ids) <= 0:
-            return None
-        again = np.arange(self.start, self.start + max(0, -at), dtype=np.int32)
-        again = again.reshape(-1, *[1] * (given.ndim - 1))
-        own = given[max(0, at) : at + len(self.ids)]
-        return np.concatenate([np.broadcast_to(again, (len(again), *own.shape[1:])), own])
+        end = message_end or (advance.closes and stop == len(advance.ids))
+        return Part(advance, advance.ids[at:stop], advance.start + at, found, end)
 
     def finish(self) -> None:
         """The step has ended."""
@@ -68,66 +46,71 @@ class Part:
 class Batch:
     """One step: its parts, whose rows of logits come behind one another."""
 
-    def __init__(self) -> None:
+    def __init__(self, advances: Iterable[Advance] = ()) -> None:
+        """advances: those that it takes to their ends."""
         self.parts: list[Part] = []
         self.tokens = self.outputs = 0
-        self.vectors = self.positioned = False  # whether tokens come with vectors, with positions
+        self.given = set[str]()  # what some tokens come with
+        for a in advances:
+            self.add(Part(a, a.ids, a.start, a.wanted, a.closes))
 
     def add(self, part: Part) -> None:
         """One part more, of a sequence that has none here."""
         self.parts.append(part)
         self.tokens += len(part.ids)
         self.outputs += len(part.wanted)
-        self.vectors = self.vectors or part.advance.vectors is not None
-        self.positioned = self.positioned or part.advance.positions is not None
-
-    def rows(self, logits: np.ndarray) -> Iterator[tuple[Advance, np.ndarray]]:
-        """Whose rows are which of the step's logits."""
-        at = 0
-        for part in self.parts:
-            yield part.advance, logits[at : at + len(part.wanted)]
-            at += len(part.wanted)
+        if part.advance.given:
+            self.given |= part.advance.given.keys()
 
     @property
     def live(self) -> dict[str, int]:
         """How much of each capacity this step fills."""
         return {"tokens": self.tokens, "outputs": self.outputs, "sequences": len(self.parts)}
 
-    def inputs(self, components: int = 1) -> dict[str, np.ndarray]:
+    def inputs(self, components: int, hidden: int) -> dict[str, np.ndarray]:
         """Step inputs, live parts only, of sequences whose memory is prepared.
 
-        components: numbers of a position.
+        components: numbers of a position. hidden: of a vector.
         """
         single = self.tokens == len(self.parts)
         found = self._single_tokens() if single else self._any_tokens()
         found["table"] = self._table()
-        found["positions"] = self._positions(found["places"], components)
-        if self.vectors:
-            found |= self._vectors(found["tokens"])
+        places = found["places"]
+        found["positions"] = places
+        if components > 1:  # of a text they are all the same
+            found["positions"] = places.repeat(components).reshape(-1, components)
+        if self.given:
+            self._add_given(found, hidden)
         if self.parts[0].advance.state is not None:
             slots = [p.advance.slots for p in self.parts]
             found["slot_in"], found["slot_out"] = np.array(slots, np.int32).T
             found["runs"] = self._runs()
         return found
 
-    def _positions(self, places: np.ndarray, components: int) -> np.ndarray:
-        positions = places
-        if components > 1:  # of a text they are all the same
-            positions = places.repeat(components).reshape(-1, components)
-        if self.positioned:
-            positions, at = positions.copy(), 0
-            for part in self.parts:
-                if (own := part.positions()) is not None:
-                    positions[at : at + len(own)] = own
-                at += len(part.ids)
-        return positions
+    def _add_given(self, found: dict[str, np.ndarray], hidden: int) -> None:
+        """Put what tokens come with in place of what they have by default."""
+        if "positions" in self.given:
+            found["positions"] = self._column("positions", found["positions"].copy())
+        if "vectors" in self.given:
+            absent = found["tokens"] < 0
+            width = next(
+                v.shape[1] for p in self.parts if (v := p.advance.given.get("vectors")) is not None
+            )
+            vectors = self._column("vectors", np.zeros((self.tokens, width), np.float32))
+            found["vectors"] = np.where(absent[:, None], vectors, np.float32(0))
+            found["from_table"] = (~absent)[:, None].astype(np.float32)
+            found["tokens"] = found["tokens"].clip(0)
 
-    def _vectors(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        given = [v for part in self.parts if (v := part.vectors()) is not None]
-        vectors = np.zeros((self.tokens, given[0].shape[1]), np.float32)
-        vectors[tokens < 0] = np.concatenate(given)
-        from_table = (tokens >= 0).astype(np.float32)[:, None]
-        return {"vectors": vectors, "from_table": from_table, "tokens": tokens.clip(0)}
+    def _column(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """`rows`, one for each token, with those that tokens come with under a name."""
+        at = 0
+        for part in self.parts:
+            n, given = len(part.ids), part.advance.given.get(name)
+            first = part.start - part.advance.before.length  # below 0: evaluated again
+            if given is not None and first + n > 0:
+                rows[at + max(0, -first) : at + n] = given[max(0, first) : first + n]
+            at += n
+        return rows
 
     def _single_tokens(self) -> dict[str, np.ndarray]:
         """One token each: a decode step, where every microsecond counts."""
@@ -190,11 +173,24 @@ def bucket_below(n: int) -> int:
     return min(UBATCH, 1 << (max(1, n).bit_length() - 1))
 
 
+def size_of(advances: Iterable[Advance]) -> tuple[int, int]:
+    """Tokens to evaluate, and rows of logits that are wanted."""
+    tokens = rows = 0
+    for advance in advances:
+        tokens += len(advance.ids)
+        rows += len(advance.wanted)
+    return tokens, rows
+
+
 def cut(advances: Sequence[Advance], most_tokens: int, most_rows: int) -> Iterator[Batch]:
     """Steps of at most `most_tokens` tokens and `most_rows` rows of logits, in order.
 
     A part also ends where a state is to be kept.
     """
+    tokens, rows = size_of(advances)
+    if tokens <= most_tokens and rows <= most_rows:
+        yield from [Batch(advances)] if advances else []
+        return
     batch = Batch()
     for advance in advances:
         keep_at = _state_kept_at(advance, most_tokens)

@@ -6,6 +6,7 @@ from collections import abc
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from runtime.backends import forks
 from runtime.backends.base import Backend, Program, Progress
 from runtime.backends.environment import debug, inspected, validate
 from runtime.engine.advance import Advance, Piece, begin, commit
-from runtime.engine.batch import Batch, Part, bucket_below, cut, largest_step
+from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
 from runtime.engine.pools import Pools
 from runtime.engine.programs import Programs
@@ -96,15 +97,13 @@ class Engine:
         with self.alone():
             advances = self._admitted(pieces)
             self._check_size(advances)
-            self.pools.reserve([a for a in advances if a.error is None])
-            going, batch = [a for a in advances if a.error is None], Batch()
-            for advance in going:
-                batch.add(Part.of(advance, 0, len(advance.ids)))
+            self.pools.reserve(advances)
+            going = [a for a in advances if a.error is None]
             begin(going)
-            logits = self._step(batch) if batch.parts else np.empty((0, self.vocabulary))
-            results = {advance: rows.copy() for advance, rows in batch.rows(logits)}
-            commit([advance for advance in results if advance.error is None])
-        return [a.error or results[a] for a in advances]
+            if going:
+                self._step(Batch(going))
+                commit([a for a in going if a.error is None])
+        return [a.error or a.rows for a in advances]
 
     def run_all(
         self, pieces: abc.Sequence[Piece], on_prompt: OnPrompt | None = None
@@ -120,23 +119,14 @@ class Engine:
             self.pools.reserve(advances)
             _raise(advances)
             begin(advances)
-            shapes = [(len(a.wanted), self.vocabulary) for a in advances]
-            results = {
-                a: np.empty(shape, np.float32) for a, shape in zip(advances, shapes, strict=True)
-            }
-            filled = dict.fromkeys(advances, 0)
             batches: Iterable[Batch] = cut(advances, self.most_tokens, self.most_rows)
             for batch in batches if on_prompt is None else _told(list(batches), on_prompt):
                 self.pools.reserve_slots([part.advance for part in batch.parts], advances)
                 _raise(advances)
-                logits = self._step(batch)
+                self._step(batch)
                 _raise(advances)
-                for advance, rows in batch.rows(logits):
-                    at = filled[advance]
-                    filled[advance] = at + len(rows)
-                    results[advance][at : at + len(rows)] = rows
             commit(advances)
-        return [*results.values()]
+        return [a.rows for a in advances]
 
     def close(self) -> None:
         """End threads and give memory back; sequences cannot go on afterwards."""
@@ -158,13 +148,15 @@ class Engine:
         ids, record = piece.ids, piece.sequence.record
         if not ids:
             raise OptionError("there are no tokens to evaluate; give at least one id")
-        if (piece.vectors is None and min(ids) < 0) or max(ids) >= self.vocabulary:
+        if ("vectors" not in piece.given and min(ids) < 0) or max(ids) >= self.vocabulary:
             outside = next(i for i in ids if not 0 <= i < self.vocabulary)
             raise OptionError(
                 f"token id {shown(outside)} is outside the vocabulary of {self.vocabulary}"
             )
-        if piece.vectors is not None or piece.positions is not None:
+        if piece.given:
             self._check_given(piece)
+        if not isinstance(piece.rows, str) and not _rise(piece.rows, len(ids)):
+            raise OptionError(f"rows={shown(piece.rows)} must be rising places of {len(ids)} ids")
         if record.closed:
             raise OptionError(piece.sequence.closed_error)
         if record.evaluated < record.given:
@@ -175,15 +167,15 @@ class Engine:
         check_room(record.length, len(ids), self.context)
 
     def _check_given(self, piece: Piece) -> None:
-        """OptionError unless vectors and positions have the shapes that the ids ask for."""
-        n, components = len(piece.ids), self.architecture.positions_per_token
-        absent, hidden = sum(i < 0 for i in piece.ids), self.architecture.p.hidden
-        for what, given, shape in (
-            ("vectors", piece.vectors, (absent, hidden)),
-            ("positions", piece.positions, (n, components) if components > 1 else (n,)),
-        ):
-            if given is not None and given.shape != shape:
-                raise OptionError(f"{what} of shape {list(given.shape)}; needed is {list(shape)}")
+        """OptionError unless there is a row of the right width for each id."""
+        components, p = self.architecture.positions_per_token, self.architecture.p
+        rows = {"positions": () if components == 1 else (components,), "vectors": (p.hidden,)}
+        for name, given in piece.given.items():
+            if name not in rows:
+                raise OptionError(f"tokens come with {', '.join(rows)}, not {name!r}")
+            wanted = (len(piece.ids), *rows[name])
+            if given.shape != wanted:
+                raise OptionError(f"{name} of shape {list(given.shape)}; needed is {list(wanted)}")
 
     def _admitted(self, pieces: abc.Sequence[Piece]) -> list[Advance]:
         """Each piece on its way, with an error where it is not one that can be evaluated."""
@@ -200,26 +192,29 @@ class Engine:
         return advances
 
     def _check_size(self, advances: abc.Sequence[Advance]) -> None:
-        for what, size, most in (
-            ("tokens", sum(len(a.ids) for a in advances), self.most_tokens),
-            ("rows of logits", sum(len(a.wanted) for a in advances), self.most_rows),
-        ):
-            if size > most:
-                raise OptionError(f"{size} {what} in one step of this model; most is {most}")
+        tokens, rows = size_of(advances)
+        if tokens > self.most_tokens or rows > self.most_rows:
+            raise OptionError(
+                f"{tokens} tokens and {rows} rows of logits in one step of this model; most is "
+                f"{self.most_tokens} and {self.most_rows}"
+            )
 
-    def _step(self, batch: Batch) -> np.ndarray:
-        """The device's logits, a view; parts whose logits are not finite have an error."""
-        kind = (True,) if batch.vectors else ()
+    def _step(self, batch: Batch) -> None:
+        """Run it; each part takes its rows of logits, or an error where they are not finite."""
+        kind = (True,) if "vectors" in batch.given else ()
         program = self.programs.of(batch.tokens, batch.outputs, *kind)
-        inputs = batch.inputs(self.architecture.positions_per_token)
+        a, at = self.architecture, 0
+        inputs = batch.inputs(a.positions_per_token, a.p.hidden)
         logits = self._execute(program, inputs, batch.live)
-        if not _finite(logits):
-            for advance, rows in batch.rows(logits):
-                if not _finite(rows):
-                    advance.error = self._not_finite()
+        finite = _finite(logits)
         for part in batch.parts:
+            rows = logits[at : at + len(part.wanted)]
+            at += len(part.wanted)
+            if finite or _finite(rows):
+                part.advance.take(rows)
+            else:
+                part.advance.error = self._not_finite()
             part.finish()
-        return logits
 
     def _execute(
         self, program: Program, inputs: dict[str, np.ndarray], live: dict[str, int]
@@ -242,6 +237,10 @@ def _limits(file: GGUFFile, vocabulary: int) -> tuple[int, int]:
     layers = [t.shape for name, t in file.tensors.items() if name.startswith("blk.")]
     used = file.metadata.get(f"{file.architecture}.expert_used_count", 1)
     return largest_step(layers, used), bucket_below(_LOGITS_BYTES // (4 * vocabulary))
+
+
+def _rise(places: abc.Sequence[int], end: int) -> bool:
+    return all(a < b for a, b in pairwise([-1, *places, end]))
 
 
 def _finite(logits: np.ndarray) -> bool:

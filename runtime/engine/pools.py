@@ -10,7 +10,7 @@ from runtime.engine.sequence import Sequence
 from runtime.errors import MemoryLimitError
 from runtime.memory.holders import Holder, Holders
 from runtime.memory.pages import CopyPages, PagePool
-from runtime.memory.slots import NONE, SlotPool
+from runtime.memory.slots import NONE, SlotPool, least_missed
 
 
 class Pools:
@@ -26,8 +26,10 @@ class Pools:
 
         Slots first: who has no slot must not have pages that another one would leave to it.
         """
-        self.reserve_slots(advances, advances)
         going = [a for a in advances if a.error is None]
+        if self.slots.count:
+            self.reserve_slots(going, going)
+            going = [a for a in advances if a.error is None]
         if all(a.pages.writable(a.start, a.stop) for a in going):
             return
         found = self.pages.prepare([(a.pages, a.start, a.stop) for a in going])
@@ -78,5 +80,5 @@ def _drop_checkpoint(holders: Iterable[Holder | Advance]) -> bool:
     fullest = max(keepers, key=lambda keeper: len(keeper.checkpoints))
     if not fullest.checkpoints:
         return False
-    fullest.drop(fullest.least_missed())
+    fullest.drop(least_missed(fullest.checkpoints, fullest.evaluated))
     return True

@@ -56,10 +56,6 @@ class Programs:
         with reporter(progress) as report:
             self.backend.load(self._warm(self.backend), report)
 
-    def clear(self) -> None:
-        """Forget them; they are made again when they are needed."""
-        self._made.clear()
-
     def _prepare(self, graphs: list[Graph]) -> bool:
         """Where kernels of these graphs have to be compiled, compile all there are in one go.
 

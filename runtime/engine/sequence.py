@@ -8,7 +8,7 @@ import numpy as np
 
 from runtime.memory.holders import Holder
 from runtime.memory.pages import Pages
-from runtime.memory.slots import Checkpoint, Recurrent, least_missed
+from runtime.memory.slots import Checkpoint, Recurrent
 
 
 class Record(NamedTuple):
@@ -90,7 +90,7 @@ class Sequence(Holder):
         if self.record.state is not None:
             self.record = self.record._replace(state=self.record.state.without(checkpoint))
 
-    def least_missed(self) -> Checkpoint:
-        """The checkpoint to drop first; it has one."""
-        assert self.record.state is not None, "who has a checkpoint has a state"
-        return least_missed(self.checkpoints, self.record.state.place)
+    @property
+    def evaluated(self) -> int:
+        """How many tokens the next step need not evaluate."""
+        return self.record.evaluated

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -177,7 +179,6 @@ def test_llvm_may_know_nothing(monkeypatch: pytest.MonkeyPatch, answer: dict[str
 @pytest.mark.parametrize(("build", "arch"), [("win-amd64", "x86_64"), ("win-arm64", "aarch64")])
 def test_windows_python_of_another_architecture(monkeypatch, build: str, arch: str):
     """An x86 Python that Windows emulates on Arm runs x86 kernels, whatever the machine is."""
-    monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(isa.platform, "machine", lambda: "ARM64")
-    monkeypatch.setattr(isa.sysconfig, "get_platform", lambda: build)
+    monkeypatch.delattr(os, "uname", raising=False)  # Windows has none
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: build)
     assert isa.host_arch() == arch

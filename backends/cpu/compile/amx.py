@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
+import os
 import sys
 
 # Linux, arch/x86/include/uapi/asm/prctl.h and the x86-64 system call table.
@@ -16,7 +16,7 @@ _TILE_DATA = 18
 @functools.cache
 def request_amx() -> bool:
     """Whether this process may use AMX tiles from now on, in every thread; asked for once."""
-    if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
         return False
     try:
         syscall = ctypes.CDLL(None, use_errno=True).syscall

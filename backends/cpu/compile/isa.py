@@ -8,9 +8,7 @@ width LLVM prefers does not change with the processor's name.
 from __future__ import annotations
 
 import functools
-import platform
-import sys
-import sysconfig
+import os
 from dataclasses import dataclass
 
 from runtime.backends.cpu.compile.features import host_features
@@ -64,8 +62,11 @@ _ARCHES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 def host_arch() -> str:
     """This process's architecture as LLVM spells it: `x86_64`, `aarch64` or another name."""
-    machine = platform.machine().lower()
-    if sys.platform == "win32":  # an Arm machine may be emulating this x86 Python: the build tells
+    if hasattr(os, "uname"):
+        machine = os.uname().machine.lower()
+    else:  # an Arm machine may be emulating this x86 Python: the build tells
+        import sysconfig
+
         machine = sysconfig.get_platform().removeprefix("win-")
     return _ARCHES.get(machine, machine)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -79,6 +77,9 @@ def _linux_cores(allowed: Cores) -> set[str]:
 
 def cpu_name() -> str:
     """The processor's name, as far as the system tells."""
+    import platform
+    import subprocess
+
     try:
         if sys.platform == "linux":
             lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -10,26 +10,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
+from runtime.backends.cpu import llvm
+from runtime.backends.cpu.llvm import (  # noqa: F401  (kernels use all of these as e.NAME)
+    F16,
+    F32,
+    F64,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    Value,
+    fma,
+    half_to_float,
+    intrinsic_call,
+    load,
+    pointer,
+    prefetch,
+    store,
+)
+from runtime.backends.cpu.llvm import (
+    const as number,
+)
+
 LANES = 16
-i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-f16, f32, f64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-Value = Any  # an llvmlite value; llvmlite itself carries no types
+i1, i8, i16, i32, i64, f16, f32, f64 = I1, I8, I16, I32, I64, F16, F32, F64
 
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
 
 
 def wide(element: ir.Type) -> ir.VectorType:
-    return ir.VectorType(element, LANES)
+    return llvm.vec(element, LANES)
 
 
 def constant(value: float, element: ir.Type = f32) -> ir.Constant:
     """All 16 lanes equal to `value`; floats are rounded to float32 by the caller or are exact."""
-    return ir.Constant(wide(element), [value] * LANES)
+    return llvm.fill(element, value, LANES)
 
 
 def single(value: float) -> float:
@@ -47,20 +67,6 @@ def ints(value: int, element: ir.Type = i32) -> ir.Constant:
     """Lanes of an integer constant, given signed or as an unsigned bit pattern."""
     bits = element.width
     return constant(value - (1 << bits) if value >= 1 << (bits - 1) else value, element)
-
-
-def pointer(b: ir.IRBuilder, address: Value, element: ir.Type) -> Value:
-    return b.inttoptr(address, element.as_pointer())
-
-
-def load(b: ir.IRBuilder, address: Value, ty: ir.Type, align: int) -> Value:
-    value = b.load(pointer(b, address, ty))
-    value.align = align
-    return value
-
-
-def store(b: ir.IRBuilder, value: Value, address: Value, align: int) -> None:
-    b.store(value, pointer(b, address, value.type)).align = align
 
 
 def load_first(b: ir.IRBuilder, address: Value, n: Value, fill: Value | None = None) -> Value:
@@ -85,12 +91,7 @@ def store_first(b: ir.IRBuilder, value: Value, address: Value, n: Value) -> None
 
 
 def offset(b: ir.IRBuilder, address: Value, n_bytes: int) -> Value:
-    return b.add(address, ir.Constant(i64, n_bytes)) if n_bytes else address
-
-
-def number(value: int) -> ir.Constant:
-    """A size or an address."""
-    return ir.Constant(i64, value)
+    return b.add(address, number(n_bytes)) if n_bytes else address
 
 
 def times(b: ir.IRBuilder, value: Value, factor: int) -> Value:
@@ -98,27 +99,11 @@ def times(b: ir.IRBuilder, value: Value, factor: int) -> Value:
 
 
 def splat(b: ir.IRBuilder, value: Value) -> Value:
-    undef = ir.Constant(wide(value.type), ir.Undefined)
-    first = b.insert_element(undef, value, ir.Constant(i32, 0))
-    return b.shuffle_vector(first, undef, ir.Constant(wide(i32), [0] * LANES))
+    return llvm.splat(b, value, LANES)
 
 
 def lanes_of(b: ir.IRBuilder, value: Value, picked: Sequence[int]) -> Value:
-    return b.shuffle_vector(value, value, ir.Constant(ir.VectorType(i32, len(picked)), picked))
-
-
-def intrinsic_call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value]) -> Value:
-    ty = ir.FunctionType(result, [a.type for a in args])
-    function = b.module.globals.get(name) or ir.Function(b.module, ty, name)
-    return b.call(function, args)
-
-
-def fma(b: ir.IRBuilder, x: Value, y: Value, z: Value, fused: bool) -> Value:
-    """x * y + z, rounded once where the target can (`fused`)."""
-    if not fused:
-        return b.fadd(b.fmul(x, y), z)
-    suffix = "v16f32" if isinstance(x.type, ir.VectorType) else "f32"
-    return intrinsic_call(b, f"llvm.fma.{suffix}", x.type, [x, y, z])
+    return llvm.shuffle(b, value, value, picked)
 
 
 def larger(b: ir.IRBuilder, x: Value, y: Value) -> Value:
@@ -163,20 +148,6 @@ def total(b: ir.IRBuilder, x: Value) -> Value:
 
 def largest(b: ir.IRBuilder, x: Value) -> Value:
     return halves(b, x, lambda low, high: larger(b, low, high))
-
-
-def half_to_float(b: ir.IRBuilder, bits: Value, native: bool) -> Value:
-    """16 lanes of f16 bit patterns (i16) to f32, exactly."""
-    if native:
-        return b.fpext(b.bitcast(bits, wide(f16)), wide(f32))
-    h = b.zext(bits, wide(i32))
-    magnitude = b.shl(b.and_(h, ints(0x7FFF)), ints(13))
-    scaled = b.fmul(b.bitcast(magnitude, wide(f32)), floats(2.0**112))
-    special = b.icmp_unsigned(">=", magnitude, ints(0x0F800000))
-    value = b.bitcast(scaled, wide(i32))
-    value = b.select(special, b.or_(magnitude, ints(0x7F800000)), value)
-    sign = b.shl(b.and_(h, ints(0x8000)), ints(16))
-    return b.bitcast(b.or_(value, sign), wide(f32))
 
 
 def float_to_half(b: ir.IRBuilder, x: Value, native: bool) -> Value:

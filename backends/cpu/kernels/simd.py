@@ -193,10 +193,7 @@ def scatter(b, address, value, stride, n):
 @operation(void, i64)
 def prefetch(b, address):
     """Ask for the cache line at an address, to be read soon; any address is allowed."""
-    arguments = [ir.Constant(e.i32, v) for v in (0, 3, 1)]
-    ty = ir.FunctionType(ir.VoidType(), [e.i8.as_pointer(), e.i32, e.i32, e.i32])
-    function = cgutils.get_or_insert_function(b.module, ty, "llvm.prefetch.p0")
-    b.call(function, [e.pointer(b, address, e.i8), *arguments])
+    e.prefetch(b, address)
 
 
 # --- arithmetic

@@ -12,22 +12,12 @@ from typing import Any
 
 from llvmlite import ir
 
+from runtime.backends.cpu import llvm
 from runtime.backends.cpu.compile.isa import Isa
+from runtime.backends.cpu.llvm import F32, I1, I8, I16, I32, I64, const, vec  # noqa: F401
 
-I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
 ENTRY_TYPE = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
 ARG_BYTES = 8
-
-
-def vec(kind: ir.Type, n: int) -> ir.VectorType:
-    """The LLVM vector type of `n` values of `kind`."""
-    return ir.VectorType(kind, n)
-
-
-def const(value: int) -> ir.Constant:
-    """The int64 constant `value`."""
-    return ir.Constant(I64, value)
 
 
 @dataclass(frozen=True)
@@ -135,19 +125,17 @@ class Code:
 
     def pointer(self, address: Any, kind: ir.Type) -> Any:
         """The int64 address as a pointer to `kind`."""
-        return self.b.inttoptr(address, kind.as_pointer())
+        return llvm.pointer(self.b, address, kind)
 
     def load(self, address: Any, kind: ir.Type, align: int = 1) -> Any:
         """The value of type `kind` at an int64 address."""
         if isinstance(kind, ir.IntType):
             align = align if align > 1 else max(1, kind.width // 8)
-        value = self.b.load(self.pointer(address, kind))
-        value.align = align
-        return value
+        return llvm.load(self.b, address, kind, align)
 
     def store(self, value: Any, address: Any, align: int = 1) -> None:
         """Store `value` at an int64 address."""
-        self.b.store(value, self.pointer(address, value.type)).align = align
+        llvm.store(self.b, value, address, align)
 
     def store_past_caches(self, value: Any, address: Any) -> None:
         """Store a vector that fills a cache line at an aligned address, without reading the line.
@@ -179,15 +167,7 @@ class Code:
 
     def prefetch(self, address: Any) -> None:
         """Ask for the cache line at `address`, soon to be read; never faults."""
-        pointer = self.pointer(address, I8)
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        call = self._declare("llvm.prefetch.p0" + self._pointee(pointer), kind)
-        self.b.call(call, [pointer, *(ir.Constant(I32, v) for v in (0, 3, 1))])
-
-    @staticmethod
-    def _pointee(pointer: Any) -> str:
-        # Intrinsics over typed pointers (LLVM before 17) carry the pointed-to type in the name.
-        return "i8" if str(pointer.type) == "i8*" else ""
+        llvm.prefetch(self.b, address)
 
     def keep_order(self) -> None:
         """Keep loads that follow from being scheduled before here; no instruction is made.
@@ -200,53 +180,31 @@ class Code:
 
     def splat(self, value: Any, n: int | None = None) -> Any:
         """A vector with `value` in every lane."""
-        n = n or self.lanes
-        kind = vec(value.type, n)
-        undef = ir.Constant(kind, ir.Undefined)
-        first = self.b.insert_element(undef, value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(first, undef, ir.Constant(vec(I32, n), [0] * n))
+        return llvm.splat(self.b, value, n or self.lanes)
 
     def load_splat(self, address: Any, kind: ir.Type) -> Any:
         """The 4-byte value of `kind` at `address` in every lane."""
         return self.splat(self.load(address, kind, 4))
 
     def shuffle(self, x: Any, y: Any, picks: Sequence[int]) -> Any:
-        """The lanes `picks` of x followed by y."""
-        return self.b.shuffle_vector(x, y, ir.Constant(vec(I32, len(picks)), list(picks)))
+        """Lanes of x, then of y, by number."""
+        return llvm.shuffle(self.b, x, y, picks)
 
     def fill(self, kind: ir.Type, value: float, n: int | None = None) -> ir.Constant:
         """A constant vector of `value`."""
-        n = n or self.lanes
-        return ir.Constant(vec(kind, n), [value] * n)
+        return llvm.fill(kind, value, n or self.lanes)
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         """x * y + z, rounded once where the instruction set can, else after the product too."""
-        if not self.isa.has_fma:
-            return self.b.fadd(self.b.fmul(x, y), z)
-        kind = x.type
-        name = f"llvm.fma.v{kind.count}f32"
-        return self.b.call(self._declare(name, ir.FunctionType(kind, [kind] * 3)), [x, y, z])
+        return llvm.fma(self.b, x, y, z, self.isa.has_fma)
 
     def intrinsic(self, name: str, result: ir.Type, args: Sequence[Any]) -> Any:
         """Call the LLVM intrinsic `name`."""
-        kind = ir.FunctionType(result, [a.type for a in args])
-        return self.b.call(self._declare(name, kind), list(args))
+        return llvm.intrinsic_call(self.b, name, result, args)
 
     def half_to_float(self, bits: Any) -> Any:
         """float32 of float16 bit patterns (a vector of int16); exact, infinities and NaN too."""
-        n = bits.type.count
-        if self.isa.has_f16:
-            return self.b.fpext(self.b.bitcast(bits, vec(F16, n)), vec(F32, n))
-        b, wide = self.b, vec(I32, n)
-        whole = b.zext(bits, wide)
-        sign = b.shl(b.and_(whole, self.fill(I32, 0x8000, n)), self.fill(I32, 16, n))
-        magnitude = b.shl(b.and_(whole, self.fill(I32, 0x7FFF, n)), self.fill(I32, 13, n))
-        # Read as float32 the exponent is 112 too small, denormals included: one exact product.
-        scaled = b.fmul(b.bitcast(magnitude, vec(F32, n)), self.fill(F32, 2.0**112, n))
-        special = b.icmp_unsigned(">=", magnitude, self.fill(I32, 0x0F800000, n))
-        top = b.or_(magnitude, self.fill(I32, 0x7F800000, n))
-        bits32 = b.select(special, top, b.bitcast(scaled, wide))
-        return b.bitcast(b.or_(bits32, sign), vec(F32, n))
+        return llvm.half_to_float(self.b, bits, self.isa.has_f16)
 
     # ---- control ------------------------------------------------------------------------
 
@@ -312,7 +270,3 @@ class Code:
         phi = self.b.phi(value.type)
         phi.add_incoming(value, block)
         return phi
-
-    def _declare(self, name: str, kind: ir.FunctionType) -> Any:
-        found = self.module.globals.get(name)
-        return found or ir.Function(self.module, kind, name)

@@ -31,9 +31,14 @@ def stored_tensor(files: Any, leaf: Tensor) -> Any:
 
 
 class Program(Protocol):
-    """A graph made ready for one device."""
+    """A graph made ready for one device.
+
+    observable: whether the rows of its plan can be run one by one (`run_each`) and what they leave
+    in memory looked at (`contents`), as VALIDATE does; see backends/cpu/run/program.py.
+    """
 
     plan: Plan
+    observable: bool
 
     def run(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]

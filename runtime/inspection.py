@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.backends.base import Program
 from runtime.errors import Error
 
 if TYPE_CHECKING:
@@ -23,22 +24,26 @@ if TYPE_CHECKING:
     from runtime.validation import Validation
 
 
+_shown: weakref.WeakSet[Program] = weakref.WeakSet()  # whose plans were printed
+
+
 def run_inspected(
-    engine: Engine, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+    engine: Engine, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
     validate: bool, level: int,
 ) -> np.ndarray:  # fmt: skip
     """Run one step as VALIDATE and DEBUG ask; the logits."""
     if not program.plan.instructions:
         return program.run(inputs, live)[0]
-    if level >= 3 and not getattr(program, "shown", False):
-        program.shown = True
+    if level >= 3 and program not in _shown:
+        _shown.add(program)
         print(program.plan, file=sys.stderr)
         if level >= 4:
             print(engine.graphs.graph(live["tokens"], max(1, live["outputs"])), file=sys.stderr)
-    if validate:
+    if validate and program.observable:
         return _validation(engine).run(program, inputs, live)
     (rows, *_), nanoseconds = program.profile(inputs, live)
-    _show_times(engine, program.plan, nanoseconds, inputs, live, level)
+    if nanoseconds.any():  # the null device takes no time
+        _show_times(engine, program.plan, nanoseconds, inputs, live, level)
     return rows
 
 

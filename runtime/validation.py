@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.cpu.run.contents import Contents
 from runtime.backends.passes.packing import pack, pack_rows
 from runtime.backends.plan.plan import Buffer, Call, Plan
 from runtime.backends.reference import compute
@@ -26,6 +25,9 @@ from runtime.ops.attention import attention
 from runtime.ops.kv_formats import kv_format
 from runtime.ops.registry import OPS, Kind, kind_of
 from runtime.ops.tensor import Tensor
+
+if TYPE_CHECKING:
+    from runtime.backends.cpu.run.contents import Contents
 
 # Largest normalised squared error of a row: float32 leaves about 1e-14 of one rounding, more of
 # long sums. Attention's weights are exponentials, which turn the absolute error of a score, 1e-7

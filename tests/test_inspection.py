@@ -40,6 +40,20 @@ def decode(path: Path, ids: list[int]) -> None:
             model.eval([token])
 
 
+@pytest.mark.parametrize("devices", ["null:2", "reference"])
+def test_devices_without_kernels_can_be_inspected(
+    devices: str, small_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """There is nothing to compare, and of the null device plans without times."""
+    with runtime.load(small_model, devices) as model:
+        want = model.eval([1, 2, 3])
+        monkeypatch.setenv("VALIDATE", "1")
+        np.testing.assert_array_equal(model.eval([1, 2, 3]), want)
+        monkeypatch.setenv("VALIDATE", "0")
+        monkeypatch.setenv("DEBUG", "4")
+        np.testing.assert_array_equal(model.eval([1, 2, 3]), want)
+
+
 def test_debug_2_joins_layers_and_adds_up(small: Path, monkeypatch, capsys):
     monkeypatch.setenv("DEBUG", "2")
     decode(small, [1])

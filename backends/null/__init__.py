@@ -68,6 +68,8 @@ class NullBackend:
 class NullProgram:
     """The plan of a graph and zeros for its outputs."""
 
+    observable = False
+
     def __init__(self, graph: Graph, plan: Plan) -> None:
         self.plan = plan
         self._outputs = [o for o in graph.outputs if o.base.op != "state"]

@@ -99,6 +99,8 @@ class ReferenceBackend:
 class ReferenceProgram:
     """Runs a graph on live rows only; `values` of the last run can be looked up by name."""
 
+    observable = False  # it is what others are compared with
+
     def __init__(
         self, graph: Graph, weight: Callable[[Tensor], np.ndarray],
         state: Callable[[Tensor], np.ndarray],

@@ -31,6 +31,8 @@ _LONG = 0.02  # seconds that a step may take without a look at signals
 class Program:
     """See backends/base.py. Everything is allocated here; `run` only writes numbers and calls."""
 
+    observable = True
+
     def __init__(
         self, plan: Plan, team: Any, kernels: Callable[[Kernel], Native],
         memory: FixedMemory, arena: np.ndarray, scratch: np.ndarray,

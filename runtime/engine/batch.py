@@ -93,10 +93,7 @@ class Batch:
             found["positions"] = self._column("positions", found["positions"].copy())
         if "vectors" in self.given:
             absent = found["tokens"] < 0
-            width = next(
-                v.shape[1] for p in self.parts if (v := p.advance.given.get("vectors")) is not None
-            )
-            vectors = self._column("vectors", np.zeros((self.tokens, width), np.float32))
+            vectors = self._column("vectors", np.zeros((self.tokens, hidden), np.float32))
             found["vectors"] = np.where(absent[:, None], vectors, np.float32(0))
             found["from_table"] = (~absent)[:, None].astype(np.float32)
             found["tokens"] = found["tokens"].clip(0)

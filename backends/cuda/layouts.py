@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from runtime.ops.blocks import BLOCK_FORMATS, BlockFormat, Number
 from runtime.ops.errors import BackendError
+from runtime.ops.quant_blocks import numbers, struct_of
 
 BLOCK = 32  # values
 BLOCKS_PER = {
@@ -48,40 +50,31 @@ def pack_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def pack_q4_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """GGUF blocks uint8 [rows, n, 144] -> quants uint8 [rows, 8 n, 16], scales uint16 [rows, 8 n],
     supers uint32 [rows, n]."""
-    blocks = _checked(blocks, 144)
-    rows, n, _ = blocks.shape
-    groups = blocks[..., 16:].reshape(rows, n, 4, 32)
-    values = np.stack([groups & 15, groups >> 4], 3).reshape(rows, 8 * n, 32)
-    supers = np.ascontiguousarray(blocks[..., :4]).view(np.uint32)[..., 0]
-    return _nibble_pieces(values), _six_bit_scales(blocks[..., 4:16]), supers
+    described = BLOCK_FORMATS["q4_k"]
+    assert described.scale.steps and described.minimum and described.minimum.steps
+    supers = np.ascontiguousarray(_checked(blocks, 144)[..., :4]).view(np.uint32)[..., 0]
+    codes = _numbers(blocks, described, described.codes)
+    scales = _numbers(blocks, described, described.scale.steps).astype(np.uint16)
+    minima = _numbers(blocks, described, described.minimum.steps).astype(np.uint16)
+    return _nibble_pieces(codes.reshape(len(blocks), -1, 32)), scales | minima << 8, supers
 
 
-def _six_bit_scales(raw: np.ndarray) -> np.ndarray:
-    """The 8 scales and minima in 12 bytes [rows, n, 12], as uint16 [rows, 8 n]: scale | min << 8.
-
-    The first four of each are the low 6 bits of bytes 0 to 7; the last four have their low bits
-    in the nibbles of bytes 8 to 11 and their high bits above the first four.
-    """
-    first, second, third = raw[..., :4], raw[..., 4:8], raw[..., 8:]
-    scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], -1)
-    minima = np.concatenate([second & 63, (third >> 4) | (second >> 6) << 4], -1)
-    both = scales.astype(np.uint16) | minima.astype(np.uint16) << 8
-    return np.ascontiguousarray(both.reshape(len(raw), -1))
+def _numbers(blocks: np.ndarray, row: BlockFormat, number: Number) -> np.ndarray:
+    """Numbers of a format's blocks [rows, n, bytes] as [rows, numbers of a row]."""
+    flat = np.ascontiguousarray(blocks).reshape(-1).view(struct_of(row))
+    return numbers(row, number, flat).reshape(len(blocks), -1)
 
 
 def pack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """GGUF blocks uint8 [rows, n, 210] -> quants uint8 [rows, 8 n, 16], pairs uint8 [rows, 8 n, 8],
     scales uint16 [rows, 8 n], supers uint16 [rows, n]."""
-    blocks = _checked(blocks, 210)
-    rows, n, _ = blocks.shape
-    low = blocks[..., :128].reshape(rows, n, 2, 2, 32)
-    low = np.stack([low & 15, low >> 4], 3).reshape(rows, 8 * n, 32)
-    high = blocks[..., 128:192].reshape(rows, n, 2, 1, 32)
-    high = (high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(rows, 8 * n, 2, 4, 4)
+    described = BLOCK_FORMATS["q6_k"]
+    codes = _numbers(_checked(blocks, 210), described, described.codes).reshape(len(blocks), -1, 32)
+    high = (codes >> 4).reshape(*codes.shape[:2], 2, 4, 4)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    pairs = np.bitwise_or.reduce(high << shifts, 3).reshape(rows, 8 * n, 8)
-    scales = _u16(blocks[..., 192:208].reshape(rows, 8 * n, 2))
-    return _nibble_pieces(low), pairs, scales, _u16(blocks[..., 208:])
+    pairs = np.bitwise_or.reduce(high << shifts, 3).reshape(*codes.shape[:2], 8)
+    scales = _u16(blocks[..., 192:208].reshape(*codes.shape[:2], 2))
+    return _nibble_pieces(codes & 15), pairs, scales, _u16(blocks[..., 208:])
 
 
 def _nibble_pieces(values: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ class Format:
 
     name: str
     chunk: int  # elements of one row that are unpacked together
-    head: tuple[Plane, ...]  # before the first chunk of a packed block
+    head: tuple[Plane, ...]  # before the first chunk of a packed block; its halves come first
     each: tuple[Plane, ...]  # of a chunk of 16 rows
     levels: int = 0  # codes are 0 .. levels - 1; 0 for float formats
     offset: int = 0  # what is subtracted from a code

@@ -10,9 +10,9 @@ from typing import Any
 
 from runtime.backends.cpu.tile import unpack_books, unpack_large, unpack_small
 from runtime.backends.cpu.tile.codes import Block, Rows
+from runtime.backends.cpu.tile.formats import ROWS, Half, format_of
 
 _STEPS = {**unpack_small.STEPS, **unpack_large.STEPS, **unpack_books.STEPS}
-_HEADERS = {**unpack_large.HEADERS, **unpack_books.HEADERS}
 
 
 def unpack(name: str, rows: Rows, head: list[Any], chunk: Any, number: Any) -> list[Block]:
@@ -22,4 +22,5 @@ def unpack(name: str, rows: Rows, head: list[Any], chunk: Any, number: Any) -> l
 
 def header(name: str, rows: Rows) -> list[Any]:
     """Values that all chunks of a block share: its float scales, for blocks of 256."""
-    return [rows.f16(rows.base, at) for at in _HEADERS.get(name, ())]
+    halves = [plane for plane in format_of(name).head if isinstance(plane, Half)]
+    return [rows.f16(rows.base, 2 * ROWS * i) for i in range(len(halves))]

@@ -181,4 +181,3 @@ STEPS = {
     "IQ3_XXS": _iq3_xxs,
     "IQ3_S": _iq3_s,
 }
-HEADERS = dict.fromkeys(STEPS, (0,))

@@ -230,11 +230,6 @@ def _digit(rows: Rows, base: Any, plane: int, j: int) -> Word:
     return emit
 
 
-# Where the float16 values of a block's header are.
-HEADERS = {
-    **dict.fromkeys(("Q2_K", "Q4_K", "Q5_K"), (0, 2 * ROWS)),
-    **dict.fromkeys(("Q3_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"), (0,)),
-}
 STEPS = {
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from alarms import alarm  # noqa: F401  a fixture
+from alone import ALONE, turn, workers
 from small_models import NOVEL, write_model
 
 # Files whose tests take moments: they compile next to nothing.
@@ -24,6 +26,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in QUICK and item.get_closest_marker("slow") is None:
             item.add_marker("quick")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Among several workers, what times something runs alone."""
+    if not workers():
+        return (yield)
+    folder = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
+    with turn(folder, item.path.stem in ALONE):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

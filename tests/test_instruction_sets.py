@@ -29,7 +29,10 @@ np.savez(out, **found)
 """
 
 
-@pytest.fixture(scope="module", params=["F32", "Q4_0", "Q5_1"])
+@pytest.fixture(
+    scope="module",
+    params=["F32", "Q4_0", pytest.param("Q5_1", marks=pytest.mark.sweep)],  # Q5_1 has minima
+)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("isa")
     return write_model(folder / "m.gguf", Sizes(layers=1), request.param)

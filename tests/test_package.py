@@ -74,9 +74,10 @@ def test_imports_from_an_unpacked_wheel(wheel: Path, tmp_path: Path):
 
 def test_imports_from_an_editable_install(tmp_path: Path, copy: Path):
     """`pip install -e` maps the three folders, from any working directory."""
-    venv.create(tmp_path / "v", system_site_packages=True, with_pip=True)
+    venv.create(tmp_path / "v", system_site_packages=True)
     python = tmp_path / "v" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-    install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-e", str(copy)]
+    pip = [sys.executable, "-m", "pip", "--python", str(python)]
+    install = [*pip, "install", "-q", "--no-deps", "-e", str(copy)]
     done = subprocess.run(install, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     code = "import runtime.ops, runtime.backends.base; print(runtime.ops.__file__)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tile_calls as tiles
+from _pytest.mark import ParameterSet
 from tile_calls import FLOATS, ISAS, QUANTISED, Guarded, matmul, packed, random_rows
 from tile_reference import dequantised, matmul_f32, matmul_int8, matmul_split
 
@@ -15,6 +16,8 @@ from runtime.backends.cpu.tile.formats import format_of
 from runtime.errors import Error
 
 BEST = ISAS[0]
+BEST_F32 = next(name for name in ISAS if name != "amx")  # which has no float tiles of its own
+DOTS = ("Q4_0", "Q8_0", "Q4_K", "Q6_K")  # plain and large blocks, with and without minima
 SHAPES = ((1, 17, 32), (3, 1, 96), (9, 40, 256), (47, 33, 512))  # tokens, rows, inner
 
 
@@ -26,19 +29,36 @@ def shapes(name: str) -> tuple[tuple[int, int, int], ...]:
     return tuple((t, n, -(-k // layout.block) * layout.block) for t, n, k in SHAPES)
 
 
-def int8_cases() -> list[tuple[str, str, int]]:
+def int8_cases() -> list[ParameterSet]:
     """Format, instruction set and columns; AMX is another tile at 16 columns and VNNI's below.
 
-    The instruction sets differ in their dot products, not in their unpack steps: formats that
-    share a dot product with a tested one are tested where it matters.
+    The instruction sets differ in their dot products, not in their unpack steps: each dot product
+    is tested in full with the formats of DOTS, the others once for each; the rest is a sweep.
     """
-    cases = []
+    once, cases = {"amx": 16, "avx512vnni": 4, "avx2": 8}, []
     for name in QUANTISED:
         for isa_name in ISAS:
-            columns = (16,) if isa_name == "amx" else (1, 4, 8)
-            few = isa_name == "generic" and name not in ("Q4_0", "Q8_0", "Q4_K", "Q6_K")
-            cases += [(name, isa_name, c) for c in (columns[1:2] if few else columns)]
+            for columns in (16,) if isa_name == "amx" else (1, 4, 8):
+                first = name in DOTS or columns == once.get(isa_name, 4 * (len(ISAS) == 1))
+                cases.append(_case(first, name, isa_name, columns))
     return cases
+
+
+def _case(first: bool, *values: object) -> ParameterSet:
+    """Values of a test that is run always, or else in a sweep."""
+    return pytest.param(*values, marks=() if first else pytest.mark.sweep)
+
+
+def f32_cases() -> list[ParameterSet]:
+    """Format, instruction set and columns: every format once, some in every way."""
+    isas = [name for name in ISAS if name != "amx"]
+    return [
+        _case(name in FLOATS or (columns == 4 and (name in DOTS or isa_name == isas[0])),
+              name, isa_name, columns)
+        for name in FLOATS + QUANTISED
+        for isa_name in isas
+        for columns in (1, 4, 8)
+    ]  # fmt: skip
 
 
 def check(spec: TileSpec, isa_name: str, shape: tuple[int, int, int]) -> None:
@@ -62,13 +82,10 @@ def test_int8_tile_is_the_reference(name: str, isa_name: str, columns: int) -> N
         check(TileSpec(name, columns, "int8"), isa_name, shape)
 
 
-@pytest.mark.parametrize("isa_name", [name for name in ISAS if name != "amx"])
-@pytest.mark.parametrize("name", FLOATS + QUANTISED)
-def test_f32_tile_is_the_reference(name: str, isa_name: str) -> None:
-    wide = name in (*FLOATS, "Q4_0", "Q4_K", "Q6_K", "Q2_K", "IQ2_S") and isa_name in ISAS[:2]
-    for columns in (1, 4, 8) if wide or name in FLOATS else (4,):
-        for shape in shapes(name):
-            check(TileSpec(name, columns, "f32"), isa_name, shape)
+@pytest.mark.parametrize(("name", "isa_name", "columns"), f32_cases())
+def test_f32_tile_is_the_reference(name: str, isa_name: str, columns: int) -> None:
+    for shape in shapes(name):
+        check(TileSpec(name, columns, "f32"), isa_name, shape)
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="AMX is needed")
@@ -95,7 +112,7 @@ def test_f32_tile_agrees_with_dequantised_weights(name: str) -> None:
     x = np.random.default_rng(0).standard_normal((4, 1024)).astype(np.float32)
     spec = TileSpec(name, 4, "f32")
     buffer, _ = tiles.activations(spec, x)
-    got = matmul(spec, BEST, packed(name, raw, 1024, BEST), buffer, (4, 40, 1024))
+    got = matmul(spec, BEST_F32, packed(name, raw, 1024, BEST), buffer, (4, 40, 1024))
     want = x.astype(np.float64) @ dequantised(name, raw).astype(np.float64).T
     assert ((got - want) ** 2).sum() / (want**2).sum() < 1e-11
 
@@ -231,9 +248,10 @@ def test_x86_code_uses_its_dot_product(isa_name: str, instruction: str) -> None:
     assert ("%zmm" in code) == (isa_name == "avx512vnni")
 
 
-@pytest.mark.parametrize("isa_name", dict.fromkeys([*ISAS, "arm_i8mm", "arm_dotprod"]))
+@pytest.mark.parametrize("isa_name", dict.fromkeys(["generic", "arm_i8mm", "arm_dotprod"]))
 def test_kernels_need_nothing_from_outside(isa_name: str) -> None:
-    for name in ("Q4_0", "Q5_K", "IQ4_NL", "Q2_K", "IQ2_S", "F16"):
+    """Those of other instruction sets were looked at when the tests above loaded them."""
+    for name in ("Q4_0", "IQ2_S", "F16"):
         kind = "f32" if name in FLOATS else "int8"
         for ir in (emit_matmul(TileSpec(name, 4, kind), isa_name), emit_pack(name, isa_name)):
             needed = undefined_symbols(objects.compile_ir(ir, isa_name))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import threading
 from typing import Any
 
+import llvmlite
 import numpy as np
 from kernel_calls import Fenced, guarded_bytes
 from tile_packs import pack_f32, pack_int8, pack_split
@@ -14,6 +17,7 @@ import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
 from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
+from runtime.backends.environment import cache_dir
 from runtime.ops.blocks import BLOCK_FORMATS
 
 Array = np.ndarray[Any, Any]
@@ -67,8 +71,15 @@ def pack_kernel(name: str, isa_name: str) -> Any:
 
 
 def loaded(ir: str, isa_name: str) -> Any:
-    """The kernel of a module, compiled: (args, thread, n_threads)."""
-    return objects.function(objects.load_object(objects.compile_ir(ir, isa_name)))
+    """The kernel of a module: (args, thread, n_threads). Compiled once, kept beside a model's."""
+    key = hashlib.sha256(f"{llvmlite.__version__} {isa_name} {ir}".encode()).hexdigest()
+    kept = cache_dir() / "tests" / f"{key}.o"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        whole = kept.with_suffix(f".{os.getpid()}")
+        whole.write_bytes(objects.compile_ir(ir, isa_name))
+        whole.replace(kept)
+    return objects.function(objects.load_object(kept.read_bytes()))
 
 
 def call(kernel: Any, args: list[int], n_threads: int = 1) -> None:

@@ -60,27 +60,26 @@ class Planner(Protocol):
     """What a device would do with a graph, without the device."""
 
     def plan(self, graph: Graph) -> Plan:
-        """The calls of a step and the memory they need."""
+        """The calls of a step and the memory they need; no calls where nodes are run one by one."""
         ...
-
-    def page_nbytes(self, leaf: Tensor) -> int:
-        """See `Backend.page_nbytes`."""
-        ...
-
-    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
-        """See `Backend.distinct_sizes`."""
-        ...
-
-
-class Backend(Protocol):
-    """A device, or a set of devices behaving as one."""
-
-    name: str
-    threads: int
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page, or of one slot, of a state leaf on this device."""
         ...
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """Of these numbers of tokens those whose programs use every kernel that any of them uses.
+
+        graph: the model's step of one token.
+        """
+        ...
+
+
+class Backend(Planner, Protocol):
+    """A device, or a set of devices behaving as one."""
+
+    name: str
+    threads: int
 
     def copy_pages(
         self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
@@ -101,17 +100,6 @@ class Backend(Protocol):
 
     def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """The inverse of `read_state`; numbers that a cache type cannot hold are rounded."""
-        ...
-
-    def plan(self, graph: Graph) -> Plan:
-        """The calls of a step; without any on a device that runs nodes one by one."""
-        ...
-
-    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
-        """Of these numbers of tokens those whose programs use every kernel that any of them uses.
-
-        graph: the model's step of one token.
-        """
         ...
 
     def missing(self, graphs: Sequence[Graph]) -> int:

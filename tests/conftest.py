@@ -13,9 +13,10 @@ from small_models import NOVEL, write_model
 
 # Files whose tests take moments: they compile next to nothing.
 QUICK = frozenset({
-    "test_arguments", "test_chat_template", "test_detokenizer", "test_environment", "test_gguf",
-    "test_graph", "test_hostile_files", "test_memory", "test_plans", "test_progress", "test_quants",
-    "test_readme", "test_rope_components", "test_sampling", "test_traffic",
+    "test_arguments", "test_backends", "test_chat_template", "test_detokenizer", "test_environment",
+    "test_gguf", "test_graph", "test_hostile_files", "test_imports", "test_memory", "test_plans",
+    "test_progress", "test_quants", "test_readme", "test_rope_components", "test_sampling",
+    "test_traffic",
 })  # fmt: skip
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.backends.passes.fuse_delta import delta_step
 from runtime.backends.passes.packing import pack, pack_rows
 from runtime.backends.plan.plan import Buffer, Call, Plan
 from runtime.backends.reference import compute
 from runtime.errors import BackendError
 from runtime.ops.attention import attention
+from runtime.ops.delta import gated_delta
 from runtime.ops.kv_formats import kv_format
 from runtime.ops.registry import OPS, Kind, kind_of
 from runtime.ops.tensor import Tensor
@@ -29,11 +31,12 @@ from runtime.ops.tensor import Tensor
 if TYPE_CHECKING:
     from runtime.backends.cpu.run.contents import Contents
 
-# Largest normalised squared error of a row: float32 leaves about 1e-14 of one rounding, more of
-# long sums. Attention's weights are exponentials, which turn the absolute error of a score, 1e-7
-# of a score of 50, into a relative one.
-_LIMIT = 1e-11
-_ATTENTION = 1e-9
+# Largest normalised squared error of a row. float32 leaves 1e-14 of a few roundings, which the
+# first limit is wide of. A product adds up n numbers one by one: 2e-15 n, 3e-11 of the longest
+# rows there are. Attention's weights are exponentials, which turn the absolute error of a score,
+# 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token.
+_LIMIT, _OF_PRODUCTS, _OF_LONG_WAYS = 1e-11, 1e-10, 1e-9
+_LONG_WAYS = (attention, gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes
 
@@ -124,7 +127,7 @@ class _Step:
         self._contents: Contents = program.contents(live)
         self._plan: Plan = program.plan
         self._digests: dict[Buffer, int] = {}
-        self._row, self._n = "", 0
+        self._n = 0  # of the row under way
         self._values: dict[Tensor, np.ndarray] = {}
         self._states: dict[Tensor, _State] = {}
 
@@ -184,9 +187,8 @@ class _Step:
         if got.dtype.kind == "i":
             self._judge(call, name, *_integers(got, want))
             return
-        limit = _ATTENTION if attention.made(tensor) else _LIMIT
         size = _natural_size(call, want, values)
-        self._judge(call, name, *_floats(got.astype(np.float64), want, limit, size))
+        self._judge(call, name, *_floats(got.astype(np.float64), want, _limit(tensor), size))
 
     def _packed(self, tensor: Tensor, want: np.ndarray) -> tuple[float, str]:
         packed = self._contents.packed(tensor)
@@ -225,6 +227,12 @@ class _Step:
                 f"{where}"
             )
         self._of.tally.add(name, error)
+
+
+def _limit(x: Tensor) -> float:
+    if any(op.made(x) for op in _LONG_WAYS):
+        return _OF_LONG_WAYS
+    return _OF_PRODUCTS if kind_of(x) is Kind.CONTRACTION else _LIMIT
 
 
 def _without_rounding(node: Tensor) -> Tensor:

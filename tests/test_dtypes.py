@@ -81,3 +81,11 @@ def test_a_copy_has_live_rows_and_no_more():
     np.testing.assert_array_equal(got, value[:, 1:38])
     assert not program.damaged() and np.isnan(program._outputs[0][4:]).all()
     cpu.close()
+
+
+def test_two_step_inputs_of_one_name_are_refused():
+    """A step has one array for a name; two equal declarations are one input."""
+    first, again, other = (ops.step_input("x", (3, n), F32) for n in (8, 8, 5))
+    assert CpuBackend().plan(ops.Graph((ops.add(first, again),)))
+    with pytest.raises(BackendError, match=r"two step inputs of one name: x.*\[3, 8\].*\[3, 5\]"):
+        CpuBackend().plan(ops.Graph((ops.silu(first), ops.silu(other))))

@@ -120,6 +120,7 @@ class Lowering:
         self.router_results: dict[Tensor, dict[str, Buffer]] = {}
         self.results: dict[Tensor, Buffer] = {}
         self._fixed: dict[Hashable, Buffer] = {}
+        self._inputs: dict[str, Tensor] = {}
         self._counts = Buffer("count", "counts", 0)
 
     def emit(
@@ -176,20 +177,20 @@ class Lowering:
         if x.op not in ("weight", "constant"):
             raise Declined(f"{x!r} is computed, not a weight of the file")
         kind = "constant" if x.op == "constant" else form
-        return Ref(self._named(kind, x.name, x.nbytes, x))
+        return Ref(self._fixed_one(kind, x.name, x))
 
     def state(self, x: Tensor) -> Ref:
         """Pages of a state leaf."""
-        return Ref(self._named("state", x.base.name, x.nbytes, x.base))
+        return Ref(self._buffer(x.base))
 
     def scratch(self, nbytes: int) -> Ref:
         """Memory that lives for one call; all calls share the largest."""
         self.scratch_nbytes = max(self.scratch_nbytes, nbytes)
-        return Ref(self._named("scratch", "scratch", 0, None))
+        return Ref(self._fixed_one("scratch", "scratch"))
 
     def step(self, name: str) -> Ref:
         """A step input that the program makes itself, such as attention tiles."""
-        return Ref(self._named("input", name, 0, None))
+        return Ref(self._fixed_one("input", name))
 
     def count(self, dim: str, factor: int = 1) -> Ref:
         """The address of a live count: how many of `dim` this step has, times `factor`."""
@@ -239,18 +240,16 @@ class Lowering:
     def _buffer(self, base: Tensor) -> Buffer:
         if base in self.results:
             return self.results[base]
-        if base.op == "input":
-            return self._named("input", base.name, base.nbytes, base)
-        if base.op == "constant":
-            return self._named("constant", base.name, base.nbytes, base)
-        if base.op == "weight":
-            return self._named("vector", base.name, base.nbytes, base)
-        if base.op == "state":
-            return self._named("state", base.name, base.nbytes, base)
-        raise BackendError(f"lowering reads {base!r} before anything wrote it")
+        if kind_of(base) is not Kind.LEAF:
+            raise BackendError(f"lowering reads {base!r} before anything wrote it")
+        same = self._inputs.setdefault(base.name, base) if base.op == "input" else base
+        if same.content != base.content:
+            raise BackendError(f"two step inputs of one name: {same!r} and {base!r}")
+        return self._fixed_one("vector" if base.op == "weight" else base.op, base.name, base)
 
-    def _named(self, kind: str, key: str, nbytes: int, tensor: Tensor | None) -> Buffer:
-        made = Buffer(kind, key, nbytes, tensor=tensor)
+    def _fixed_one(self, kind: str, key: str, leaf: Tensor | None = None) -> Buffer:
+        """The one buffer of what is not made by this plan."""
+        made = Buffer(kind, key, leaf.nbytes if leaf else 0, tensor=leaf)
         return self._fixed.setdefault(made.content, made)
 
 

@@ -15,7 +15,7 @@ from runtime.backends.cpu.pages import from_plain, to_plain
 from runtime.backends.cpu.rules import RULES
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.reference import ReferenceBackend
-from runtime.ops.dtypes import BF16, I32
+from runtime.ops.dtypes import BF16, F32, I32
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.kv_formats import KV_FORMATS, kv_format
 from runtime.ops.quants import dequantize
@@ -141,6 +141,19 @@ def test_cpu_backend_refuses(name: str, n: int, variant: str):
     reason = "(not contiguous|do not merge into rows|neither f32 nor i32)"
     with pytest.raises(BackendError, match=f"cpu backend cannot run .*{reason}"):
         CpuBackend(activations="f32").plan(_built(name, n, variant).graph)
+
+
+def test_cpu_backend_refuses_vectors_that_are_no_row():
+    """Whose live elements are fewer than those it has, or lie apart."""
+    alive = ops.step_input("x", (ops.Dim("tokens", 8), 4), F32)
+    fixed = ops.step_input("y", (8, 4), F32)
+
+    def column(x: ops.Tensor) -> ops.Tensor:
+        return ops.reshape(ops.slice_(x, axis=1, start=1, stop=2), shape=x.shape[:1])
+
+    for x in (column(alive), column(fixed), ops.permute(alive, axes=(1, 0))):
+        with pytest.raises(BackendError, match=r"cannot run silu .*(live elements|not contiguous)"):
+            CpuBackend().plan(ops.Graph((ops.silu(x),)))
 
 
 @pytest.mark.usefixtures("compiled")

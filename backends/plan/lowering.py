@@ -206,10 +206,10 @@ class Lowering:
     def rows(self, x: Tensor) -> tuple[Ref, int, Ref, int]:
         """x as rows of its last axis: address, row length, live count, row stride."""
         strides, shape = x.layout.strides, x.shape
-        if x.ndim == 0:
-            return self.place(x), 1, self.count("=1"), 1
-        if x.ndim == 1:
-            return self.place(x), int(shape[0]), self.count("=1"), int(shape[0])
+        if any(isinstance(n, Dim) for n in shape[1:] or shape):
+            raise Declined(f"{x!r} has live elements, where rows may be live and nothing else")
+        if x.ndim < 2:
+            return self.read(x), x.size, self.count("=1"), x.size
         if strides[-1] != 1 and shape[-1] != 1:
             raise Declined(f"rows of {x!r} are not contiguous")
         step = strides[-2]

@@ -1,6 +1,6 @@
 """Attention over a paged KV cache: write new rows into pages, then read the pages of a sequence.
 
-Pages hold PAGE tokens each. A token's row goes to `slots[t]` = physical page * PAGE + offset; a
+Pages hold PAGE tokens each. A token's row goes to `kv_slots[t]` = physical page * PAGE + offset; a
 sequence's pages are listed in its row of the block table. Causality goes by place in the cache,
 never by position: the token at place p sees places 0..p of its own sequence.
 """
@@ -17,13 +17,13 @@ from runtime.ops.tensor import Shape, Tensor
 
 
 def _write_shape(
-    x: Tensor, pages: Tensor, slots: Tensor, *, which: str, kv: str
+    x: Tensor, pages: Tensor, kv_slots: Tensor, *, which: str, kv: str
 ) -> tuple[Shape, DType]:
     need(which in ("k", "v"), f"which={which!r} is neither 'k' nor 'v'")
     need(pages.ndim == 4 and pages.shape[1] == PAGE, f"pages must be [pages, {PAGE}, heads, dim]")
     need(kv in KV_FORMATS and kv == pages.dtype.name, f"KV type {kv} in pages of {pages.dtype}")
     need(tuple(x.shape[1:]) == tuple(pages.shape[2:]), f"rows {list(x.shape[1:])} of other heads")
-    need(slots.shape == x.shape[:1], "needs one slot per row")
+    need(kv_slots.shape == x.shape[:1], "needs one slot per row")
     return pages.shape, pages.dtype
 
 
@@ -48,15 +48,15 @@ def _write_case(kv: str, tolerance: float) -> Case:
     cases=[_write_case(kv, 1e-14) for kv in KV_FORMATS],
 )
 def kv_write(
-    x: np.ndarray, pages: np.ndarray, slots: np.ndarray, *, which: str, kv: str
+    x: np.ndarray, pages: np.ndarray, kv_slots: np.ndarray, *, which: str, kv: str
 ) -> np.ndarray:
-    """Rows x[t] rounded to the KV type and stored at slots[t]; changes and returns the pages."""
-    pages.reshape(-1, *pages.shape[2:])[slots] = kv_format(kv).rounded(x)
+    """Rows x[t] rounded to the KV type and stored at kv_slots[t]; changes and returns the pages."""
+    pages.reshape(-1, *pages.shape[2:])[kv_slots] = kv_format(kv).rounded(x)
     return pages
 
 
 def _attention_shape(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, sequences: Tensor, places: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, sequences: Tensor, places: Tensor,
     *sinks: Tensor, scale: float, window: int = 0, softcap: float = 0.0,
 ) -> Shape:  # fmt: skip
     need(q.ndim == 3 and k.ndim == 4 and v.ndim == 4, "needs q [T, heads, d] and pages of k, v")
@@ -94,8 +94,10 @@ def _case(
 
 def _flops(node: Tensor, seen: Seen) -> float:
     """As if every token saw its sequence whole."""
-    pages, table = node.inputs[2:4]
-    mean = seen.places(table, pages, node.attrs.get("window", 0)) / seen.sequences(table)
+    pages, block_table = node.inputs[2:4]
+    mean = seen.places(block_table, pages, node.attrs.get("window", 0)) / seen.sequences(
+        block_table
+    )
     return 4 * seen.size(node) * mean
 
 
@@ -116,7 +118,7 @@ def _flops(node: Tensor, seen: Seen) -> float:
     ],
 )
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, table: np.ndarray, sequences: np.ndarray,
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, block_table: np.ndarray, sequences: np.ndarray,
     places: np.ndarray, *sinks: np.ndarray, scale: float, window: int = 0, softcap: float = 0.0,
 ) -> np.ndarray:  # fmt: skip
     """softmax(scale * q k^T) v for each token over places 0..its own (Vaswani et al. 2017).
@@ -128,7 +130,7 @@ def attention(
     out = np.empty((*q.shape[:2], v.shape[3]), np.result_type(q, v))
     for t in range(len(q)):
         seen = np.arange(max(0, places[t] + 1 - window) if window else 0, places[t] + 1)
-        rows = table[sequences[t], seen // PAGE], seen % PAGE
+        rows = block_table[sequences[t], seen // PAGE], seen % PAGE
         keys, values = (np.repeat(a[rows], group, axis=1) for a in (k, v))
         scores = np.einsum("hd,nhd->hn", q[t], keys) * scale
         if softcap:

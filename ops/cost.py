@@ -49,15 +49,15 @@ class Seen:
         """Bytes of the live elements of x."""
         return self.size(x) / x.dtype.block * x.dtype.nbytes
 
-    def sequences(self, table: Tensor) -> int:
+    def sequences(self, block_table: Tensor) -> int:
         """How many sequences a block table [sequences, pages] lists."""
-        return len(self.lengths) or int(table.shape[0])
+        return len(self.lengths) or int(block_table.shape[0])
 
-    def places(self, table: Tensor, pages: Tensor, window: int) -> int:
+    def places(self, block_table: Tensor, pages: Tensor, window: int) -> int:
         """Places of `pages` that these sequences see together; window 0: all of each."""
         if self.lengths:
             return sum(min(n, window or n) for n in self.lengths)
-        return table.size * int(pages.shape[1])
+        return block_table.size * int(pages.shape[1])
 
     def _live(self, n: int) -> int:
         return self.live.get(getattr(n, "name", ""), int(n))

@@ -1,7 +1,7 @@
 """Gated delta-net layers (Yang et al. 2024): short convolution and recurrent state of a sequence.
 
 State lies in slots. A sequence of the step reads its state from slot `slot_in[s]` (-1: zeros) and
-leaves the new one in `slot_out[s]`, so fork and snapshot cost nothing. `runs[s]` = (first row,
+leaves the new one in `slot_out[s]`, so fork and snapshot cost nothing. `spans[s]` = (first row,
 count) are its tokens in the step, in order and without gaps.
 """
 
@@ -16,17 +16,17 @@ from runtime.ops.tensor import Shape, Tensor
 ORDERS = ("grouped", "tiled")
 
 
-def _need_slots(x: Tensor, state: Tensor, runs: Tensor, slot_in: Tensor, slot_out: Tensor) -> None:
+def _need_slots(x: Tensor, state: Tensor, spans: Tensor, slot_in: Tensor, slot_out: Tensor) -> None:
     need(state.base.op == "state", f"{state!r} is no state")
-    need(runs.ndim == 2 and runs.shape[1] == 2, f"runs must be [sequences, 2], got {runs!r}")
+    need(spans.ndim == 2 and spans.shape[1] == 2, f"spans must be [sequences, 2], got {spans!r}")
     for slots in (slot_in, slot_out):
-        need(slots.shape == runs.shape[:1], f"{slots!r} must have one slot per sequence")
+        need(slots.shape == spans.shape[:1], f"{slots!r} must have one slot per sequence")
 
 
 def _conv_shape(
-    x: Tensor, w: Tensor, state: Tensor, runs: Tensor, slot_in: Tensor, slot_out: Tensor
+    x: Tensor, w: Tensor, state: Tensor, spans: Tensor, slot_in: Tensor, slot_out: Tensor
 ) -> Shape:
-    _need_slots(x, state, runs, slot_in, slot_out)
+    _need_slots(x, state, spans, slot_in, slot_out)
     need(x.ndim == 2 and w.ndim == 2, f"needs x [T, channels] and w [channels, taps], got {w!r}")
     need(w.shape[0] == x.shape[1], f"{w.shape[0]} filters for {x.shape[1]} channels")
     room = (w.shape[1] - 1, x.shape[1])
@@ -63,7 +63,7 @@ _STEP = (Arg((3, 2), I32, _runs), Arg((3,), I32, _slots_in), Arg((3,), I32, _slo
     ],
 )
 def short_conv(
-    x: np.ndarray, w: np.ndarray, state: np.ndarray, runs: np.ndarray, slot_in: np.ndarray,
+    x: np.ndarray, w: np.ndarray, state: np.ndarray, spans: np.ndarray, slot_in: np.ndarray,
     slot_out: np.ndarray,
 ) -> np.ndarray:  # fmt: skip
     """y[t, c] = sum over j of w[c, j] * x[t - K + 1 + j, c], causal, K taps, per channel.
@@ -72,7 +72,7 @@ def short_conv(
     are left there. Changes `state`.
     """
     taps, out = w.shape[1], np.empty(x.shape, np.result_type(x, w))
-    for (first, count), source, target in zip(runs, slot_in, slot_out, strict=True):
+    for (first, count), source, target in zip(spans, slot_in, slot_out, strict=True):
         past = state[source] if source >= 0 else np.zeros_like(state[0])
         rows = np.concatenate([past, x[first : first + count]])
         for t in range(count):
@@ -82,10 +82,10 @@ def short_conv(
 
 
 def _delta_shape(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, runs: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, spans: Tensor,
     slot_in: Tensor, slot_out: Tensor, *, scale: float, order: str,
 ) -> Shape:  # fmt: skip
-    _need_slots(q, state, runs, slot_in, slot_out)
+    _need_slots(q, state, spans, slot_in, slot_out)
     need(order in ORDERS, f"order {order!r} is not one of {ORDERS}")
     need(q.ndim == 3 and q.shape == k.shape, f"q and k must be [T, key heads, dk]: {k!r}")
     need(v.shape[1] % q.shape[1] == 0, f"{v.shape[1]} value heads over {q.shape[1]} key heads")
@@ -128,7 +128,7 @@ def _delta_case(key_heads: int, heads: int, dk: int, dv: int, order: str) -> Cas
 )
 def gated_delta(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, decay: np.ndarray, beta: np.ndarray,
-    state: np.ndarray, runs: np.ndarray, slot_in: np.ndarray, slot_out: np.ndarray, *,
+    state: np.ndarray, spans: np.ndarray, slot_in: np.ndarray, slot_out: np.ndarray, *,
     scale: float, order: str,
 ) -> np.ndarray:  # fmt: skip
     """The gated delta rule, token by token and per value head; state S is [dk, dv].
@@ -139,7 +139,7 @@ def gated_delta(
     """
     picked = _key_heads(v.shape[1], q.shape[1], order)
     out = np.empty(v.shape, np.result_type(q, v))
-    for (first, count), source, target in zip(runs, slot_in, slot_out, strict=True):
+    for (first, count), source, target in zip(spans, slot_in, slot_out, strict=True):
         S = np.array(state[source] if source >= 0 else np.zeros_like(state[0]), out.dtype)
         for t in range(first, first + count):
             S *= np.exp(decay[t])[:, None, None]
@@ -152,7 +152,7 @@ def gated_delta(
 
 def gated_delta_chunked(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, decay: np.ndarray, beta: np.ndarray,
-    state: np.ndarray, runs: np.ndarray, slot_in: np.ndarray, slot_out: np.ndarray, *,
+    state: np.ndarray, spans: np.ndarray, slot_in: np.ndarray, slot_out: np.ndarray, *,
     scale: float, order: str, chunk: int = 64,
 ) -> np.ndarray:  # fmt: skip
     """`gated_delta` by matrix products over chunks of tokens, for devices where those are cheap.
@@ -162,7 +162,7 @@ def gated_delta_chunked(
     """
     picked = _key_heads(v.shape[1], q.shape[1], order)
     out = np.empty(v.shape, np.result_type(q, v))
-    for (first, count), source, target in zip(runs, slot_in, slot_out, strict=True):
+    for (first, count), source, target in zip(spans, slot_in, slot_out, strict=True):
         S = np.array(state[source] if source >= 0 else np.zeros_like(state[0]), out.dtype)
         for start in range(first, first + count, chunk):
             at = slice(start, min(start + chunk, first + count))

@@ -9,9 +9,9 @@ from runtime.ops.registry import Arg, Case, Kind, need, op
 from runtime.ops.tensor import Shape, Tensor
 
 
-def _shape(table: Tensor, ids: Tensor) -> tuple[Shape, DType]:
-    need(table.ndim == 2 and ids.ndim == 1, "needs a table [rows, n] and ids [count]")
-    return (ids.shape[0], table.shape[1]), F32
+def _shape(matrix: Tensor, ids: Tensor) -> tuple[Shape, DType]:
+    need(matrix.ndim == 2 and ids.ndim == 1, "needs a matrix [rows, n] and ids [count]")
+    return (ids.shape[0], matrix.shape[1]), F32
 
 
 def _select_shape(x: Tensor, ids: Tensor) -> Shape:
@@ -31,9 +31,9 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     flops=0,
     cases=[Case((Arg((7, n), leaf="weight"), Arg((5,), I32, _ids))) for n in (64, 256)],
 )
-def get_rows(table: np.ndarray, ids: np.ndarray) -> np.ndarray:
+def get_rows(matrix: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Rows of a weight, dequantised: the embedding of each token id."""
-    return table[ids]
+    return matrix[ids]
 
 
 @op(

@@ -12,7 +12,7 @@ import numpy as np
 from runtime.ops.cost import Seen, cost
 
 _LAYER = re.compile(r"^blk\.\d+\.")
-_SHOWN = ("format", "k_type", "v_type", "type", "kind")  # constants that tell kernels apart
+_SHOWN = ("format", "k_type", "v_type", "type", "coding")  # constants that tell kernels apart
 _WIDTH = 120  # characters where there is no terminal to ask
 
 

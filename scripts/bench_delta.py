@@ -36,7 +36,7 @@ def layer(n: int, tokens: int, heads: int, dim: int) -> Tensor:
     size = heads * dim
     x = ops.step_input("x", (tokens, 3 * size), F32)
     gates = ops.step_input("gates", (tokens, 2 * heads), F32)
-    step = [ops.step_input("runs", (1, 2)), *(ops.step_input(s, (1,)) for s in ("from", "to"))]
+    step = [ops.step_input("spans", (1, 2)), *(ops.step_input(s, (1,)) for s in ("from", "to"))]
     conv = ops.state(f"conv.{n}", (1, TAPS - 1, 3 * size), F32, "slots")
     state = ops.state(f"delta.{n}", (1, heads, dim, dim), F32, "slots")
     filters = ops.weight("filters", (3 * size, TAPS), F32)
@@ -64,7 +64,7 @@ def seconds(layers: int, tokens: int, heads: int, dim: int, threads: int) -> dic
     inputs = {
         "x": rng.standard_normal((tokens, 3 * heads * dim)).astype(np.float32),
         "gates": rng.standard_normal((tokens, 2 * heads)).astype(np.float32),
-        "runs": np.array([[0, tokens]], np.int32),
+        "spans": np.array([[0, tokens]], np.int32),
         **{name: np.zeros(1, np.int32) for name in ("from", "to")},
     }
     backend = CpuBackend(file, threads)

@@ -48,7 +48,7 @@ class Machine:
         ir = emit_matmul(spec, self.isa_name)
         kernel = objects.function(objects.load_object(objects.compile_ir(ir, self.isa_name)))
         weights = _filled(packed_nbytes(spec.format, n_rows, n_inner))
-        tile = activation_tile_nbytes(spec.columns, spec.activations, n_inner)
+        tile = activation_tile_nbytes(spec.columns, spec.coding, n_inner)
         x = _filled(-(-n_tokens // spec.columns) * tile)
         out, live = np.zeros((n_tokens, n_rows), np.float32), np.array([n_tokens], np.int64)
         args = [weights.ctypes.data, x.ctypes.data, out.ctypes.data, n_rows, 0, 0, 0]

@@ -156,7 +156,7 @@ def attention(rng: np.random.Generator, dim: int, sizes: Sizes) -> Case:
     places = np.array([sizes.places - 1], np.int32)
     arrays = {
         "q": q, "k": np.ascontiguousarray(k.transpose(0, 2, 1, 3)),
-        "v": np.ascontiguousarray(v.transpose(0, 2, 3, 1)), "table": table,
+        "v": np.ascontiguousarray(v.transpose(0, 2, 3, 1)), "block_table": table,
         "tiles": np.array([[0, 0, 1, 0]], np.uint32), "places": places,
         "partial": unset(heads, splits, 16, dim), "stats": unset(heads, splits, 16, 2),
         "sinks": np.zeros(1, np.float32), "out": unset(1, heads * group, dim),
@@ -186,7 +186,7 @@ def kv_write(rng: np.random.Generator, which: str, dim: int, sizes: Sizes) -> Ca
     x = normal(rng, tokens, heads, dim)
     slots = rng.permutation(3 * PAGE)[:tokens].astype(np.int32)
     shape = (3, heads, PAGE, dim) if which == "k" else (3, heads, dim, PAGE)
-    arrays = {"x": x, "pages": np.zeros(shape, np.float16), "slots": slots}
+    arrays = {"x": x, "pages": np.zeros(shape, np.float16), "kv_slots": slots}
     expected = np.zeros((3 * PAGE, heads, dim), np.float16)
     expected[slots] = x
 

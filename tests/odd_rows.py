@@ -226,7 +226,7 @@ STEP = (RUNS, SLOT_IN[:, 0], SLOT_OUT[:, 0])
 
 def _slots(state: Fenced, size: int) -> dict[str, Any]:
     return {
-        "state": state, "slot_bytes": 4 * size, "runs": Fenced.of(RUNS), "live": 2,
+        "state": state, "slot_bytes": 4 * size, "spans": Fenced.of(RUNS), "live": 2,
         "slot_in": Fenced.of(SLOT_IN), "slot_out": Fenced.of(SLOT_OUT),
     }  # fmt: skip
 
@@ -396,7 +396,7 @@ def _pack(name: str, C: int, **act: str) -> Callable[..., Odd]:
                 places |= {"live": rows}
             if name == "pack_rows":
                 places |= {"divisor": 1}
-            kernel = Kernel.of(name, C=C, kind="f32", **act)
+            kernel = Kernel.of(name, C=C, coding="f32", **act)
             run(kernel, isa, threads, out=packed.memory, n=n, **places)
             packed.check()
             return packed.columns().copy()

@@ -136,8 +136,8 @@ def matmul_id(x: Array, w: Array, ids: Array) -> Array:
 
 
 @oracle
-def get_rows(table: Array, ids: Array) -> Array:
-    return _each(table, lambda at: table[ids[at[0]], at[1]], (len(ids), table.shape[1]))
+def get_rows(matrix: Array, ids: Array) -> Array:
+    return _each(matrix, lambda at: matrix[ids[at[0]], at[1]], (len(ids), matrix.shape[1]))
 
 
 @oracle
@@ -238,8 +238,8 @@ def stored(row: Array, kv: str) -> list[float]:
 
 
 @oracle
-def kv_write(x: Array, pages: Array, slots: Array, *, which: str, kv: str) -> Array:
-    for row, slot in zip(x, slots, strict=True):
+def kv_write(x: Array, pages: Array, kv_slots: Array, *, which: str, kv: str) -> Array:
+    for row, slot in zip(x, kv_slots, strict=True):
         page, place = divmod(int(slot), pages.shape[1])
         for h, head in enumerate(row):
             pages[page, place, h] = stored(head, kv)
@@ -248,8 +248,8 @@ def kv_write(x: Array, pages: Array, slots: Array, *, which: str, kv: str) -> Ar
 
 @oracle
 def attention(
-    q: Array, k: Array, v: Array, table: Array, sequences: Array, places: Array, *sinks: Array,
-    scale: float, window: int = 0, softcap: float = 0.0,
+    q: Array, k: Array, v: Array, block_table: Array, sequences: Array, places: Array,
+    *sinks: Array, scale: float, window: int = 0, softcap: float = 0.0,
 ) -> Array:  # fmt: skip
     """Per token and head, weights exp(score) as they are: float64 has room for them."""
     size, group = k.shape[1], q.shape[1] // k.shape[2]
@@ -257,7 +257,7 @@ def attention(
     for t, h in np.ndindex(q.shape[:2]):
         at = [divmod(p, size) for p in range(int(places[t]) + 1) if not window
               or p > places[t] - window]  # fmt: skip
-        rows = [(table[sequences[t], page], place, h // group) for page, place in at]
+        rows = [(block_table[sequences[t], page], place, h // group) for page, place in at]
         scores = [scale * math.fsum(q[t, h] * k[row]) for row in rows]
         if softcap:
             scores = [softcap * math.tanh(s / softcap) for s in scores]
@@ -269,10 +269,10 @@ def attention(
 
 @oracle
 def short_conv(
-    x: Array, w: Array, state: Array, runs: Array, slot_in: Array, slot_out: Array
+    x: Array, w: Array, state: Array, spans: Array, slot_in: Array, slot_out: Array
 ) -> Array:
     out, taps = np.empty(x.shape), w.shape[1]
-    for (first, count), source, target in zip(runs, slot_in, slot_out, strict=True):
+    for (first, count), source, target in zip(spans, slot_in, slot_out, strict=True):
         past = state[source] if source >= 0 else np.zeros(state.shape[1:])
         rows = np.concatenate([past, x[first : first + count]])
         for c in range(x.shape[1]):
@@ -283,13 +283,13 @@ def short_conv(
 
 @oracle
 def gated_delta(
-    q: Array, k: Array, v: Array, decay: Array, beta: Array, state: Array, runs: Array,
+    q: Array, k: Array, v: Array, decay: Array, beta: Array, state: Array, spans: Array,
     slot_in: Array, slot_out: Array, *, scale: float, order: str,
 ) -> Array:  # fmt: skip
     """S_t = exp(decay) (1 - beta k k^T) S_{t-1} + beta k v^T, as a product of matrices per head."""
     out, heads, keys = np.empty(v.shape), v.shape[1], q.shape[1]
     one = np.eye(q.shape[2])
-    for (first, count), source, target in zip(runs, slot_in, slot_out, strict=True):
+    for (first, count), source, target in zip(spans, slot_in, slot_out, strict=True):
         left = np.empty(state.shape[1:])
         for h in range(heads):
             g = h * keys // heads if order == "grouped" else h % keys

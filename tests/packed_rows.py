@@ -14,17 +14,17 @@ from runtime.backends.plan.kernel import Kernel
 class Packed:
     """Packed activations, taken apart."""
 
-    def __init__(self, rows: int, n: int, C: int, kind: str) -> None:
-        self.rows, self.n, self.C, self.kind = rows, n, C, kind
+    def __init__(self, rows: int, n: int, C: int, coding: str) -> None:
+        self.rows, self.n, self.C, self.coding = rows, n, C, coding
         self.tiles = -(-rows // C)
-        self.tile_nbytes = activation_tile_nbytes(C, kind, n)
+        self.tile_nbytes = activation_tile_nbytes(C, coding, n)
         self.memory = Fenced(1, self.tiles * self.tile_nbytes // 4, dtype=np.int32)
 
     def check(self) -> None:
         assert self.memory.strays(1) == 0
 
     def columns(self) -> np.ndarray:
-        """float32 [tiles * C, n] of kind f32."""
+        """float32 [tiles * C, n] of float32."""
         tiles = self.memory.values.view(np.float32).reshape(self.tiles, -1)[:, : self.n * self.C]
         return tiles.reshape(self.tiles, self.n, self.C).swapaxes(1, 2).reshape(-1, self.n)
 
@@ -42,21 +42,27 @@ class Packed:
 
     def bits(self) -> list[bytes]:
         """What each column holds, whatever tile it lies in."""
-        if self.kind == "f32":
+        if self.coding == "f32":
             return [row.tobytes() for row in self.columns()]
         quants, side = self.blocks()
         return [q.tobytes() + s.tobytes() for q, s in zip(quants, side, strict=True)]
 
 
 def pack(
-    name: str, C: int, kind: str, *x: np.ndarray, threads: int = 1, isa: str = ISAS[0], **more: Any
+    name: str,
+    C: int,
+    coding: str,
+    *x: np.ndarray,
+    threads: int = 1,
+    isa: str = ISAS[0],
+    **more: Any,
 ) -> Packed:
     rows, n = x[0].shape
-    packed = Packed(rows, n, C, kind)
+    packed = Packed(rows, n, C, coding)
     sources = [Fenced.of(v, n + 7) for v in x]
     names = ("gate", "up") if name == "swiglu_pack" else ("x",)
     places = dict(zip(names, sources, strict=True)) | {f"{k}_stride": n + 7 for k in names}
-    constants = {"C": C, "kind": kind}
+    constants = {"C": C, "coding": coding}
     if name == "swiglu_pack":
         constants["act"] = "oai" if "alpha" in more else "silu"
         more = {"alpha": 0.0, "limit": 0.0, **more}

@@ -139,10 +139,10 @@ def _table_kept(make: Any) -> Any:
     """The block table of the step before."""
 
     def faulty(self: Program, inputs: Any, live: Any) -> None:
-        old = self._inputs["table"].copy() if "table" in self._inputs else None
+        old = self._inputs["block_table"].copy() if "block_table" in self._inputs else None
         make(self, inputs, live)
         if old is not None:
-            self._inputs["table"][:] = old
+            self._inputs["block_table"][:] = old
 
     return faulty
 
@@ -281,7 +281,7 @@ FAULTS = [
         "keys of the next KV head": argument("attention", k_pages=half_of_a_page("k")),
         "values of the next KV head": argument("attention", v_pages=half_of_a_page("v")),
         "softcap where there is none": argument("attention", softcap=number(0x41F00000)),
-        "K and V written to the next place": argument("qkv_post", slots=shifted("slots", 4)),
+        "K and V written to the next place": argument("qkv_post", kv_slots=shifted("kv_slots", 4)),
         "pages of K and V swapped":
             argument("qkv_post", k_pages=taken("v_pages"), v_pages=taken("k_pages")),
         "norms of q and k swapped":
@@ -380,10 +380,10 @@ FAULTS = [
         "pages in use taken for free": put(PagePool, "holders", _no_holders),
     }),
     *faults("pages", "dense", law_of_cuts, {
-        "the second page is the first": put(Pages, "slots", _pages_wrap),
+        "the second page is the first": put(Pages, "kv_slots", _pages_wrap),
     }),
     *faults("batch", "dense", law_of_batches, {
-        "block tables of other sequences": put(Batch, "_table", _table_reversed),
+        "block tables of other sequences": put(Batch, "_block_table", _table_reversed),
     }),
     *faults("batch", "dense", law_of_cuts, {
         "logits of the row before": put(Batch, "inputs", _output_rows_shifted),

@@ -46,7 +46,7 @@ def test_kernels_are_compiled_for_arm():
     """Numba's and the emitter's, what a test emits, and an error that names its cause."""
     lines = [
         Kernel.of("rms_norm").dump(),
-        Kernel.of("matmul", format="Q4_0", columns=8, activations="int8").dump(),
+        Kernel.of("matmul", format="Q4_0", columns=8, coding="int8").dump(),
         json.dumps({"ir": emit_matmul(TileSpec("F32", 1, "f32"), "arm_i8mm")}),
         json.dumps({"ir": "define void @entry() { ret i32 1 }"}),
         Kernel.of("no_such_kernel").dump(),

@@ -46,7 +46,7 @@ class Case:
         self.scale = self.spread * self.k_dim**-0.5
         self.arrays = {
             "q": rng.standard_normal((tokens, self.heads, self.k_dim)).astype(np.float32),
-            "table": rng.permutation(pages)[: len(self.spans) * width]
+            "block_table": rng.permutation(pages)[: len(self.spans) * width]
             .reshape(len(self.spans), width)
             .astype(np.int32),
             "sequences": np.repeat(np.arange(len(self.spans)), [n for _, n in self.spans]),
@@ -68,7 +68,7 @@ class Case:
         wide = [a[name].astype(np.float64) for name in ("q", "k_plain", "v_plain")]
         sinks = (a["sinks"].astype(np.float64),) if self.sinks else ()
         return attention.reference(
-            *wide, a["table"], a["sequences"], a["places"], *sinks, scale=self.scale,
+            *wide, a["block_table"], a["sequences"], a["places"], *sinks, scale=self.scale,
             window=self.window, softcap=self.softcap,
         )  # fmt: skip
 
@@ -96,12 +96,13 @@ class Case:
             v_pages=Fenced.like(a["v"]),
             k_page_bytes=self.kv_heads * PAGE * kv_format(self.k_type).token_nbytes(self.k_dim),
             v_page_bytes=self.kv_heads * PAGE * kv_format(self.v_type).token_nbytes(self.v_dim),
-            table=Fenced.of(a["table"]), table_stride=a["table"].shape[1], tiles=Fenced.of(tiles),
-            n_tiles=np.array([len(tiles)]), places=Fenced.of(a["places"][None]), out=out,
-            out_stride=stride, n_heads=self.heads, n_kv_heads=self.kv_heads, k_dim=self.k_dim,
-            v_dim=self.v_dim, scale=float(self.scale), window=self.window,
-            softcap=float(self.softcap), sinks=Fenced.of(a["sinks"][None]) if self.sinks else 0,
-            scratch=scratch, scratch_bytes=nbytes,
+            block_table=Fenced.of(a["block_table"]), block_table_stride=a["block_table"].shape[1],
+            tiles=Fenced.of(tiles), n_tiles=np.array([len(tiles)]),
+            places=Fenced.of(a["places"][None]), out=out, out_stride=stride, n_heads=self.heads,
+            n_kv_heads=self.kv_heads, k_dim=self.k_dim, v_dim=self.v_dim, scale=float(self.scale),
+            window=self.window, softcap=float(self.softcap),
+            sinks=Fenced.of(a["sinks"][None]) if self.sinks else 0, scratch=scratch,
+            scratch_bytes=nbytes,
         )  # fmt: skip
         assert out.strays(tokens) == 0, "wrote between two tokens"
         assert scratch.strays(n_threads) == 0, "wrote past its scratch"
@@ -230,7 +231,7 @@ def test_rows_not_written_yet_may_be_anything(k_type: str, v_type: str) -> None:
     case = Case(k_type=k_type, v_type=v_type, spans=((0, 1), (33, 5), (60, 9)))
     clean = case.run()
     seen = np.zeros(case.arrays["k_plain"].shape[:2], bool)
-    for row, (start, n) in zip(case.arrays["table"], case.spans, strict=True):
+    for row, (start, n) in zip(case.arrays["block_table"], case.spans, strict=True):
         for place in range(start + n):
             seen[row[place // PAGE], place % PAGE] = True
     spoil(case.arrays["k"], k_type, case.k_dim, case.kv_heads, ~seen, "k")

@@ -104,7 +104,7 @@ def write(
     memory = memory or page_memory(kind, heads, dim)
     run(
         Kernel.of("kv_write", which=which, type=kind), isa, threads, pages=memory, live=rows,
-        x=Fenced.of(x.reshape(rows, -1), heads * dim + 3), slots=Fenced.of(SLOTS),
+        x=Fenced.of(x.reshape(rows, -1), heads * dim + 3), kv_slots=Fenced.of(SLOTS),
         page_bytes=heads * block_nbytes(kind, dim), n_kv_heads=heads, head_dim=dim,
         x_stride=heads * dim + 3,
     )  # fmt: skip
@@ -201,7 +201,7 @@ def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
             k_norm=Fenced.of(weights[1]) if norm else 0,
             angles=Fenced.like(angles) if half else 0, half=half, q_out=out,
             q_out_stride=heads * dim + 3, live=6,
-            k_pages=memory[0], v_pages=memory[1], slots=Fenced.of(SLOTS), n_heads=heads,
+            k_pages=memory[0], v_pages=memory[1], kv_slots=Fenced.of(SLOTS), n_heads=heads,
             n_kv_heads=kv_heads, head_dim=dim,
             k_page_bytes=kv_heads * block_nbytes(types[0], dim),
             v_page_bytes=kv_heads * block_nbytes(types[1], dim),

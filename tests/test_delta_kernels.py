@@ -70,7 +70,7 @@ def layer(size: Sizes, spy: bool = False) -> ops.Graph:
     T, S = ops.Dim("tokens", ROOM), ops.Dim("sequences", 4)
     qkv = ops.step_input("qkv", (T, size.channels), F32)
     gates = ops.step_input("gates", (T, 2 * size.heads), F32)
-    step = [ops.step_input("runs", (S, 2)), *(ops.step_input(f"slot_{x}", (S,)) for x in "io")]
+    step = [ops.step_input("spans", (S, 2)), *(ops.step_input(f"slot_{x}", (S,)) for x in "io")]
     conv = ops.state("conv", (SLOTS, size.taps - 1, size.channels), F32, "slots")
     delta = ops.state("delta", (SLOTS, size.heads, size.dk, size.dv), F32, "slots")
     filters = ops.weight("filters", (size.channels, size.taps), F32)
@@ -109,7 +109,7 @@ class Device:
         counts = [p[0] for p in pieces]
         starts = np.cumsum([0, *counts[:-1]])
         inputs = given | {
-            "runs": np.stack([starts, counts], 1).astype(np.int32),
+            "spans": np.stack([starts, counts], 1).astype(np.int32),
             "slot_i": np.array([p[1] for p in pieces], np.int32),
             "slot_o": np.array([p[2] for p in pieces], np.int32),
         }
@@ -267,7 +267,7 @@ def alone(isa: str, threads: int, dv: int) -> tuple[np.ndarray, np.ndarray]:
         k=Fenced.of(k), v=v, decay=Fenced.of(-decay), beta=Fenced.of(beta, heads + 2),
         q_stride=n + 1, k_stride=n, v_stride=heads * dv + 5, decay_stride=heads,
         beta_stride=heads + 2, dt=0, a=0, state=state, slot_bytes=4 * heads * dk * dv,
-        runs=np.array([[0, count]], np.int32), slot_in=np.zeros(1, np.int32),
+        spans=np.array([[0, count]], np.int32), slot_in=np.zeros(1, np.int32),
         slot_out=np.ones(1, np.int32), out=out, live=1, heads=heads, key_heads=heads, dk=dk,
         dv=dv, tiled=0, scale=0.5, scratch=np.zeros(threads * nbytes, np.uint8),
         scratch_bytes=nbytes,

@@ -25,7 +25,7 @@ NORM_LENGTHS = (1, 15, 16, 17, 63, 64, 100, 1024)
 
 
 def _kernels() -> list[Kernel]:
-    split = [Kernel.of(name, C=8, kind="split") for name in ("pack", "rms_norm_pack")]
+    split = [Kernel.of(name, C=8, coding="split") for name in ("pack", "rms_norm_pack")]
     packs = [
         Kernel.of(name, C=C, kind=kind)
         for name, widths in (("pack", (1, 4, 8)), ("rms_norm_pack", (8,)))
@@ -181,7 +181,7 @@ def test_without_fused_multiply_add(rng):
     library("generic").prepare(
         [
             *(Kernel.of("get_rows", format=kind) for kind in ("f16", "bf16", *OTHERWISE)),
-            *(Kernel.of("pack", C=4, kind="int8"), Kernel.of("rms_norm")),
+            *(Kernel.of("pack", C=4, coding="int8"), Kernel.of("rms_norm")),
         ]
     )
     x = rng.standard_normal((5, 96)).astype(np.float32)
@@ -240,7 +240,7 @@ def get_rows(
     ids = np.array([[3], [6], [0], [3], [1]], np.int32)
     out = Fenced(5, n, n + 2)
     run(
-        Kernel.of("get_rows", format=kind), isa, threads, table=Fenced.like(raw),
+        Kernel.of("get_rows", format=kind), isa, threads, matrix=Fenced.like(raw),
         ids=Fenced.of(ids), out=out, live=4, n=n, row_bytes=raw.shape[1], out_stride=n + 2,
     )  # fmt: skip
     assert out.strays(4) == 0

@@ -61,16 +61,16 @@ def gated_attention(*, norm: bool = True, rope: bool = True) -> ops.Graph:
         angles = ops.rope_angles(positions, frequencies, components, magnitude=1.0)
         q, k = (ops.rope(y, angles, style="neox") for y in (q, k))
     kinds = {"k": k, "v": v}
-    slots = ops.step_input("slots", (t,))
+    kv_slots = ops.step_input("kv_slots", (t,))
     pages = {
         which: ops.kv_write(
-            y, ops.state(which, (PAGES, ops.PAGE, KV_HEADS, DIM), DTYPES["f32"]), slots,
+            y, ops.state(which, (PAGES, ops.PAGE, KV_HEADS, DIM), DTYPES["f32"]), kv_slots,
             which=which, kv="f32",
         )
         for which, y in kinds.items()
     }  # fmt: skip
     y = ops.attention(
-        q, pages["k"], pages["v"], ops.step_input("table", (1, PAGES)),
+        q, pages["k"], pages["v"], ops.step_input("block_table", (1, PAGES)),
         ops.step_input("sequences", (t,)), ops.step_input("places", (t,)), scale=DIM**-0.5,
     )  # fmt: skip
     opened = ops.mul(y, ops.sigmoid(gate))
@@ -102,8 +102,9 @@ def step(live: int) -> dict[str, np.ndarray]:
     return {
         "x": rng.standard_normal((live, HIDDEN)).astype(np.float32),
         "positions": rng.integers(0, 900, (live, 4)).astype(np.int32),
-        "slots": places + ops.PAGE, "places": places, "table": np.array([[1, 0, 2]], np.int32),
-        "sequences": np.zeros(live, np.int32), "rows": np.array([live - 1, 0], np.int32),
+        "kv_slots": places + ops.PAGE, "places": places,
+        "block_table": np.array([[1, 0, 2]], np.int32), "sequences": np.zeros(live, np.int32),
+        "rows": np.array([live - 1, 0], np.int32),
     }  # fmt: skip
 
 

@@ -22,10 +22,10 @@ BOUNDS = {"alpha": 1.702, "limit": 7.0}
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    packs = [Kernel.of(n, C=C, kind=k) for n in FUSED for C in WIDTHS for k in KINDS]
-    packs += [Kernel.of("pack", C=C, kind=kind) for C in WIDTHS for kind in KINDS]
-    oai = [Kernel.of("swiglu_pack", C=4, kind=k, act="oai") for k in ("int8", "f32")]
-    rows = [Kernel.of("swiglu_pack_rows", C=4, kind="int8", act="oai"), Kernel.of("swiglu_oai")]
+    packs = [Kernel.of(n, C=C, coding=k) for n in FUSED for C in WIDTHS for k in KINDS]
+    packs += [Kernel.of("pack", C=C, coding=coding) for C in WIDTHS for coding in KINDS]
+    oai = [Kernel.of("swiglu_pack", C=4, coding=k, act="oai") for k in ("int8", "f32")]
+    rows = [Kernel.of("swiglu_pack_rows", C=4, coding="int8", act="oai"), Kernel.of("swiglu_oai")]
     library(ISAS[0]).prepare([*packs, *oai, *rows, *(Kernel.of(name) for name in PLAIN)])
 
 
@@ -52,35 +52,36 @@ def parts(name: str, y: np.ndarray, gate: np.ndarray, w: np.ndarray) -> np.ndarr
 
 
 def fused(
-    name: str, C: int, kind: str, y: np.ndarray, gate: np.ndarray, w: np.ndarray, threads: int
+    name: str, C: int, coding: str, y: np.ndarray, gate: np.ndarray, w: np.ndarray, threads: int
 ) -> bytes:
     """The tiles; the gate lies in the second half of heads twice as long."""
     rows, heads, d = y.shape
     n = heads * d
-    packed = Packed(rows, n, C, kind)
+    packed = Packed(rows, n, C, coding)
     wide = np.full((rows, heads, 2 * d), np.nan, np.float32)
     wide[..., d:] = gate
     both = Fenced.of(wide.reshape(rows, 2 * n), 2 * n + 4)
     norm = {"w": Fenced.of(w[None]), "eps": EPS} if name == "gated_norm_pack" else {}
     run(
-        Kernel.of(name, C=C, kind=kind), threads=threads, x=Fenced.of(y.reshape(rows, n), n + 8),
-        gate=both.address + 4 * d, out=packed.memory, live=rows, n=n, head_dim=d, x_stride=n + 8,
-        gate_stride=2 * n + 4, gate_head_stride=2 * d, **norm,
+        Kernel.of(name, C=C, coding=coding), threads=threads,
+        x=Fenced.of(y.reshape(rows, n), n + 8), gate=both.address + 4 * d, out=packed.memory,
+        live=rows, n=n, head_dim=d, x_stride=n + 8, gate_stride=2 * n + 4, gate_head_stride=2 * d,
+        **norm,
     )  # fmt: skip
     packed.check()
     return packed.memory.values.tobytes()
 
 
 @pytest.mark.parametrize("d", [32, 96])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("coding", KINDS)
 @pytest.mark.parametrize("C", WIDTHS)
 @pytest.mark.parametrize("name", FUSED)
-def test_bits_are_those_of_the_parts(rng, name, C, kind, d):
+def test_bits_are_those_of_the_parts(rng, name, C, coding, d):
     y, gate = (3 * rng.standard_normal((ROWS, HEADS, d)).astype(np.float32) for _ in range(2))
     w = rng.standard_normal(d).astype(np.float32)
-    wanted = pack("pack", C, kind, parts(name, y, gate, w)).memory.values.tobytes()
+    wanted = pack("pack", C, coding, parts(name, y, gate, w)).memory.values.tobytes()
     for threads in (1, 2, 3, 7, 40):
-        assert fused(name, C, kind, y, gate, w, threads) == wanted, f"{threads} threads"
+        assert fused(name, C, coding, y, gate, w, threads) == wanted, f"{threads} threads"
 
 
 def oai(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -108,13 +109,13 @@ def test_clamped_swiglu_at_its_limits():
     assert abs(found[3]) < 1e-30 and np.isnan(found[5:]).all()
 
 
-@pytest.mark.parametrize("kind", ["int8", "f32"])
-def test_clamped_swiglu_packed(rng, kind):
+@pytest.mark.parametrize("coding", ["int8", "f32"])
+def test_clamped_swiglu_packed(rng, coding):
     n = 96
     gate, up = (8 * rng.standard_normal((ROWS, n)).astype(np.float32) for _ in range(2))
-    wanted = pack("pack", 4, kind, oai(gate, up)).memory.values.tobytes()
+    wanted = pack("pack", 4, coding, oai(gate, up)).memory.values.tobytes()
     for threads in (1, 3):
-        found = pack("swiglu_pack", 4, kind, gate, up, threads=threads, **BOUNDS)
+        found = pack("swiglu_pack", 4, coding, gate, up, threads=threads, **BOUNDS)
         assert found.memory.values.tobytes() == wanted
 
 
@@ -123,7 +124,7 @@ def test_clamped_swiglu_packed_by_expert(rng):
     gate, up = (8 * rng.standard_normal((6, n)).astype(np.float32) for _ in range(2))
     packed = Packed(4, n, 4, "int8")
     run(
-        Kernel.of("swiglu_pack_rows", C=4, kind="int8", act="oai"), threads=2,
+        Kernel.of("swiglu_pack_rows", C=4, coding="int8", act="oai"), threads=2,
         gate=Fenced.of(gate), up=Fenced.of(up), out=packed.memory, n=n, gate_stride=n,
         tiles=np.array([[2, *rows]], np.int32), n_tiles=np.array([1]), up_stride=n, **BOUNDS,
     )  # fmt: skip

@@ -38,9 +38,9 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernel_round_trips_through_json():
-    kernel = Kernel.of("matmul", format="Q4_0", columns=8, activations="int8")
+    kernel = Kernel.of("matmul", format="Q4_0", columns=8, coding="int8")
     assert Kernel.parse(kernel.dump()) == kernel
-    assert str(kernel) == "matmul-activations=int8-columns=8-format=Q4_0"
+    assert str(kernel) == "matmul-coding=int8-columns=8-format=Q4_0"
 
 
 def test_compiled_once_then_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -139,9 +139,9 @@ def test_slots_follow_the_pages():
     pool = Pool()
     first = pool.sequence()
     pool.grow((first, 0, 2 * PAGE))
-    row, slots = first.pages.row, first.pages.slots(PAGE - 1, PAGE + 1)
+    row, slots = first.pages.row, first.pages.kv_slots(PAGE - 1, PAGE + 1)
     assert list(slots) == [row[0] * PAGE + PAGE - 1, row[1] * PAGE]
-    assert [first.pages.slot(place) for place in (PAGE - 1, PAGE)] == list(slots)
+    assert [first.pages.kv_slot(place) for place in (PAGE - 1, PAGE)] == list(slots)
 
 
 @settings(max_examples=100, deadline=None)

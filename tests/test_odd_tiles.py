@@ -25,7 +25,7 @@ ROWS = range(1, 41)
 def sizes(spec: TileSpec) -> list[tuple[int, int, int]]:
     """Tokens, rows and inner sizes: every number of rows, every remainder of 64 that there is."""
     step = format_of(spec.format).block if spec.format in QUANTISED else 1
-    step = 32 if spec.activations == "split" else step
+    step = 32 if spec.coding == "split" else step
     inner = range(step, step * 3 + 1, step) if step > 1 else range(1, 65)
     count = max(len(ROWS), len(inner))
     pairs = zip(itertools.cycle(ROWS), itertools.cycle(inner), range(count), strict=False)
@@ -43,7 +43,7 @@ def result(spec: TileSpec, isa_name: str, shape: tuple[int, int, int]) -> tuple[
     weights = packed(spec.format, raw, n_inner, isa_name)
     buffer, held = tiles.activations(spec, x)
     got = matmul(spec, isa_name, weights, buffer, shape, bias=bias, add=add, n_threads=2)
-    want = REFERENCES[spec.activations](spec.format, raw, *held, fma=isa(isa_name).has_fma)
+    want = REFERENCES[spec.coding](spec.format, raw, *held, fma=isa(isa_name).has_fma)
     return got, (want + bias) + add
 
 

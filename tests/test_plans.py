@@ -255,8 +255,9 @@ def _step(tokens: np.ndarray, rows: list[int]) -> dict[str, np.ndarray]:
     places = np.arange(len(tokens), dtype=np.int32)
     table = np.zeros((1, 2), np.int32)
     return {
-        "tokens": tokens, "positions": places, "places": places, "slots": places, "table": table,
-        "sequences": np.zeros(len(tokens), np.int32), "output_rows": np.array(rows),
+        "tokens": tokens, "positions": places, "places": places, "kv_slots": places,
+        "block_table": table, "sequences": np.zeros(len(tokens), np.int32),
+        "output_rows": np.array(rows),
     }  # fmt: skip
 
 

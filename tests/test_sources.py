@@ -24,8 +24,8 @@ LIBRARY = Library(selected(), None)
 APART = (*_APART, *Library.apart)
 KERNELS = [
     *map(Kernel.of, NUMBA.names()),
-    Kernel.of("matmul", format="Q4_0", columns=8, activations="int8"),
-    Kernel.of("matmul_id", format="Q4_0", columns=8, activations="int8"),
+    Kernel.of("matmul", format="Q4_0", columns=8, coding="int8"),
+    Kernel.of("matmul_id", format="Q4_0", columns=8, coding="int8"),
     Kernel.of("pack_weights", format="Q4_0"),
     Kernel.of("get_rows", format="q4_0"),
 ]

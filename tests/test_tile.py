@@ -69,7 +69,7 @@ def check(spec: TileSpec, isa_name: str, shape: tuple[int, int, int]) -> None:
     weights = packed(spec.format, raw, n_inner, BEST)
     buffer, held = tiles.activations(spec, x)
     references = {"int8": matmul_int8, "f32": matmul_f32, "split": matmul_split}
-    reference = references[spec.activations]
+    reference = references[spec.coding]
     want = reference(spec.format, raw, *held, fma=isa.isa(isa_name).has_fma)
     for n_threads in (1, 3):
         got = matmul(spec, isa_name, weights, buffer, shape, n_threads=n_threads)

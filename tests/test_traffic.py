@@ -61,7 +61,9 @@ def test_windows_bound_what_attention_reads():
     table = ops.weight("table", (4, 128), F32)
     q = ops.reshape(ops.get_rows(table, ops.step_input("tokens", (1,))), shape=(1, 4, 32))
     pages = ops.state("k", (1, 32, 2, 32), F16)
-    rest = [ops.step_input(n, (1, 1) if n == "table" else (1,)) for n in ("table", "s", "p")]
+    rest = [
+        ops.step_input(n, (1, 1) if n == "block_table" else (1,)) for n in ("block_table", "s", "p")
+    ]
     for window, seen in ((0, 500), (128, 128)):
         node = ops.attention(q, pages, pages, *rest, scale=1.0, window=window)
         found = traffic.of_token(ops.Graph((node,), "g"), 500, page_nbytes)
@@ -71,10 +73,10 @@ def test_windows_bound_what_attention_reads():
 def test_recurrent_state_is_read_and_written():
     state = ops.state("state.0.conv", (1, 3, 16), F32, "slots")
     slot = [ops.step_input(n, (ops.Dim("sequences", 1),)) for n in ("slot_in", "slot_out")]
-    runs = ops.step_input("runs", (ops.Dim("sequences", 1), 2))
+    spans = ops.step_input("spans", (ops.Dim("sequences", 1), 2))
     table, w = ops.weight("table", (5, 16), F32), ops.weight("w", (16, 4), F32)
     x = ops.get_rows(table, ops.step_input("tokens", (1,)))
-    node = ops.short_conv(x, w, state, runs, *slot)
+    node = ops.short_conv(x, w, state, spans, *slot)
     found = traffic.of_token(ops.Graph((node,), "g"), 9, page_nbytes)
     assert (found.state, found.weights, found.kv) == (2 * 3 * 16 * 4, 16 * 4 * 4 + 16 * 4, 0)
 
@@ -121,7 +123,7 @@ def _delta(slots: int) -> ops.Tensor:
     heads = [ops.step_input(name, (t, 2, 16), F32) for name in "qkv"]
     gates = [ops.step_input(name, (t, 2), F32) for name in ("decay", "beta")]
     state = ops.state("state.0.delta", (slots, 2, 16, 16), F32, "slots")
-    where = [ops.step_input(n, (s, 2) if n == "runs" else (s,)) for n in ("runs", "in", "out")]
+    where = [ops.step_input(n, (s, 2) if n == "spans" else (s,)) for n in ("spans", "in", "out")]
     return ops.gated_delta(*heads, *gates, state, *where, scale=1.0, order="tiled")
 
 

@@ -136,8 +136,8 @@ def activations(spec: TileSpec, x: Array) -> tuple[Guarded, tuple[Array, ...]]:
     """Packed tiles of x (float32 [T, K]), and what they hold: (q, d) or (x,)."""
     from tile_reference import quantise_activations
 
-    held = quantise_activations(x) if spec.activations == "int8" else (x,)
-    pack = {"int8": pack_int8, "f32": pack_f32, "split": pack_split}[spec.activations]
+    held = quantise_activations(x) if spec.coding == "int8" else (x,)
+    pack = {"int8": pack_int8, "f32": pack_f32, "split": pack_split}[spec.coding]
     tiles = pack(*held, spec.columns)
     buffer = Guarded(tiles.size, poison=0)
     buffer.bytes[:] = tiles.reshape(-1)

@@ -78,7 +78,7 @@ def gated_heads(graph: Graph, node: Tensor, x: Tensor, gate_op: Op) -> tuple[Ten
         return None
     if not only_user(graph, merged) or not only_user(graph, merged.inputs[0]):
         return None
-    unit = 16 if node.attrs["kind"] == "f32" else 32
+    unit = 16 if node.attrs["coding"] == "f32" else 32
     for y, gate in (x.inputs[0].inputs, x.inputs[0].inputs[::-1]):
         if gate_op.made(gate) and gate.ndim == 3 and y.layout.is_contiguous(y.shape):
             opening = gate.inputs[0]

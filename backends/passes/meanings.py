@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from runtime import ops
+import runtime.ops as ops
 from runtime.backends.passes.fuse_attention import qkv_post, sigmoid_gate_pack
 from runtime.backends.passes.fuse_delta import conv_post, delta_step, gated_norm_pack
 from runtime.backends.passes.fuse_ffn import (
@@ -114,7 +114,7 @@ def _norm(node: Tensor, x: Array, w: Array) -> Array:
 
 
 def _qkv_post(
-    node: Tensor, q: Array, k: Array, v: Array, k_pages: Array, v_pages: Array, slots: Array,
+    node: Tensor, q: Array, k: Array, v: Array, k_pages: Array, v_pages: Array, kv_slots: Array,
     *rest: Array,
 ) -> Array:  # fmt: skip
     attrs, found = node.attrs, dict(zip(node.attrs["optional"], rest, strict=True))
@@ -126,8 +126,8 @@ def _qkv_post(
         return ops.rope.reference(x, found["angles"], style=attrs["style"])
 
     k = turned(k, "k_norm")
-    ops.kv_write.reference(k, k_pages, slots, which="k", kv=attrs["k_type"])
-    ops.kv_write.reference(v, v_pages, slots, which="v", kv=attrs["v_type"])
+    ops.kv_write.reference(k, k_pages, kv_slots, which="k", kv=attrs["k_type"])
+    ops.kv_write.reference(v, v_pages, kv_slots, which="v", kv=attrs["v_type"])
     return turned(q, "q_norm")
 
 
@@ -141,11 +141,11 @@ def _conv_post(node: Tensor, x: Array, w: Array, *where: Array) -> Array:
 
 def _delta_step(
     node: Tensor, q: Array, k: Array, v: Array, alpha: Array, beta: Array, state: Array,
-    runs: Array, slot_in: Array, slot_out: Array, a: Array, *dt: Array,
+    spans: Array, slot_in: Array, slot_out: Array, a: Array, *dt: Array,
 ) -> Array:  # fmt: skip
     decay = ops.softplus.reference(sum(dt, start=alpha)) * a
     gates = decay, ops.sigmoid.reference(beta)
-    where = state, runs, slot_in, slot_out
+    where = state, spans, slot_in, slot_out
     return ops.gated_delta.reference(q, k, v, *gates, *where, **node.attrs)
 
 

@@ -53,25 +53,25 @@ class Options:
     split: bool = False
 
 
-def activation_kind(w: Tensor, options: Options) -> str:
+def coding_of(w: Tensor, options: Options) -> str:
     """What a weight is multiplied with: int8 blocks, or float32 (whole or split) for floats."""
-    kind = w.dtype.name.upper()
-    if options.split and kind == "BF16" and w.shape[-1] % 32 == 0:
+    name = w.dtype.name.upper()
+    if options.split and name == "BF16" and w.shape[-1] % 32 == 0:
         return "split"
-    exact = kind in FLOAT_FORMATS or kind not in options.packed or options.activations == "f32"
+    exact = name in FLOAT_FORMATS or name not in options.packed or options.activations == "f32"
     return "f32" if exact else "int8"
 
 
-def columns(rows: int, kind: str, options: Options) -> int:
+def columns(rows: int, coding: str, options: Options) -> int:
     """Columns of the tiles for a capacity of `rows`; a result's bits never depend on it."""
     if rows <= 4:
         return 1 if rows == 1 else 4
-    return options.wide if rows >= 16 and kind != "f32" else 8
+    return options.wide if rows >= 16 and coding != "f32" else 8
 
 
-def expert_columns(choices: int, experts: int, kind: str, options: Options) -> int:
+def expert_columns(choices: int, experts: int, coding: str, options: Options) -> int:
     """Columns of expert tiles: as many as an expert gets on average, so that few are empty."""
-    return 1 if choices < 2 * experts else columns(choices // experts, kind, options)
+    return 1 if choices < 2 * experts else columns(choices // experts, coding, options)
 
 
 def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list[int]:
@@ -86,12 +86,12 @@ def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list
     }
 
     def widths(tokens: int) -> tuple[int, ...]:
-        kinds = ("int8", "f32")
-        plain = [columns(tokens, kind, options) for kind in kinds]
+        every = ("int8", "f32")
+        plain = [columns(tokens, coding, options) for coding in every]
         return *plain, *(
-            expert_columns(tokens * used, experts, kind, options)
+            expert_columns(tokens * used, experts, coding, options)
             for experts, used in sorted(mixtures)
-            for kind in kinds
+            for coding in every
         )
 
     first: dict[tuple[int, ...], int] = {}
@@ -122,20 +122,20 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
         return made[key]
 
     def product(node: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        kind = activation_kind(w, options)
-        width = columns(x.size // x.shape[-1], kind, options)
-        return node_of(linear, (once(pack, (x,), PACKED[kind], C=width, kind=kind), w), node)
+        coding = coding_of(w, options)
+        width = columns(x.size // x.shape[-1], coding, options)
+        return node_of(linear, (once(pack, (x,), PACKED[coding], C=width, coding=coding), w), node)
 
     def chosen(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
-        kind = activation_kind(w, options)
-        width = expert_columns(ids.size, int(w.shape[0]), kind, options)
+        coding = coding_of(w, options)
+        width = expert_columns(ids.size, int(w.shape[0]), coding, options)
         tiles = once(expert_tiles, (ids,), I32, C=width, experts=int(w.shape[0]))
         each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
         if width == 1:  # tiles find their row: nothing has to be gathered
-            packed, every = once(pack, (x,), PACKED[kind], C=1, kind=kind), each
+            packed, every = once(pack, (x,), PACKED[coding], C=1, coding=coding), each
         else:
-            shape, tile = (*ids.shape, x.shape[-1]), {"C": width, "kind": kind}
-            packed = once(pack_rows, (x, tiles), PACKED[kind], shape=shape, **tile, divisor=each)
+            shape, tile = (*ids.shape, x.shape[-1]), {"C": width, "coding": coding}
+            packed = once(pack_rows, (x, tiles), PACKED[coding], shape=shape, **tile, divisor=each)
             every = 0
         return node_of(linear_id, (packed, w, tiles, *bias), node, every=every)
 

@@ -74,7 +74,7 @@ class Batch:
         """
         single = self.tokens == len(self.parts)
         found = self._single_tokens() if single else self._any_tokens()
-        found["table"] = self._table()
+        found["block_table"] = self._block_table()
         places = found["places"]
         found["positions"] = places
         if components > 1:  # of a text they are all the same
@@ -84,7 +84,7 @@ class Batch:
         if self.parts[0].advance.state is not None:
             slots = [p.advance.slots for p in self.parts]
             found["slot_in"], found["slot_out"] = np.array(slots, np.int32).T
-            found["runs"] = self._runs()
+            found["spans"] = self._spans()
         return found
 
     def _add_given(self, found: dict[str, np.ndarray], hidden: int) -> None:
@@ -114,31 +114,31 @@ class Batch:
         parts = self.parts
         rows = [
             [p.ids[0] for p in parts], [p.start for p in parts],
-            [p.advance.pages.slot(p.start) for p in parts], range(len(parts)),
+            [p.advance.pages.kv_slot(p.start) for p in parts], range(len(parts)),
         ]  # fmt: skip
-        tokens, places, slots, sequences = np.array(rows, np.int32)
+        tokens, places, kv_slots, sequences = np.array(rows, np.int32)
         wanted = [row for row, p in enumerate(parts) if p.wanted]
         return {
-            "tokens": tokens, "places": places, "slots": slots, "sequences": sequences,
+            "tokens": tokens, "places": places, "kv_slots": kv_slots, "sequences": sequences,
             "output_rows": np.array(wanted, np.int32),
         }  # fmt: skip
 
     def _any_tokens(self) -> dict[str, np.ndarray]:
         columns: dict[str, list[np.ndarray]] = {
-            n: [] for n in ("tokens", "places", "slots", "sequences", "output_rows")
+            n: [] for n in ("tokens", "places", "kv_slots", "sequences", "output_rows")
         }
         at = 0
         for row, p in enumerate(self.parts):
             n = len(p.ids)
             columns["tokens"].append(np.array(p.ids, np.int32))
             columns["places"].append(np.arange(p.start, p.start + n, dtype=np.int32))
-            columns["slots"].append(p.advance.pages.slots(p.start, p.start + n))
+            columns["kv_slots"].append(p.advance.pages.kv_slots(p.start, p.start + n))
             columns["sequences"].append(np.full(n, row, np.int32))
             columns["output_rows"].append(np.array(p.wanted, np.int32) + np.int32(at))
             at += n
         return {n: np.concatenate(parts) for n, parts in columns.items()}
 
-    def _table(self) -> np.ndarray:
+    def _block_table(self) -> np.ndarray:
         rows = [p.advance.pages.held for p in self.parts]
         if len(rows) == 1:
             return rows[0][None]
@@ -147,7 +147,7 @@ class Batch:
             row[: len(pages)] = pages
         return table
 
-    def _runs(self) -> np.ndarray:
+    def _spans(self) -> np.ndarray:
         rows, at = [], 0
         for p in self.parts:
             rows.append((at, len(p.ids)))

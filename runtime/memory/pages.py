@@ -45,12 +45,12 @@ class Pages(NamedTuple):
         """Whether places start..stop-1 are known to have pages that nobody else holds."""
         return self.own * PAGE <= start and stop <= self.used * PAGE
 
-    def slots(self, start: int, stop: int) -> np.ndarray:
+    def kv_slots(self, start: int, stop: int) -> np.ndarray:
         """int32 slot (page * PAGE + offset) of places start..stop-1."""
         places = np.arange(start, stop, dtype=np.int32)
         return self.row[places // PAGE] * PAGE + places % PAGE
 
-    def slot(self, place: int) -> int:
+    def kv_slot(self, place: int) -> int:
         """The slot of one place."""
         return int(self.row[place // PAGE]) * PAGE + place % PAGE
 

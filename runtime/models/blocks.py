@@ -66,12 +66,12 @@ class AttentionSizes:
 
 
 def embedding(w: Weights, step: Step, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
-    """The table of all tokens, and this step's rows of it or vectors, [T, hidden]."""
-    table = w("token_embd.weight", vocabulary, hidden)
-    x = ops.get_rows(table, step.tokens, name="embedding")
+    """The embeddings of all tokens, and this step's rows of them or vectors, [T, hidden]."""
+    embeddings = w("token_embd.weight", vocabulary, hidden)
+    x = ops.get_rows(embeddings, step.tokens, name="embedding")
     if step.vectors is not None and step.from_table is not None:
         x = ops.add(ops.row_scale(x, step.from_table), step.vectors, name="embedding+vectors")
-    return table, x
+    return embeddings, x
 
 
 def angles(w: Weights, step: Step, size: RotarySizes, name: str = "inv_freq") -> Tensor:
@@ -85,15 +85,15 @@ def angles(w: Weights, step: Step, size: RotarySizes, name: str = "inv_freq") ->
 
 
 def logits(
-    w: Weights, step: Step, x: Tensor, table: Tensor, eps: float, bias: bool = False
+    w: Weights, step: Step, x: Tensor, embeddings: Tensor, eps: float, bias: bool = False
 ) -> Tensor:
     """[R, vocabulary] of the wanted rows; without an output matrix the embedding serves as one."""
     x = ops.select_rows(x, step.output_rows)  # [R, hidden]
     x = ops.rms_norm(x, w("output_norm.weight", x.shape[1]), eps=eps, name="output_norm")
     tied = "output.weight" not in w
-    y = ops.matmul(x, table if tied else w("output.weight", *table.shape), name="logits")
+    y = ops.matmul(x, embeddings if tied else w("output.weight", *embeddings.shape), name="logits")
     y = y if tied else scaled(w, "output", y)
-    shift = w.optional("output.bias", table.shape[0]) if bias else None
+    shift = w.optional("output.bias", embeddings.shape[0]) if bias else None
     return y if shift is None else ops.add(y, shift, name="logits+bias")
 
 
@@ -114,11 +114,11 @@ def attention(
     q = ops.rope(q, angles, style=size.rope_style, name=f"{at}.q_rope")
     k = ops.rope(k, angles, style=size.rope_style, name=f"{at}.k_rope")
     keys, values = step.k[layer], step.v[layer]
-    keys = ops.kv_write(k, keys, step.slots, which="k", kv=keys.dtype.name)
-    values = ops.kv_write(v, values, step.slots, which="v", kv=values.dtype.name)
+    keys = ops.kv_write(k, keys, step.kv_slots, which="k", kv=keys.dtype.name)
+    values = ops.kv_write(v, values, step.kv_slots, which="v", kv=values.dtype.name)
     sinks = (w(f"{at}.attn_sinks.weight", H),) if size.sinks else ()
     y = ops.attention(
-        q, keys, values, step.table, step.sequences, step.places, *sinks,
+        q, keys, values, step.block_table, step.sequences, step.places, *sinks,
         scale=d**-0.5, window=size.window, name=f"{at}.attention",
     )  # [T, H, v_dim]  # fmt: skip
     if gate is not None:

@@ -84,14 +84,14 @@ class Decoder:
     def graph(self, step: Step) -> ops.Graph:
         """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
         p, w = self.p, self.w
-        table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        embeddings, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
         angles = blocks.angles(w, step, p.rotary)
         for i in range(p.layers):
             h = ops.rms_norm(x, w(f"blk.{i}.attn_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, blocks.attention(w, step, i, h, angles, p.attention), name=f"blk.{i}.x")
             h = ops.rms_norm(x, w(f"blk.{i}.ffn_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, self.ffn(i, h), name=f"blk.{i}.out")
-        return ops.Graph((blocks.logits(w, step, x, table, p.eps, p.output_bias),), "decoder")
+        return ops.Graph((blocks.logits(w, step, x, embeddings, p.eps, p.output_bias),), "decoder")
 
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """The feed-forward part of a layer: one network, or the best of many."""

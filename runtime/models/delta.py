@@ -75,7 +75,7 @@ class DeltaSizes:
 
 def delta_net(w: Weights, step: Step, layer: int, x: Tensor, size: DeltaSizes) -> Tensor:
     """Convolution over q, k, v; the gated delta rule; the normed result times a gate."""
-    at, memory = f"blk.{layer}", (step.runs, step.slot_in, step.slot_out)
+    at, memory = f"blk.{layer}", (step.spans, step.slot_in, step.slot_out)
     qkv, z = _qkv_and_gate(w, at, x, size)  # [T, C], [T, Hv * dv]
     alpha, beta = _alpha_and_beta(w, at, x, size)  # [T, Hv]
     filters = w(f"{at}.ssm_conv1d.weight", size.channels, size.taps)

@@ -82,7 +82,7 @@ class GptOss:
     def graph(self, step: Step) -> ops.Graph:
         """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
         p, w = self.p, self.w
-        table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        embeddings, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
         angles = near = blocks.angles(w, step, p.rotary)
         if p.rotary_sliding != p.rotary:
             near = blocks.angles(w, step, p.rotary_sliding, "inv_freq_sliding")
@@ -93,7 +93,7 @@ class GptOss:
             x = ops.add(x, mixed, name=f"{at}.x")
             h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, moe_ffn(w, i, h, p.experts), name=f"{at}.out")
-        return ops.Graph((blocks.logits(w, step, x, table, p.eps),), "gpt-oss")
+        return ops.Graph((blocks.logits(w, step, x, embeddings, p.eps),), "gpt-oss")
 
 
 def _sliding_layers(keys: Keys) -> tuple[bool, ...]:

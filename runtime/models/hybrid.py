@@ -109,7 +109,7 @@ class Hybrid:
     def graph(self, step: Step) -> ops.Graph:
         """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
         p, w = self.p, self.w
-        table, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        embeddings, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
         angles = blocks.angles(w, step, p.rotary)
         for i, recurrent in enumerate(p.recurrent):
             at = f"blk.{i}"
@@ -121,7 +121,7 @@ class Hybrid:
             x = ops.add(x, mixed, name=f"{at}.x")
             h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, self.ffn(i, h), name=f"{at}.out")
-        return ops.Graph((blocks.logits(w, step, x, table, p.eps),), "hybrid")
+        return ops.Graph((blocks.logits(w, step, x, embeddings, p.eps),), "hybrid")
 
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """One network, or the best of many; a model with experts may have layers without."""

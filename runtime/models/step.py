@@ -44,8 +44,8 @@ class Step:
     """Inputs of one step at capacity: T tokens, S sequences of up to P pages, R output rows.
 
     `places` are indices in a sequence (causality); `positions` [T] or [T, n] are what RoPE sees;
-    `slots` say where a token's K and V go; `table` lists each sequence's pages. `runs` are the
-    rows (first, count) of each sequence; its recurrent state is read from `slot_in` (-1: zeros)
+    `kv_slots` say where a token's K and V go; `block_table` lists each sequence's pages; `spans`
+    are rows (first, count) of each; its recurrent state is read from `slot_in` (-1: zeros)
     and written to `slot_out`. Memory by layer: pages `k` and `v`, slots `conv` and `delta`.
     `context`: tokens that a sequence may grow to, a number and no input. Where some tokens come as
     `vectors` [T, hidden], such as those of an image: `from_table` [T, 1] is 1 for a token whose
@@ -56,10 +56,10 @@ class Step:
     positions: Tensor
     sequences: Tensor
     places: Tensor
-    slots: Tensor
-    table: Tensor
+    kv_slots: Tensor
+    block_table: Tensor
     output_rows: Tensor
-    runs: Tensor
+    spans: Tensor
     slot_in: Tensor
     slot_out: Tensor
     k: Mapping[int, Tensor]
@@ -101,8 +101,8 @@ class Step:
         return Step(
             **{name: ops.step_input(name, (t,)) for name in _PER_TOKEN},
             positions=ops.step_input("positions", position),
-            table=ops.step_input("table", (tokens, table_pages)),
-            runs=ops.step_input("runs", (s, 2)),
+            block_table=ops.step_input("block_table", (tokens, table_pages)),
+            spans=ops.step_input("spans", (s, 2)),
             slot_in=ops.step_input("slot_in", (s,)),
             slot_out=ops.step_input("slot_out", (s,)),
             output_rows=ops.step_input("output_rows", (ops.Dim("outputs", outputs),)),
@@ -121,4 +121,4 @@ class Step:
         return [x for group in (self.k, self.v, self.conv, self.delta) for x in group.values()]
 
 
-_PER_TOKEN = ("tokens", "sequences", "places", "slots")
+_PER_TOKEN = ("tokens", "sequences", "places", "kv_slots")

@@ -125,12 +125,12 @@ def test_attention():
     pages = (tokens // ops.PAGE, ops.PAGE, kv_heads, dim)
     k, v = (ops.state(name, pages, DTYPES["f16"]) for name in "kv")
     q = ops.step_input("q", (t, heads, dim), F32)
-    table = ops.step_input("table", (1, pages[0]))
+    block_table = ops.step_input("block_table", (1, pages[0]))
     sequences, places = (ops.step_input(name, (t,)) for name in ("sequences", "places"))
     work = _step(
-        ops.attention(q, k, v, table, sequences, places, scale=dim**-0.5),
+        ops.attention(q, k, v, block_table, sequences, places, scale=dim**-0.5),
         q=np.ones((tokens, heads, dim), np.float32), places=np.arange(tokens),
-        table=np.arange(pages[0])[None], sequences=np.zeros(tokens, np.int32),
+        block_table=np.arange(pages[0])[None], sequences=np.zeros(tokens, np.int32),
     )  # fmt: skip
     hold("attention", work, computing(100_000))
 

@@ -40,6 +40,7 @@ _ROWS, _GROUP = ATTENTION_ROWS, ATTENTION_ROWS * ATTENTION_BLOCKS
 
 @helper
 def block_nbytes(k_dims, v_dims):
+    """Bytes of the state of 8 rows: what `Block` lists, then q and the sums of v."""
     return _Q + (k_dims + v_dims) * (4 * _ROWS)
 
 
@@ -181,12 +182,13 @@ def begin_item(
 
 @constants(k_type=KV_FORMATS, v_type=KV_FORMATS)
 def build_attention(k_type, v_type):
+    """softmax(scale q k) v over the pages of each sequence: (tile x KV heads x rows) dealt out."""
     step = page_step(k_type, v_type)
 
     def attention(
-        q, q_stride, q_head_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, table,
-        table_stride, tiles, n_tiles, places, out, out_stride, n_heads, n_kv_heads, k_dim, v_dim,
-        scale, window, softcap, sinks, scratch, scratch_bytes, thread, n_threads,
+        q, q_stride, q_head_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, block_table,
+        block_table_stride, tiles, n_tiles, places, out, out_stride, n_heads, n_kv_heads, k_dim,
+        v_dim, scale, window, softcap, sinks, scratch, scratch_bytes, thread, n_threads,
     ):  # fmt: skip
         count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
         limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
@@ -198,7 +200,7 @@ def build_attention(k_type, v_type):
         for tile in range(count):
             token = s.load_i32(tiles + tile * 16)
             n_rows = s.load_i32(tiles + tile * 16 + 4) * group
-            pages = table + s.load_i32(tiles + tile * 16 + 8) * table_stride * 4
+            pages = block_table + s.load_i32(tiles + tile * 16 + 8) * block_table_stride * 4
             for piece in range(n_kv_heads * ((n_rows + limit - 1) // limit)):
                 turn += 1
                 if (turn - 1) % n_threads != thread:

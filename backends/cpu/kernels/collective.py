@@ -13,10 +13,13 @@ from .rows import helper, share
 
 @helper
 def at(parts, k, row, stride):
+    """The address of a row of part k; `stride` in floats."""
     return s.load_i64(parts + k * 8) + row * stride * 4
 
 
 def build_sum_parts():
+    """The sum of a row over the teams' parts: parallel over (row x 16 elements), in each team."""
+
     def sum_parts(parts, n_parts, out, live, n, x_stride, out_stride, thread, n_threads):
         """out = part 0 + part 1 + .., in this order on every team; parts: their addresses."""
         units = (n + 15) // 16

@@ -13,6 +13,7 @@ from .rows import helper, share
 
 @constants(item=(2, 4))
 def build_copy(item):
+    """A view's elements in order."""
     size = item  # a number of the closure, whatever the name of the constant
     load, store = (s.load_u16, s.store_i16) if item == 2 else (s.load_i32, s.store_i32)
 

@@ -41,6 +41,7 @@ def given_decay(x, head, dt, a):
 
 @helper
 def given_beta(x):
+    """How much of a key's new value is written, as it is."""
     return x
 
 
@@ -54,11 +55,13 @@ def raw_decay(x, head, dt, a):
 
 @helper
 def raw_beta(x):
+    """The same from its logit."""
     return s.sigmoid(x)
 
 
 @helper
 def clear(state, nbytes):
+    """Zeros in `nbytes`, rounded up to 64."""
     for i in range(0, nbytes, 64):
         s.store(state + i, s.splat(s.f32(0)))
 
@@ -91,12 +94,12 @@ def _build(log_decay, beta_of):
 
     def gated_delta(
         q, k, v, decay, beta, q_stride, k_stride, v_stride, decay_stride, beta_stride, dt, a,
-        state, slot_bytes, runs, slot_in, slot_out, out, live, heads, key_heads, dk, dv, tiled,
+        state, slot_bytes, spans, slot_in, slot_out, out, live, heads, key_heads, dk, dv, tiled,
         scale, scratch, scratch_bytes, thread, n_threads,
     ):  # fmt: skip
         mine, units = scratch + thread * scratch_bytes, (dv + 15) // 16
         for sequence in range(s.load_i64(live)):
-            first, count = s.load_i32(runs + sequence * 8), s.load_i32(runs + sequence * 8 + 4)
+            first, count = s.load_i32(spans + sequence * 8), s.load_i32(spans + sequence * 8 + 4)
             origin = s.load_i32(slot_in + sequence * 4)
             result = state + s.load_i32(slot_out + sequence * 4) * slot_bytes
             at, last = share(heads * units, thread, n_threads)
@@ -143,5 +146,6 @@ def _build(log_decay, beta_of):
 
 @constants(gates=("given", "raw"))
 def build_gated_delta(gates):
+    """The rule over runs of tokens; gates "raw" are those before softplus and sigmoid."""
     given = gates == "given"
     return _build(*((given_decay, given_beta) if given else (raw_decay, raw_beta)))

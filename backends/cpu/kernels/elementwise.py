@@ -38,6 +38,7 @@ def piece(at, last, units):
 
 @helper
 def row_max(x, n):
+    """The largest element of a row; -inf of an empty one."""
     best = s.splat(s.f32(_LOWEST))
     for i in range(0, n, 16):
         best = s.larger(get(x, i, n, _LOWEST), best)
@@ -46,6 +47,7 @@ def row_max(x, n):
 
 @helper
 def row_sum(x, n):
+    """The sum of a row."""
     sums = s.splat(s.f32(0))
     for i in range(0, n, 16):
         sums = sums + get(x, i, n, 0)
@@ -100,18 +102,23 @@ def _binary(combine):
 
 
 def build_add():
+    """x + y."""
     return _binary(helper(lambda x, y: x + y))
 
 
 def build_mul():
+    """x * y."""
     return _binary(helper(lambda x, y: x * y))
 
 
 def build_swiglu():
+    """silu(gate x) * y (Shazeer 2020)."""
     return _binary(helper(lambda x, y: s.silu(x) * y))
 
 
 def build_swiglu_oai():
+    """gpt-oss's SwiGLU of clamped gate x and y: see `clamped_swiglu`."""
+
     def swiglu_oai(
         x, y, out, live, n, x_stride, y_stride, out_stride, alpha, limit, thread, n_threads
     ):
@@ -146,26 +153,33 @@ def _unary(value):
 
 
 def build_silu():
+    """x / (1 + e^-x)."""
     return _unary(helper(lambda x: s.silu(x)))
 
 
 def build_sigmoid():
+    """1 / (1 + e^-x)."""
     return _unary(helper(lambda x: s.sigmoid(x)))
 
 
 def build_exp():
+    """e^x within 2 ulp."""
     return _unary(helper(lambda x: s.exp(x)))
 
 
 def build_log():
+    """The natural logarithm within 2 ulp."""
     return _unary(helper(lambda x: s.log(x)))
 
 
 def build_softplus():
+    """log(1 + e^x) within 4 ulp."""
     return _unary(helper(lambda x: s.softplus(x)))
 
 
 def build_scale():
+    """x times a number, given as the bits of a float32."""
+
     def scale(x, out, live, n, x_stride, out_stride, factor, thread, n_threads):
         units, by = (n + 15) // 16, s.splat(s.float_of(factor))
         at, last = share(s.load_i64(live) * units, thread, n_threads)
@@ -181,6 +195,8 @@ def build_scale():
 
 
 def build_row_scale():
+    """Each row of x times the first element of its row of y."""
+
     def row_scale(x, y, out, live, n, x_stride, y_stride, out_stride, thread, n_threads):
         units = (n + 15) // 16
         at, last = share(s.load_i64(live) * units, thread, n_threads)
@@ -206,8 +222,10 @@ def _by_row(work):
 
 
 def build_softmax():
+    """e^(x - max) / sum, by row."""
     return _by_row(softmax_row)
 
 
 def build_normalize():
+    """x / sum of x, by row."""
     return _by_row(normalize_row)

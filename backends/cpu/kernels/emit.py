@@ -44,6 +44,7 @@ _ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the l
 
 
 def wide(element: ir.Type) -> ir.VectorType:
+    """The type of 16 lanes of `element`."""
     return llvm.vec(element, LANES)
 
 
@@ -60,6 +61,7 @@ def single(value: float) -> float:
 
 
 def floats(value: float) -> ir.Constant:
+    """All 16 lanes equal to `value`, rounded to float32."""
     return constant(single(value), f32)
 
 
@@ -91,18 +93,22 @@ def store_first(b: ir.IRBuilder, value: Value, address: Value, n: Value) -> None
 
 
 def offset(b: ir.IRBuilder, address: Value, n_bytes: int) -> Value:
+    """The address `n_bytes` further on; no instruction for 0."""
     return b.add(address, number(n_bytes)) if n_bytes else address
 
 
 def times(b: ir.IRBuilder, value: Value, factor: int) -> Value:
+    """value * factor; no instruction for 1."""
     return b.mul(value, number(factor)) if factor != 1 else value
 
 
 def splat(b: ir.IRBuilder, value: Value) -> Value:
+    """All 16 lanes equal to a scalar."""
     return llvm.splat(b, value, LANES)
 
 
 def lanes_of(b: ir.IRBuilder, value: Value, picked: Sequence[int]) -> Value:
+    """A vector of the lanes `picked`, in that order."""
     return llvm.shuffle(b, value, value, picked)
 
 
@@ -117,6 +123,7 @@ def smaller(b: ir.IRBuilder, x: Value, y: Value) -> Value:
 
 
 def absolute(b: ir.IRBuilder, x: Value) -> Value:
+    """|x| by clearing the sign: -0 gives 0, NaN stays."""
     return b.bitcast(b.and_(b.bitcast(x, wide(i32)), ints(0x7FFFFFFF)), wide(f32))
 
 
@@ -147,6 +154,7 @@ def total(b: ir.IRBuilder, x: Value) -> Value:
 
 
 def largest(b: ir.IRBuilder, x: Value) -> Value:
+    """The largest of 16 lanes, in the fixed tree order."""
     return halves(b, x, lambda low, high: larger(b, low, high))
 
 

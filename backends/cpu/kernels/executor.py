@@ -50,6 +50,7 @@ _MUTEX, _CONDITION, _THREADS = (8 * _WORDS[k] for k in ("mutex", "condition", "t
 
 @s.operation(s.void, s.i64, s.i64, s.i64, s.i64)
 def call_kernel(b, address, arguments, thread, n_threads):
+    """Call the kernel at an address: (its arguments' address, thread, threads)."""
     ty = ir.FunctionType(ir.VoidType(), [e.i64] * 3)
     b.call(e.pointer(b, address, ty), [arguments, thread, n_threads])
 
@@ -63,11 +64,13 @@ def call(b, address, first, second, third, fourth):
 
 @s.operation(s.i64, s.i64, s.i64)
 def fetch_add(b, address, value):
+    """Add to an int64 for all threads to see; its value before."""
     return b.atomic_rmw("add", e.pointer(b, address, e.i64), value, "seq_cst")
 
 
 @s.operation(s.i64, s.i64)
 def observe(b, address):
+    """An int64 as other threads last wrote it; none of what follows is done before."""
     return b.load_atomic(e.pointer(b, address, e.i64), "seq_cst", 8)
 
 
@@ -117,6 +120,7 @@ def await_arrivals(control, goal):
 
 @helper
 def run_plan(control, thread, n_threads):
+    """Walk the table that the leader published; thread 0 returns when all have."""
     table, n = s.load_i64(control + _TABLE), s.load_i64(control + _N_ROWS)
     goal, profile = s.load_i64(control + _BASE), s.load_i64(control + _PROFILE)
     for i in range(n):
@@ -163,6 +167,7 @@ def await_plan(control, thread, seen):
 
 @helper
 def lead(control):
+    """Publish a plan: the barrier counts from here, and who waits is woken."""
     s.store_i64(control + _BASE, observe(control + _ARRIVALS))
     s.store_i64(control + _ABORT, 0)
     fetch_add(control + _GENERATION, 1)
@@ -174,6 +179,7 @@ def lead(control):
 
 @helper
 def follow(control, thread, n_threads):
+    """Run every plan that is published, until told to stop."""
     seen = 0
     while True:
         seen = await_plan(control, thread, seen)
@@ -183,6 +189,8 @@ def follow(control, thread, n_threads):
 
 
 def build_executor():
+    """What every thread of a team calls: the leader for each plan, the others once."""
+
     def executor(control, thread, n_threads):
         if thread == 0:
             lead(control)
@@ -195,6 +203,8 @@ def build_executor():
 
 
 def build_lead_teams():
+    """Thread i leads team i through the plan of its job."""
+
     def lead_teams(jobs, thread, n_threads):
         """jobs: of each team control block, table, rows, threads."""
         job = jobs + thread * 32
@@ -209,6 +219,8 @@ def build_lead_teams():
 
 
 def build_meet():
+    """The barrier of all threads of all teams."""
+
     def meet(meeting, goal, thread, n_threads):
         """goal: how many threads in all have come to this meeting and to those before it."""
         fetch_add(meeting + _ARRIVALS, 1)

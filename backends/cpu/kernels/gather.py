@@ -10,6 +10,8 @@ from .rows import share
 
 
 def build_gather_rows():
+    """out[i] = x[ids[i]]: float32 rows picked by int32 ids."""
+
     def gather_rows(x, ids, out, live, n, x_stride, out_stride, thread, n_threads):
         whole = n // 16
         units = (n + 15) // 16

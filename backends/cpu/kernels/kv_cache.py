@@ -48,16 +48,17 @@ def _store(kind, which):
 
 @constants(which=("k", "v"), type=KV_FORMATS)
 def build_kv_write(which, type):
+    """Heads of k or v, float32, to their places in the pages: parallel over (token x head)."""
     put = _store(type, which)
 
     def kv_write(
-        x, pages, page_bytes, slots, live, n_kv_heads, head_dim, x_stride, thread, n_threads
+        x, pages, page_bytes, kv_slots, live, n_kv_heads, head_dim, x_stride, thread, n_threads
     ):
         block_bytes = page_bytes // n_kv_heads
         first, last = share(s.load_i64(live) * n_kv_heads, thread, n_threads)
         for item in range(first, last):
             row, head = item // n_kv_heads, item % n_kv_heads
-            slot = s.load_i32(slots + row * 4)
+            slot = s.load_i32(kv_slots + row * 4)
             block = pages + slot // PAGE * page_bytes + head * block_bytes
             put(x + (row * x_stride + head * head_dim) * 4, block, slot % PAGE, head_dim)
 
@@ -79,24 +80,25 @@ def normed(x, w, eps, out, d):
 
 @helper
 def unrotated(x, angles, out, half):
-    pass
+    """No rope: the head stays as it is."""
 
 
 @constants(style=("neox", "normal", "none"), k_type=KV_FORMATS, v_type=KV_FORMATS)
 def build_qkv_post(style, k_type, v_type):
+    """Norm and rope of q and k, and k and v to the pages: parallel over (token x head of any)."""
     put_k, put_v = _store(k_type, "k"), _store(v_type, "v")
     rotate = ROTATE.get(style, unrotated)
 
     def qkv_post(
         q, k, v, q_stride, q_head_stride, k_stride, v_stride, q_norm, k_norm, eps, angles, half,
-        q_out, q_out_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, slots, live, n_heads,
+        q_out, q_out_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, kv_slots, live, n_heads,
         n_kv_heads, head_dim, thread, n_threads,
     ):  # fmt: skip
         room, epsilon, heads = stage(), s.float_of(eps), n_heads + 2 * n_kv_heads
         first, last = share(s.load_i64(live) * heads, thread, n_threads)
         for item in range(first, last):
             row, head = item // heads, item % heads
-            turn, slot = angles + row * half * 8, s.load_i32(slots + row * 4)
+            turn, slot = angles + row * half * 8, s.load_i32(kv_slots + row * 4)
             page, place = slot // PAGE, slot % PAGE
             kv_head, is_k = (head - n_heads) % n_kv_heads, head >= n_heads
             if head < n_heads + n_kv_heads:

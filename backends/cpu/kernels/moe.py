@@ -40,6 +40,7 @@ def first_place(b, key, index):
 
 @helper
 def index_of(place):
+    """The index in a place: its low half counts down from 2^31 - 1."""
     return (2**31 - 1) - (place & 0xFFFFFFFF)
 
 
@@ -76,6 +77,8 @@ def chosen(x, ids, rank):
 
 
 def build_top_k():
+    """The ids of the k largest of a row, largest first, int32: parallel over rows."""
+
     def top_k(x, out, live, n, k, x_stride, thread, n_threads):
         first, last = share(s.load_i64(live), thread, n_threads)
         for row in range(first, last):
@@ -85,6 +88,8 @@ def build_top_k():
 
 
 def build_take():
+    """out[i, j] = x[i, ids[i, j]]: parallel over rows."""
+
     def take(x, ids, out, live, k, x_stride, thread, n_threads):
         first, last = share(s.load_i64(live), thread, n_threads)
         for row in range(first, last):
@@ -97,6 +102,7 @@ def build_take():
 
 @helper
 def divide(weights, k, whole):
+    """The k weights of a token by a number."""
     for rank in range(k):
         s.store_f32(weights + rank * 4, s.load_f32(weights + rank * 4) / whole)
 
@@ -170,6 +176,7 @@ def build_router(scoring, normalize):
 
 @constants(C=COLUMNS)
 def build_expert_group(C):
+    """Choices sorted by expert into tiles of C rows, [expert, row or -1 x C]: one thread."""
     record = 4 * (1 + C)
 
     @helper
@@ -221,6 +228,8 @@ def build_expert_group(C):
 
 
 def build_expert_bias():
+    """y[i] + bias[ids[i]]: parallel over (row x 16 elements)."""
+
     def expert_bias(y, bias, ids, out, live, n, y_stride, out_stride, thread, n_threads):
         units = (n + 15) // 16
         at, last = share(s.load_i64(live) * units, thread, n_threads)

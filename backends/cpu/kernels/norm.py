@@ -7,6 +7,8 @@ from .rows import inverse_rms, share
 
 
 def build_rms_norm():
+    """By row of n float32; without weights where the address `w` is 0."""
+
     def rms_norm(x, w, out, live, n, x_stride, out_stride, eps, thread, n_threads):
         rows = s.load_i64(live)
         first, last = share(rows, thread, n_threads)

@@ -1,12 +1,12 @@
 """Activations packed for the matmul tiles, with the op before the matmul fused in.
 
-A tile is C consecutive rows (the matmul's columns). Kind "f32": [n][C] float32. Kind "int8": n/32
+A tile is C consecutive rows (the matmul's columns). Coded "f32": [n][C] float32. "int8": n/32
 blocks [C][32] int8, then n/32 blocks of side data [5][C] of four bytes each:
     d (f32 scale) | d * sum(q) (f32) | -8 * sum(q) | -8 * sum(q[:16]) | -8 * sum(q[16:])   (int32)
 with q = x / d to the nearest even and d near max|x| / 127 such that the squared error is small (see
 `quantise`); a block below 1e-30 counts as zero.
 The last three let a tile start its integer dot product from the correction for unsigned weights.
-Kind "split": n/32 blocks [3][C][32] bfloat16, three pieces that add up to the float32 value: each
+"split": n/32 blocks [3][C][32] bfloat16, three pieces that add up to the float32 value: each
 is the leading eight bits of what is left.
 
 Parallel over (tile x units of 32 or 16 elements), so one row keeps every thread busy; swiglu_pack
@@ -33,10 +33,11 @@ from .pack_columns import (
 from .rows import inverse_rms, share, share_of_row
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS))
-def build_pack(C, kind):
-    column = column_packer(C, kind, PLAIN)
-    units_of, tile_bytes, piece = layout(C, kind)
+@constants(C=COLUMNS, coding=tuple(UNITS))
+def build_pack(C, coding):
+    """Rows as they are, packed."""
+    column = column_packer(C, coding, PLAIN)
+    units_of, tile_bytes, piece = layout(C, coding)
 
     def pack(x, out, live, n, x_stride, thread, n_threads):
         rows, units = s.load_i64(live), units_of(n)
@@ -52,10 +53,11 @@ def build_pack(C, kind):
     return pack
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS))
-def build_rms_norm_pack(C, kind):
-    column = column_packer(C, kind, NORMED)
-    units_of, tile_bytes, piece = layout(C, kind)
+@constants(C=COLUMNS, coding=tuple(UNITS))
+def build_rms_norm_pack(C, coding):
+    """rms_norm(x) * w, packed."""
+    column = column_packer(C, coding, NORMED)
+    units_of, tile_bytes, piece = layout(C, coding)
 
     def rms_norm_pack(x, w, out, live, n, x_stride, eps, thread, n_threads):
         rows, units, epsilon = s.load_i64(live), units_of(n), s.float_of(eps)
@@ -74,11 +76,12 @@ def build_rms_norm_pack(C, kind):
     return rms_norm_pack
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS), act=tuple(SWIGLU))
-def build_swiglu_pack(C, kind, act):
-    column = column_packer(C, kind, SWIGLU[act])
-    _, tile_bytes, _ = layout(C, kind)
-    unit = UNITS[kind]
+@constants(C=COLUMNS, coding=tuple(UNITS), act=tuple(SWIGLU))
+def build_swiglu_pack(C, coding, act):
+    """SwiGLU of gate and up ("oai": gpt-oss's), packed."""
+    column = column_packer(C, coding, SWIGLU[act])
+    _, tile_bytes, _ = layout(C, coding)
+    unit = UNITS[coding]
 
     def swiglu_pack(
         gate, up, out, live, n, gate_stride, up_stride, alpha, limit, thread, n_threads
@@ -95,10 +98,11 @@ def build_swiglu_pack(C, kind, act):
     return swiglu_pack
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS))
-def build_pack_rows(C, kind):
-    column = column_packer(C, kind, PLAIN)
-    units_of, tile_bytes, piece = layout(C, kind)
+@constants(C=COLUMNS, coding=tuple(UNITS))
+def build_pack_rows(C, coding):
+    """The rows that tiles of experts list, row // `divisor` of x, packed; -1 lists no row."""
+    column = column_packer(C, coding, PLAIN)
+    units_of, tile_bytes, piece = layout(C, coding)
 
     def pack_rows(x, tiles, out, n_tiles, n, x_stride, divisor, thread, n_threads):
         units = units_of(n)
@@ -114,10 +118,11 @@ def build_pack_rows(C, kind):
     return pack_rows
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS), act=tuple(SWIGLU))
-def build_swiglu_pack_rows(C, kind, act):
-    column = column_packer(C, kind, SWIGLU[act])
-    units_of, tile_bytes, piece = layout(C, kind)
+@constants(C=COLUMNS, coding=tuple(UNITS), act=tuple(SWIGLU))
+def build_swiglu_pack_rows(C, coding, act):
+    """SwiGLU of the rows that tiles of experts list, packed; -1 lists no row."""
+    column = column_packer(C, coding, SWIGLU[act])
+    units_of, tile_bytes, piece = layout(C, coding)
 
     def swiglu_pack_rows(
         gate, up, tiles, out, n_tiles, n, gate_stride, up_stride, alpha, limit, thread, n_threads
@@ -136,11 +141,12 @@ def build_swiglu_pack_rows(C, kind, act):
     return swiglu_pack_rows
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS))
-def build_sigmoid_gate_pack(C, kind):
-    column = column_packer(C, kind, OPENED)
-    units_of, tile_bytes, piece = layout(C, kind)
-    unit = UNITS[kind]
+@constants(C=COLUMNS, coding=tuple(UNITS))
+def build_sigmoid_gate_pack(C, coding):
+    """x * sigmoid(gate), heads of the gate `gate_head_stride` apart, packed."""
+    column = column_packer(C, coding, OPENED)
+    units_of, tile_bytes, piece = layout(C, coding)
+    unit = UNITS[coding]
 
     def sigmoid_gate_pack(
         x, gate, out, live, n, head_dim, x_stride, gate_stride, gate_head_stride, thread, n_threads
@@ -164,11 +170,12 @@ def build_sigmoid_gate_pack(C, kind):
     return sigmoid_gate_pack
 
 
-@constants(C=COLUMNS, kind=tuple(UNITS))
-def build_gated_norm_pack(C, kind):
-    column = column_packer(C, kind, GATED_NORM)
-    units_of, tile_bytes, piece = layout(C, kind)
-    unit = UNITS[kind]
+@constants(C=COLUMNS, coding=tuple(UNITS))
+def build_gated_norm_pack(C, coding):
+    """rms_norm of each head times w times silu(gate), packed."""
+    column = column_packer(C, coding, GATED_NORM)
+    units_of, tile_bytes, piece = layout(C, coding)
+    unit = UNITS[coding]
 
     def gated_norm_pack(
         x, w, gate, out, live, n, head_dim, x_stride, gate_stride, gate_head_stride, eps, thread,

@@ -25,16 +25,19 @@ def split(b, value, target, piece_bytes):
 
 @helper
 def plain(x, i):
+    """x = (source): as it is."""
     return s.load(x[0] + i * 4)
 
 
 @helper
 def plain_part(x, i, n):
+    """`plain` at a row's end."""
     return s.load_part(x[0] + i * 4, n, s.f32(0))
 
 
 @helper
 def normed(x, i):
+    """x = (source, weights or 0, factor): source * factor * weights."""
     value = s.load(x[0] + i * 4) * s.splat(x[2])
     if x[1] != 0:
         value = value * s.load(x[1] + i * 4)
@@ -43,6 +46,7 @@ def normed(x, i):
 
 @helper
 def normed_part(x, i, n):
+    """`normed` at a row's end."""
     value = s.load_part(x[0] + i * 4, n, s.f32(0)) * s.splat(x[2])
     if x[1] != 0:
         value = value * s.load_part(x[1] + i * 4, n, s.f32(0))
@@ -51,22 +55,26 @@ def normed_part(x, i, n):
 
 @helper
 def swiglu(x, i):
+    """x = (gate, up, ..): silu(gate) * up."""
     return s.silu(s.load(x[0] + i * 4)) * s.load(x[1] + i * 4)
 
 
 @helper
 def swiglu_part(x, i, n):
+    """`swiglu` at a row's end."""
     return s.silu(s.load_part(x[0] + i * 4, n, s.f32(0))) * s.load_part(x[1] + i * 4, n, s.f32(0))
 
 
 @helper
 def clamped(x, i):
+    """x = (gate, up, alpha, limit): see `clamped_swiglu`."""
     gate, up = s.load(x[0] + i * 4), s.load(x[1] + i * 4)
     return clamped_swiglu(gate, up, s.splat(x[2]), s.splat(x[3]))
 
 
 @helper
 def clamped_part(x, i, n):
+    """`clamped` at a row's end."""
     gate = s.load_part(x[0] + i * 4, n, s.f32(0))
     up = s.load_part(x[1] + i * 4, n, s.f32(0))
     return clamped_swiglu(gate, up, s.splat(x[2]), s.splat(x[3]))
@@ -74,17 +82,20 @@ def clamped_part(x, i, n):
 
 @helper
 def opened(x, i):
+    """x = (source, gate): source * sigmoid(gate)."""
     return s.load(x[0] + i * 4) * s.sigmoid(s.load(x[1] + i * 4))
 
 
 @helper
 def gated_norm(x, i):
+    """x = (source, weights, gate, factor): source * factor * weights * silu(gate)."""
     value = s.load(x[0] + i * 4) * s.splat(x[3]) * s.load(x[1] + i * 4)
     return value * s.silu(s.load(x[2] + i * 4))
 
 
 @helper
 def no_part(x, i, n):
+    """For rows without an end: never called, but compiled."""
     return s.splat(s.f32(0))
 
 
@@ -94,7 +105,7 @@ SWIGLU = {"silu": (swiglu, swiglu_part), "oai": (clamped, clamped_part)}
 OPENED, GATED_NORM = (opened, no_part), (gated_norm, no_part)
 
 
-def column_packer(C, kind, source):
+def column_packer(C, coding, source):
     """(filled, x, tile, column, first, last, n): units first..last-1 of one column."""
     value, value_part = source
 
@@ -136,20 +147,20 @@ def column_packer(C, kind, source):
             split(low, target, 64 * C)
             split(high, target + 32, 64 * C)
 
-    return {"int8": int8_column, "split": split_column, "f32": f32_column}[kind]
+    return {"int8": int8_column, "split": split_column, "f32": f32_column}[coding]
 
 
 UNITS = {"int8": 32, "split": 32, "f32": 16}  # values of a unit of work
 
 
-def layout(C, kind):
+def layout(C, coding):
     """Helpers (n -> units of a tile), (n -> bytes of a tile), (at, last, units -> piece)."""
-    unit, each = {"int8": (32, 52), "split": (32, 192), "f32": (1, 4)}[kind]
+    unit, each = {"int8": (32, 52), "split": (32, 192), "f32": (1, 4)}[coding]
     bytes_per_unit = each * C
 
     @helper
     def units_of(n):
-        return (n + 15) // 16 if kind == "f32" else n // 32
+        return (n + 15) // 16 if coding == "f32" else n // 32
 
     @helper
     def tile_bytes(n):

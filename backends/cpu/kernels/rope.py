@@ -64,6 +64,8 @@ def sine_cosine(angle):
 
 
 def build_rope_angles():
+    """(cos, sin) * mscale of position * inv_freq, [tokens, half, 2]: parallel over both."""
+
     def rope_angles(
         positions, width, components, inv_freq, out, live, half, mscale, thread, n_threads
     ):
@@ -148,6 +150,7 @@ ROTATE = {"neox": rotate_neox, "normal": rotate_normal}
 
 @constants(style=("neox", "normal"))
 def build_rope(style):
+    """Heads rotated, dims behind 2 half as they are: parallel over (token x head)."""
     rotate = ROTATE[style]
 
     def rope(

@@ -30,6 +30,8 @@ def l2_row(x, out, n, eps):
 
 
 def build_l2_norm():
+    """x / sqrt(sum of squares + eps) of each head: parallel over (row x head)."""
+
     def l2_norm(x, out, live, heads, n, x_stride, head_stride, eps, thread, n_threads):
         first, last = share(s.load_i64(live) * heads, thread, n_threads)
         for row in range(first, last):
@@ -123,18 +125,21 @@ def roll(x, past, target, count, taps, x_bytes, past_bytes, target_bytes, n):
 
 @helper
 def scale_row(x, n, factor):
+    """n floats, a multiple of 16, times a factor, in place."""
     for i in range(0, n, 16):
         s.store(x + i * 4, s.load(x + i * 4) * s.splat(factor))
 
 
 @helper
 def clear(x, n):
+    """Zeros in n floats, rounded up to 16."""
     for i in range(0, n, 16):
         s.store(x + i * 4, s.splat(s.f32(0)))
 
 
 @helper
 def ask_for(x, n):
+    """Prefetch n floats."""
     for i in range(0, n, 16):
         s.prefetch(x + i * 4)
 
@@ -160,14 +165,14 @@ def _convolution(activate, four_taps):
                 l2_row(out, out, n, eps)
 
     def convolution(
-        x, w, state, slot_bytes, runs, slot_in, slot_out, out, live, channels, taps, block,
+        x, w, state, slot_bytes, spans, slot_in, slot_out, out, live, channels, taps, block,
         x_stride, norm_first, norm_end, eps, scratch, scratch_bytes, thread, n_threads,
     ):  # fmt: skip
         zeros, x_bytes, row_bytes = scratch + thread * scratch_bytes, x_stride * 4, channels * 4
         filters, blocks = zeros + (block + 15) // 16 * 64, (channels + block - 1) // block
         clear(zeros, block)
         for sequence in range(s.load_i64(live)):
-            row, count = s.load_i32(runs + sequence * 8), s.load_i32(runs + sequence * 8 + 4)
+            row, count = s.load_i32(spans + sequence * 8), s.load_i32(spans + sequence * 8 + 4)
             source = s.load_i32(slot_in + sequence * 4)
             target = state + s.load_i32(slot_out + sequence * 4) * slot_bytes
             pieces = max(1, (count + _PIECE - 1) // _PIECE)
@@ -193,9 +198,11 @@ def _convolution(activate, four_taps):
 
 
 def build_short_conv():
+    """The convolution alone."""
     return _convolution(helper(lambda x: x), _four_taps(lambda b, x: x))
 
 
 def build_conv_post():
+    """SiLU of the convolution; heads from `norm_first` to `norm_end` L2-normalised."""
     silu = _four_taps(lambda b, x: e.silu(b, x, s.FUSED))
     return _convolution(helper(lambda x: s.silu(x)), silu)

@@ -45,26 +45,31 @@ load_i64 = _scalar_load(i64, e.i64)
 
 @operation(void, i64, f32)
 def store_f32(b, address, value):
+    """4 bytes, at any address that is a multiple of 4."""
     e.store(b, value, address, 4)
 
 
 @operation(void, i64, i64)
 def store_i32(b, address, value):
+    """The low 4 bytes, at an address that is a multiple of 4."""
     e.store(b, b.trunc(value, e.i32), address, 4)
 
 
 @operation(void, i64, i64)
 def store_i8(b, address, value):
+    """The low byte."""
     e.store(b, b.trunc(value, e.i8), address, 1)
 
 
 @operation(void, i64, i64)
 def store_i64(b, address, value):
+    """8 bytes, at an address that is a multiple of 8."""
     e.store(b, value, address, 8)
 
 
 @operation(void, i64, i64)
 def store_i16(b, address, value):
+    """The low 2 bytes, at an address that is a multiple of 2."""
     e.store(b, b.trunc(value, e.i16), address, 2)
 
 
@@ -105,6 +110,7 @@ def half_bits(b, value):
 
 @operation(f32, f32)
 def exp_f32(b, value):
+    """e^x of a scalar, with the bits of `exp`."""
     return _one_lane(lambda b, x: e.exp(b, x, FUSED))(b, value)
 
 
@@ -201,11 +207,13 @@ def prefetch(b, address):
 
 @operation(f32x16, f32)
 def splat(b, value):
+    """All 16 lanes equal to a float."""
     return e.splat(b, value)
 
 
 @operation(i32x16, i64)
 def splat_int(b, value):
+    """All 16 lanes equal to the low 32 bits of an integer."""
     return e.splat(b, b.trunc(value, e.i32))
 
 
@@ -217,16 +225,19 @@ def fma(b, x, y, z):
 
 @operation(f32, f32, f32, f32)
 def fma_f32(b, x, y, z):
+    """x * y + z of scalars, with the bits of `fma`."""
     return e.fma(b, x, y, z, FUSED)
 
 
 @operation(f32x16, m16, f32x16, f32x16)
 def select(b, mask, x, y):
+    """x where the mask is set, else y."""
     return b.select(mask, x, y)
 
 
 @operation(i32x16, m16, i32x16, i32x16)
 def select_ints(b, mask, x, y):
+    """x where the mask is set, else y."""
     return b.select(mask, x, y)
 
 
@@ -250,6 +261,7 @@ softplus = operation(f32x16, f32x16)(lambda b, x: e.softplus(b, x, FUSED))
 
 @operation(i32x16, i32x16, i64)
 def shift_left(b, x, n):
+    """Each lane shifted by the same n < 32 bits."""
     return b.shl(x, e.splat(b, b.trunc(n, e.i32)))
 
 
@@ -261,4 +273,5 @@ def shift_right(b, x, n):
 
 @operation(i32x16)
 def lane_numbers(b):
+    """0, 1, .. 15."""
     return ir.Constant(e.wide(e.i32), list(range(e.LANES)))

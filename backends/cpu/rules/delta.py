@@ -13,13 +13,13 @@ from runtime.ops.tensor import Tensor
 
 
 def _slots(
-    lower: Lowering, state: Tensor, runs: Tensor, slot_in: Tensor, slot_out: Tensor
+    lower: Lowering, state: Tensor, spans: Tensor, slot_in: Tensor, slot_out: Tensor
 ) -> dict[str, Any]:
     """The arguments that say where a sequence's tokens and its state are."""
     return {
         "state": Out(lower.state(state), True), "slot_bytes": page_nbytes(state.base),
-        "runs": lower.read(runs), "slot_in": lower.read(slot_in),
-        "slot_out": lower.read(slot_out), "live": lower.live(runs),
+        "spans": lower.read(spans), "slot_in": lower.read(slot_in),
+        "slot_out": lower.read(slot_out), "live": lower.live(spans),
     }  # fmt: skip
 
 

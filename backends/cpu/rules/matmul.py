@@ -15,9 +15,9 @@ from runtime.ops.tensor import Tensor
 
 def packed(lower: Lowering, node: Tensor, rows: int, n: int) -> tuple[dict[str, Any], Out]:
     """Constants of the kernel that packs `rows` rows of `n` for a node, and where to."""
-    columns, kind = node.attrs["C"], node.attrs["kind"]
-    out = lower.write(node, activations_nbytes(rows, n, columns, kind))
-    return {"C": columns, "kind": kind}, out
+    columns, coding = node.attrs["C"], node.attrs["coding"]
+    out = lower.write(node, activations_nbytes(rows, n, columns, coding))
+    return {"C": columns, "coding": coding}, out
 
 
 @lowers("pack")
@@ -82,7 +82,7 @@ def linear(lower: Lowering, node: Tensor) -> None:
     bias = extra.pop(0) if node.attrs.get("bias") else None
     add = extra.pop(0) if node.attrs.get("residual") else None
     constants = {
-        "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
+        "format": tile_format(w.dtype), "columns": x.attrs["C"], "coding": x.attrs["coding"]
     }  # fmt: skip
     rows, inner = (int(n) for n in w.shape)
     add_address, add_stride = (0, 0) if add is None else (lower.rows(add)[0], lower.rows(add)[3])

@@ -124,7 +124,7 @@ def linear_id(lower: Lowering, node: Tensor) -> None:
     rows, inner = int(w.shape[1]), int(w.shape[2])
     every = node.attrs["every"]
     constants = {
-        "format": tile_format(w.dtype), "columns": x.attrs["C"], "activations": x.attrs["kind"]
+        "format": tile_format(w.dtype), "columns": x.attrs["C"], "coding": x.attrs["coding"]
     }  # fmt: skip
     lower.emit(
         "matmul_id", node, constants, w=lower.weight(w, "packed"), x=Ref(lower.result(x)),

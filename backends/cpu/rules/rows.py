@@ -12,14 +12,14 @@ from runtime.ops.tensor import Tensor
 @lowers("get_rows")
 def get_rows(lower: Lowering, node: Tensor) -> None:
     """Rows dequantised from the mapped file; types without a kernel are widened at load."""
-    table, ids = node.inputs
-    direct = table.dtype.name in READABLE
-    form, kind = ("raw", table.dtype.name) if direct else ("vector", "f32")
-    n = int(table.shape[1])
+    matrix, ids = node.inputs
+    direct = matrix.dtype.name in READABLE
+    form, kind = ("raw", matrix.dtype.name) if direct else ("vector", "f32")
+    n = int(matrix.shape[1])
     lower.emit(
-        "get_rows", node, {"format": kind}, table=lower.weight(table, form), ids=lower.read(ids),
+        "get_rows", node, {"format": kind}, matrix=lower.weight(matrix, form), ids=lower.read(ids),
         out=lower.write(node), live=lower.live(node), n=n,
-        row_bytes=nbytes_for(table.dtype, (n,)) if direct else 4 * n, out_stride=n,
+        row_bytes=nbytes_for(matrix.dtype, (n,)) if direct else 4 * n, out_stride=n,
     )  # fmt: skip
 
 

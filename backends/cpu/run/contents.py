@@ -32,13 +32,13 @@ class Packed:
     sums: np.ndarray | None = None
 
     @staticmethod
-    def of(raw: np.ndarray, n: int, columns: int, kind: str) -> Packed:
+    def of(raw: np.ndarray, n: int, columns: int, coding: str) -> Packed:
         """From uint8 [tiles, bytes of a tile] of rows of n values."""
-        if kind == "f32":
+        if coding == "f32":
             tiles = raw[:, : 4 * n * columns].view(np.float32).reshape(-1, n, columns)
             return Packed(tiles.swapaxes(1, 2).reshape(-1, n).astype(np.float64))
         blocks = n // 32
-        if kind == "split":
+        if coding == "split":
             pieces = raw[:, : 2 * PIECES * n * columns].view(np.uint16).astype(np.uint32) << 16
             shape = (-1, blocks, PIECES, columns, 32)
             whole = pieces.view(np.float32).reshape(shape).astype(np.float64).sum(2)
@@ -115,11 +115,11 @@ class Contents:
 
     def packed(self, x: Tensor) -> Packed:
         """A pack node's tiles, columns without a row among them."""
-        n, columns, kind = int(x.shape[-1]), x.attrs["C"], x.attrs["kind"]
+        n, columns, coding = int(x.shape[-1]), x.attrs["C"], x.attrs["coding"]
         rows = math.prod(self.shape(x)[:-1])
         tiles = len(self._tiles(x.inputs[-1])) if self._gathered(x) else -(-rows // columns)
-        nbytes = activation_tile_nbytes(columns, kind, n)
-        return Packed.of(self._bytes(x)[: tiles * nbytes].reshape(-1, nbytes), n, columns, kind)
+        nbytes = activation_tile_nbytes(columns, coding, n)
+        return Packed.of(self._bytes(x)[: tiles * nbytes].reshape(-1, nbytes), n, columns, coding)
 
     def digest(self, buffer: Buffer) -> int:
         """A checksum of a buffer of the arena."""

@@ -51,11 +51,11 @@ def emit_matmul(spec: TileSpec, isa_name: str) -> str:
         (_over_choices if spec.columns == 1 else _over_records) if spec.indirect else _over_tokens
     )
     if spec.needs_amx:
-        tiles = split if spec.activations == "split" else amx
+        tiles = split if spec.coding == "split" else amx
         registers.configure(code, tiles.shapes(problem))
         over(problem, tiles.segment_of(problem))
         registers.release(code)
-    elif spec.activations == "int8" and spec.columns == staged.COLUMNS:
+    elif spec.coding == "int8" and spec.columns == staged.COLUMNS:
         over(problem, staged.segment_of(problem, _segment))
     else:
         over(problem, _segment)
@@ -154,7 +154,7 @@ def _end_of_run(p: Problem, tile: Any, limit: Any, expert: Any) -> Any:
 def _tiles_per_block(p: Problem) -> Any:
     cached = _CACHED_BYTES_AMX if p.spec.needs_amx else _CACHED_BYTES
     fitting = p.code.larger(p.code.b.udiv(const(cached), p.tile_bytes), const(1))
-    most = split.MAX_TILES if p.spec.activations == "split" else MAX_TILES
+    most = split.MAX_TILES if p.spec.coding == "split" else MAX_TILES
     return p.code.smaller(fitting, const(most))
 
 
@@ -175,7 +175,7 @@ def _some_groups(p: Problem, w: Any, tiles: Span, groups: list[Any]) -> None:
         x = p.tile_address(t)
 
         def compute(parts: list[Part]) -> None:
-            store_tile(p, _SUMS[p.spec.activations](p, parts, x), parts, t)
+            store_tile(p, _SUMS[p.spec.coding](p, parts, x), parts, t)
 
         n_parts = ROWS // code.lanes
         if n_parts == 1 or p.spec.columns == 1:

@@ -36,7 +36,7 @@ def emit_get_rows(name: str, isa_name: str) -> str:
         number, i = code.b.udiv(item, units), code.b.urem(item, units)
         picked = code.load(code.at(args["ids"], code.times(number, 4)), I32)
         source = code.times(code.b.sext(picked, I64), args["row_bytes"])
-        source = code.at(args["table"], source, code.times(i, nbytes))
+        source = code.at(args["matrix"], source, code.times(i, nbytes))
         start = code.times(i, elements)
         goal = code.at(code.times(number, args["out_stride"]), start)
         goal = code.at(args["out"], code.times(goal, 4))

@@ -59,9 +59,9 @@ class Problem:
     @property
     def groups_at_once(self) -> int:
         """Row groups that one pass over K computes together."""
-        if self.spec.activations == "split":
+        if self.spec.coding == "split":
             return _GROUPS_SPLIT[self.spec.columns]
-        if self.spec.activations == "int8":
+        if self.spec.coding == "int8":
             if self.spec.columns == 1 and (self.code.lanes < ROWS or self.layout.chunk > _LARGEST):
                 return 1
             if (
@@ -76,7 +76,7 @@ class Problem:
     @property
     def any_byte(self) -> bool:
         """Whether the dot product takes codes of any unsigned byte without saturating."""
-        return self.spec.activations == "int8" and self.code.isa.has_vnni
+        return self.spec.coding == "int8" and self.code.isa.has_vnni
 
     @property
     def ahead(self) -> int:
@@ -144,8 +144,8 @@ def _group_bytes(code: Code, layout: Format, n_inner: Any) -> Any:
 
 def _tile_bytes(code: Code, spec: TileSpec, n_inner: Any) -> Any:
     """As `activation_tile_nbytes`."""
-    if spec.activations == "int8":
+    if spec.coding == "int8":
         each = code.times(code.ceil_div(n_inner, 32), Q_BYTES + SIDE_BYTES)
     else:
-        each = code.times(n_inner, 2 * PIECES if spec.activations == "split" else 4)
+        each = code.times(n_inner, 2 * PIECES if spec.coding == "split" else 4)
     return code.times(code.ceil_div(code.times(each, spec.columns), TILE_ALIGN), TILE_ALIGN)

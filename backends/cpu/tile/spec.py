@@ -27,12 +27,12 @@ INDIRECT_ARGS = (
     "every",  # with one column: output rows that share a tile of activations, one after another
 )
 GET_ROWS_ARGS: tuple[str, ...] = (
-    "table",  # rows of blocks as in the file
+    "matrix",  # rows of blocks as in the file
     "ids",  # int32 [rows]
     "out",  # float32 [rows, n]
     "live",  # address of the int64 number of live rows
     "n",  # elements of a row
-    "row_bytes",  # between rows of the table
+    "row_bytes",  # between rows of the matrix
     "out_stride",  # elements between rows of out
 )
 PACK_ARGS: tuple[str, ...] = (
@@ -62,17 +62,17 @@ TILE_ALIGN = 64
 
 @dataclass(frozen=True)
 class TileSpec:
-    """One matmul kernel: weight format, columns of a tile, kind of activations, MoE or not.
+    """One matmul kernel: weight format, columns of a tile, MoE or not.
 
-    activations: "int8" (blocks of 32 with a float scale), "f32", or, for BF16 with AMX, "split"
-    (each float32 in three bfloat16 pieces; K must be a multiple of 32).
+    coding: how its activations lie: "int8" (blocks of 32 with a float scale), "f32" or, for BF16
+    with AMX, "split" (each float32 in three bfloat16 pieces; K must be a multiple of 32).
     indirect: tiles name their expert and output rows (mixture of experts).
     Raises OpError for a combination that does not exist.
     """
 
     format: str
     columns: int
-    activations: str
+    coding: str
     indirect: bool = False
 
     def __post_init__(self) -> None:
@@ -80,21 +80,21 @@ class TileSpec:
         kinds: tuple[str, ...] = ("f32",) if layout.is_float else ("int8", "f32")
         if layout.name == "BF16":
             kinds += ("split",)
-        if self.activations not in kinds:
+        if self.coding not in kinds:
             raise OpError(
-                f"{self.format} weights with {self.activations!r} activations: legal are {kinds}"
+                f"{self.format} weights with {self.coding!r} activations: legal are {kinds}"
             )
         if self.columns not in COLUMNS or (self.columns == AMX_COLUMNS and not self.needs_amx):
             raise OpError(
-                f"matmul tile of {self.columns} columns with {self.activations!r} activations: "
+                f"matmul tile of {self.columns} columns with {self.coding!r} activations: "
                 f"legal are {COLUMNS}, the last for AMX only"
             )
 
     @property
     def needs_amx(self) -> bool:
         """Whether the kernel uses the matrix registers."""
-        wide = self.columns == AMX_COLUMNS and self.activations == "int8"
-        return wide or self.activations == "split"
+        wide = self.columns == AMX_COLUMNS and self.coding == "int8"
+        return wide or self.coding == "split"
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -102,15 +102,15 @@ class TileSpec:
         return MATMUL_ARGS + INDIRECT_ARGS if self.indirect else MATMUL_ARGS
 
 
-def activations_nbytes(rows: int, n_inner: int, columns: int, activations: str) -> int:
+def activations_nbytes(rows: int, n_inner: int, columns: int, coding: str) -> int:
     """Bytes of `rows` tokens in tiles of packed activations."""
-    return -(-rows // columns) * activation_tile_nbytes(columns, activations, n_inner)
+    return -(-rows // columns) * activation_tile_nbytes(columns, coding, n_inner)
 
 
-def activation_tile_nbytes(columns: int, activations: str, n_inner: int) -> int:
+def activation_tile_nbytes(columns: int, coding: str, n_inner: int) -> int:
     """Bytes of one tile of packed activations of `columns` tokens; layouts: kernels/pack.py."""
-    if activations == "int8":
+    if coding == "int8":
         each = n_inner // 32 * (Q_BYTES + SIDE_BYTES)
     else:
-        each = (2 * PIECES if activations == "split" else 4) * n_inner
+        each = (2 * PIECES if coding == "split" else 4) * n_inner
     return -(-each * columns // TILE_ALIGN) * TILE_ALIGN

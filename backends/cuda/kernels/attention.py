@@ -197,11 +197,11 @@ def _walker(dim: int) -> Callable:
     scores_of = registers("f32", 16)
     score, add = _scorer(dim), _summer(dim)
 
-    def walk(acc, query, k, v, table, at, page, end, low_place, high_place, factor, window):
+    def walk(acc, query, k, v, block_table, at, page, end, low_place, high_place, factor, window):
         scores = scores_of()
         low, high, low_sum, high_sum = _LOWEST, _LOWEST, f32(0), f32(0)
         while page < end:
-            where = load(table, u32(at + page))
+            where = load(block_table, u32(at + page))
             base = u32(u32(where * grid_y() + block_y()) * (PAGE * dim // 8))
             score(scores, query, k, base, factor)
             hide(scores, u32(page * PAGE), low_place, high_place, window)
@@ -243,21 +243,21 @@ def build_attention(dim: int) -> Declared:
 
     q f32 [tokens, heads, dim], row stride `q_stride`; `group` query heads per KV head, 16 at most.
     tiles u32 [tile, 4]: sequence, first token, tokens (tokens x group <= 16). places i32 [tokens],
-    ascending in a tile; `table` u32 [sequence, table_stride] pages; a split is `split_pages`
+    ascending in a tile; `block_table` u32 [sequence, block_table_stride]; a split is `split_pages`
     pages. `factor` = scale / ln 2; `window` > 0: only the last `window` places.
     """
     queries, sums = registers("u32", dim // 4), registers("f32", dim // 2)
     load_row, walk, join = _loader(dim), _walker(dim), _joiner(dim)
 
     @entry(
-        "q:f32* k:u32* v:u32* table:u32* tiles:u32* places:i32* partial:f32* stats:f32* "
-        "q_stride:u32 table_stride:u32 group:u32 split_pages:u32 factor:f32 window:i32",
+        "q:f32* k:u32* v:u32* block_table:u32* tiles:u32* places:i32* partial:f32* stats:f32* "
+        "q_stride:u32 block_table_stride:u32 group:u32 split_pages:u32 factor:f32 window:i32",
         threads=32 * WARPS,
         min_blocks=2,
     )
     def attention(
-        q, k, v, table, tiles, places, partial, stats, q_stride, table_stride, group, split_pages,
-        factor, window,
+        q, k, v, block_table, tiles, places, partial, stats, q_stride, block_table_stride, group,
+        split_pages, factor, window,
     ):  # fmt: skip
         launch_next()
         row, query, acc = u32((thread_x() & 31) >> 2), queries(), sums()
@@ -272,7 +272,7 @@ def build_attention(dim: int) -> Declared:
             for n in range(dim // 2):
                 acc[n] = f32(0)
             low, low_sum, high, high_sum = walk(
-                acc, query, k, v, table, u32(tile[0] * table_stride),
+                acc, query, k, v, block_table, u32(tile[0] * block_table_stride),
                 u32(page + (thread_x() >> 5)), end, low_place, high_place, factor, window,
             )  # fmt: skip
             place = u32(u32(u32(block_z() * grid_y()) + block_y()) * grid_x() + block_x())
@@ -325,17 +325,17 @@ def build_attention_merge(dim: int) -> Declared:
 
 @constants(which=("k", "v"), dim=_DIMS)
 def build_kv_write(which: str, dim: int) -> Declared:
-    """Rows of k or v, x f32 [tokens, KV heads, dim] (row stride `x_stride`), to their slots.
+    """Rows of k or v, x f32 [tokens, KV heads, dim] (row stride `x_stride`), to their KV kv_slots.
 
-    `slots` i32 [tokens]: page x 32 + token of the page. Grid (KV heads, tokens).
+    `kv_slots` i32 [tokens]: page x 32 + token of the page. Grid (KV heads, tokens).
     """
 
-    @entry("x:f32* pages:u16* slots:i32* x_stride:u32", threads=dim)
-    def kv_write(x, pages, slots, x_stride):
+    @entry("x:f32* pages:u16* kv_slots:i32* x_stride:u32", threads=dim)
+    def kv_write(x, pages, kv_slots, x_stride):
         launch_next()
         i = thread_x()
         launch_wait()
-        slot = u32(load(slots, block_y()))
+        slot = u32(load(kv_slots, block_y()))
         value = load(x, u32(u32(block_y() * x_stride) + u32(block_x() * dim + i)))
         base = u32(u32((slot >> 5) * grid_x() + block_x()) * (PAGE * dim))
         inside = u32((slot & 31) * dim + i) if which == "k" else u32(i * PAGE + (slot & 31))

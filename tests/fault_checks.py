@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -166,3 +167,7 @@ def red(check: Check, path: Path) -> str:
     except (AssertionError, runtime.Error) as error:
         return next(line for line in str(error).splitlines() if line.strip())
     return ""
+
+
+if __name__ == "__main__":
+    sys.exit(red(validate, Path(sys.argv[1])))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fault_checks import CHECKS, MODELS, Check, red, write_models
-from seeded_faults import FAULTS, Fault, caught, line
+from seeded_faults import FAULTS, SOURCE_FAULTS, Fault, SourceFault, caught, line
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,10 @@ def test_right_code_is_green(check: Check, model: str, files: dict[str, Path]):
     assert red(check, files[model]) == ""
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
-def test_a_fault_is_caught(fault: Fault, files: dict[str, Path], table: list[str]):
+@pytest.mark.parametrize(
+    "fault", [*FAULTS, *SOURCE_FAULTS], ids=lambda fault: fault.name.replace(" ", "_")
+)
+def test_a_fault_is_caught(fault: Fault | SourceFault, files: dict[str, Path], table: list[str]):
     said = caught(fault, files)
     table.append(line(fault, said))
     assert said, f"{fault.name}: {fault.caught_by.__doc__} is green"

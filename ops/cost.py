@@ -19,7 +19,7 @@ from runtime.ops.tensor import LEAVES, Tensor
 
 def page_nbytes(leaf: Tensor) -> int:
     """Bytes of one page of `leaf` [pages, PAGE, heads, dim] in planes, or of one slot as it is."""
-    if leaf.base.attrs["kind"] == "slots":
+    if leaf.base.attrs["storage"] == "slots":
         return leaf.nbytes // int(leaf.shape[0])
     _, tokens, heads, dim = map(int, leaf.shape)
     return tokens * heads * kv_format(leaf.dtype.name).token_nbytes(dim)
@@ -119,7 +119,7 @@ def _state_moves(op: Op, number: int, node: Tensor, seen: Seen) -> Iterator[Move
     """Slots count whole, one for each sequence; pages by their places."""
     leaf, where = node.inputs[number].base, node.inputs[op.picks[number]]
     each = seen.page_nbytes(leaf)
-    slots = leaf.attrs["kind"] == "slots"
+    slots = leaf.attrs["storage"] == "slots"
     if number in op.reads:
         window = node.attrs.get("window", 0)
         count = seen.count(where) if slots else seen.places(where, leaf, window)

@@ -174,15 +174,17 @@ def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:
     return Tensor("input", (), tuple(shape), dtype, name=name)
 
 
-def state(name: str, shape: Shape, dtype: DType, kind: str = "k", cut: Cut | None = None) -> Tensor:
+def state(
+    name: str, shape: Shape, dtype: DType, storage: str = "k", cut: Cut | None = None
+) -> Tensor:
     """Memory that outlives a step and is read and written by explicit ops.
 
-    kind: "k" or "v", pages of a KV cache [pages, PAGE, heads, dim]; or "slots", one for each
+    storage: "k" or "v", pages of a KV cache [pages, PAGE, heads, dim]; or "slots", one for each
     sequence, [slots, ...]. How a device lays them out is its own affair. cut: the part of `shape`
     that this leaf is, say some heads.
     """
     parts = canonical(cut or {}, shape, dtype)
-    attrs = MappingProxyType({"kind": kind} | _cut_attrs(shape, parts))
+    attrs = MappingProxyType({"storage": storage} | _cut_attrs(shape, parts))
     return Tensor("state", (), cut_shape(shape, parts), dtype, attrs, name)
 
 

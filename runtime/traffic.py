@@ -68,7 +68,7 @@ def of_token(
             base = tensor.base
             if base.op == "weight":
                 weights[base] = max(nbytes, weights.get(base, 0.0))
-            elif base.attrs.get("kind") == "slots":
+            elif base.attrs.get("storage") == "slots":
                 state += nbytes
             elif base.op == "state" and not written:
                 kv += nbytes

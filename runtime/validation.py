@@ -87,7 +87,7 @@ class _State:
         written = (want != before).any(-1)
         if (stray := (got != before).any(-1) & ~written).any():
             return math.inf, f"at {_place(stray, rows)}, which nothing was to write"
-        if self._leaf.attrs["kind"] == "slots":
+        if self._leaf.attrs["storage"] == "slots":
             error, where = _floats(got[written], want[written], _LIMIT)
             return error, where and f"in the written slots {where}"
         wrong = _beyond(got, want, self._leaf.dtype.name, slack).any(-1) & written
@@ -137,7 +137,9 @@ class _Step:
         )
         for self._n, (row, run) in enumerate(rows):
             read = [b for b in row.reads if b in self._digests]
-            leaves = [b.tensor for b in (*row.reads, *row.writes) if b.kind == "state" and b.tensor]
+            leaves = [
+                b.tensor for b in (*row.reads, *row.writes) if b.memory == "state" and b.tensor
+            ]
             self._states = {leaf: _State(self._contents, leaf) for leaf in leaves}
             self._values = {}
             self._intact(read)
@@ -146,7 +148,7 @@ class _Step:
             for call in row.calls:
                 self._call(call)
             for b in row.writes:
-                if b.kind == "arena":
+                if b.memory == "arena":
                     self._digests[b] = self._contents.digest(b)
         self._intact([ref.buffer for ref in self._plan.outputs])
 
@@ -173,7 +175,7 @@ class _Step:
             self._result(call, tensor, want_of, values)
         slack = 0.0 if node.op in OPS else _SLACK
         for buffer in call.writes:
-            if buffer.kind == "state" and buffer.tensor:
+            if buffer.memory == "state" and buffer.tensor:
                 self._judge(call, buffer.key, *self._states[buffer.tensor].check(slack))
 
     def _result(
@@ -280,7 +282,7 @@ def _natural_size(call: Call, want: np.ndarray, values: list[np.ndarray]) -> np.
     Of a product with few rows of weights the squares of all terms; of a recurrence, which begins
     with queries times keys, what other heads of the token have. Of others rows are long enough.
     """
-    slots = any(b.tensor and b.tensor.attrs.get("kind") == "slots" for b in call.writes)
+    slots = any(b.tensor and b.tensor.attrs.get("storage") == "slots" for b in call.writes)
     if slots and want.ndim == 3:
         return (want**2).sum(-1).mean(-1, keepdims=True)
     if kind_of(call.node) is not Kind.CONTRACTION or want.shape[-1] >= _SHORT:

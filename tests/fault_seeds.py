@@ -74,7 +74,7 @@ def leaves(kernel: str, spoil: Callable[[np.ndarray, Call], None], state: bool =
             for call in row.calls:
                 if call.kernel.name == kernel:
                     kind = "state" if state else "arena"
-                    b = next(b for b in call.writes if b.kind == kind)
+                    b = next(b for b in call.writes if b.memory == kind)
                     memory = self._arena[b.offset : b.offset + b.nbytes]
                     spoil(self._memory.state(b.tensor) if state else memory, call)
 

@@ -138,7 +138,7 @@ def _live_buffer_reused(place_buffers: Any) -> Any:
         rows = plan.instructions
         last = {b: n for n, row in enumerate(rows) for b in row.reads}
         residual = max(rows[0].writes, key=lambda b: last.get(b, 0))
-        between = [b for row in rows[1 : last[residual]] for b in row.writes if b.kind == "arena"]
+        between = [b for row in rows[1 : last[residual]] for b in row.writes if b.memory == "arena"]
         between[-1].offset = residual.offset
 
     return faulty

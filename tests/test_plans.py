@@ -19,7 +19,7 @@ from small_models import HYBRID, NOVEL, Sizes, write_model
 
 import runtime
 from runtime import ops
-from runtime.backends.cpu.planner import lower, options
+from runtime.backends.cpu.planner import make_plan, options
 from runtime.backends.cpu.rules import RULES
 from runtime.backends.cpu.run.program import TILE_TOKENS, attention_tiles
 from runtime.backends.passes.prepare import prepare
@@ -77,7 +77,7 @@ def test_calls_touch_the_state_that_their_op_declares(model: Model):
             inputs, op = call.node.inputs, find(call.node.op)
             reads, writes = ({inputs[i].base for i in of} for of in (op.reads, op.writes))
             read, written = (
-                {b.tensor for b in of if b.kind == "state"} for of in (call.reads, call.writes)
+                {b.tensor for b in of if b.memory == "state"} for of in (call.reads, call.writes)
             )
             assert written == writes, op.name
             assert reads <= read <= reads | writes, op.name
@@ -89,7 +89,7 @@ def test_copies_of_views_are_seen():
     rows = ops.get_rows(ops.weight("t", (9, 64), F32), ops.step_input("ids", (t,)))
     turned = ops.copy(ops.permute(ops.split_heads(rows, 2), axes=(1, 0, 2)))
     picked = ops.select_rows(ops.silu(rows), ops.step_input("wanted", (r,)))
-    plan = lower(ops.Graph((turned, picked)), options())
+    plan = make_plan(ops.Graph((turned, picked)), options())
     assert plan.copies() == 2 and " 2 copies" in str(plan)
     assert "copy-item=4" in str(plan)
 
@@ -146,7 +146,7 @@ def _check_states(graph: ops.Graph, plan: Plan) -> None:
     for n, row in enumerate(plan.instructions):
         for call in row.calls:
             for buffer in {*call.reads, *call.writes}:
-                if buffer.kind == "state":
+                if buffer.memory == "state":
                     entry = order[call.node], n, buffer in call.writes
                     touched.setdefault(buffer, []).append(entry)
     for buffer, calls in touched.items():
@@ -182,18 +182,18 @@ def test_a_part_of_a_row_is_nobodys_own():
     parts = (ops.slice_(both, axis=1, start=64 * i, stop=64 * i + 64) for i in range(2))
     gate, up = parts
     out = ops.matmul(ops.mul(ops.silu(gate), up), half)
-    plan = lower(ops.Graph((out,)), options(activations="f32"))
+    plan = make_plan(ops.Graph((out,)), options(activations="f32"))
     assert [len(row.calls) for row in plan.instructions] == [1, 1, 1, 1], str(plan)
 
 
 def test_buffers_that_live_together_do_not_overlap(model: Model):
     for guarded in (False, True):
         graph = model.graph(16, 16)
-        plan = lower(graph, options(), guarded)
+        plan = make_plan(graph, options(), guarded)
         lives: dict = {}
         for row, instruction in enumerate(plan.instructions):
             for buffer in (*instruction.reads, *instruction.writes):
-                if buffer.kind == "arena":
+                if buffer.memory == "arena":
                     lives.setdefault(buffer, []).append(row)
         spans = [(b, min(at), max(at)) for b, at in lives.items()]
         for i, (a, first, last) in enumerate(spans):
@@ -234,9 +234,9 @@ def test_plan_of_an_80b_model_takes_no_memory(qwen3next_80b: Model):
         plan = _plan(model, tokens, 1)
         assert (len(plan.instructions), plan.copies()) == (rows, moved)
         assert arena * 0.9 < plan.arena_nbytes <= arena
-        read = {b.key: b.nbytes for b in plan.buffers() if b.kind in ("raw", "packed", "vector")}
+        read = {b.key: b.nbytes for b in plan.buffers() if b.memory in ("raw", "packed", "vector")}
         assert sum(read.values()) == file.tensors_nbytes
-        assert sum(b.kind == "state" for b in plan.buffers()) == (12 + 36) * 2
+        assert sum(b.memory == "state" for b in plan.buffers()) == (12 + 36) * 2
 
 
 def test_select_early_changes_nothing_but_the_cost(small_model: Path):
@@ -262,7 +262,7 @@ def _step(tokens: np.ndarray, rows: list[int]) -> dict[str, np.ndarray]:
 
 
 def test_every_op_has_a_rule():
-    lower(ops.Graph((ops.silu(ops.step_input("x", (2, 8), ops.DTYPES["f32"])),)), options())
+    make_plan(ops.Graph((ops.silu(ops.step_input("x", (2, 8), ops.DTYPES["f32"])),)), options())
     plain = {name for name, op in OPS.items() if not op.view}
     missing = plain - set(RULES.names()) - {"matmul", "matmul_id"}  # those two become packed forms
     assert not missing

@@ -109,7 +109,7 @@ def test_calls_of_a_plan_add_up_to_the_token(tmp_path: Path, size: Sizes):
     weights = sum(nbytes for tensor, nbytes, _ in found if tensor.base.op == "weight")
     row = 64 * 4  # the embedding's row is read from the file, beside the output's packed copy
     assert weights == pytest.approx(token.weights + row)
-    states = [move for move in found if move.tensor.base.attrs.get("kind") in ("k", "v")]
+    states = [move for move in found if move.tensor.base.attrs.get("storage") in ("k", "v")]
     assert sum(m.nbytes for m in states if not m.written) == pytest.approx(token.kv)
     assert token.nbytes < step.bytes < 1.2 * token.nbytes, "the graph's own cost agrees"
 

@@ -10,7 +10,7 @@ import pytest
 from small_models import HYBRID, NOVEL, PLAIN, Sizes, write_model
 
 import runtime
-from runtime.backends.cpu.planner import Planner, lower
+from runtime.backends.cpu.planner import Planner, make_plan
 from runtime.backends.cpu.planner import options as cpu_options
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan.kernel import Kernel
@@ -44,7 +44,7 @@ def _steps(model: Model) -> Iterator[Graph]:
 
 
 def _kernels(graphs: list[Graph], options: Options) -> set[Kernel]:
-    return {kernel for graph in graphs for kernel in lower(graph, options).kernels()}
+    return {kernel for graph in graphs for kernel in make_plan(graph, options).kernels()}
 
 
 def _check(path: Path, kv_type: str, options: Options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def to_planes(memory: np.ndarray, leaf: Tensor) -> list[np.ndarray]:
         start, width = at, plane.width(dims)
         at += PAGE * width * plane.dtype.nbytes
         numbers = np.ascontiguousarray(blocks[..., start:at]).view(plane.numpy)
-        if leaf.attrs["kind"] == "k":
+        if leaf.attrs["storage"] == "k":
             numbers = numbers.reshape(len(memory), heads, width, PAGE).swapaxes(-1, -2)
         found.append(numbers.reshape(len(memory), heads, PAGE, width).swapaxes(1, 2))
     return found
@@ -43,7 +43,7 @@ def to_planes(memory: np.ndarray, leaf: Tensor) -> list[np.ndarray]:
 
 def from_planes(planes: Sequence[np.ndarray], leaf: Tensor) -> np.ndarray:
     """The inverse of `to_planes`."""
-    order = (0, 2, 3, 1) if leaf.attrs["kind"] == "k" else (0, 2, 1, 3)
+    order = (0, 2, 3, 1) if leaf.attrs["storage"] == "k" else (0, 2, 1, 3)
     turned = (np.ascontiguousarray(plane.transpose(order)) for plane in planes)
     pages, _, heads, _ = planes[0].shape
     parts = [plane.view(np.uint8).reshape(pages, heads, -1) for plane in turned]

@@ -21,7 +21,7 @@ def options(
     return Options(frozenset(NAMES), MAX_HEAD_DIM, activations, wide, fuse, split)
 
 
-def lower(graph: Graph, options: Options, guarded: bool = False) -> Plan:
+def make_plan(graph: Graph, options: Options, guarded: bool = False) -> Plan:
     """The plan of a graph; `guarded` leaves room behind buffers, to see stray writes."""
     from runtime.backends.cpu.rules import RULES
 
@@ -39,7 +39,7 @@ class Planner:
         """The plan of a graph, not yet bound to memory."""
         key = f"{graph.key()} {guarded}"
         if key not in self._plans:
-            self._plans[key] = lower(graph, self.options, guarded)
+            self._plans[key] = make_plan(graph, self.options, guarded)
         return self._plans[key]
 
     def page_nbytes(self, leaf: Tensor) -> int:

@@ -176,8 +176,8 @@ class Lowering:
         """A weight in one of its forms: "raw" file bytes, "vector" float32, or "packed"."""
         if x.op not in ("weight", "constant"):
             raise Declined(f"{x!r} is computed, not a weight of the file")
-        kind = "constant" if x.op == "constant" else form
-        return Ref(self._fixed_one(kind, x.name, x))
+        memory = "constant" if x.op == "constant" else form
+        return Ref(self._fixed_one(memory, x.name, x))
 
     def state(self, x: Tensor) -> Ref:
         """Pages of a state leaf."""
@@ -247,9 +247,9 @@ class Lowering:
             raise BackendError(f"two step inputs of one name: {same!r} and {base!r}")
         return self._fixed_one("vector" if base.op == "weight" else base.op, base.name, base)
 
-    def _fixed_one(self, kind: str, key: str, leaf: Tensor | None = None) -> Buffer:
+    def _fixed_one(self, memory: str, key: str, leaf: Tensor | None = None) -> Buffer:
         """The one buffer of what is not made by this plan."""
-        made = Buffer(kind, key, leaf.nbytes if leaf else 0, tensor=leaf)
+        made = Buffer(memory, key, leaf.nbytes if leaf else 0, tensor=leaf)
         return self._fixed.setdefault(made.content, made)
 
 

@@ -17,13 +17,14 @@ GUARD = 64  # bytes after a buffer that a guarded plan checks for stray writes
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory of a plan. `kind`: arena, scratch, input, count, constant, state, or a form of weight.
+    """Bytes that calls read and write.
 
+    `memory`, where they are: arena, scratch, input, count, constant, state, or a form of weight.
     `offset` is set by the memory planner for arena buffers; the others are found by `content`, and
     `key` is what plans call them.
     """
 
-    kind: str
+    memory: str
     key: str
     nbytes: int
     offset: int = -1
@@ -32,10 +33,10 @@ class Buffer:
     @property
     def content(self) -> Hashable:
         """What decides the numbers of a buffer outside the arena: equal ones are one."""
-        return self.kind, self.key if self.tensor is None else self.tensor.content
+        return self.memory, self.key if self.tensor is None else self.tensor.content
 
     def __str__(self) -> str:
-        return f"@{self.offset}" if self.kind == "arena" else self.key
+        return f"@{self.offset}" if self.memory == "arena" else self.key
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,9 @@ class Plan:
         for n, instruction in enumerate(self.instructions):
             for first, call in enumerate(instruction.calls):
                 writes = ", ".join(map(str, call.writes))
-                reads = ", ".join(str(b) for b in call.reads if b.kind not in ("count", "scratch"))
+                reads = ", ".join(
+                    str(b) for b in call.reads if b.memory not in ("count", "scratch")
+                )
                 number = "" if first else f"{n}"
                 lines.append(f"{number:>4} {call.kernel!s:44} {writes} <- {reads}")
         return "\n".join(lines)
@@ -200,7 +203,7 @@ def place_buffers(plan: Plan, guarded: bool = False) -> None:
     lives: dict[Buffer, list[int]] = {}
     for row, instruction in enumerate(plan.instructions):
         for buffer in (*instruction.reads, *instruction.writes):
-            if buffer.kind == "arena":
+            if buffer.memory == "arena":
                 lives.setdefault(buffer, []).append(row)
     for ref in plan.outputs:
         lives.setdefault(ref.buffer, [0]).append(1 << 30)

@@ -36,13 +36,13 @@ class ReferenceBackend:
     def state(self, leaf: Tensor) -> np.ndarray:
         """In the leaf's own shape: float32 pages [pages, PAGE, heads, dim], float64 slots."""
         if leaf.content not in self._states:
-            wide = np.float64 if leaf.attrs["kind"] == "slots" else np.float32
+            wide = np.float64 if leaf.attrs["storage"] == "slots" else np.float32
             self._states[leaf.content] = np.zeros([int(n) for n in leaf.shape], wide)
         return self._states[leaf.content]
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page in float32, or of one slot in float64."""
-        return (8 if leaf.attrs["kind"] == "slots" else 4) * leaf.size // int(leaf.shape[0])
+        return (8 if leaf.attrs["storage"] == "slots" else 4) * leaf.size // int(leaf.shape[0])
 
     def copy_pages(
         self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]

@@ -10,23 +10,23 @@ from runtime.ops.tensor import Tensor
 
 
 @lowers("rms_norm")
-def rms_norm(lower: Lowering, node: Tensor) -> None:
+def rms_norm(lowering: Lowering, node: Tensor) -> None:
     """One row per element of all axes but the last."""
     x, w = node.inputs
-    address, n, live, stride = lower.rows(x)
-    lower.emit(
-        "rms_norm", node, x=address, w=lower.weight(w, "vector"), out=lower.write(node),
+    address, n, live, stride = lowering.rows(x)
+    lowering.emit(
+        "rms_norm", node, x=address, w=lowering.weight(w, "vector"), out=lowering.write(node),
         live=live, n=n, x_stride=stride, out_stride=n, eps=float_bits(node.attrs["eps"]),
     )  # fmt: skip
 
 
 @lowers("rms_norm_pack")
-def rms_norm_pack(lower: Lowering, node: Tensor) -> None:
+def rms_norm_pack(lowering: Lowering, node: Tensor) -> None:
     """Norm of a row, then its tiles for matmuls."""
     x, w = node.inputs
-    address, n, live, stride = lower.rows(x)
-    tile, out = packed(lower, node, x.size // n, n)
-    lower.emit(
-        "rms_norm_pack", node, tile, x=address, w=lower.weight(w, "vector"), out=out, live=live,
+    address, n, live, stride = lowering.rows(x)
+    tile, out = packed(lowering, node, x.size // n, n)
+    lowering.emit(
+        "rms_norm_pack", node, tile, x=address, w=lowering.weight(w, "vector"), out=out, live=live,
         n=n, x_stride=stride, eps=float_bits(node.attrs["eps"]),
     )  # fmt: skip

@@ -10,21 +10,21 @@ from runtime.ops.tensor import Tensor
 
 
 @lowers("get_rows")
-def get_rows(lower: Lowering, node: Tensor) -> None:
+def get_rows(lowering: Lowering, node: Tensor) -> None:
     """Rows dequantised from the mapped file; types without a kernel are widened at load."""
     matrix, ids = node.inputs
     direct = matrix.dtype.name in READABLE
     form, kind = ("raw", matrix.dtype.name) if direct else ("vector", "f32")
     n = int(matrix.shape[1])
-    lower.emit(
-        "get_rows", node, {"format": kind}, matrix=lower.weight(matrix, form), ids=lower.read(ids),
-        out=lower.write(node), live=lower.live(node), n=n,
+    lowering.emit(
+        "get_rows", node, {"format": kind}, matrix=lowering.weight(matrix, form),
+        ids=lowering.read(ids), out=lowering.write(node), live=lowering.live(node), n=n,
         row_bytes=nbytes_for(matrix.dtype, (n,)) if direct else 4 * n, out_stride=n,
     )  # fmt: skip
 
 
 @lowers("copy")
-def copy(lower: Lowering, node: Tensor) -> None:
+def copy(lowering: Lowering, node: Tensor) -> None:
     """A view with up to four axes, of f32, i32, f16 or bf16."""
     (x,) = node.inputs
     axes = list(zip(map(int, x.shape), x.layout.strides, strict=True))
@@ -32,19 +32,19 @@ def copy(lower: Lowering, node: Tensor) -> None:
     if len(inner) > 3:
         raise Declined(f"{x!r} has more than four axes")
     (b, stride_b), (c, stride_c), (n, stride_n) = [(1, 0)] * (3 - len(inner)) + inner
-    lower.emit(
-        "copy", node, {"item": x.dtype.nbytes}, x=lower.place(x, (F32, I32, F16, BF16)),
-        out=lower.write(node), live=lower.live(x), stride_a=first, b=b, stride_b=stride_b, c=c,
-        stride_c=stride_c, n=n, stride_n=stride_n,
+    lowering.emit(
+        "copy", node, {"item": x.dtype.nbytes}, x=lowering.place(x, (F32, I32, F16, BF16)),
+        out=lowering.write(node), live=lowering.live(x), stride_a=first, b=b, stride_b=stride_b,
+        c=c, stride_c=stride_c, n=n, stride_n=stride_n,
     )  # fmt: skip
 
 
 @lowers("select_rows")
-def select_rows(lower: Lowering, node: Tensor) -> None:
+def select_rows(lowering: Lowering, node: Tensor) -> None:
     """The wanted rows copied together."""
     x, ids = node.inputs
-    address, n, _, stride = lower.tokens(x)
-    lower.emit(
-        "gather_rows", node, x=address, ids=lower.read(ids), out=lower.write(node),
-        live=lower.live(node), n=n, x_stride=stride, out_stride=n,
+    address, n, _, stride = lowering.tokens(x)
+    lowering.emit(
+        "gather_rows", node, x=address, ids=lowering.read(ids), out=lowering.write(node),
+        live=lowering.live(node), n=n, x_stride=stride, out_stride=n,
     )  # fmt: skip

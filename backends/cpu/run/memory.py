@@ -27,7 +27,7 @@ class FixedMemory:
 
     def address(self, buffer: Buffer) -> int:
         """Where a weight or a state leaf lies, made on first use."""
-        if buffer.kind == "state":
+        if buffer.memory == "state":
             assert buffer.tensor is not None, "a state buffer has its tensor"
             return self.state(buffer.tensor).ctypes.data
         return self.weights.address(buffer)
@@ -56,14 +56,14 @@ class FixedMemory:
     def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """float32 [rows, ...]: pages as [PAGE, heads, dim], slots as they are."""
         found = self.state(leaf)[list(rows)]
-        if leaf.attrs["kind"] == "slots":
+        if leaf.attrs["storage"] == "slots":
             return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
         return to_plain(found, leaf)
 
     def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """The inverse of `read`."""
         values = np.ascontiguousarray(values, np.float32)
-        if leaf.attrs["kind"] == "slots":
+        if leaf.attrs["storage"] == "slots":
             raw = values.reshape(len(rows), -1).view(np.uint8)
         else:
             raw = from_plain(values, leaf)

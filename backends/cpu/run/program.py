@@ -93,7 +93,7 @@ class Program:
         """Fill the arena so that unwritten results are NaN and stray writes break canaries."""
         self._arena[:] = _CANARY
         for buffer in self.plan.buffers():
-            if buffer.kind == "arena":
+            if buffer.memory == "arena":
                 self._arena[buffer.offset : buffer.offset + buffer.nbytes] = 0xFF
 
     def damaged(self) -> list[str]:
@@ -101,7 +101,7 @@ class Program:
         return [
             buffer.key
             for buffer in self.plan.buffers()
-            if buffer.kind == "arena"
+            if buffer.memory == "arena"
             and (self._arena[buffer.offset + buffer.nbytes :][:GUARD] != _CANARY).any()
         ]
 
@@ -138,15 +138,15 @@ class Program:
         return self._place(argument.buffer) + argument.offset
 
     def _place(self, buffer: Buffer) -> int:
-        if buffer.kind == "arena":
+        if buffer.memory == "arena":
             return self._arena.ctypes.data + buffer.offset
-        if buffer.kind == "scratch":
+        if buffer.memory == "scratch":
             return self._scratch.ctypes.data
-        if buffer.kind == "count":
+        if buffer.memory == "count":
             return self._counts.ctypes.data
-        if buffer.kind == "input":
+        if buffer.memory == "input":
             return self._input(buffer).ctypes.data
-        if buffer.kind == "constant":
+        if buffer.memory == "constant":
             assert buffer.tensor is not None, "a constant has its tensor"
             self._constants.append(np.ascontiguousarray(buffer.tensor.attrs["value"]))
             return self._constants[-1].ctypes.data

@@ -44,7 +44,7 @@ class WeightStore:
         """Where a weight lies in the form its buffer asks for."""
         if buffer.content not in self._made:
             assert buffer.tensor is not None, "a weight buffer has its tensor"
-            self._made[buffer.content] = _MAKERS[buffer.kind](self, buffer.tensor)
+            self._made[buffer.content] = _MAKERS[buffer.memory](self, buffer.tensor)
         return self._made[buffer.content].ctypes.data
 
     def nbytes(self) -> int:
@@ -62,7 +62,7 @@ class WeightStore:
         reading them is a third faster than from many small pieces (measured).
         """
         wanted = [b for b in buffers if b.content not in self._made]
-        packed = [_packed_nbytes(b.tensor) for b in wanted if b.kind == "packed" and b.tensor]
+        packed = [_packed_nbytes(b.tensor) for b in wanted if b.memory == "packed" and b.tensor]
         self._slab = aligned_empty(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
         self._room = aligned_empty(_PIECE)
         for buffer in wanted:

@@ -27,20 +27,20 @@ NORM_LENGTHS = (1, 15, 16, 17, 63, 64, 100, 1024)
 def _kernels() -> list[Kernel]:
     split = [Kernel.of(name, C=8, coding="split") for name in ("pack", "rms_norm_pack")]
     packs = [
-        Kernel.of(name, C=C, kind=kind)
+        Kernel.of(name, C=C, coding=coding)
         for name, widths in (("pack", (1, 4, 8)), ("rms_norm_pack", (8,)))
         for C in widths
-        for kind in ("int8", "f32")
+        for coding in ("int8", "f32")
     ]
     silu = {"act": "silu"}
     rows = [Kernel.of("get_rows", format=name) for name in READABLE]
     moe = [
         each
-        for kind in ("int8", "f32")
+        for coding in ("int8", "f32")
         for each in (
-            Kernel.of("pack_rows", C=4, kind=kind),
-            Kernel.of("swiglu_pack", C=8, kind=kind, **silu),
-            Kernel.of("swiglu_pack_rows", C=4, kind=kind, **silu),
+            Kernel.of("pack_rows", C=4, coding=coding),
+            Kernel.of("swiglu_pack", C=8, coding=coding, **silu),
+            Kernel.of("swiglu_pack_rows", C=4, coding=coding, **silu),
         )
     ]
     plain = [Kernel.of(n) for n in ("rms_norm", "swiglu", "gather_rows")]
@@ -147,21 +147,21 @@ def test_pack_split(rng):
     assert set(found) == {plain.memory.values.tobytes()}
 
 
-@pytest.mark.parametrize("kind", ["int8", "f32"])
+@pytest.mark.parametrize("coding", ["int8", "f32"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_fused_packs_have_the_bits_of_their_parts(rng, kind, threads):
+def test_fused_packs_have_the_bits_of_their_parts(rng, coding, threads):
     n = 160
     x, u = (3 * rng.standard_normal((9, n)).astype(np.float32) for _ in range(2))
     w = rng.standard_normal(n).astype(np.float32)
-    fused = pack("rms_norm_pack", 8, kind, x, threads=threads, w=Fenced.of(w[None]), eps=EPS)
-    assert fused.bits() == pack("pack", 8, kind, normed(x, w)).bits()
+    fused = pack("rms_norm_pack", 8, coding, x, threads=threads, w=Fenced.of(w[None]), eps=EPS)
+    assert fused.bits() == pack("pack", 8, coding, normed(x, w)).bits()
     gated = Fenced(9, n)
     run(
         Kernel.of("swiglu"), x=Fenced.of(x), y=Fenced.of(u), out=gated, live=9, n=n, x_stride=n,
         y_stride=n, out_stride=n,
     )  # fmt: skip
-    fused = pack("swiglu_pack", 8, kind, x, u, threads=threads)
-    assert fused.bits() == pack("pack", 8, kind, gated.values.copy()).bits()
+    fused = pack("swiglu_pack", 8, coding, x, u, threads=threads)
+    assert fused.bits() == pack("pack", 8, coding, gated.values.copy()).bits()
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_without_fused_multiply_add(rng):
         assert get_rows(kind, raw, 64, "generic").tobytes() == get_rows(kind, raw, 64).tobytes()
 
 
-@pytest.mark.parametrize("kind", ["int8", "f32"])
-def test_gathered_packs(rng, kind):
+@pytest.mark.parametrize("coding", ["int8", "f32"])
+def test_gathered_packs(rng, coding):
     n, used = 64, 3
     tiles = np.array([[2, 5, 0, 4, -1], [7, 1, -1, -1, -1], [9, 9, 9, 9, 9]], np.int32)
     live = np.array([2], np.int64)
@@ -206,16 +206,16 @@ def test_gathered_packs(rng, kind):
     wanted_rows = np.where(rows >= 0, rows, 0)
 
     def gathered(name: str, act: dict[str, str], **sources: Any) -> list[bytes]:
-        packed = Packed(8, n, 4, kind)
+        packed = Packed(8, n, 4, coding)
         run(
-            Kernel.of(name, C=4, kind=kind, **act), threads=2, tiles=Fenced.of(tiles[:2]),
+            Kernel.of(name, C=4, coding=coding, **act), threads=2, tiles=Fenced.of(tiles[:2]),
             out=packed.memory, n_tiles=live, n=n, **sources,
         )  # fmt: skip
         packed.check()
         return packed.bits()
 
     def wanted(values: np.ndarray) -> list[bytes]:
-        whole = pack("pack", 4, kind, np.where(rows[:, None] >= 0, values, 0).astype(np.float32))
+        whole = pack("pack", 4, coding, np.where(rows[:, None] >= 0, values, 0).astype(np.float32))
         return whole.bits()
 
     x = rng.standard_normal((6, n)).astype(np.float32)
@@ -229,8 +229,8 @@ def test_gathered_packs(rng, kind):
         "swiglu_pack_rows", {"act": "silu"}, gate=gate, up=Fenced.of(up), gate_stride=n,
         up_stride=n, alpha=0.0, limit=0.0,
     )  # fmt: skip
-    whole = pack("swiglu_pack", 8, kind, x[wanted_rows], up[wanted_rows]).bits()
-    zero = pack("pack", 4, kind, np.zeros((1, n), np.float32)).bits()[0]
+    whole = pack("swiglu_pack", 8, coding, x[wanted_rows], up[wanted_rows]).bits()
+    zero = pack("pack", 4, coding, np.zeros((1, n), np.float32)).bits()[0]
     assert found == [w if r >= 0 else zero for w, r in zip(whole, rows, strict=True)]
 
 

@@ -19,7 +19,7 @@ _DELTA = np.float32(0.125)  # what IQ1 shifts the levels of a group by, up or do
 @functools.cache
 def struct_of(row: BlockFormat) -> np.dtype:
     """The block as a structured type; every field has an axis, also one of a single value."""
-    return np.dtype([(f.name, f"<{_kind(f)}", (f.count,)) for f in row.fields.values()])
+    return np.dtype([(f.name, f"<{_kind(f)}", (f.length,)) for f in row.fields.values()])
 
 
 def _kind(field: Field) -> str:
@@ -62,17 +62,15 @@ def sign_bytes(row: BlockFormat, blocks: np.ndarray) -> np.ndarray:
     """The sign bits of every eight elements, uint8 [n, row.block / 8]."""
     assert row.signs is not None, "a format with signs"
     found = numbers(row, row.signs, blocks)
-    return found.astype(np.uint8) if row.signs.width == 8 else _EVEN_SIGNS[found]
+    return found.astype(np.uint8) if row.signs.width == 8 else _even_signs()[found]
 
 
+@functools.cache
 def _even_signs() -> np.ndarray:
     """Seven stored sign bits -> eight: the last makes the number of minus signs even."""
     code = np.arange(128, dtype=np.uint8)
     parity = np.bitwise_xor.reduce(np.unpackbits(code[:, None], axis=-1), axis=-1)
     return code | parity << 7
-
-
-_EVEN_SIGNS = _even_signs()
 
 
 def scales(row: BlockFormat, scale: Scale, blocks: np.ndarray) -> np.ndarray:
@@ -90,7 +88,7 @@ def _base(row: BlockFormat, scale: Scale, blocks: np.ndarray) -> np.ndarray:
     if isinstance(scale.base, Bits):
         return pieces(row, scale.base, blocks).astype(np.float32)
     kind, values = row.fields[scale.base].kind, blocks[scale.base]
-    return _TABLES[kind][values] if kind in _TABLES else values.astype(np.float32)
+    return _TABLES[kind]()[values] if kind in _TABLES else values.astype(np.float32)
 
 
 def pieces(row: BlockFormat, number: Bits, blocks: np.ndarray) -> np.ndarray:
@@ -100,6 +98,13 @@ def pieces(row: BlockFormat, number: Bits, blocks: np.ndarray) -> np.ndarray:
     return np.bitwise_or.reduce(found << shifts, axis=-1, keepdims=True).view(np.float16)
 
 
+@functools.cache
+def _half_e8m0() -> np.ndarray:
+    """Powers of two, halved."""
+    return np.ldexp(np.float32(1), np.arange(256) - 128)
+
+
+@functools.cache
 def _half_ue4m3() -> np.ndarray:
     """Unsigned E4M3 (bias 7; the sign bit is ignored, 0x7f is no number), halved."""
     code = np.arange(256)
@@ -110,10 +115,7 @@ def _half_ue4m3() -> np.ndarray:
     return np.where(np.isin(code, (0, 0x7F)), 0, value / 2).astype(np.float32)
 
 
-_TABLES = {
-    "half_e8m0": np.ldexp(np.float32(1), np.arange(256) - 128),
-    "half_ue4m3": _half_ue4m3(),
-}
+_TABLES = {"half_e8m0": _half_e8m0, "half_ue4m3": _half_ue4m3}
 
 
 def numbers(row: BlockFormat, number: Number, blocks: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def _pairs(rows: Array) -> Array:
 def _values(row: BlockFormat, blocks: Array, plane: Plane, chunk: int) -> Array:
     """What a chunk has of a plane: uint8 [blocks, plane, bytes of a value]."""
     whole = _BYTES[type(plane)](row, blocks, plane).reshape(len(blocks), -1, plane.unit)
-    return whole[:, chunk * plane.count : (chunk + 1) * plane.count]
+    return whole[:, chunk * plane.planes : (chunk + 1) * plane.planes]
 
 
 def _field(blocks: Array, name: str) -> Array:

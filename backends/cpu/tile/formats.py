@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import DTYPES, DType
@@ -31,55 +32,64 @@ ROWS = 16  # weight rows of one group
 LINE = 64  # bytes of one word plane of a group
 
 
-@dataclass(frozen=True)
-class Plane:
-    """`count` planes of values of `unit` bytes, one for each row."""
+class Plain(NamedTuple):
+    """One plane of plain numbers of `unit` bytes.
+
+    Like all that follow: `planes` planes of values of `unit` bytes, one for each row.
+    """
 
     unit: int
-    count: int = 1
+    planes: int = 1
 
 
-@dataclass(frozen=True)
-class Copy(Plane):
+class Copy(NamedTuple):
     """The bytes of a field of the source, in order.
 
     change: "unsigned" adds 128 to signed bytes; "usable" leaves an E4M3 without its top bit and 0
     for 0x7f; "thirds" puts the bits of 32 elements out of 256 into four words of 128 elements.
     """
 
-    field: str = ""
+    unit: int
+    planes: int
+    field: str
     change: str = ""
 
 
-@dataclass(frozen=True)
-class Half(Plane):
+class Half(NamedTuple):
     """The float16 that a block's scale, or its minimum, is a multiple of."""
 
     of: str = "scale"
+    unit: int = 2
+    planes: int = 1
 
 
-@dataclass(frozen=True)
-class Numbers(Plane):
+class Numbers(NamedTuple):
     """Small integers side by side, `width` bits of each from bit `low` on, the first lowest.
 
     of: "scale" and "minimum" (the steps), "codes", "signs" (eight bits for eight elements),
     "turned" (of a negated step the size, and the top bit for its sign).
     """
 
+    unit: int
+    planes: int = 1
     of: str = "scale"
     width: int = 8
     low: int = 0
 
 
-@dataclass(frozen=True)
-class Spread(Plane):
+class Spread(NamedTuple):
     """Words of `width` bits for each element, bits that are neighbours in the field.
 
     Byte k of a word has, from bit width * w on, those of element 4 w + k.
     """
 
-    field: str = ""
+    field: str
+    planes: int = 1
     width: int = 1
+    unit: int = 4
+
+
+Plane = Plain | Copy | Half | Numbers | Spread
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class Format:
 
 
 def _nbytes(planes: tuple[Plane, ...]) -> int:
-    return ROWS * sum(plane.unit * plane.count for plane in planes)
+    return ROWS * sum(plane.unit * plane.planes for plane in planes)
 
 
 def _words(field: str, count: int, change: str = "") -> Copy:
@@ -148,8 +158,8 @@ def _bytes(field: str, count: int = 1, change: str = "") -> Copy:
     return Copy(1, count, field, change)
 
 
-_D, _M = Half(2), Half(2, of="minimum")
-_NIBBLES, _FIFTH = _words("qs", 4), Spread(4, 1, "qh")
+_D, _M = Half(), Half("minimum")
+_NIBBLES, _FIFTH = _words("qs", 4), Spread("qh")
 _K_CHUNK = (Numbers(1, 2), Numbers(1, 2, "minimum"), _words("qs", 8))
 _STEPS = Numbers(4, width=4)  # eight scales in a word
 _INDEX, _SIGNS = Numbers(4, of="codes"), Numbers(4, of="signs")
@@ -157,9 +167,9 @@ _INDEX, _SIGNS = Numbers(4, of="codes"), Numbers(4, of="signs")
 _TABLE = {
     f.name: f
     for f in (
-        Format("F32", 1, (), (Plane(4),)),
-        Format("F16", 1, (), (Plane(2),)),
-        Format("BF16", 1, (), (Plane(2),)),
+        Format("F32", 1, (), (Plain(4),)),
+        Format("F16", 1, (), (Plain(2),)),
+        Format("BF16", 1, (), (Plain(2),)),
         # name, chunk, head, planes of a chunk, levels, offset
         Format("Q8_0", 32, (), (_D, _words("qs", 8, "unsigned")), 256, 128),
         Format("Q4_0", 32, (), (_D, _NIBBLES), 16, 8),
@@ -168,8 +178,8 @@ _TABLE = {
         Format("Q5_1", 32, (), (_D, _M, _FIFTH, _NIBBLES), 32),
         Format("IQ4_NL", 32, (), (_D, _NIBBLES), 256, 128),
         Format("MXFP4", 32, (), (_bytes("e"), _NIBBLES), 29, 16),
-        Format("Q1_0", 128, (), (_D, Spread(4, 4, "qs")), 3, 1),
-        Format("Q2_0", 64, (), (_D, Spread(4, 4, "qs", 2)), 4, 1),
+        Format("Q1_0", 128, (), (_D, Spread("qs", 4)), 3, 1),
+        Format("Q2_0", 64, (), (_D, Spread("qs", 4, 2)), 4, 1),
         Format("NVFP4", 64, (), (_bytes("d", 4, "usable"), _words("qs", 8)), 29, 16, scales=2),
         Format("TQ1_0", 256, (_D,), (_words("qs", 12), _words("qh", 1)), 3, 1),
         Format("TQ2_0", 32, (_D, _words("qs", 16)), (), 3, 1),

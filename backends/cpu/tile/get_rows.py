@@ -8,7 +8,6 @@ Parallel over (row x block), so that one token's row is shared too; plain number
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from runtime.backends.cpu.compile.isa import isa
@@ -88,10 +87,10 @@ def _groups(source: Source, scale: Scale | None) -> Callable[[int], Any]:
         return lambda i: None
     row = source.row
     if row.down:  # levels come as eighths
-        scale = replace(scale, unit=scale.unit / 8)
+        scale = scale._replace(unit=scale.unit / 8)
     count = count_of(scale.steps, row) if scale.steps else 1
     if isinstance(scale.base, str):
-        count = max(count, row.fields[scale.base].count)
+        count = max(count, row.fields[scale.base].length)
 
     def of(i: int) -> Any:
         group = i * count // row.block

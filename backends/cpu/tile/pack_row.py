@@ -29,10 +29,10 @@ class Row:
         code = self.source.code
         for plane in planes:
             lane = code.at(self.goal, to, code.times(self.row, plane.unit))
-            for i in range(plane.count):
-                value = self._value(plane, chunk * plane.count + i)
+            for i in range(plane.planes):
+                value = self._value(plane, chunk * plane.planes + i)
                 code.store(value, code.at(lane, ROWS * plane.unit * i))
-            to += ROWS * plane.unit * plane.count
+            to += ROWS * plane.unit * plane.planes
 
     def _value(self, plane: Plane, i: int) -> Any:
         """Value i of a plane, in all chunks together."""

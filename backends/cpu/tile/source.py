@@ -116,7 +116,7 @@ class Source:
         if isinstance(scale.base, Bits):
             return self.code.half_to_float(self.pieces(scale.base))
         field = self.row.fields[scale.base]
-        value = self.load(scale.base, group if field.count > 1 else 0, 1)
+        value = self.load(scale.base, group if field.length > 1 else 0, 1)
         match field.kind:
             case "f2":
                 return self.code.half_to_float(value)

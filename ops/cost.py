@@ -106,7 +106,7 @@ def moves(node: Tensor, seen: Seen) -> Iterator[Move]:
         if number in (*op.reads, *op.writes):
             yield from _state_moves(op, number, node, seen)
         elif number in op.picks:
-            rows = int(x.shape[0])
+            rows = int(x.shape[0]) or 1
             picked = seen.size(node.inputs[op.picks[number]])
             yield Move(x, x.nbytes * min(picked, rows) / rows)
         else:

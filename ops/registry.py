@@ -137,6 +137,11 @@ def fused(name: str, **declared: Any) -> Op:
 
 
 def _registered(ops: dict[str, Op], made: Op) -> Op:
+    state = {*made.reads, *made.writes}
+    stateful, view = made.kind is Kind.STATEFUL, made.kind is Kind.VIEW
+    need(bool(state) == stateful, f"op {made.name!r}: what is stateful reads or writes an input")
+    need(state <= set(made.picks), f"op {made.name!r}: `picks` says what of its state is used")
+    need(not view or made.layout is not None, f"op {made.name!r}: a view has a layout")
     ops[made.name] = made
     if made.layout:
         LAYOUTS[made.name] = made.layout

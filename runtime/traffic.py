@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.cost import Seen, flops, moves, page_nbytes
+from runtime.ops.cost import Seen, flops, moves
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, kind_of
 from runtime.ops.tensor import Tensor
@@ -50,14 +50,12 @@ def of_file(file: Any, kv_types: tuple[str, str], context: int) -> Traffic:
     return of_token(architecture.graph(step), context)
 
 
-def of_token(
-    graph: Graph, context: int, page_nbytes: Callable[[Tensor], float] = page_nbytes
-) -> Traffic:
+def of_token(graph: Graph, context: int) -> Traffic:
     """What one token moves after `context` tokens, by a graph of one token and one slot.
 
     Of the cache what is read, and of a weight that is used twice the larger part.
     """
-    seen = Seen(lengths=(context,), page_nbytes=page_nbytes)
+    seen = Seen(lengths=(context,))
     weights: dict[Tensor, float] = {}
     kv = state = macs = 0.0
     for node in graph.nodes:

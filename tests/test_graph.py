@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,6 +77,28 @@ def test_cost_counts_bytes_and_flops():
     cost = ops.Graph((ops.matmul(x, ops.weight("w", (8, 32), Q8_0)),)).cost()
     assert cost.flops == 2 * 2 * 8 * 32
     assert cost.bytes == 2 * 32 * 4 + 2 * 8 * 4 + 8 * 34
+
+
+def test_a_declaration_that_contradicts_itself_is_refused():
+    """Splits, cost and VALIDATE believe what an op says of its state."""
+    wrong: dict[str, dict[str, Any]] = {
+        "reads or writes an input": {"kind": ops.Kind.STATEFUL},
+        "what is stateful reads": {"kind": ops.Kind.ROWWISE, "writes": (1,), "picks": {1: 2}},
+        "`picks` says what": {"kind": ops.Kind.STATEFUL, "reads": (1,)},
+        "a view has a layout": {"kind": ops.Kind.VIEW},
+    }
+    for message, declared in wrong.items():
+        with pytest.raises(OpError, match=f"op 'wrong': .*{message}"):
+            ops.op("wrong", shape=ops.registry.same_shape, **declared)(np.copy)
+    assert "wrong" not in ops.OPS
+
+
+def test_an_empty_share_costs_nothing():
+    ids = ops.step_input("ids", (ops.Dim("tokens", 4), 2))
+    x = ops.step_input("x", (ids.shape[0], 32), F32)
+    none = ops.weight("w", (6, 8, 32), F32, {0: ()})
+    node = ops.matmul_id(x, none, ids)
+    assert ops.Graph((node,)).cost().bytes == 4 * (32 + 2 + 2 * 8) * 4
 
 
 @settings(max_examples=200, deadline=None)

@@ -12,7 +12,7 @@ import runtime
 from runtime import ops, traffic
 from runtime.cli import facts
 from runtime.gguf.reader import open_gguf
-from runtime.ops.cost import Seen, cost, moves, page_nbytes
+from runtime.ops.cost import Seen, cost, moves
 from runtime.ops.dtypes import F16, F32, I32
 
 KV = ("f16", "f16")
@@ -66,7 +66,7 @@ def test_windows_bound_what_attention_reads():
     ]
     for window, seen in ((0, 500), (128, 128)):
         node = ops.attention(q, pages, pages, *rest, scale=1.0, window=window)
-        found = traffic.of_token(ops.Graph((node,), "g"), 500, page_nbytes)
+        found = traffic.of_token(ops.Graph((node,), "g"), 500)
         assert found.kv == seen * 2 * 2 * 32 * 2
 
 
@@ -77,7 +77,7 @@ def test_recurrent_state_is_read_and_written():
     table, w = ops.weight("table", (5, 16), F32), ops.weight("w", (16, 4), F32)
     x = ops.get_rows(table, ops.step_input("tokens", (1,)))
     node = ops.short_conv(x, w, state, spans, *slot)
-    found = traffic.of_token(ops.Graph((node,), "g"), 9, page_nbytes)
+    found = traffic.of_token(ops.Graph((node,), "g"), 9)
     assert (found.state, found.weights, found.kv) == (2 * 3 * 16 * 4, 16 * 4 * 4 + 16 * 4, 0)
 
 
@@ -102,7 +102,7 @@ def test_calls_of_a_plan_add_up_to_the_token(tmp_path: Path, size: Sizes):
     with runtime.load(path, devices="null") as model:
         seen = traffic.seen_by(inputs, LIVE, model.backend.page_nbytes)
         plan = model.backend.plan(model.graph(1, 1))
-        token = traffic.of_token(model.graph(1, 1), 64, page_nbytes)
+        token = traffic.of_token(model.graph(1, 1), 64)
         step = model.graph(1, 1).cost(seen)
     assert seen.lengths == (64,)
     found = [move for call in plan.calls() for move in moves(call.node, seen)]

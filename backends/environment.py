@@ -5,9 +5,9 @@
 | `RUNTIME_CPU_ISA`   | a name of `CPU_ISAS`                 | the best the processor has     |
 | `RUNTIME_CACHE_DIR` | a folder (made on first use)         | `graph-runtime`, user's caches |
 | `DEBUG`             | 0 quiet, 1 plan summary, 2 a step's  | 0                              |
-|                     | time and bytes, 3 every row and the  |                                |
-|                     | plan, 4 the graph                    |                                |
-| `VALIDATE`          | 0, or 1: compare rows of a plan with | 0                              |
+|                     | time and bytes, 3 every instruction  |                                |
+|                     | and the plan, 4 the graph            |                                |
+| `VALIDATE`          | 0, or 1: compare calls of plans with | 0                              |
 |                     | the reference                        |                                |
 
 Values are read at every call, so a test or a notebook can change them. A malformed value raises

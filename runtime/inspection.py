@@ -1,8 +1,8 @@
 """What DEBUG shows and VALIDATE checks while a model runs.
 
 DEBUG=1 one line per plan; 2 a table of each step with time, bytes and share of memory bandwidth,
-where rows of the plan that do the same in different layers are one line; 3 every row for itself,
-and the plan with its buffers; 4 the graph. VALIDATE=1 runs each row alone and compares every call
+where instructions that do the same in different layers are one line; 3 each for itself,
+and the plan with its buffers; 4 the graph. VALIDATE=1 runs each alone and compares every call
 with what its op means (validation.py), stops at the first that differs, and says so when none did.
 """
 
@@ -41,17 +41,17 @@ def run_inspected(
             print(engine.graphs.graph(live["tokens"], max(1, live["outputs"])), file=sys.stderr)
     if validate and program.observable:
         return _validation(engine).run(program, inputs, live)
-    (rows, *_), nanoseconds = program.profile(inputs, live)
+    (logits, *_), nanoseconds = program.profile(inputs, live)
     if nanoseconds.any():  # the null device takes no time
         _show_times(engine, program.plan, nanoseconds, inputs, live, level)
-    return rows
+    return logits
 
 
 def _show_times(
     engine: Engine, plan: Any, nanoseconds: np.ndarray, inputs: Mapping[str, np.ndarray],
     live: Mapping[str, int], level: int,
 ) -> None:  # fmt: skip
-    """The table of a step: rows that do the same together, or each for itself from level 3."""
+    """The table of a step: instructions that do the same as one line; from level 3 each."""
     from runtime.step_table import draw, lines, merged
     from runtime.traffic import seen_by
 

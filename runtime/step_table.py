@@ -1,4 +1,4 @@
-"""The table that DEBUG=2 and 3 draw of a step: time, bytes and bandwidth of rows of the plan."""
+"""The table that DEBUG=2 and 3 draw of a step: time, bytes and bandwidth of its instructions."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ _WIDTH = 120  # characters where there is no terminal to ask
 
 @dataclass
 class Line:
-    """One or several rows of a plan: what they call and on what, nanoseconds and bytes."""
+    """One or several instructions of a plan: what they call and on what, nanoseconds and bytes."""
 
     calls: str
     subjects: str
-    rows: int
+    count: int
     nanoseconds: int
     nbytes: float
 
 
 def lines(plan: Any, nanoseconds: np.ndarray, seen: Seen) -> list[Line]:
-    """A line for every row of the plan, in order; `nanoseconds` int64 [rows]."""
+    """A line for every instruction, in order; `nanoseconds` int64 [instructions]."""
     return [
         Line(
-            _counted(_kernel(c.kernel) for c in row.calls),
-            ", ".join(dict.fromkeys(_subject(c) for c in row.calls)),
-            1, int(spent), sum(cost(c.node, seen).bytes for c in row.calls),
+            _counted(_kernel(c.kernel) for c in one.calls),
+            ", ".join(dict.fromkeys(_subject(c) for c in one.calls)),
+            1, int(spent), sum(cost(c.node, seen).bytes for c in one.calls),
         )
-        for row, spent in zip(plan.instructions, nanoseconds, strict=True)
+        for one, spent in zip(plan.instructions, nanoseconds, strict=True)
     ]  # fmt: skip
 
 
 def merged(found: Sequence[Line]) -> list[Line]:
-    """Rows that do the same in different layers as one line; the longest first."""
+    """Instructions that do the same in different layers as one line; the longest first."""
     groups: dict[tuple[str, str], Line] = {}
     for line in found:
         subjects = ", ".join(_LAYER.sub("", name) for name in line.subjects.split(", "))
         into = groups.setdefault((line.calls, subjects), Line(line.calls, subjects, 0, 0, 0.0))
-        into.rows += line.rows
+        into.count += line.count
         into.nanoseconds += line.nanoseconds
         into.nbytes += line.nbytes
     return sorted(groups.values(), key=lambda line: -line.nanoseconds)
@@ -61,7 +61,7 @@ def draw(found: Sequence[Line], title: str, bandwidth: float | None) -> None:
 
     total = Line("all", "", 0, 0, 0.0)
     for line in found:
-        total.rows += line.rows
+        total.count += line.count
         total.nanoseconds += line.nanoseconds
         total.nbytes += line.nbytes
     caption = f"of memory: share of the {bandwidth / 1e9:.1f} GB/s measured" if bandwidth else None
@@ -70,24 +70,24 @@ def draw(found: Sequence[Line], title: str, bandwidth: float | None) -> None:
     ends = _figures(total, whole, bandwidth)
     table.add_column("calls", footer="all", overflow="fold")
     table.add_column("on", overflow="fold")
-    names = ("rows", "µs", "time", "MB", "GB/s", "of memory")
+    names = ("count", "µs", "time", "MB", "GB/s", "of memory")
     for name, footer in zip(names, ends, strict=True):
         table.add_column(name, footer=footer, justify="right", no_wrap=True)
         if name == "time":
             table.add_column("", width=8)
     for line in found:
-        rows, spent, share, *rest = _figures(line, whole, bandwidth)
+        count, spent, share, *rest = _figures(line, whole, bandwidth)
         bar = Bar(size=1, begin=0, end=line.nanoseconds / whole, width=8)
-        table.add_row(line.calls, line.subjects, rows, spent, share, bar, *rest)
+        table.add_row(line.calls, line.subjects, count, spent, share, bar, *rest)
     width = None if sys.stderr.isatty() else _WIDTH
     Console(stderr=True, width=width).print(table)
 
 
 def _figures(line: Line, whole: int, bandwidth: float | None) -> list[str]:
-    """Rows, µs, share of the time, MB, GB/s and share of the bandwidth, as text."""
+    """How many, µs, share of the time, MB, GB/s and share of the bandwidth, as text."""
     rate = line.nbytes / max(1, line.nanoseconds)
     return [
-        str(line.rows), f"{line.nanoseconds / 1e3:.1f}", f"{100 * line.nanoseconds / whole:.1f} %",
+        str(line.count), f"{line.nanoseconds / 1e3:.1f}", f"{100 * line.nanoseconds / whole:.1f} %",
         f"{line.nbytes / 1e6:.2f}", f"{rate:.1f}",
         f"{100e9 * rate / bandwidth:.0f} %" if bandwidth else "",
     ]  # fmt: skip

@@ -69,7 +69,7 @@ class Tally:
 
 
 class _State:
-    """A state leaf around one row of the plan: as it was, and as it should be."""
+    """A state leaf around one instruction of the plan: as it was, and as it should be."""
 
     def __init__(self, contents: Contents, leaf: Tensor) -> None:
         self._contents, self._leaf = contents, leaf
@@ -127,27 +127,29 @@ class _Step:
         self._contents: Contents = program.contents(live)
         self._plan: Plan = program.plan
         self._digests: dict[Buffer, int] = {}
-        self._n = 0  # of the row under way
+        self._n = 0  # of the instruction under way
         self._values: dict[Tensor, np.ndarray] = {}
         self._states: dict[Tensor, _State] = {}
 
     def run(self) -> None:
-        rows = zip(
+        instructions = zip(
             self._plan.instructions, self._program.run_each(self._inputs, self._live), strict=True
         )
-        for self._n, (row, run) in enumerate(rows):
-            read = [b for b in row.reads if b in self._digests]
+        for self._n, (instruction, run) in enumerate(instructions):
+            read = [b for b in instruction.reads if b in self._digests]
             leaves = [
-                b.tensor for b in (*row.reads, *row.writes) if b.memory == "state" and b.tensor
+                b.tensor
+                for b in (*instruction.reads, *instruction.writes)
+                if b.memory == "state" and b.tensor
             ]
             self._states = {leaf: _State(self._contents, leaf) for leaf in leaves}
             self._values = {}
             self._intact(read)
             run()
             self._intact(read)
-            for call in row.calls:
+            for call in instruction.calls:
                 self._call(call)
-            for b in row.writes:
+            for b in instruction.writes:
                 if b.memory == "arena":
                     self._digests[b] = self._contents.digest(b)
         self._intact([ref.buffer for ref in self._plan.outputs])
@@ -157,8 +159,8 @@ class _Step:
         for b in buffers:
             if self._contents.digest(b) != self._digests[b]:
                 raise BackendError(
-                    f"VALIDATE: {b.key} was overwritten by or before row {self._n} while it was "
-                    "still needed: its memory was given away too early"
+                    f"VALIDATE: {b.key} was overwritten by or before instruction {self._n} while "
+                    "it was still needed: its memory was given away too early"
                 )
 
     def _call(self, call: Call) -> None:
@@ -225,8 +227,8 @@ class _Step:
     def _judge(self, call: Call, name: str, error: float, where: str) -> None:
         if where:
             raise BackendError(
-                f"VALIDATE: {name} (row {self._n}, {call.kernel}) differs from the reference "
-                f"{where}"
+                f"VALIDATE: {name} (instruction {self._n}, {call.kernel}) differs from the "
+                f"reference {where}"
             )
         self._of.tally.add(name, error)
 

@@ -122,9 +122,9 @@ def _taps_reversed(patch: Patch) -> None:
     patch.setitem(weights._MAKERS, "vector", faulty)
 
 
-def _rows_merged(make_rows: Any) -> Any:
+def _rows_merged(schedule: Any) -> Any:
     def faulty(calls: Any) -> list[Instruction]:
-        first, second, third, *rest = make_rows(calls)
+        first, second, third, *rest = schedule(calls)
         return [first, Instruction((*second.calls, *third.calls)), *rest]
 
     return faulty
@@ -371,7 +371,7 @@ FAULTS = [
     }),
     *faults("rows", "dense", any_order_of_threads, {
         "no barrier anywhere in a layer": put(Call, "aligned", lambda _: lambda *_: True),
-        "two rows without a barrier between": put(lowering, "make_rows", _rows_merged),
+        "two rows without a barrier between": put(lowering, "schedule", _rows_merged),
     }),
     *faults("memory", "dense", validate, {
         "memory given away while it is needed": put(lowering, "place_buffers", _live_buffer_reused),

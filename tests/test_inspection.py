@@ -159,7 +159,9 @@ def test_validate_knows_plain_ops(tmp_path: Path, name: str, monkeypatch, capsys
 def test_validate_names_the_first_difference_and_nothing_else(small: Path, monkeypatch, capsys):
     monkeypatch.setenv("VALIDATE", "1")
     monkeypatch.setattr(validation, "_OF_LONG_WAYS", -1.0)
-    message = r"VALIDATE: blk\.0\.attention \(row \d+, attention-.*\) differs .* in row \[0, 0\]"
+    message = (
+        r"VALIDATE: blk\.0\.attention \(instruction \d+, attention-.*\) differs .* in row \[0, 0\]"
+    )
     with pytest.raises(BackendError, match=message):
         decode(small, [1])
     assert "agree" not in capsys.readouterr().err

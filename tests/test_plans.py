@@ -24,7 +24,7 @@ from runtime.backends.cpu.rules import RULES
 from runtime.backends.cpu.run.program import TILE_TOKENS, attention_tiles
 from runtime.backends.passes.prepare import prepare
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Buffer, Call, Plan, make_rows
+from runtime.backends.plan.plan import Buffer, Call, Plan, schedule
 from runtime.gguf import GGUFFile
 from runtime.memory import budget
 from runtime.model import Model
@@ -170,7 +170,7 @@ def test_what_joins_a_row():
         _call([e], [b], 96),  # reads what row 1 wrote: row 2
         _call([c], [e]),  # overwrites what row 2 reads: row 3
     ]  # fmt: skip
-    rows = [[calls.index(call) for call in row.calls] for row in make_rows(calls)]
+    rows = [[calls.index(call) for call in row.calls] for row in schedule(calls)]
     assert rows == [[0, 1, 2, 4], [3], [5], [6]]
 
 

@@ -1,8 +1,8 @@
 """Lowering: one rule per op turns nodes into kernel calls over buffers.
 
 A device's rules are registered by op name in files that mirror `ops/` (norm.py, matmul.py, ...). A
-rule says which kernel, with which arguments; rows, buffers and memory are decided here and in
-plan.py, for all devices alike.
+rule says which kernel, with which arguments; instructions, buffers and memory are decided here and
+in plan.py, for all devices alike.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, make_rows, place_buffers
+from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, place_buffers, schedule
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
@@ -98,12 +98,12 @@ class Rules:
         return lowering
 
     def plan(self, graph: Graph, guarded: bool = False) -> Plan:
-        """The plan of a graph: lowered, gathered into rows, memory placed."""
+        """The plan of a graph: lowered, gathered into instructions, memory placed."""
         lowering = self.lower(graph)
         kept = tuple(o for o in graph.outputs if o.base.op != "state")
         results = [lowering.place(o, (o.dtype,)) for o in kept]
         plan = Plan(
-            graph.name, make_rows(lowering.calls), results, kept, lowering.counts,
+            graph.name, schedule(lowering.calls), results, kept, lowering.counts,
             scratch_nbytes=lowering.scratch_nbytes, results=lowering.results,
         )  # fmt: skip
         place_buffers(plan, guarded)

@@ -1,4 +1,4 @@
-"""A plan: rows of kernel calls in order, and the buffers they touch."""
+"""A plan: instructions, each some kernel calls, in order, and the buffers they touch."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One row of the instruction table: calls that every thread makes one after the other.
+    """Calls that every thread makes one after the other.
 
-    All threads meet before a row, and nowhere inside: its calls are independent of each other, or
-    need just what the same thread wrote.
+    All threads meet before an instruction, and nowhere inside: its calls are independent of each
+    other, or need just what the same thread wrote.
     """
 
     calls: tuple[Call, ...]
@@ -110,7 +110,7 @@ class Instruction:
 
 @dataclass
 class Plan:
-    """Rows, buffers and the bytes of the arena they share."""
+    """Instructions, buffers and the bytes of the arena they share."""
 
     name: str
     instructions: list[Instruction]
@@ -122,7 +122,7 @@ class Plan:
     results: dict[Tensor, Buffer] = field(default_factory=dict)  # where each computed tensor lies
 
     def calls(self) -> list[Call]:
-        """The calls of all rows in order."""
+        """The calls of all instructions in order."""
         return [c for i in self.instructions for c in i.calls]
 
     def kernels(self) -> list[Kernel]:
@@ -140,7 +140,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.name}: {len(self.instructions)} rows, {len(self.calls())} calls, "
+            f"{self.name}: {len(self.instructions)} instructions, {len(self.calls())} calls, "
             f"{self.copies()} copies, arena {self.arena_nbytes} bytes"
         ]
         for n, instruction in enumerate(self.instructions):
@@ -165,51 +165,51 @@ def _moves(call: Call) -> bool:
     return picked or op.kind is Kind.COPY
 
 
-def make_rows(calls: Sequence[Call]) -> list[Instruction]:
-    """Calls, in an order that computes the right thing, gathered into as few rows as they need.
+def schedule(calls: Sequence[Call]) -> list[Instruction]:
+    """Calls in an order that computes the right thing, in as few instructions as they need.
 
-    A call stands in the first row behind everything it depends on: behind the row that writes what
-    it reads, and behind those that read or write what it overwrites. Where the two calls are
-    aligned in that buffer, it may stand in the same row. Inside a row calls keep their order.
+    A call stands in the first instruction behind all that it depends on: behind the one that writes
+    what it reads, and behind those that read or write what it overwrites. Where the two calls are
+    aligned in that buffer, it may stand in the same one. Inside one calls keep their order.
     Buffers are compared whole, state and arena alike.
     """
-    rows: list[list[Call]] = []
+    found: list[list[Call]] = []
     touched: dict[Buffer, list[tuple[Call, int]]] = {}
     written: dict[Buffer, list[tuple[Call, int]]] = {}
 
-    def first_row(call: Call) -> int:
+    def earliest(call: Call) -> int:
         before = [(b, *entry) for b in call.reads for entry in written.get(b, ())]
         before += [(b, *entry) for b in call.writes for entry in touched.get(b, ())]
-        return max((row + (not call.aligned(c, b)) for b, c, row in before), default=0)
+        return max((at + (not call.aligned(c, b)) for b, c, at in before), default=0)
 
     for call in calls:
-        row = first_row(call)
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(call)
+        at = earliest(call)
+        if at == len(found):
+            found.append([])
+        found[at].append(call)
         for buffer in call.writes:
-            written.setdefault(buffer, []).append((call, row))
+            written.setdefault(buffer, []).append((call, at))
         for buffer in {*call.reads, *call.writes}:
-            touched.setdefault(buffer, []).append((call, row))
-    return [Instruction(tuple(row)) for row in rows]
+            touched.setdefault(buffer, []).append((call, at))
+    return [Instruction(tuple(calls)) for calls in found]
 
 
 def place_buffers(plan: Plan, guarded: bool = False) -> None:
-    """Give arena buffers offsets, reusing memory of buffers whose last row has passed.
+    """Give arena buffers offsets, reusing memory of buffers whose last instruction has passed.
 
-    First fit over the buffers that live at the same time, largest first within a first row.
-    With `guarded` nothing is reused and GUARD bytes follow every buffer.
+    First fit over the buffers that live at the same time, largest first of those that
+    begin together. With `guarded` nothing is reused and GUARD bytes follow every buffer.
     """
     lives: dict[Buffer, list[int]] = {}
-    for row, instruction in enumerate(plan.instructions):
+    for at, instruction in enumerate(plan.instructions):
         for buffer in (*instruction.reads, *instruction.writes):
             if buffer.memory == "arena":
-                lives.setdefault(buffer, []).append(row)
+                lives.setdefault(buffer, []).append(at)
     for ref in plan.outputs:
         lives.setdefault(ref.buffer, [0]).append(1 << 30)
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first row, last row; sorted
-    for buffer, rows in sorted(lives.items(), key=lambda item: (min(item[1]), -item[0].nbytes)):
-        first, last = (0, 1 << 30) if guarded else (min(rows), max(rows))
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last instruction; sorted
+    for buffer, used in sorted(lives.items(), key=lambda item: (min(item[1]), -item[0].nbytes)):
+        first, last = (0, 1 << 30) if guarded else (min(used), max(used))
         size = -(-(buffer.nbytes + GUARD * guarded) // ALIGNMENT) * ALIGNMENT
         buffer.offset = _first_fit(placed, size, first, last)
         insort(placed, (buffer.offset, buffer.offset + size, first, last))

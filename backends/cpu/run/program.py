@@ -44,7 +44,7 @@ class Program:
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
         self._table = Table(
-            [[self._record(kernels(c.kernel), c) for c in row.calls] for row in plan.instructions]
+            [[self._record(kernels(c.kernel), c) for c in one.calls] for one in plan.instructions]
         )
         self._outputs = [
             _view(arena, ref, tensor)
@@ -68,7 +68,7 @@ class Program:
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """As `run`, with the nanoseconds of each row as thread 0 sees them."""
+        """As `run`, with the nanoseconds of each instruction as thread 0 sees them."""
         self._prepare(inputs, live)
         address, count = self._table.records()
         times = np.zeros(count + 1, np.int64)
@@ -78,7 +78,7 @@ class Program:
     def run_each(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> Iterator[Callable[[], None]]:
-        """One step, row by row: each is run by the function that stands for it, once."""
+        """One step: each instruction is run by the function that stands for it, once."""
         self._prepare(inputs, live)
         for n in range(len(self._table)):
             yield partial(self._team.run, *self._table.records(n))

@@ -155,7 +155,7 @@ def test_readings_of_messages_share_one_budget(monkeypatch):
     monkeypatch.setattr(limits, "MADE_PER_GIVEN", 0)
     source = "{{ 'a' * 1500 }}{{ messages[0].content + 1 }}"
     call = {"function": {"name": "f", "arguments": "{}"}}
-    message = {"role": "user", "thinking": "t", "tool_calls": [call]}
+    message = {"role": "user", "content": "", "thinking": "t", "tool_calls": [call]}
     with pytest.raises(TextError, match="too much text"):
         ChatTemplate(source).render([message])
 

@@ -134,10 +134,10 @@ def swiglu(gate: Tensor, up: Tensor, label: str, limit: float = 0.0) -> Tensor:
     return ops.mul(ops.silu(gate), up, name=label)
 
 
-def swiglu_ffn(w: Weights, layer: int, x: Tensor, inner: int) -> Tensor:
+def swiglu_ffn(w: Weights, layer: int, x: Tensor, intermediate: int) -> Tensor:
     """down(silu(gate(x)) * up(x))."""
     at = f"blk.{layer}"
-    gate = linear(w, f"{at}.ffn_gate", x, inner, f"{at}.gate")  # [T, inner]
-    up = linear(w, f"{at}.ffn_up", x, inner, f"{at}.up")
+    gate = linear(w, f"{at}.ffn_gate", x, intermediate, f"{at}.gate")  # [T, intermediate]
+    up = linear(w, f"{at}.ffn_up", x, intermediate, f"{at}.up")
     product = swiglu(gate, up, f"{at}.swiglu")
     return linear(w, f"{at}.ffn_down", product, x.shape[-1], f"{at}.ffn_out")

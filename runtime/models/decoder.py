@@ -36,7 +36,7 @@ class Hyperparameters:
     hidden: int
     vocabulary: int
     context: int
-    inner: int
+    intermediate: int
     eps: float
     attention: blocks.AttentionSizes
     rotary: RotarySizes
@@ -96,5 +96,5 @@ class Decoder:
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """The feed-forward part of a layer: one network, or the best of many."""
         if self.p.experts is None:
-            return blocks.swiglu_ffn(self.w, layer, x, self.p.inner)
+            return blocks.swiglu_ffn(self.w, layer, x, self.p.intermediate)
         return moe_ffn(self.w, layer, x, self.p.experts)

@@ -19,7 +19,7 @@ SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN = 1, 2, 3
 
 @dataclass(frozen=True)
 class Experts:
-    """`used` of `count` networks of `inner` units per token, and a shared one of `shared` units.
+    """`per_token` of `count` networks of `intermediate` units, and a shared one of `shared` units.
 
     gating: one of the three above. normalize: the chosen weights are made to sum to 1, and then
     multiplied by `scale`. limit: bound of the clamped SwiGLU (gpt-oss), 0 for the plain one.
@@ -28,8 +28,8 @@ class Experts:
     """
 
     count: int
-    used: int
-    inner: int
+    per_token: int
+    intermediate: int
     shared: int = 0
     gating: int = SOFTMAX
     normalize: bool = True
@@ -46,10 +46,10 @@ class Experts:
         Some files leave out the sizes of experts, which are those of the tensors then.
         """
         keys.read.add("feed_forward_length")  # of layers without experts
-        count, used = keys.count("expert_count"), keys.count("expert_used_count")
-        if used > count:
+        count, per_token = keys.count("expert_count"), keys.count("expert_used_count")
+        if per_token > count:
             raise ModelError(
-                f"{keys.source}: expert_used_count {used} of {count} experts: the metadata "
+                f"{keys.source}: expert_used_count {per_token} of {count} experts: the metadata "
                 "contradicts itself"
             )
         chosen = keys.count("expert_gating_func", gating, least=0) or gating
@@ -66,10 +66,10 @@ class Experts:
                 f"{keys.source}: {keys.architecture}.expert_shared_count asks for a shared expert, "
                 "but the file has no size and no tensors of one: the metadata contradicts itself"
             )
-        inner = keys.count("expert_feed_forward_length", _units(w, "ffn_down_exps.weight"))
+        intermediate = keys.count("expert_feed_forward_length", _units(w, "ffn_down_exps.weight"))
         norm = keys.flag("norm_top_k_prob", True)  # Ollama's key
         return Experts(
-            count, used, inner, shared, chosen, keys.flag("expert_weights_norm", norm),
+            count, per_token, intermediate, shared, chosen, keys.flag("expert_weights_norm", norm),
             keys.number("expert_weights_scale", 1.0) or 1.0, limit, interleaved,
         )  # fmt: skip
 
@@ -85,22 +85,22 @@ def moe_ffn(w: Weights, layer: int, x: Tensor, e: Experts) -> Tensor:
     at = f"blk.{layer}"
     scores = linear(w, f"{at}.ffn_gate_inp", x, e.count, f"{at}.scores")  # [T, count]
     ids, weights = _choice(scores, e, at)
-    gate, up = (_of_experts(w, at, part, x, ids, e, e.inner) for part in ("gate", "up"))
-    inner = swiglu(gate, up, f"{at}.swiglu", e.limit)  # [T, used, inner]
+    gate, up = (_of_experts(w, at, part, x, ids, e, e.intermediate) for part in ("gate", "up"))
+    inner = swiglu(gate, up, f"{at}.swiglu", e.limit)  # [T, per_token, intermediate]
     y = _of_experts(w, at, "down", inner, ids, e, x.shape[-1])
     y = ops.expert_sum(y, weights, name=f"{at}.ffn_out")
     return ops.add(y, _shared(w, at, x, e), name=f"{at}.ffn_all") if e.shared else y
 
 
 def _choice(scores: Tensor, e: Experts, at: str) -> tuple[Tensor, Tensor]:
-    """Ids and weights of the chosen experts, [T, used] both."""
+    """Ids and weights of the chosen experts, [T, per_token] both."""
     if e.gating == SOFTMAX_OF_CHOSEN:
-        ids = ops.top_k(scores, k=e.used, name=f"{at}.experts")
+        ids = ops.top_k(scores, k=e.per_token, name=f"{at}.experts")
         weights = ops.softmax(ops.take(scores, ids), name=f"{at}.expert_weights")
     else:
         share = ops.softmax if e.gating == SOFTMAX else ops.sigmoid
         shares = share(scores, name=f"{at}.shares")
-        ids = ops.top_k(shares, k=e.used, name=f"{at}.experts")
+        ids = ops.top_k(shares, k=e.per_token, name=f"{at}.experts")
         weights = ops.take(shares, ids, name=f"{at}.expert_weights")
         if e.normalize:
             weights = ops.normalize(weights, name=f"{at}.expert_weights")
@@ -112,7 +112,7 @@ def _of_experts(
 ) -> Tensor:
     """x times the matrices of the chosen experts, their scales, plus their biases.
 
-    [T, used, rows]; gate and up may be halves of one tensor.
+    [T, per_token, rows]; gate and up may be halves of one tensor.
     """
     name, both = f"{at}.ffn_{part}_exps", f"{at}.ffn_gate_up_exps"
     stored: int = rows

@@ -42,7 +42,7 @@ class Hyperparameters:
     hidden: int
     vocabulary: int
     context: int
-    inner: int
+    intermediate: int
     eps: float
     attention: blocks.AttentionSizes
     rotary: RotarySizes
@@ -126,5 +126,5 @@ class Hybrid:
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """One network, or the best of many; a model with experts may have layers without."""
         if self.p.experts is None or f"blk.{layer}.ffn_gate.weight" in self.w:
-            return blocks.swiglu_ffn(self.w, layer, x, self.p.inner)
+            return blocks.swiglu_ffn(self.w, layer, x, self.p.intermediate)
         return moe_ffn(self.w, layer, x, self.p.experts)

@@ -38,7 +38,7 @@ def scaled_by_expert(w: Weights, name: str, y: Tensor, ids: Tensor, count: int) 
     by_token = ops.broadcast(
         ops.reshape(w(f"{name}.scale", count), shape=(1, count)), shape=(ids.shape[0], count)
     )
-    chosen = ops.reshape(ops.take(by_token, ids), shape=(*ids.shape, 1))  # [T, used, 1]
+    chosen = ops.reshape(ops.take(by_token, ids), shape=(*ids.shape, 1))  # [T, per_token, 1]
     return ops.row_scale(y, chosen, name=f"{y.name}*scale")
 
 

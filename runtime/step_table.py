@@ -96,7 +96,7 @@ def _figures(line: Line, whole: int, bandwidth: float | None) -> list[str]:
 def _subject(call: Any) -> str:
     """What a call works on: its matrix, else its result, else its vector of weights."""
     keys = {b.memory: b.key.removesuffix(".weight") for b in reversed(call.reads)}
-    matrix = keys.get("packed") or keys.get("raw")
+    matrix = keys.get("repacked") or keys.get("raw")
     return matrix or call.node.name or keys.get("vector") or call.node.op
 
 

@@ -360,8 +360,8 @@ FAULTS = [
         "offsets of views in half words": put(Lowering, "place", _half_offsets),
     }),
     *faults("weights", "dense", validate, {
-        "nibbles of weights swapped": put(WeightStore, "_pack", _nibbles_swapped),
-        "scales of weights 1 % off": put(WeightStore, "_pack", _scales_off),
+        "nibbles of weights swapped": put(WeightStore, "_repack", _nibbles_swapped),
+        "scales of weights 1 % off": put(WeightStore, "_repack", _scales_off),
     }),
     *faults("kernel", "tied", validate, {
         "ties in the other order": leaves("router", other_of_a_tie),

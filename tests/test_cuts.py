@@ -116,7 +116,7 @@ def test_a_cut_weight_is_packed_as_one_that_was_stored_cut(name: str, kind: str)
     one = ops.weight("w", shape, dtype, cut)
     other = ops.weight("part", one.shape, dtype)
     buffers = [Buffer(form, x.name, x.nbytes, tensor=x)
-               for form in ("packed", "vector", "raw") for x in (one, other)]  # fmt: skip
+               for form in ("repacked", "vector", "raw") for x in (one, other)]  # fmt: skip
     assert sum(backend.weights.load(buffers)) == 6 * one.nbytes
     made = list(backend.weights._made.values())
     backend.close()

@@ -77,7 +77,7 @@ def test_debug_3_shows_every_row(small: Path, monkeypatch, capsys):
 def test_lines_count_what_a_row_moves():
     x, w = ops.step_input("x", (1, 32), F32), ops.weight("blk.4.w.weight", (10, 32), DTYPES["q4_0"])
     node = ops.matmul(x, w, name="blk.4.y")
-    weight, result = Buffer("packed", w.name, w.nbytes), Buffer("arena", "r", node.nbytes)
+    weight, result = Buffer("repacked", w.name, w.nbytes), Buffer("arena", "r", node.nbytes)
     kernel = Kernel.of("matmul", format="Q4_0", columns=1)
     call = Call(kernel, {}, (weight,), (result,), node)
     plan = SimpleNamespace(instructions=[Instruction((call, call)), Instruction((call,))])

@@ -234,7 +234,9 @@ def test_plan_of_an_80b_model_takes_no_memory(qwen3next_80b: Model):
         plan = _plan(model, tokens, 1)
         assert (len(plan.instructions), plan.copies()) == (rows, moved)
         assert arena * 0.9 < plan.arena_nbytes <= arena
-        read = {b.key: b.nbytes for b in plan.buffers() if b.memory in ("raw", "packed", "vector")}
+        read = {
+            b.key: b.nbytes for b in plan.buffers() if b.memory in ("raw", "repacked", "vector")
+        }
         assert sum(read.values()) == file.tensors_nbytes
         assert sum(b.memory == "state" for b in plan.buffers()) == (12 + 36) * 2
 

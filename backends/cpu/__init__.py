@@ -134,6 +134,6 @@ def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
     found: dict[Hashable, Buffer] = {}
     for plan in plans:
         for buffer in plan.buffers():
-            if buffer.memory in ("raw", "vector", "packed"):
+            if buffer.memory in ("raw", "vector", "repacked"):
                 found.setdefault(buffer.content, buffer)
     return list(found.values())

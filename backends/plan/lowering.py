@@ -173,7 +173,7 @@ class Lowering:
         return self.results[node]
 
     def weight(self, x: Tensor, form: str) -> Ref:
-        """A weight in one of its forms: "raw" file bytes, "vector" float32, or "packed"."""
+        """A weight in one of its forms: "raw" file bytes, "vector" float32, or "repacked"."""
         if x.op not in ("weight", "constant"):
             raise Declined(f"{x!r} is computed, not a weight of the file")
         memory = "constant" if x.op == "constant" else form

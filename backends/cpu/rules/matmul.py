@@ -91,7 +91,7 @@ def linear(lowering: Lowering, node: Tensor) -> None:
     # The count of live rows is that of the packed input's first axes.
     live = lowering.live(node, node.size // rows // int(node.shape[0]) if node.ndim > 1 else 1)
     lowering.emit(
-        "matmul", node, constants, w=lowering.weight(w, "packed"), x=Ref(lowering.result(x)),
+        "matmul", node, constants, w=lowering.weight(w, "repacked"), x=Ref(lowering.result(x)),
         out=lowering.write(node), out_stride=rows,
         bias=0 if bias is None else lowering.weight(bias, "vector"),
         add=add_address, add_stride=add_stride, live=live, n_rows=rows, n_inner=inner,

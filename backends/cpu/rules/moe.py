@@ -127,7 +127,7 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
         "format": tile_format(w.dtype), "columns": x.attrs["C"], "coding": x.attrs["coding"]
     }  # fmt: skip
     lowering.emit(
-        "matmul_id", node, constants, w=lowering.weight(w, "packed"), x=Ref(lowering.result(x)),
+        "matmul_id", node, constants, w=lowering.weight(w, "repacked"), x=Ref(lowering.result(x)),
         out=lowering.write(node), out_stride=rows,
         bias=lowering.weight(bias[0], "vector") if bias else 0, add=0, add_stride=0,
         live=lowering.live(node), n_rows=rows, n_inner=inner, tiles=records, n_tiles=count,

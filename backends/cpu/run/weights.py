@@ -1,4 +1,4 @@
-"""Weights in the forms that kernels read: file bytes, float32 vectors, packed tiles.
+"""Weights in the forms that kernels read: file bytes, float32 vectors, repacked tiles.
 
 Packing runs on all threads, some MiB of the file at a time, so a model never lies in memory twice.
 Nothing of it refers to the file afterwards.
@@ -62,7 +62,7 @@ class WeightStore:
         reading them is a third faster than from many small pieces (measured).
         """
         wanted = [b for b in buffers if b.content not in self._made]
-        packed = [_packed_nbytes(b.tensor) for b in wanted if b.memory == "packed" and b.tensor]
+        packed = [_repacked_nbytes(b.tensor) for b in wanted if b.memory == "repacked" and b.tensor]
         self._slab = aligned_empty(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
         self._room = aligned_empty(_PIECE)
         for buffer in wanted:
@@ -81,9 +81,9 @@ class WeightStore:
     def _vector(self, w: Tensor) -> np.ndarray:
         return np.ascontiguousarray(dequantize(self._raw(w), w.dtype, w.shape), np.float32)
 
-    def _packed(self, w: Tensor) -> np.ndarray:
+    def _repacked(self, w: Tensor) -> np.ndarray:
         """Tiles of a matrix [rows, inner], or of the matrices of all experts one after another."""
-        out, format = self._take(_packed_nbytes(w)), tile_format(w.dtype)
+        out, format = self._take(_repacked_nbytes(w)), tile_format(w.dtype)
         (rows, inner), matrices = _matrix(w), _experts(w)
         each, stored = out.nbytes // matrices, self._stored(w)
         widened = format != w.dtype.name.upper()
@@ -94,7 +94,7 @@ class WeightStore:
                 wide = dequantize(np.ascontiguousarray(raw), w.dtype, (len(raw), inner))
                 raw = np.ascontiguousarray(wide, np.float32).view(np.uint8)
             at = matrix * each + packed_nbytes(format, first, inner)
-            self._pack(format, raw, out[at:], (stop - first, inner), count, each)
+            self._repack(format, raw, out[at:], (stop - first, inner), count, each)
         return out
 
     def _stored(self, w: Tensor) -> StoredRows:
@@ -110,7 +110,7 @@ class WeightStore:
         self._slab = self._slab[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
         return out
 
-    def _pack(
+    def _repack(
         self, format: str, raw: np.ndarray, out: np.ndarray, shape: tuple[int, int], matrices: int,
         apart: int,
     ) -> None:  # fmt: skip
@@ -150,7 +150,7 @@ def _stored_nbytes(buffer: Buffer) -> int:
     return buffer.tensor.nbytes if buffer.tensor is not None else 0
 
 
-def _packed_nbytes(w: Tensor) -> int:
+def _repacked_nbytes(w: Tensor) -> int:
     return _experts(w) * packed_nbytes(tile_format(w.dtype), *_matrix(w))
 
 
@@ -161,5 +161,5 @@ def _experts(w: Tensor) -> int:
 _MAKERS = {
     "raw": WeightStore._raw,
     "vector": WeightStore._vector,
-    "packed": WeightStore._packed,
+    "repacked": WeightStore._repacked,
 }

@@ -15,12 +15,14 @@ import runtime
 from runtime import inspection, ops, step_table, validation
 from runtime.backends import cpu
 from runtime.backends.cpu import planner as cpu_planner
+from runtime.backends.passes.meanings import MEANINGS
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Instruction
 from runtime.errors import BackendError
 from runtime.model import Model
 from runtime.ops.cost import Seen
 from runtime.ops.dtypes import DTYPES, F32
+from runtime.ops.registry import FUSED
 from runtime.step_table import Line
 
 
@@ -165,3 +167,7 @@ def test_validate_names_the_first_difference_and_nothing_else(small: Path, monke
     with pytest.raises(BackendError, match=message):
         decode(small, [1])
     assert "agree" not in capsys.readouterr().err
+
+
+def test_every_fused_op_has_a_meaning():
+    assert set(FUSED) <= set(MEANINGS)

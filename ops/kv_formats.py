@@ -9,7 +9,7 @@ once more there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ GROUP = 32  # dims that share a scale, the last of a head perhaps fewer
 SMALLEST = 1e-30  # a group of smaller values is kept as zeros
 
 
-@dataclass(frozen=True)
-class Plane:
+class Plane(NamedTuple):
     """Numbers of a head that lie together, one of a plain `dtype` for every `dims` dims.
 
     `name` tells a type's planes apart. Values of less than a byte share a number: 4-bit values
@@ -45,8 +44,7 @@ class Plane:
         return -(-dims // self.dims)
 
 
-@dataclass(frozen=True)
-class KVFormat:
+class KVFormat(NamedTuple):
     """One cache type; a value is code * scale + minimum, as far as it has them.
 
     `codes`: the planes of the values. `shared`: those of the groups, the scale and then the

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from runtime.ops.tensor import LAYOUTS, LEAVES, Layout, Shape, Tensor
 ShapeRule = Callable[..., Shape | tuple[Shape, DType]]
 
 
-@dataclass(frozen=True)
-class Arg:
+class Arg(NamedTuple):
     """One argument of a test case: `make(rng, shape)` fills it, standard normal by default."""
 
     shape: Shape

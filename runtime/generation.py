@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
     from runtime.text.sampling import Sampling, Token
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a generation was asked for, checked. `max_tokens` None: until the context is full."""
 
     sampling: Sampling
@@ -29,8 +27,7 @@ class Options:
     on_prompt: OnPrompt | None = None
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """Tokens to evaluate in a session, after the first `keep` it holds; `owned`: made for this."""
 
     session: Session

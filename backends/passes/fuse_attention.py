@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.backends.passes.packing import Options, node_of, only_user, pack
 from runtime.ops.attention import attention, kv_write
@@ -18,8 +18,7 @@ qkv_post = fused("qkv_post", kind=Kind.STATEFUL, picks={3: 5, 4: 5}, writes=(3, 
 sigmoid_gate_pack = fused("sigmoid_gate_pack", kind=Kind.ROWWISE)
 
 
-@dataclass(frozen=True)
-class _Head:
+class _Head(NamedTuple):
     """A projection on its way to attention: optional norm, optional rope, then the cache."""
 
     source: Tensor

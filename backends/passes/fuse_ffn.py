@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.backends.passes.packing import (
     Options,
@@ -66,8 +65,7 @@ def _swiglu(product: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]] | N
     return None
 
 
-@dataclass(frozen=True)
-class _Choice:
+class _Choice(NamedTuple):
     """How the experts of a `top_k` node get their weights; `end` is the node that gives them."""
 
     scores: Tensor

@@ -9,8 +9,7 @@ the plain ops do; tests compare the two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.ops.dtypes import I32, DType
 from runtime.ops.graph import Graph, rewrite
@@ -35,8 +34,7 @@ linear_id = fused(
 )  # tiles, weights of all experts, expert tiles, biases
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What the passes have to know of a device, and how its user wants it.
 
     packed: weight types the device has tiles for; those of others are widened to float32.

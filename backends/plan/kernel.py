@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """`name` is one that the device knows; `constants` sorted pairs, all JSON values."""
 
     name: str

@@ -6,6 +6,7 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.registry import Kind, find
@@ -39,16 +40,14 @@ class Buffer:
         return f"@{self.offset}" if self.memory == "arena" else self.key
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(NamedTuple):
     """An address that is known when the plan is bound to memory: a buffer and bytes into it."""
 
     buffer: Buffer
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A call that divides the last axis of some of its arguments between the threads.
 
     The axis has `length` elements in units of SHARE_UNIT, and of all rows alike thread t of n takes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.backends.base import Backend
 from runtime.engine.batch import UBATCH
@@ -12,8 +12,7 @@ from runtime.models.step import Step
 from runtime.ops import PAGE, Graph
 
 
-@dataclass(frozen=True)
-class StepGraphs:
+class StepGraphs(NamedTuple):
     """Graphs of steps of a model with so much memory."""
 
     architecture: Architecture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from runtime.errors import MemoryLimitError
 from runtime.ops import PAGE
@@ -59,8 +59,7 @@ def _windows_memory() -> int | None:
     return status.free if kernel.GlobalMemoryStatusEx(ctypes.byref(status)) else None
 
 
-@dataclass(frozen=True)
-class CacheSize:
+class CacheSize(NamedTuple):
     """The context a sequence may have; pages and slots of all sequences together."""
 
     context: int
@@ -68,8 +67,7 @@ class CacheSize:
     slots: int = 0
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes a model takes: its weights, one page of KV cache (PAGE tokens of all layers), the
     recurrent state of one sequence (0 where there is none); and, once it is loaded, how many
     pages and slots of state there is room for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -16,8 +16,7 @@ from runtime.ops.tensor import Tensor
 SWIGLU_ALPHA = 1.702  # of the clamped SwiGLU
 
 
-@dataclass(frozen=True)
-class AttentionSizes:
+class AttentionSizes(NamedTuple):
     """Heads, KV heads and head sizes of attention, and what it has beside the plain form.
 
     qk_norm: RMS norms on queries and keys. gated: the output of each head is multiplied by the

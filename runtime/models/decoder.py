@@ -7,7 +7,7 @@ rope style, norms on queries and keys, experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from runtime import ops
 from runtime.models import blocks
@@ -18,8 +18,7 @@ from runtime.models.step import Layers, Step
 from runtime.models.weights import Weights
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What an architecture of this family does differently."""
 
     rope_style: str = "neox"
@@ -28,8 +27,7 @@ class Variant:
     output_bias: bool = False
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(NamedTuple):
     """Sizes and constants of one model, as its file gives them."""
 
     layers: int

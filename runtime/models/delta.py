@@ -6,7 +6,7 @@ value heads of dv.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -20,8 +20,7 @@ from runtime.ops.tensor import Tensor
 L2_EPS = 1e-6  # in the norm of queries and keys, not in the files
 
 
-@dataclass(frozen=True)
-class DeltaSizes:
+class DeltaSizes(NamedTuple):
     """Heads, their sizes, taps of the convolution; `order` of value heads: see ops.gated_delta."""
 
     key_heads: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -17,8 +18,7 @@ LIMIT = 7.0  # of the clamped SwiGLU, not in the files
 PERIOD = 2  # of sliding and full layers, where a file does not say
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(NamedTuple):
     """Sizes and constants of one model, as its file gives them."""
 
     sliding: tuple[bool, ...]
@@ -47,7 +47,7 @@ class Hyperparameters:
         return Hyperparameters(
             _sliding_layers(keys), hidden, vocabulary, context,
             keys.count("attention.sliding_window"), eps, size,
-            rotary, replace(rotary, base=keys.number("rope.freq_base_swa", rotary.base)),
+            rotary, rotary._replace(base=keys.number("rope.freq_base_swa", rotary.base)),
             Experts.read(keys, w, SOFTMAX_OF_CHOSEN, LIMIT, interleaved=True),
         )  # fmt: skip
 
@@ -87,7 +87,7 @@ class GptOss:
         if p.rotary_sliding != p.rotary:
             near = blocks.angles(w, step, p.rotary_sliding, "inv_freq_sliding")
         for i, sliding in enumerate(p.sliding):
-            at, size = f"blk.{i}", replace(p.attention, window=p.window if sliding else 0)
+            at, size = f"blk.{i}", p.attention._replace(window=p.window if sliding else 0)
             h = ops.rms_norm(x, w(f"{at}.attn_norm.weight", p.hidden), eps=p.eps)
             mixed = blocks.attention(w, step, i, h, near if sliding else angles, size)
             x = ops.add(x, mixed, name=f"{at}.x")

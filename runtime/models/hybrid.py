@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime import ops
 from runtime.models import blocks
@@ -21,16 +21,14 @@ from runtime.models.step import Layers, Step
 from runtime.models.weights import Weights
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """What an architecture of this family does differently."""
 
     order: str  # of the value heads
     experts: bool = False
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(NamedTuple):
     """Sizes and constants of one model, as its file gives them.
 
     recurrent: which of the layers are delta-net layers. stored: all blocks of the file; those

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ from runtime.models.weights import Weights
 from runtime.ops import rope_components
 
 
-@dataclass(frozen=True)
-class Rotary:
+class Rotary(NamedTuple):
     """Frequencies [dims / 2] float32, and the magnitude that cos and sin are scaled by.
 
     components: int32 [dims / 2], which of a token's positions a frequency takes (M-RoPE).
@@ -26,8 +25,7 @@ class Rotary:
     components: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class RotarySizes:
+class RotarySizes(NamedTuple):
     """Rotated dimensions of a head, base of the frequencies, `rope.dimension_sections`.
 
     interleaved: the sections' frequencies take turns (Qwen3-VL and later).
@@ -75,7 +73,7 @@ class RotarySizes:
         if self.positions_per_token == 1:
             return plain
         components = rope_components(self.sections, self.dims // 2, self.interleaved)
-        return replace(plain, components=components)
+        return plain._replace(components=components)
 
     def _factors(self, w: Weights, context: int) -> np.ndarray | None:
         """What divides each frequency [dims / 2] (llama3); longrope has a list for each length."""

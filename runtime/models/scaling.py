@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.errors import ModelError
 from runtime.models.keys import Keys
@@ -11,8 +11,7 @@ from runtime.models.keys import Keys
 KINDS = ("none", "linear", "yarn", "longrope")
 
 
-@dataclass(frozen=True)
-class Scaling:
+class Scaling(NamedTuple):
     """`rope.scaling.*` of a file; `factor` is how many times longer the context becomes.
 
     attention: multiplies cos and sin. yarn_magnitude: does so in place of YaRN's own 1 + 0.1 ln

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runtime import ops
 from runtime.ops.dtypes import F32
@@ -11,8 +12,7 @@ from runtime.ops.kv_formats import kv_format
 from runtime.ops.tensor import Shape, Tensor
 
 
-@dataclass(frozen=True)
-class CacheLayer:
+class CacheLayer(NamedTuple):
     """KV heads and head sizes of one attention layer."""
 
     kv_heads: int
@@ -20,8 +20,7 @@ class CacheLayer:
     v_dim: int
 
 
-@dataclass(frozen=True)
-class StateLayer:
+class StateLayer(NamedTuple):
     """One recurrent layer: taps and channels of its convolution, value heads and their sizes."""
 
     taps: int
@@ -39,8 +38,7 @@ class Layers:
     recurrent: Mapping[int, StateLayer] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Inputs of one step at capacity: T tokens, S sequences of up to P pages, R output rows.
 
     `places` are indices in a sequence (causality); `positions` [T] or [T, n] are what RoPE sees;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.backends.cpu.compile.features import host_features
 from runtime.ops.errors import BackendError
@@ -19,8 +19,7 @@ _VNNI = "+avx512vnni,-prefer-256-bit"
 _AMX = _VNNI + ",+avx512bf16,+amx-tile,+amx-int8,+amx-bf16"
 
 
-@dataclass(frozen=True)
-class Isa:
+class Isa(NamedTuple):
     """One instruction set: its LLVM target and what a kernel emitter has to know of it."""
 
     name: str
@@ -48,8 +47,7 @@ class Isa:
         return "i8mm" in self.needs
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What LLVM is told: `triple` such as `x86_64-unknown-linux-gnu`, processor and features."""
 
     triple: str

@@ -1,7 +1,8 @@
 """What kernels are timed against: two loops that no change of the package touches.
 
-Written as LLVM IR, so that they are the same instructions from release to release: one computes in
-registers, one reads memory. Each runs on the calling thread.
+Written as LLVM IR, so that they are the same instructions from release to release. One computes on
+what a core's caches hold, as tiles do, and loses as much to a busy neighbour; one reads memory.
+Each runs on the calling thread.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import numpy as np
 
 from runtime.backends.cpu.compile import objects
 from runtime.backends.cpu.compile.isa import selected
+from runtime.backends.cpu.run.weights import aligned_empty
 
 _SUMS = 8  # independent of each other, more than the units need
-_TURN = 64 * _SUMS  # bytes that one turn of the reading loop reads
+_TURN = 64 * _SUMS  # bytes that one turn of a loop reads
+_NEAR = 1 << 18  # bytes that the computing loop goes over again and again: less than a core keeps
 
 # (table of arguments, thread, threads); the arguments: turns, address of data
 _FRAME = """
@@ -55,12 +58,18 @@ def _loop(kind: str, add: str, body: Callable[[int], str]) -> str:
 
 
 def _fill(value: float) -> str:
-    return "<" + ", ".join([f"float {value}"] * 8) + ">"
+    return "<" + ", ".join([f"float {value}"] * 16) + ">"
 
 
 def _compute(j: int) -> str:
-    half = f"%m{j} = fmul <8 x float> %s{j}, {_fill(0.5)}"
-    return f"{half}\n  %n{j} = fadd <8 x float> %m{j}, {_fill(1.0)}"
+    return f"""%w{j} = and i64 %i, {_NEAR // _TURN - 1}
+  %a{j} = mul i64 %w{j}, {_TURN}
+  %b{j} = add i64 %a{j}, {64 * j}
+  %c{j} = add i64 %b{j}, %data
+  %p{j} = inttoptr i64 %c{j} to <16 x float>*
+  %v{j} = load <16 x float>, <16 x float>* %p{j}, align 4
+  %m{j} = fmul <16 x float> %v{j}, {_fill(0.5)}
+  %n{j} = fadd <16 x float> %s{j}, %m{j}"""
 
 
 def _read(j: int) -> str:
@@ -73,17 +82,19 @@ def _read(j: int) -> str:
 
 
 def computing(turns: int) -> Callable[[], None]:
-    """A loop of `turns` times 64 float32 multiplied and added to in registers."""
-    return _program(_loop("<8 x float>", "fadd", _compute), turns, np.zeros(64, np.uint8))
+    """`turns` times 128 float32 from a core's own caches, multiplied and added up."""
+    return _program(_loop("<16 x float>", "fadd", _compute), turns, _NEAR)
 
 
 def reading(nbytes: int) -> Callable[[], None]:
     """A pass over `nbytes` of memory of its own."""
-    return _program(_loop("<16 x i32>", "add", _read), nbytes // _TURN, np.ones(nbytes, np.uint8))
+    return _program(_loop("<16 x i32>", "add", _read), nbytes // _TURN, nbytes)
 
 
-def _program(ir: str, turns: int, data: np.ndarray) -> Callable[[], None]:
+def _program(ir: str, turns: int, nbytes: int) -> Callable[[], None]:
     entry = objects.function(objects.load_object(objects.compile_ir(ir, selected())))
+    data = aligned_empty(nbytes)
+    data[:] = 0
     arguments = np.array([turns, data.ctypes.data], np.int64)
 
     def work(kept: np.ndarray = data) -> None:  # the loop has its address

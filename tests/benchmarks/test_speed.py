@@ -5,6 +5,9 @@ cache meet both; the figure is the median of the paired ratios. `baseline.json` 
 instruction set and the processor it was measured on. There a test fails below KEEP of it in every
 one of ATTEMPTS; another processor of the set has other ratios, and fails below ELSEWHERE. Write it
 anew, on a quiet machine, with `UPDATE_BASELINE=1 pytest tests/benchmarks`.
+
+Run without workers, pytest-benchmark times each work too, with the ratio beside it:
+`pytest tests/benchmarks --benchmark-autosave`, and `--benchmark-compare` after a change.
 """
 
 from __future__ import annotations
@@ -40,6 +43,18 @@ SECONDS = 0.6  # of one attempt
 Work = Callable[[], Any]
 
 
+def _processor() -> str:
+    """What has the same ratios: several generations may share one name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    facts: dict[str, str] = {}
+    for line in reversed(lines):
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    more = [facts[key] for key in ("cpu family", "model", "stepping", "cache size") if key in facts]
+    return " / ".join([cpu_name(), *more])
+
+
 def _best(work: Work, rounds: int = 3) -> float:
     """Seconds, without what interrupts most of the rounds."""
     times = []
@@ -60,29 +75,35 @@ def paired_ratio(work: Work, partner: Work, seconds: float = SECONDS) -> float:
     return float(np.median(ratios))
 
 
-def hold(name: str, work: Work, partner: Work) -> None:
-    """Fail when `work` has become slower beside `partner` than this processor's baseline allows."""
+def hold(benchmark: Any, name: str, work: Work, partner: Work) -> None:
+    """Time `work`; fail when beside `partner` it has become slower than the baseline allows."""
+    benchmark.extra_info["ratio"] = _held(name, work, partner)
+    benchmark.pedantic(work, rounds=7, warmup_rounds=1)
+
+
+def _held(name: str, work: Work, partner: Work) -> float:
+    """The ratio, of the attempt that was fast enough."""
     known = json.loads(BASELINE.read_text(encoding="utf-8"))
     for each in (work, partner):
         each()
     if os.environ.get("UPDATE_BASELINE"):
         rows = known.setdefault(isa.selected(), {})
-        if rows.get("processor") != cpu_name():
+        if rows.get("processor") != _processor():
             rows.clear()
-        rows["processor"] = cpu_name()
+        rows["processor"] = _processor()
         seen = [paired_ratio(work, partner) for _ in range(ATTEMPTS)]
-        rows[name] = round(max(seen), 3)
+        rows[name] = round(float(np.median(seen)), 3)
         text = json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False)
         BASELINE.write_text(text + "\n", encoding="utf-8")
-        return
+        return rows[name]
     rows = known.get(isa.selected(), {})
-    least = rows.get(name, 0.0) * (KEEP if rows.get("processor") == cpu_name() else ELSEWHERE)
+    least = rows.get(name, 0.0) * (KEEP if rows.get("processor") == _processor() else ELSEWHERE)
     seen = []
     for attempt in range(ATTEMPTS):
         time.sleep(attempt)
         seen.append(paired_ratio(work, partner))
         if seen[-1] >= least:
-            return
+            return seen[-1]
     pytest.fail(f"{name}: ratios {np.round(seen, 3)}, at least {least:.3f} wanted")
 
 
@@ -108,18 +129,18 @@ def _matmul(kind: str, tokens: int, rows: int, inner: int) -> Work:
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_prompt_matmul(kind: str):
-    hold(f"prompt matmul {kind}", _matmul(kind, 64, 512, 1024), computing(100_000))
+def test_prompt_matmul(benchmark: Any, kind: str):
+    hold(benchmark, f"prompt matmul {kind}", _matmul(kind, 64, 512, 1024), computing(100_000))
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
-def test_decode_matmul_against_reading_memory(kind: str):
+def test_decode_matmul_against_reading_memory(benchmark: Any, kind: str):
     rows, inner = 8192, 1024  # beyond the caches of a core
     nbytes = _weights(kind, rows, inner).tensors["w"].nbytes
-    hold(f"decode matmul {kind}", _matmul(kind, 1, rows, inner), reading(nbytes))
+    hold(benchmark, f"decode matmul {kind}", _matmul(kind, 1, rows, inner), reading(nbytes))
 
 
-def test_attention():
+def test_attention(benchmark: Any):
     tokens, heads, kv_heads, dim = 128, 4, 2, 128
     t = ops.Dim("tokens", tokens)
     pages = (tokens // ops.PAGE, ops.PAGE, kv_heads, dim)
@@ -132,15 +153,15 @@ def test_attention():
         q=np.ones((tokens, heads, dim), np.float32), places=np.arange(tokens),
         block_table=np.arange(pages[0])[None], sequences=np.zeros(tokens, np.int32),
     )  # fmt: skip
-    hold("attention", work, computing(100_000))
+    hold(benchmark, "attention", work, computing(100_000))
 
 
-def test_cost_of_an_op():
+def test_cost_of_an_op(benchmark: Any):
     """Rows of the instruction table that do next to nothing."""
     node = ops.step_input("x", (ops.Dim("tokens", 1), 16), F32)
     for i in range(4000):
         node = ops.scale(node, factor=1.0 + i)
-    hold("rows", _step(node, x=np.ones((1, 16), np.float32)), computing(30_000))
+    hold(benchmark, "rows", _step(node, x=np.ones((1, 16), np.float32)), computing(30_000))
 
 
 def test_warm_start_loads_and_never_compiles():
@@ -155,7 +176,7 @@ def test_a_slower_kernel_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: float, fails: bool
 ):
     """The measure itself, on the partner's loop beside one a fifth slower."""
-    known = {isa.selected(): {"processor": cpu_name(), "self": 1.0}}
+    known = {isa.selected(): {"processor": _processor(), "self": 1.0}}
     monkeypatch.setattr(sys.modules[__name__], "BASELINE", tmp_path / "baseline.json")
     BASELINE.write_text(json.dumps(known), encoding="utf-8")
     monkeypatch.delenv("UPDATE_BASELINE", raising=False)
@@ -164,4 +185,4 @@ def test_a_slower_kernel_fails(
         pytest.raises(pytest.fail.Exception, match="self: ratios") if fails else nullcontext()
     )
     with expected:
-        hold("self", computing(int(100_000 * slower)), computing(100_000))
+        _held("self", computing(int(100_000 * slower)), computing(100_000))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -175,7 +175,7 @@ def _tiles_of_one_sequence(tiles: Any) -> Any:
 
 def _without(name: str) -> Callable[[Any], Any]:
     def made(head: Any) -> Any:
-        return lambda x: replace(head(x), **{name: None})
+        return lambda x: head(x)._replace(**{name: None})
 
     return made
 
@@ -275,7 +275,7 @@ def half_of_a_page(which: str) -> Callable[[dict[str, Any]], Any]:
 def _not_normalized(choice: Any) -> Any:
     def faulty(*given: Any) -> Any:
         found = choice(*given)
-        return found and replace(found, normalize=False)
+        return found and found._replace(normalize=False)
 
     return faulty
 

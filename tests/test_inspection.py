@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,7 +151,7 @@ def test_validate_knows_plain_ops(tmp_path: Path, name: str, monkeypatch, capsys
     """Without fusion, which a step can do without."""
     monkeypatch.setenv("VALIDATE", "1")
     plain = cpu_planner.options
-    monkeypatch.setattr(cpu, "options", lambda *a, **k: replace(plain(*a, **k), fuse=False))
+    monkeypatch.setattr(cpu, "options", lambda *a, **k: plain(*a, **k)._replace(fuse=False))
     with runtime.load(write_model(tmp_path / "m.gguf", SIZES[name], "Q8_0"), threads=2) as model:
         every_kind_of_step(model)
     assert "results of 6 steps agree" in capsys.readouterr().err

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 # Largest normalised squared error of a row. float32 leaves 1e-14 of a few roundings, which the
 # first limit is wide of. A product adds up n numbers one by one: 2e-15 n, 3e-11 of the longest
 # rows there are. Attention's weights are exponentials, which turn the absolute error of a score,
-# 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token.
-_LIMIT, _OF_PRODUCTS, _OF_LONG_WAYS = 1e-11, 1e-10, 1e-9
-_LONG_WAYS = (attention, gated_delta, delta_step)
+# 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token:
+# 1e-11 was seen of both.
+_LIMIT, _OF_LONG_SUMS = 1e-11, 1e-10
+_LONG_SUMS = (attention, gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes
 
@@ -234,9 +235,8 @@ class _Step:
 
 
 def _limit(x: Tensor) -> float:
-    if any(op.made(x) for op in _LONG_WAYS):
-        return _OF_LONG_WAYS
-    return _OF_PRODUCTS if kind_of(x) is Kind.CONTRACTION else _LIMIT
+    long = kind_of(x) is Kind.CONTRACTION or any(op.made(x) for op in _LONG_SUMS)
+    return _OF_LONG_SUMS if long else _LIMIT
 
 
 def _without_rounding(node: Tensor) -> Tensor:

@@ -230,6 +230,7 @@ def stored(row: Array, kv: str) -> list[float]:
         return [float(np.float16(v)) for v in row]
     if kv == "bf16":  # 8 bits of mantissa, the even one of two neighbours
         return [math.ldexp(round(math.ldexp(m, 8)), e - 8) for m, e in map(math.frexp, row)]
+    assert kv == "q8_0", f"write what a cache of type {kv} gives back here, in tests/oracles.py"
     out: list[float] = []
     for block in np.split(row, range(32, len(row), 32)):
         step = max(map(abs, block)) / 127

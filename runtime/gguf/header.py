@@ -144,7 +144,7 @@ def _read_version(cursor: Cursor) -> int:
     version = cursor.unpack("I", "the version")
     if version in (2, 3):
         return version
-    if not version & 0xFFFF:
+    if version and not version & 0xFFFF:
         raise cursor.error(
             "this is a big-endian GGUF file", "convert it with gguf-py's gguf_convert_endian.py"
         )

@@ -133,6 +133,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
     FileError, in one line, for anything that is missing, damaged or not supported.
     """
+    if not os.fspath(path):
+        raise FileError("the path of the model is empty: give that of a .gguf file")
     part = _open_part(Path(path))
     count = _integer(part, "split.count")
     return _joined([part] if count in (None, 0, 1) else _open_parts(part, count))

@@ -96,13 +96,17 @@ def clock(control, thread):
 
 @helper
 def turn(control, left):
-    """One turn of waiting, of which `left` may go by before the processor is given away."""
+    """One turn of waiting, of which `left` may go by before the processor is given away.
+
+    Yielded first for many turns: a nap is longer than most waits.
+    """
     pause()
-    if left <= 0:
+    left -= 1
+    if left < 0:
         call(s.load_i64(control + _YIELD), 0, 0, 0, 0)
         if left % _YIELDS == 0:
             call(s.load_i64(control + _SLEEP), s.load_i64(control + _SLEEP_FOR), 0, 0, 0)
-    return left - 1
+    return left
 
 
 @helper

@@ -159,7 +159,7 @@ def _nothing(made: Together) -> Table:
 
 
 def test_a_second_signal_does_not_let_plans_run_beside_each_other(alarm, monkeypatch):
-    made = Together((2, 2), 800)
+    made = Together((2, 2), 20_000)
     made.run()
     run = executor.LongRun.abort
 

@@ -136,7 +136,8 @@ def test_threads_are_those_of_the_teams_and_no_more():
 
 
 def test_a_signal_ends_all_plans(alarm):
-    made = Together((2, 1, 2), 800)
+    made = Together((2, 1, 2), 4000)
+    made.run()  # threads start with it
     started = time.perf_counter()
     made.run(long=True)
     took = time.perf_counter() - started

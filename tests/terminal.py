@@ -18,6 +18,11 @@ from types import TracebackType
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]|\x1b[=>]")
 
 
+def _unsized() -> dict[str, str]:
+    """The environment without a size of another terminal, which workers of pytest-xdist have."""
+    return {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+
+
 class Terminal:
     """Runs a command with all three streams on a pseudo-terminal of `columns` columns."""
 
@@ -30,7 +35,7 @@ class Terminal:
         self._at = 0  # how much of it `expect` has passed
         self._process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env={**os.environ, "TERM": "xterm", **(env or {})}, close_fds=True,
+            env={**_unsized(), "TERM": "xterm", **(env or {})}, close_fds=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(theirs)

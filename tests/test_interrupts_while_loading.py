@@ -37,6 +37,7 @@ def popen(*a, **k):
 subprocess.Popen = popen
 kernels = [Kernel.of("pack_weights", format=f) for f in ("Q8_0", "Q4_0", "Q5_0", "Q4_1")]
 kernels += [Kernel.of(n) for n in ("rms_norm", "top_k", "take", "l2_norm")]
+kernels += [Kernel.of("attention", k_type=k, v_type="f16") for k in ("f32", "f16", "q8_0")]  # slow
 try:
     Library(selected(), Path(sys.argv[1])).prepare(kernels)
 except KeyboardInterrupt:

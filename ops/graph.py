@@ -45,6 +45,10 @@ class Graph:
 
     def key(self) -> str:
         """A digest of everything that decides the compiled program; never object addresses."""
+        return self._key
+
+    @cached_property
+    def _key(self) -> str:
         lines = [f"{n} {line}" for n, line in enumerate(walk(self, default=_key_line))]
         numbers = {node: n for n, node in enumerate(self.nodes)}
         tail = " ".join(str(numbers[o]) for o in self.outputs)

@@ -9,7 +9,7 @@ import numpy as np
 from runtime.ops.dtypes import DType
 from runtime.ops.errors import OpError
 from runtime.ops.registry import Case, Kind, need, op
-from runtime.ops.tensor import Dim, Layout, Shape, Tensor
+from runtime.ops.tensor import Layout, Shape, Tensor
 
 
 def _reshape_shape(x: Tensor, *, shape: Shape) -> tuple[Shape, DType]:
@@ -175,8 +175,3 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[T, heads, d] as [T, heads * d]."""
     return reshape(x, shape=(*x.shape[:-2], x.shape[-2] * x.shape[-1]))  # type: ignore[operator]
-
-
-def live_axis(x: Tensor) -> str | None:
-    """What the first axis counts ("tokens", "outputs"), or None when it is a plain number."""
-    return x.shape[0].name if x.shape and isinstance(x.shape[0], Dim) else None

@@ -28,3 +28,14 @@ def alarm() -> Iterator[Callable[[float], Any]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def second_signal(monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
+    """The next call of a method ends at once, as when another signal comes; later ones do not."""
+    plain = getattr(owner, method)
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.setattr(owner, method, plain)
+        raise AlarmError
+
+    monkeypatch.setattr(owner, method, interrupted)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from alarms import AlarmError
+from alarms import AlarmError, second_signal
 from kernel_calls import ISAS, Fenced, library
 
 from runtime.backends.cpu.abi import PLAN_BARRIER
@@ -138,13 +138,7 @@ def test_a_second_signal_does_not_let_two_plans_run_at_once(alarm, monkeypatch):
     chain = Chain()
     table = np.tile(chain.table, (120, 1))
     with ThreadTeam(2, loader) as team:
-        run = executor.LongRun.abort
-
-        def interrupted(self: executor.LongRun) -> None:
-            monkeypatch.setattr(executor.LongRun, "abort", run)
-            raise AlarmError
-
-        monkeypatch.setattr(executor.LongRun, "abort", interrupted)
+        second_signal(monkeypatch, executor.LongRun, "abort")
         with pytest.raises(AlarmError):
             alarm(0.02)
             team.run(table.ctypes.data, len(table), long=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from alarms import AlarmError
+from alarms import AlarmError, second_signal
 from kernel_calls import ISAS, library
 
 from runtime.backends.cpu import CpuBackend
@@ -162,13 +162,7 @@ def _nothing(made: Together) -> Table:
 def test_a_second_signal_does_not_let_plans_run_beside_each_other(alarm, monkeypatch):
     made = Together((2, 2), 20_000)
     made.run()
-    run = executor.LongRun.abort
-
-    def interrupted(self: executor.LongRun) -> None:
-        monkeypatch.setattr(executor.LongRun, "abort", run)
-        raise AlarmError
-
-    monkeypatch.setattr(executor.LongRun, "abort", interrupted)
+    second_signal(monkeypatch, executor.LongRun, "abort")
     with pytest.raises(AlarmError):
         alarm(0.02)
         made.run(long=True)

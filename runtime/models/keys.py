@@ -60,10 +60,10 @@ class Keys:
         value = self._get(key, default)
         number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
         if not number or value < least:
-            most = "" if least == -inf else f" from {least:g} on"
+            bound = "" if least == -inf else f" from {least:g} on"
             raise ModelError(
                 f"{self.source}: {self.architecture}.{key} = {value!r:.60} must be a finite number"
-                f"{most}"
+                f"{bound}"
             )
         return float(value)
 

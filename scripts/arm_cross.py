@@ -10,6 +10,7 @@ tells everything that asks, Numba and this package, that it is on 64-bit Arm Lin
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def pretend() -> None:
     from llvmlite.binding import targets
 
     platform.machine = lambda: "aarch64"
+    uname = os.uname_result((*os.uname()[:4], "aarch64"))
+    os.uname = lambda: uname
     for module in (llvm, targets):
         for name in ("get_process_triple", "get_default_triple"):
             setattr(module, name, lambda: TRIPLE)

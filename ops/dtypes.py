@@ -40,11 +40,6 @@ class DType:
         """True for f64, f32, f16 and bf16."""
         return self.name in ("f64", "f32", "f16", "bf16")
 
-    @property
-    def bits_per_element(self) -> float:
-        """Average storage of one element, scales included, in bits."""
-        return 8 * self.nbytes / self.block
-
     def __repr__(self) -> str:
         return self.name
 

@@ -26,7 +26,7 @@ def test_bytes_of_a_token(kv: str):
     if kv in SIZES:
         assert (kv_format(kv).token_nbytes(64), kv_format(kv).token_nbytes(40)) == SIZES[kv]
     assert kv_format(kv).dtype is ops.DTYPES[kv]
-    assert kv_format(kv).token_nbytes(64) * 8 == 64 * ops.DTYPES[kv].bits_per_element
+    assert kv_format(kv).token_nbytes(64) == 64 // ops.DTYPES[kv].block * ops.DTYPES[kv].nbytes
 
 
 @pytest.mark.parametrize("dim", ODD_HEADS)

@@ -19,7 +19,6 @@ from .arguments import Arguments
 from .catalogue import Compiled
 from .driver import SHARED_NBYTES, Driver
 from .library import library
-from .opening import open_driver
 from .targets import target_of
 
 _MOST_BLOCKS = (1 << 31) - 1, 65535, 65535
@@ -89,11 +88,6 @@ class Device:
                 self.driver.unload(function.library)
             self._functions.clear()
             self.driver.release_context(self.index)
-
-
-def open_device(index: int = 0, driver: Driver | None = None) -> Device:
-    """A GPU by number. BackendError: no usable driver or GPU, in one line."""
-    return Device(driver or open_driver(), index)
 
 
 class Function:

@@ -26,12 +26,6 @@ from runtime.ops.errors import BackendError
 from runtime.ops.quant_blocks import numbers, struct_of
 
 BLOCK = 32  # values
-BLOCKS_PER = {
-    "Q8_0": 1,
-    "Q4_0": 1,
-    "Q4_K": 8,
-    "Q6_K": 8,
-}  # blocks of 32 in a block of the file's format
 
 
 def pack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -78,11 +78,6 @@ class Memory(NamedTuple):
     pages: int = 0
     slots: int = 0
 
-    @property
-    def kv_per_token(self) -> float:
-        """Bytes of KV cache of one token."""
-        return self.page / PAGE
-
     def of(self, context: int) -> int:
         """Bytes of the weights and one sequence of `context` tokens."""
         return self.weights + -(-context // PAGE) * self.page + self.state

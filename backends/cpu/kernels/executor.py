@@ -32,7 +32,6 @@ _ARCH = chosen().arch or host_arch()
 _PAUSE = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.hint", [1])}
 _ROW_BYTES = 8 * PLAN_ROW_WORDS
 
-_SELF = 8 * _WORDS["self"]
 _GENERATION, _ARRIVALS, _SLEEPERS = (8 * _WORDS[k] for k in ("generation", "arrivals", "sleepers"))
 _TABLE, _N_ROWS, _BASE = (8 * _WORDS[k] for k in ("table", "n_rows", "base"))
 _PROFILE, _STOP = (8 * _WORDS[k] for k in ("profile", "stop"))

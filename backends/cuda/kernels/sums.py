@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from runtime.backends.cuda.intrinsics import (
     f32,
-    fmax,
     shared,
     shuffle_xor,
     shuffle_xor_u32,
@@ -25,15 +24,6 @@ def warp_sum(value):
     value += shuffle_xor(value, 2)
     value += shuffle_xor(value, 1)
     return value
-
-
-def warp_max(value):
-    """The largest value of a warp, in every lane."""
-    value = fmax(value, shuffle_xor(value, 16))
-    value = fmax(value, shuffle_xor(value, 8))
-    value = fmax(value, shuffle_xor(value, 4))
-    value = fmax(value, shuffle_xor(value, 2))
-    return fmax(value, shuffle_xor(value, 1))
 
 
 def block_sum(warps: int) -> Callable:

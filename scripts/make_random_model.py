@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need 
 from random_presets import PRESETS, Preset, Slot
 
 from runtime.gguf import open_gguf
+from runtime.gguf.mixes import more_bits
 from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.ops import dtypes as dt
 from runtime.ops.blocks import BLOCK_FORMATS
@@ -59,12 +60,6 @@ _MINIMUM = {
     "q4_1": ("m", -7.5), "q5_1": ("m", -15.5), "q2_k": ("dmin", 1.5), "q4_k": ("dmin", 7.5),
     "q5_k": ("dmin", 15.5),
 }  # fmt: skip
-
-
-def more_bits(layer: int, layers: int) -> bool:
-    """The layers where llama-quantize's _M mixes spend more bits on attn_v and ffn_down."""
-    eighth = layers // 8
-    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def slot_type(slot: Slot, file_type: str, layers: int, output: DType | None) -> DType:

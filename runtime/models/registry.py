@@ -90,17 +90,23 @@ def build(file: Any) -> Architecture:
     if part := _PARTS.get(str(file.metadata.get("general.type"))):
         raise ModelError(f"{source}: this file is {part}; give the file of the model itself")
     name = file.architecture
+    read = reader(name, source)
+    keys, weights = Keys(file.metadata, name, source), Weights(file.tensors, source)
+    check_blocks(keys, weights)
+    model = read(keys, weights, vocabulary_size(file, keys))
+    graph = model.graph(one_token(model))
+    refuse_unread(keys, weights, graph, model.p.layers)
+    return model
+
+
+def reader(name: str, source: str) -> Reader:
+    """What reads models of an architecture; ModelError names the known ones."""
     if name not in MODELS:
         raise ModelError(
             f"{source}: architecture {name!r:.60} is not supported; "
             f"supported are {', '.join(sorted(MODELS))}"
         )
-    keys, weights = Keys(file.metadata, name, source), Weights(file.tensors, source)
-    check_blocks(keys, weights)
-    model = MODELS[name](keys, weights, vocabulary_size(file, keys))
-    graph = model.graph(one_token(model))
-    refuse_unread(keys, weights, graph, model.p.layers)
-    return model
+    return MODELS[name]
 
 
 def one_token(model: Architecture, kv_types: tuple[str, str] = ("f16", "f16")) -> Step:

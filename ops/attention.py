@@ -40,6 +40,7 @@ def _write_case(kv: str, tolerance: float) -> Case:
 @op(
     "kv_write",
     kind=Kind.STATEFUL,
+    axes="T h D, Pages Place h D, T -> Pages Place h D",
     picks={1: 2},
     writes=(1,),
     layout=lambda node: node.inputs[1].layout,
@@ -104,6 +105,7 @@ def _flops(node: Tensor, seen: Seen) -> float:
 @op(
     "attention",
     kind=Kind.STATEFUL,
+    axes="T (g r) D, Pages Place g D, Pages Place g D, S Table, T, T, (g r) -> T (g r) D",
     picks={1: 3, 2: 3},
     reads=(1, 2),
     shape=_attention_shape,

@@ -52,6 +52,7 @@ _STEP = (Arg((3, 2), I32, _runs), Arg((3,), I32, _slots_in), Arg((3,), I32, _slo
 @op(
     "short_conv",
     kind=Kind.STATEFUL,
+    axes="T c, c Taps, Slots Taps c, S Span, S, S -> T c",
     picks={2: 3},
     reads=(2,),
     writes=(2,),
@@ -95,6 +96,12 @@ def _delta_shape(
     return v.shape
 
 
+def _delta_axes(node: Tensor) -> str:
+    heads = "(k r)" if node.attrs["order"] == "grouped" else "(r k)"
+    inputs = f"T k D, T k D, T {heads} E, T {heads}, T {heads}, Slots {heads} D E"
+    return f"{inputs}, S Span, S, S -> T {heads} E"
+
+
 def _decay(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return -2 * rng.random(shape)
 
@@ -115,6 +122,7 @@ def _delta_case(key_heads: int, heads: int, dk: int, dv: int, order: str) -> Cas
 @op(
     "gated_delta",
     kind=Kind.STATEFUL,
+    axes=_delta_axes,
     picks={5: 6},
     reads=(5,),
     writes=(5,),

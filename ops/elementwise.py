@@ -19,6 +19,7 @@ def _with_bias(x: Tensor, y: Tensor) -> Shape:
 @op(
     "add",
     kind=Kind.ELEMENTWISE,
+    linear=((0, 1),),
     shape=_with_bias,
     cases=[Case(((3, 40), (3, 40))), Case(((3, 37), (37,)))],
 )
@@ -30,6 +31,7 @@ def add(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @op(
     "mul",
     kind=Kind.ELEMENTWISE,
+    linear=((0,), (1,)),
     shape=_with_bias,
     cases=[Case(((3, 40), (3, 40))), Case(((2, 33), (33,)))],
 )
@@ -41,6 +43,7 @@ def mul(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 @op(
     "scale",
     kind=Kind.ELEMENTWISE,
+    linear=((0,),),
     shape=lambda x, *, factor: x.shape,
     cases=[Case(((2, 35),), {"factor": 0.125})],
 )
@@ -55,7 +58,13 @@ def _with_column(x: Tensor, s: Tensor) -> Shape:
     return x.shape
 
 
-@op("row_scale", kind=Kind.ELEMENTWISE, shape=_with_column, cases=[Case(((3, 40), (3, 1)))])
+@op(
+    "row_scale",
+    kind=Kind.ELEMENTWISE,
+    linear=((0,), (1,)),
+    shape=_with_column,
+    cases=[Case(((3, 40), (3, 1)))],
+)
 def row_scale(x: np.ndarray, s: np.ndarray) -> np.ndarray:
     """x [..., n] times one number per row, s [..., 1]."""
     return x * s

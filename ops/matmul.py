@@ -25,6 +25,7 @@ def _w(*shape: int) -> Arg:
 @op(
     "matmul",
     kind=Kind.CONTRACTION,
+    axes="* k, n k -> * n",
     shape=_matmul_shape,
     flops=lambda node, seen: 2 * seen.size(node) * int(node.inputs[1].shape[-1]),
     cases=[
@@ -58,6 +59,7 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 @op(
     "matmul_id",
     kind=Kind.CONTRACTION,
+    axes="T k, Experts n k, T U -> T U n | T U k, Experts n k, T U -> T U n",
     picks={1: 2},
     shape=_matmul_id_shape,
     flops=lambda node, seen: 2 * seen.size(node) * int(node.inputs[1].shape[-1]),

@@ -77,6 +77,8 @@ def _bias_shape(y: Tensor, bias: Tensor, ids: Tensor) -> Shape:
 @op(
     "expert_bias",
     kind=Kind.ELEMENTWISE,
+    axes="t u n, Experts n, t u -> t u n",
+    linear=((0, 1),),
     picks={1: 2},
     shape=_bias_shape,
     cases=[Case(((5, 3, 40), Arg((8, 40), leaf="weight"), Arg((5, 3), I32, _choice)))],
@@ -94,6 +96,8 @@ def _sum_shape(y: Tensor, weights: Tensor) -> Shape:
 @op(
     "expert_sum",
     kind=Kind.REDUCTION,
+    axes="t u n, t u -> t n",
+    linear=((0,), (1,)),
     shape=_sum_shape,
     flops=lambda node, seen: 2 * seen.size(node.inputs[0]),
     cases=[Case(((5, 3, 40), (5, 3)))],

@@ -69,7 +69,9 @@ class Op:
 
     flops: for each element of the result, or of (node, `Seen`). picks: input -> the input that
     says which of its rows, pages or slots are used. reads, writes: inputs that are state, by what
-    happens to them. layout: where the result lies in another tensor's memory.
+    happens to them. layout: where the result lies in another tensor's memory. axes: which axes go
+    together when they are split, see ops/axes.py. linear: of which inputs partial sums give a
+    partial sum, (0, 1) if they are both partial.
     """
 
     name: str
@@ -82,6 +84,8 @@ class Op:
     reads: tuple[int, ...] = ()
     writes: tuple[int, ...] = ()
     layout: Callable[[Tensor], Layout] | None = None
+    axes: str | Callable[[Tensor], str] = ""
+    linear: tuple[tuple[int, ...], ...] = ()
 
     def __call__(self, *inputs: Tensor, name: str = "", **attrs: Any) -> Tensor:
         """The node of this op on `inputs`; OpError when shapes or attributes do not fit."""

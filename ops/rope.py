@@ -94,6 +94,7 @@ def _rope_shape(x: Tensor, angles: Tensor, *, style: str) -> Shape:
 @op(
     "rope",
     kind=Kind.ROWWISE,
+    axes="t h D, t Half Pair -> t h D",
     shape=_rope_shape,
     flops=3,
     cases=[

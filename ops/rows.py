@@ -26,6 +26,7 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
 @op(
     "get_rows",
     kind=Kind.GATHER,
+    axes="Rows n, i -> i n",
     picks={0: 1},
     shape=_shape,
     flops=0,
@@ -39,6 +40,8 @@ def get_rows(matrix: np.ndarray, ids: np.ndarray) -> np.ndarray:
 @op(
     "select_rows",
     kind=Kind.GATHER,
+    axes="T *, i -> i *",
+    linear=((0,),),
     picks={0: 1},
     shape=_select_shape,
     flops=0,

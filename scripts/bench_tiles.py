@@ -25,9 +25,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need 
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.run.bandwidth import read_bandwidth
 from runtime.backends.cpu.run.cores import physical_cores
-from runtime.backends.cpu.tile import FORMATS, TileSpec, emit_matmul
+from runtime.backends.cpu.tile.emit import emit_matmul
+from runtime.backends.cpu.tile.formats import NAMES as FORMATS
 from runtime.backends.cpu.tile.formats import format_of, packed_nbytes
-from runtime.backends.cpu.tile.spec import activation_tile_nbytes
+from runtime.backends.cpu.tile.spec import TileSpec, activation_tile_nbytes
 
 SHAPE = (3072, 1024)  # rows and columns of the weights of a prompt
 DECODE_BYTES = 100 << 20  # weights of a decode step: far more than caches hold

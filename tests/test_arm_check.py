@@ -13,7 +13,8 @@ import pytest
 
 from runtime.backends.cpu.compile import compilers, isa
 from runtime.backends.cpu.compile.symbols import undefined_symbols
-from runtime.backends.cpu.tile import TileSpec, emit_matmul
+from runtime.backends.cpu.tile.emit import emit_matmul
+from runtime.backends.cpu.tile.spec import TileSpec
 from runtime.backends.plan.kernel import Kernel
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

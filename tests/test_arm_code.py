@@ -19,8 +19,9 @@ from tile_calls import ISAS, QUANTISED, packed, random_rows
 from tile_reference import matmul_int8
 
 from runtime.backends.cpu.compile import objects
-from runtime.backends.cpu.tile import TileSpec, emit_matmul
+from runtime.backends.cpu.tile.emit import emit_matmul
 from runtime.backends.cpu.tile.formats import format_of
+from runtime.backends.cpu.tile.spec import TileSpec
 
 ARM = ("arm_dotprod", "arm_i8mm")
 # A scale for 32 and for 16, one and two kinds of minimum, an offset, signed bytes, a table.

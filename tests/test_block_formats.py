@@ -7,7 +7,7 @@ import pytest
 from tile_calls import Guarded, call, loaded
 
 from runtime.backends.cpu.compile.isa import available
-from runtime.backends.cpu.tile import emit_get_rows
+from runtime.backends.cpu.tile.get_rows import emit_get_rows
 from runtime.ops.blocks import (
     BLOCK_FORMATS,
     Bits,

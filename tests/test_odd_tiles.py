@@ -15,8 +15,8 @@ from tile_calls import FLOATS, ISAS, QUANTISED, matmul, packed, random_rows
 from tile_reference import matmul_f32, matmul_int8, matmul_split
 
 from runtime.backends.cpu.compile.isa import isa
-from runtime.backends.cpu.tile import TileSpec
 from runtime.backends.cpu.tile.formats import format_of
+from runtime.backends.cpu.tile.spec import TileSpec
 
 REFERENCES = {"int8": matmul_int8, "f32": matmul_f32, "split": matmul_split}
 ROWS = range(1, 41)

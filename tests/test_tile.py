@@ -11,8 +11,10 @@ from tile_reference import dequantised, matmul_f32, matmul_int8, matmul_split
 
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.compile.symbols import undefined_symbols
-from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
+from runtime.backends.cpu.tile.emit import emit_matmul
 from runtime.backends.cpu.tile.formats import format_of
+from runtime.backends.cpu.tile.pack import emit_pack
+from runtime.backends.cpu.tile.spec import TileSpec
 from runtime.errors import Error
 
 BEST = ISAS[0]

@@ -15,8 +15,10 @@ from tile_packs import pack_f32, pack_int8, pack_split
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu.compile import isa, objects
-from runtime.backends.cpu.tile import TileSpec, emit_matmul, emit_pack
+from runtime.backends.cpu.tile.emit import emit_matmul
 from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
+from runtime.backends.cpu.tile.pack import emit_pack
+from runtime.backends.cpu.tile.spec import TileSpec
 from runtime.backends.environment import cache_dir
 from runtime.ops.blocks import BLOCK_FORMATS
 

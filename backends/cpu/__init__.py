@@ -14,7 +14,7 @@ from runtime.backends.cpu.run.cores import checked, physical_cores
 from runtime.backends.cpu.run.executor import ThreadTeam
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.program import Program
-from runtime.backends.cpu.run.weights import WeightStore, aligned_empty
+from runtime.backends.cpu.run.weights import WeightStore, aligned
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Plan
@@ -49,7 +49,7 @@ class CpuBackend:
         self.weights = WeightStore(file, self._library, self._team)
         self.memory = FixedMemory(self.weights)
         self._programs: dict[str, Program] = {}
-        self._arena, self._scratch = aligned_empty(0), aligned_empty(0)
+        self._arena, self._scratch = aligned(0), aligned(0)
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""
@@ -85,11 +85,11 @@ class CpuBackend:
         """A program for a plan; kernels and weights it needs are made ready."""
         self._library.prepare(plan.kernels())
         if plan.arena_nbytes > self._arena.nbytes:
-            self._arena = aligned_empty(plan.arena_nbytes)  # older programs keep theirs
+            self._arena = aligned(plan.arena_nbytes)  # older programs keep theirs
             self._arena[:] = 0
         scratch = plan.scratch_nbytes * self.threads
         if scratch > self._scratch.nbytes:
-            self._scratch = aligned_empty(scratch)
+            self._scratch = aligned(scratch)
         return Program(plan, self._team, self._library.get, self.memory, self._arena, self._scratch)
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:

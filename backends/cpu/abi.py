@@ -22,7 +22,7 @@ PLAN_BARRIER = 1  # flag: all threads finish the rows before this one before any
 
 # Words of the executor's control block: what different threads write lies in different lines.
 CONTROL = {
-    "self": 0,
+    "self": 0,  # its own address: the one argument of `executor`
     **{"generation": 8, "arrivals": 16, "sleepers": 32},
     **{"table": 24, "n_rows": 25, "base": 26, "profile": 27, "stop": 28},
     **{"yield": 40, "lock": 41, "unlock": 42, "wait": 43, "broadcast": 44, "clock": 45},

@@ -49,12 +49,15 @@ def store(b: ir.IRBuilder, value: Value, address: Value, align: int) -> None:
     b.store(value, pointer(b, address, value.type)).align = align
 
 
-def prefetch(b: ir.IRBuilder, address: Value) -> None:
-    """Ask for the cache line at `address`, soon to be read; never faults."""
+def prefetch(b: ir.IRBuilder, address: Value, near: int = 3) -> None:
+    """Ask for the cache line at `address`, soon to be read; never faults.
+
+    near: 3 into the first level of the cache, 2 into the second.
+    """
     place = pointer(b, address, I8)
     # Intrinsics over typed pointers (LLVM before 17) carry the pointed-to type in the name.
     name = "llvm.prefetch.p0" + ("i8" if str(place.type) == "i8*" else "")
-    how = [ir.Constant(I32, v) for v in (0, 3, 1)]
+    how = [ir.Constant(I32, v) for v in (0, near, 1)]
     intrinsic_call(b, name, ir.VoidType(), [place, *how])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.backends.cpu.compile import objects
 from runtime.backends.cpu.compile.isa import selected
-from runtime.backends.cpu.run.weights import aligned_empty
+from runtime.backends.cpu.run.weights import aligned
 
 _SUMS = 8  # independent of each other, more than the units need
 _TURN = 64 * _SUMS  # bytes that one turn of a loop reads
@@ -93,7 +93,7 @@ def reading(nbytes: int) -> Callable[[], None]:
 
 def _program(ir: str, turns: int, nbytes: int) -> Callable[[], None]:
     entry = objects.function(objects.load_object(objects.compile_ir(ir, selected())))
-    data = aligned_empty(nbytes)
+    data = aligned(nbytes)
     data[:] = 0
     arguments = np.array([turns, data.ctypes.data], np.int64)
 

@@ -23,8 +23,10 @@ def compile_one(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
 
 def _compile_tile(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
     from runtime.backends.cpu.compile import objects
-    from runtime.backends.cpu.tile import TileSpec, emit_get_rows, emit_matmul, emit_pack
-    from runtime.backends.cpu.tile.spec import GET_ROWS_ARGS, PACK_ARGS
+    from runtime.backends.cpu.tile.emit import emit_matmul
+    from runtime.backends.cpu.tile.get_rows import emit_get_rows
+    from runtime.backends.cpu.tile.pack import emit_pack
+    from runtime.backends.cpu.tile.spec import GET_ROWS_ARGS, PACK_ARGS, TileSpec
 
     constants, arguments = dict(kernel.constants), PACK_ARGS
     if kernel.name == "pack_weights":

@@ -39,13 +39,6 @@ def _broadcast(b: ir.IRBuilder, address: Any) -> Any:
     return e.splat(b, e.load(b, address, e.f32, 4))
 
 
-def _prefetch(b: ir.IRBuilder, address: Any) -> None:
-    """Ask for the cache line at an address in the second level of the cache."""
-    arguments = [ir.Constant(e.i32, v) for v in (0, 2, 1)]
-    pointer = e.pointer(b, address, e.i8)
-    e.intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *arguments])
-
-
 def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
     return e.fma(b, x, y, z, s.FUSED)
 
@@ -74,7 +67,7 @@ def scores_pass(rows: int, format: KVFormat) -> Callable:
                 values = b.add(q, times(b, dim, ROW_BYTES))
                 if first == 0 and step * size % 64 == 0:
                     for j in range(0, size, 64):
-                        _prefetch(b, b.add(e.offset(b, at, j), ahead))
+                        e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
                 for r in range(rows):
                     value = _broadcast(b, e.offset(b, values, 4 * r))
                     for j, key in enumerate(keys):
@@ -177,7 +170,7 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
             sums, weights = list(sums), b.add(p, times(b, i, 4))
             at, found = _values(b, format, page, i, dim, dims, vectors)
             for j in range(0, vectors * e.LANES * size, 64):
-                _prefetch(b, b.add(e.offset(b, at, j), ahead))
+                e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
             for r in range(rows):
                 weight = _broadcast(b, e.offset(b, weights, 4 * PAGE * r))
                 for j, value in enumerate(found):

@@ -7,8 +7,8 @@ writes what they may still read.
 from __future__ import annotations
 
 from . import simd as s
-from .elementwise import get, piece, put
-from .rows import helper, share
+from .elementwise import get, put
+from .rows import helper, piece, share
 
 
 @helper

@@ -17,7 +17,7 @@ from runtime.backends.plan.catalogue import constants
 
 from . import simd as s
 from .delta_passes import WIDEST, read_keys, update
-from .rows import helper, share
+from .rows import ask_for, clear, helper, share
 
 _TOKENS = 16  # whose gates are computed together
 _WIDEST = WIDEST
@@ -60,26 +60,12 @@ def raw_beta(x):
 
 
 @helper
-def clear(state, nbytes):
-    """Zeros in `nbytes`, rounded up to 64."""
-    for i in range(0, nbytes, 64):
-        s.store(state + i, s.splat(s.f32(0)))
-
-
-@helper
 def width_of(columns, left):
     """How many columns to take together: of those of a thread, and left in the head."""
     width, most = _WIDEST, min(columns, left)
     while width > 16 and width > most:
         width //= 2
     return min(width, most)
-
-
-@helper
-def ask_for(address, nbytes):
-    """Fetch what will be read soon into the cache."""
-    for i in range(0, nbytes, 64):
-        s.prefetch(address + i)
 
 
 def _build(log_decay, beta_of):

@@ -74,13 +74,6 @@ def _broadcast(b: ir.IRBuilder, address: Any, i: Any) -> Any:
     return e.splat(b, e.load(b, b.add(address, b.shl(i, number(2))), e.f32, 4))
 
 
-def _prefetch(b: ir.IRBuilder, address: Any) -> None:
-    """Ask for the cache line at an address in the second level of the cache."""
-    arguments = [ir.Constant(e.i32, v) for v in (0, 2, 1)]
-    pointer = e.pointer(b, address, e.i8)
-    e.intrinsic_call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer, *arguments])
-
-
 def _add(b: ir.IRBuilder, sums: list, j: int, factor: Any, value: Any) -> None:
     b.store(e.fma(b, factor, value, b.load(sums[j]), s.FUSED), sums[j])
 
@@ -125,7 +118,7 @@ def update(
             at, there = b.add(source, b.mul(i, row)), b.add(target, b.mul(i, target_row))
             with b.if_then(b.icmp_signed("!=", ahead, number(0))):
                 for j in columns.vectors:
-                    _prefetch(b, e.offset(b, b.add(at, ahead), 64 * j))
+                    e.prefetch(b, e.offset(b, b.add(at, ahead), 64 * j), near=2)
             key, query, next_key = (_broadcast(b, x, i) for x in (k, q, next_k))
             for j in columns.vectors:
                 value = b.fmul(columns.load(b, at, j), factor)

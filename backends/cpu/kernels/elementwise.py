@@ -8,7 +8,7 @@ sums, joined in a fixed tree, wherever the row lies and whoever computes it.
 from __future__ import annotations
 
 from . import simd as s
-from .rows import clamped_swiglu, helper, share
+from .rows import clamped_swiglu, helper, piece, share
 
 _LOWEST = float("-inf")
 
@@ -26,14 +26,6 @@ def put(out, i, n, value):
         s.store(out + i * 4, value)
     else:
         s.store_part(out + i * 4, value, n - i)
-
-
-@helper
-def piece(at, last, units):
-    """How far units at..last-1 of many rows reach in their first row: row, first, last + 1."""
-    row = at // units
-    first = at - row * units
-    return row, first, min(units, first + last - at)
 
 
 @helper

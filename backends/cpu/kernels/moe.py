@@ -13,8 +13,8 @@ from runtime.backends.plan.catalogue import constants
 
 from . import emit as e
 from . import simd as s
-from .elementwise import exp_sum, get, piece, put, row_sum
-from .rows import helper, share, share_of_row
+from .elementwise import exp_sum, get, put, row_sum
+from .rows import helper, piece, share, share_of_row
 
 _NOTHING, _NAN = -(2**31), float("nan")
 _FIRST = (2**31 - 1) << 32  # before every place: a key above all, and the lowest index

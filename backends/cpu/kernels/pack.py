@@ -30,14 +30,14 @@ from .pack_columns import (
     column_packer,
     layout,
 )
-from .rows import inverse_rms, share, share_of_row
+from .rows import inverse_rms, piece, share, share_of_row
 
 
 @constants(C=COLUMNS, coding=tuple(UNITS))
 def build_pack(C, coding):
     """Rows as they are, packed."""
     column = column_packer(C, coding, PLAIN)
-    units_of, tile_bytes, piece = layout(C, coding)
+    units_of, tile_bytes = layout(C, coding)
 
     def pack(x, out, live, n, x_stride, thread, n_threads):
         rows, units = s.load_i64(live), units_of(n)
@@ -57,7 +57,7 @@ def build_pack(C, coding):
 def build_rms_norm_pack(C, coding):
     """rms_norm(x) * w, packed."""
     column = column_packer(C, coding, NORMED)
-    units_of, tile_bytes, piece = layout(C, coding)
+    units_of, tile_bytes = layout(C, coding)
 
     def rms_norm_pack(x, w, out, live, n, x_stride, eps, thread, n_threads):
         rows, units, epsilon = s.load_i64(live), units_of(n), s.float_of(eps)
@@ -80,7 +80,7 @@ def build_rms_norm_pack(C, coding):
 def build_swiglu_pack(C, coding, act):
     """SwiGLU of gate and up ("oai": gpt-oss's), packed."""
     column = column_packer(C, coding, SWIGLU[act])
-    _, tile_bytes, _ = layout(C, coding)
+    _, tile_bytes = layout(C, coding)
     unit = UNITS[coding]
 
     def swiglu_pack(
@@ -102,7 +102,7 @@ def build_swiglu_pack(C, coding, act):
 def build_pack_rows(C, coding):
     """The rows that tiles of experts list, row // `divisor` of x, packed; -1 lists no row."""
     column = column_packer(C, coding, PLAIN)
-    units_of, tile_bytes, piece = layout(C, coding)
+    units_of, tile_bytes = layout(C, coding)
 
     def pack_rows(x, tiles, out, n_tiles, n, x_stride, divisor, thread, n_threads):
         units = units_of(n)
@@ -122,7 +122,7 @@ def build_pack_rows(C, coding):
 def build_swiglu_pack_rows(C, coding, act):
     """SwiGLU of the rows that tiles of experts list, packed; -1 lists no row."""
     column = column_packer(C, coding, SWIGLU[act])
-    units_of, tile_bytes, piece = layout(C, coding)
+    units_of, tile_bytes = layout(C, coding)
 
     def swiglu_pack_rows(
         gate, up, tiles, out, n_tiles, n, gate_stride, up_stride, alpha, limit, thread, n_threads
@@ -145,7 +145,7 @@ def build_swiglu_pack_rows(C, coding, act):
 def build_sigmoid_gate_pack(C, coding):
     """x * sigmoid(gate), heads of the gate `gate_head_stride` apart, packed."""
     column = column_packer(C, coding, OPENED)
-    units_of, tile_bytes, piece = layout(C, coding)
+    units_of, tile_bytes = layout(C, coding)
     unit = UNITS[coding]
 
     def sigmoid_gate_pack(
@@ -174,7 +174,7 @@ def build_sigmoid_gate_pack(C, coding):
 def build_gated_norm_pack(C, coding):
     """rms_norm of each head times w times silu(gate), packed."""
     column = column_packer(C, coding, GATED_NORM)
-    units_of, tile_bytes, piece = layout(C, coding)
+    units_of, tile_bytes = layout(C, coding)
     unit = UNITS[coding]
 
     def gated_norm_pack(

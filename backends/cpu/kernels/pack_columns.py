@@ -154,7 +154,7 @@ UNITS = {"int8": 32, "split": 32, "f32": 16}  # values of a unit of work
 
 
 def layout(C, coding):
-    """Helpers (n -> units of a tile), (n -> bytes of a tile), (at, last, units -> piece)."""
+    """Helpers (n -> units of a tile), (n -> bytes of a tile)."""
     unit, each = {"int8": (32, 52), "split": (32, 192), "f32": (1, 4)}[coding]
     bytes_per_unit = each * C
 
@@ -166,10 +166,4 @@ def layout(C, coding):
     def tile_bytes(n):
         return (n // unit * bytes_per_unit + 63) // 64 * 64
 
-    @helper
-    def piece(at, last, units):
-        tile = at // units
-        first = at - tile * units
-        return tile, first, min(units, first + last - at)
-
-    return units_of, tile_bytes, piece
+    return units_of, tile_bytes

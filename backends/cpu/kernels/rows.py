@@ -22,10 +22,32 @@ def share(n, thread, n_threads):
 
 
 @helper
+def piece(at, last, units):
+    """How far units at..last-1 of many rows (or tiles) reach in the first: row, first, last + 1."""
+    row = at // units
+    first = at - row * units
+    return row, first, min(units, first + last - at)
+
+
+@helper
 def share_of_row(n, thread, n_threads):
     """Elements first..end-1 of rows of n that belong to a thread: see Share in plan.py."""
     first, end = share((n + SHARE_UNIT - 1) // SHARE_UNIT, thread, n_threads)
     return first * SHARE_UNIT, min(end * SHARE_UNIT, n)
+
+
+@helper
+def clear(address, nbytes):
+    """Zeros in `nbytes`, rounded up to 64."""
+    for i in range(0, nbytes, 64):
+        s.store(address + i, s.splat(s.f32(0)))
+
+
+@helper
+def ask_for(address, nbytes):
+    """Fetch what will be read soon into the cache."""
+    for i in range(0, nbytes, 64):
+        s.prefetch(address + i)
 
 
 @s.operation(s.f32, s.i64, s.i64)

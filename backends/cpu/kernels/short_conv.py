@@ -15,7 +15,7 @@ from . import emit as e
 from . import simd as s
 from .elementwise import get, put
 from .emit import number
-from .rows import helper, share, sum_squares
+from .rows import ask_for, clear, helper, share, sum_squares
 
 _PIECE = 64  # tokens; more than the taps, which abi.py limits
 _AHEAD = 8  # rows between a row and the one that is prefetched
@@ -130,20 +130,6 @@ def scale_row(x, n, factor):
         s.store(x + i * 4, s.load(x + i * 4) * s.splat(factor))
 
 
-@helper
-def clear(x, n):
-    """Zeros in n floats, rounded up to 16."""
-    for i in range(0, n, 16):
-        s.store(x + i * 4, s.splat(s.f32(0)))
-
-
-@helper
-def ask_for(x, n):
-    """Prefetch n floats."""
-    for i in range(0, n, 16):
-        s.prefetch(x + i * 4)
-
-
 def _convolution(activate, four_taps):
     @helper
     def conv_row(x, past, out, filters, t, taps, x_bytes, past_bytes, n, normed, eps):
@@ -152,7 +138,7 @@ def _convolution(activate, four_taps):
             first = row_at(x, past, t - 3, 4, x_bytes, past_bytes)
             second = row_at(x, past, t - 2, 4, x_bytes, past_bytes)
             third = row_at(x, past, t - 1, 4, x_bytes, past_bytes)
-            ask_for(x + (t + _AHEAD) * x_bytes, n)
+            ask_for(x + (t + _AHEAD) * x_bytes, n * 4)
             squares = four_taps(first, second, third, x + t * x_bytes, filters, out, n)
             if normed:
                 scale_row(out, n, s.f32(1) / s.sqrt_f32(squares + eps))
@@ -170,7 +156,7 @@ def _convolution(activate, four_taps):
     ):  # fmt: skip
         zeros, x_bytes, row_bytes = scratch + thread * scratch_bytes, x_stride * 4, channels * 4
         filters, blocks = zeros + (block + 15) // 16 * 64, (channels + block - 1) // block
-        clear(zeros, block)
+        clear(zeros, block * 4)
         for sequence in range(s.load_i64(live)):
             row, count = s.load_i32(spans + sequence * 8), s.load_i32(spans + sequence * 8 + 4)
             source = s.load_i32(slot_in + sequence * 4)

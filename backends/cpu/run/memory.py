@@ -6,13 +6,14 @@ all of it at once, without a garbage collection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from runtime.backends.cpu.pages import from_plain, to_plain
-from runtime.backends.cpu.run.weights import WeightStore
-from runtime.backends.plan.plan import ALIGNMENT, Buffer
+from runtime.backends.cpu.run.weights import WeightStore, aligned
+from runtime.backends.plan.plan import Buffer
 from runtime.ops.cost import page_nbytes
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
@@ -40,10 +41,10 @@ class FixedMemory:
         if leaf.content not in self._states:
             shape = (int(leaf.shape[0]), page_nbytes(leaf))
             try:
-                self._states[leaf.content] = aligned_zeros(shape[0] * shape[1]).reshape(shape)
+                self._states[leaf.content] = aligned(math.prod(shape), np.zeros).reshape(shape)
             except MemoryError:
                 raise BackendError(
-                    f"no memory for {leaf.name}: {shape[0] * shape[1]} bytes; load the model with "
+                    f"no memory for {leaf.name}: {math.prod(shape)} bytes; load the model with "
                     "a smaller `context` or fewer `sequences`"
                 ) from None
         return self._states[leaf.content]
@@ -68,10 +69,3 @@ class FixedMemory:
         else:
             raw = from_plain(values, leaf)
         self.state(leaf)[list(rows)] = raw
-
-
-def aligned_zeros(nbytes: int) -> np.ndarray:
-    """uint8 [nbytes], zero, starting at a cache line; untouched until it is used."""
-    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes]

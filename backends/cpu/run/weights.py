@@ -7,7 +7,7 @@ Nothing of it refers to the file afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,9 +25,9 @@ from runtime.ops.tensor import Tensor
 _PIECE = 16 << 20  # bytes read, and packed or widened, at a time; an interrupt waits for one
 
 
-def aligned_empty(nbytes: int) -> np.ndarray:
-    """uint8 [nbytes], uninitialised, starting at a cache line."""
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+def aligned(nbytes: int, make: Callable[..., np.ndarray] = np.empty) -> np.ndarray:
+    """uint8 [nbytes] starting at a cache line, uninitialised; make: `np.zeros` for zeros."""
+    raw = make(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes]
 
@@ -38,7 +38,7 @@ class WeightStore:
     def __init__(self, file: Any, library: Library, team: Any) -> None:
         self._file, self._library, self._team = file, library, team
         self._made: dict[Hashable, np.ndarray] = {}
-        self._slab = self._room = aligned_empty(0)
+        self._slab = self._room = aligned(0)
 
     def address(self, buffer: Buffer) -> int:
         """Where a weight lies in the form its buffer asks for."""
@@ -63,12 +63,12 @@ class WeightStore:
         """
         wanted = [b for b in buffers if b.content not in self._made]
         packed = [_repacked_nbytes(b.tensor) for b in wanted if b.memory == "repacked" and b.tensor]
-        self._slab = aligned_empty(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
-        self._room = aligned_empty(_PIECE)
+        self._slab = aligned(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
+        self._room = aligned(_PIECE)
         for buffer in wanted:
             self.address(buffer)
             yield _stored_nbytes(buffer)
-        self._room = aligned_empty(0)
+        self._room = aligned(0)
 
     def _raw(self, w: Tensor) -> np.ndarray:
         """The stored bytes, uint8; of a cut weight those of its part."""
@@ -105,7 +105,7 @@ class WeightStore:
     def _take(self, nbytes: int) -> np.ndarray:
         """Memory from the slab, or of its own for a weight that comes later."""
         if nbytes > self._slab.nbytes:
-            return aligned_empty(nbytes)
+            return aligned(nbytes)
         out = self._slab[:nbytes]
         self._slab = self._slab[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
         return out

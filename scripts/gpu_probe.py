@@ -37,14 +37,13 @@ from gpu_probe_timing import Gpu
 
 from runtime.backends.cuda.catalogue import KERNELS
 from runtime.backends.cuda.driver import SHARED_NBYTES
-from runtime.backends.cuda.fake import FakeDriver
-from runtime.backends.cuda.fake_nodes import FakeLibrary
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.library import TOOLCHAIN, library, toolchain_digest
 from runtime.backends.cuda.opening import open_driver
 from runtime.ops.errors import Error
 
-DATA = Path(__file__).resolve().parent.parent / "tests" / "data" / "gpu"
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+DATA = TESTS / "data" / "gpu"
 SHAPES = (4096, 4096), (4096, 14336), (151_936, 4096)
 FAKE_SHAPES = ((6, 256),)
 TILES = (4096, 4096, 512), (14336, 4096, 512), (4096, 4096, 2048)
@@ -72,6 +71,10 @@ def main(fake: bool, device: int, seconds: int, out: Path | None) -> None:
 def opened(fake: bool, index: int) -> Device:
     """The GPU, or the one that is not there."""
     if fake:
+        sys.path.append(str(TESTS))
+        from fake_driver import FakeDriver
+        from fake_nodes import FakeLibrary
+
         return Device(FakeDriver(execute=True), 0, FakeLibrary())
     driver = open_driver()
     return Device(driver, index)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_driver import FakeDriver
+from fake_nodes import FakeLibrary
 
 from runtime.backends.cuda.arena import Buffer
-from runtime.backends.cuda.fake import FakeDriver
-from runtime.backends.cuda.fake_nodes import FakeLibrary
 from runtime.backends.cuda.launcher import Device, Launch
 from runtime.backends.plan.kernel import Kernel
 

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_driver import H100, FakeDriver
 from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
+from fake_nodes import FakeLibrary, unpacked
 
 from runtime.backends.cuda.accesses import accesses, waits
-from runtime.backends.cuda.arguments import unpacked
 from runtime.backends.cuda.bindings import BoundDriver
 from runtime.backends.cuda.catalogue import KERNELS, declared
 from runtime.backends.cuda.driver import Driver
-from runtime.backends.cuda.fake import H100, FakeDriver
-from runtime.backends.cuda.fake_nodes import FakeLibrary
 from runtime.backends.cuda.intrinsics import launch_next, launch_wait, thread_x
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.opening import open_driver

@@ -134,7 +134,9 @@ def test_programmatic_edges_where_one_launch_follows_another():
 def test_a_kernel_that_does_not_wait_has_no_programmatic_edge(monkeypatch):
     import dataclasses
 
-    from runtime.backends.cuda import fake, graphs
+    import fake_driver
+
+    from runtime.backends.cuda import graphs
 
     def hasty(kernel):
         return dataclasses.replace(accesses(kernel), waits=False)
@@ -146,7 +148,7 @@ def test_a_kernel_that_does_not_wait_has_no_programmatic_edge(monkeypatch):
     graph = gpu.driver.create_graph()
     first = gpu.driver.add_node(graph, launches[0], [], [])
     monkeypatch.setattr(graphs, "accesses", hasty)
-    monkeypatch.setattr(fake, "accesses", hasty)
+    monkeypatch.setattr(fake_driver, "accesses", hasty)
     assert not dependencies(launches, programmatic=True)[0].programmatic
     with pytest.raises(BackendError, match="has no launch_wait"):
         Graph(gpu.device, launches, chain(2, programmatic=True))

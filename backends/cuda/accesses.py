@@ -1,7 +1,7 @@
 """Which of its arguments a kernel reads and writes, found in its source: no second list to keep.
 
 The kernel's function is searched for accesses to its pointers, and so is every function it hands
-them to. Graphs take their edges from this, the fake driver its checks.
+them to. Graphs take their edges from this.
 """
 
 from __future__ import annotations

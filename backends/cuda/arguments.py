@@ -15,7 +15,7 @@ from runtime.ops.errors import BackendError
 from .arena import Buffer
 from .intrinsic import SCALARS, WIDTH, Entry
 
-_CODES = dict(zip(SCALARS, "BbHhIiQqf", strict=True))
+CODES = dict(zip(SCALARS, "BbHhIiQqf", strict=True))
 _POINTER = _SLOT = 8  # bytes; every value has a slot of its own
 WIDTHS = WIDTH | {f"{kind}*": _POINTER for kind in SCALARS}  # bytes of a parameter
 
@@ -59,7 +59,7 @@ class Arguments:
         if isinstance(value, Buffer):
             raise BackendError(f"kernel {self._name}: {name} is {kind}, not a buffer")
         try:
-            struct.pack_into(_CODES[kind], self._block, _SLOT * i, value)
+            struct.pack_into(CODES[kind], self._block, _SLOT * i, value)
         except (struct.error, TypeError, ValueError, OverflowError):
             raise BackendError(
                 f"kernel {self._name}: {name} is {kind}, which {value!r} is not"
@@ -78,13 +78,3 @@ class Arguments:
             )
         struct.pack_into("Q", self._block, _SLOT * i, address)
         self.buffers[name] = value
-
-
-def unpacked(entry: Entry, address: int) -> tuple[int | float, ...]:
-    """The values a driver finds in the block whose array of pointers is at `address`."""
-    pointers = (ctypes.c_void_p * len(entry.arguments)).from_address(address)
-    values = []
-    for pointer, (_, kind) in zip(pointers, entry.arguments, strict=True):
-        code = "Q" if kind.endswith("*") else _CODES[kind]
-        values.append(struct.unpack(code, ctypes.string_at(pointer, WIDTHS[kind]))[0])
-    return tuple(values)

@@ -1,7 +1,7 @@
 """What the launcher asks of a CUDA driver, and opening the real one.
 
-`Driver` is the whole interface: `bindings.py` fills it with NVIDIA's driver, `fake.py` with a
-recorder that needs no GPU. Handles are opaque; addresses, sizes and times are numbers. Calls act
+`Driver` is the whole interface: `bindings.py` fills it with NVIDIA's driver, tests with one that
+needs no GPU. Handles are opaque; addresses, sizes and times are numbers. Calls act
 on the context made current in the calling thread.
 """
 

@@ -1,23 +1,25 @@
-"""Launches as a driver sees them, and what is wrong with them: the checks of `fake.py`."""
+"""Launches as a driver sees them, and what is wrong with them: the checks of `fake_driver.py`."""
 
 from __future__ import annotations
 
+import ctypes
 import random
+import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from fake_memory import Memory, Span, overlap
 
+from runtime.backends.cuda.accesses import accesses
+from runtime.backends.cuda.arguments import CODES, WIDTHS
+from runtime.backends.cuda.catalogue import Compiled, declared
+from runtime.backends.cuda.driver import SHARED_NBYTES
+from runtime.backends.cuda.graphs import spans
+from runtime.backends.cuda.intrinsic import Entry
+from runtime.backends.cuda.launcher import Launch
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
-
-from .accesses import accesses
-from .arguments import unpacked
-from .catalogue import Compiled, declared
-from .driver import SHARED_NBYTES
-from .fake_memory import Memory, Span, overlap
-from .graphs import spans
-from .launcher import Launch
 
 
 class FakeLibrary:
@@ -90,6 +92,16 @@ def seen(launch: Launch) -> Node:
     return Node(name, launch.shape, values, dict(launch.buffers), touched)
 
 
+def unpacked(entry: Entry, address: int) -> tuple[int | float, ...]:
+    """The values a driver finds in the block whose array of pointers is at `address`."""
+    pointers = (ctypes.c_void_p * len(entry.arguments)).from_address(address)
+    values = []
+    for pointer, (_, kind) in zip(pointers, entry.arguments, strict=True):
+        code = "Q" if kind.endswith("*") else CODES[kind]
+        values.append(struct.unpack(code, ctypes.string_at(pointer, WIDTHS[kind]))[0])
+    return tuple(values)
+
+
 def _all_alive(launch: Launch) -> bool:
     return all(buffer.alive for buffer in launch.buffers.values())
 
@@ -134,7 +146,7 @@ def shuffled(nodes: list[Node], generator: random.Random) -> list[Node]:
 
 def perform(node: Node, memory: Memory, seed: int) -> None:
     """Run a launch on the simulator; what the kernel only reads is read-only there."""
-    from .simulator import launch
+    from runtime.backends.cuda.simulator import launch
 
     function = node.shape[0].value
     writes = accesses(function.kernel).writes

@@ -7,7 +7,7 @@ It refuses, in one line, what a GPU would punish by wrong numbers, a dead contex
     handles that were destroyed, are of another kind or of another device's context
     frees of what was never allocated
     a reader not ordered behind its writer, or a writer behind its readers: between streams
-    (`ordering.py`), and between the nodes of a graph
+    (`fake_order.py`), and between the nodes of a graph
     programmatic edges and launches to kernels that do not wait
 
 With `execute`, memory has contents and kernels run on the simulator, nodes of a graph in a random
@@ -23,15 +23,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.backends.plan.kernel import Kernel
-from runtime.ops.errors import MemoryLimitError
-
-from .accesses import accesses
-from .arena import sized
-from .catalogue import Compiled
-from .driver import ALIGNMENT, NEEDED_CUDA, DeviceInfo, Driver
-from .fake_memory import Memory, Span
-from .fake_nodes import (
+from fake_memory import Memory, Span
+from fake_nodes import (
     Function,
     Handle,
     Node,
@@ -42,8 +35,15 @@ from .fake_nodes import (
     shuffled,
     wrong,
 )  # fmt: skip
-from .launcher import Launch
-from .ordering import Order
+from fake_order import Order
+
+from runtime.backends.cuda.accesses import accesses
+from runtime.backends.cuda.arena import sized
+from runtime.backends.cuda.catalogue import Compiled
+from runtime.backends.cuda.driver import ALIGNMENT, NEEDED_CUDA, DeviceInfo, Driver
+from runtime.backends.cuda.launcher import Launch
+from runtime.backends.plan.kernel import Kernel
+from runtime.ops.errors import MemoryLimitError
 
 H100 = DeviceInfo(0, "fake H100", (9, 0), 80 << 30, 132, 227 << 10, 50 << 20, 1_980_000)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from runtime.ops.errors import BackendError
+from fake_memory import Span, overlap
 
-from .fake_memory import Span, overlap
+from runtime.ops.errors import BackendError
 
 Clock = dict[Hashable, int]
 

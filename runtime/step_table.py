@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,4 @@ def _kernel(kernel: Any) -> str:
 
 def _counted(names: Iterable[str]) -> str:
     """Names with commas between them, equal ones once with how often."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(f"{n} {name}" if n > 1 else name for name, n in counts.items())
+    return ", ".join(f"{n} {name}" if n > 1 else name for name, n in Counter(names).items())

@@ -124,7 +124,7 @@ class TestFlags:
 
     @pytest.mark.parametrize(("threads", "said"), [(8, 0), (9, 1), (1000, 1)])
     def test_more_threads_than_processors(self, invoke, monkeypatch, threads, said):
-        monkeypatch.setattr("runtime.cli.model_path._processors", lambda: 8)
+        monkeypatch.setattr("runtime.backends.cpu.run.cores.processors", lambda: 8)
         result = invoke("run", "-p", "x", "-t", threads)
         assert result.exit_code == 0 and result.loaded[0][1]["threads"] == threads
         line = f"-t {threads} is more than the 8 processors here, which makes it slower\n"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from runtime import __version__
 from runtime.cli import facts
 from runtime.cli.bench_plan import UBATCH, Setting
-from runtime.cli.bench_result import Result, deviation, mean
+from runtime.cli.bench_result import Result, deviation
 
 # header, width, flush right: as llama-bench draws them
 _FIRST = (
@@ -39,11 +40,30 @@ _AS_ON_CPU: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Markdown:
+class Printer:
+    """A format of the table: its lines, as they are measured."""
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        """`settings`: all that will be measured."""
+
+    def begin(self, first: Result) -> Iterable[str]:
+        """What comes before the first result."""
+        return ()
+
+    def row(self, result: Result) -> Iterable[str]:
+        """The lines of one result."""
+        raise NotImplementedError
+
+    def end(self) -> Iterable[str]:
+        """What follows the last result."""
+        return ()
+
+
+class Markdown(Printer):
     """A table whose rows are printed as they are measured."""
 
     def __init__(self, settings: Sequence[Setting]) -> None:
-        """`settings`: all that will be measured, since a column's need depends on them."""
+        """`settings`: a column's need depends on all of them."""
         changed = [
             column
             for column, default in _CHANGED
@@ -72,11 +92,8 @@ class Markdown:
         return "| " + " | ".join(padded) + " |"
 
 
-class Csv:
+class Csv(Printer):
     """One quoted line per test, after a line of keys."""
-
-    def __init__(self, settings: Sequence[Setting]) -> None:
-        pass
 
     def begin(self, first: Result) -> Iterator[str]:
         """The keys."""
@@ -89,16 +106,9 @@ class Csv:
         csv.writer(text, quoting=csv.QUOTE_ALL).writerow(values)
         yield text.getvalue().rstrip("\r\n")
 
-    def end(self) -> Iterator[str]:
-        """Nothing follows."""
-        return iter(())
 
-
-class Sql:
+class Sql(Printer):
     """Statements that make the table llama_bench and fill it."""
-
-    def __init__(self, settings: Sequence[Setting]) -> None:
-        pass
 
     def begin(self, first: Result) -> Iterator[str]:
         """The statement that makes the table."""
@@ -111,31 +121,16 @@ class Sql:
         quoted = ", ".join(map(_quoted, values.values()))
         yield f"INSERT INTO llama_bench ({', '.join(values)}) VALUES ({quoted});"
 
-    def end(self) -> Iterator[str]:
-        """Nothing follows."""
-        return iter(())
 
-
-class JsonLines:
+class JsonLines(Printer):
     """An object per line, printed as it is measured."""
-
-    def __init__(self, settings: Sequence[Setting]) -> None:
-        pass
-
-    def begin(self, first: Result) -> Iterator[str]:
-        """Nothing comes before."""
-        return iter(())
 
     def row(self, result: Result) -> Iterator[str]:
         """The object of one result."""
         yield json.dumps(fields(result))
 
-    def end(self) -> Iterator[str]:
-        """Nothing follows."""
-        return iter(())
 
-
-class Json:
+class Json(Printer):
     """A list of objects, printed as they are measured."""
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -156,7 +151,6 @@ class Json:
         yield "]"
 
 
-Printer = Markdown | Json | JsonLines | Csv | Sql
 FORMATS: dict[str, type[Printer]] = {
     "md": Markdown, "json": Json, "jsonl": JsonLines, "csv": Csv, "sql": Sql,
 }  # fmt: skip
@@ -187,9 +181,9 @@ def fields(result: Result) -> dict[str, Any]:
         "n_gen": result.test.n_gen,
         "n_depth": result.test.n_depth,
         "test_time": result.started,
-        "avg_ns": round(mean(nanoseconds)),
+        "avg_ns": round(fmean(nanoseconds)),
         "stddev_ns": round(deviation(nanoseconds)),
-        "avg_ts": round(mean(speeds), 6),
+        "avg_ts": round(fmean(speeds), 6),
         "stddev_ts": round(deviation(speeds), 6),
         "samples_ns": nanoseconds,
         "samples_ts": speeds,
@@ -236,7 +230,7 @@ def _cells(result: Result) -> dict[str, str]:
         "type_k": setting.type_k,
         "type_v": setting.type_v,
         "test": result.test.name,
-        "t/s": f"{mean(speeds):.2f} ± {deviation(speeds):.2f}",
+        "t/s": f"{fmean(speeds):.2f} ± {deviation(speeds):.2f}",
         "bandwidth_share": "" if share is None else f"{share:.3f}",
         "GMAC/s": "" if gmac is None else f"{gmac:.1f}",
     }

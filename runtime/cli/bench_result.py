@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from statistics import fmean, stdev
 from typing import Any
 
 from runtime.cli.bench_plan import Setting, Test
@@ -32,14 +32,14 @@ class Result:
         """Of a decode: bytes that its tokens had to read per second, over what memory gives."""
         if not self.test.n_gen or self.test.n_prompt or not self.bandwidth:
             return None
-        return self._traffic().nbytes * mean(self.speeds) / self.bandwidth
+        return self._traffic().nbytes * fmean(self.speeds) / self.bandwidth
 
     @property
     def gmac_per_s(self) -> float | None:
         """Of a prompt: 1e9 multiplications of weights per second."""
         if not self.test.n_prompt or self.test.n_gen:
             return None
-        return self._traffic().macs * mean(self.speeds) / 1e9
+        return self._traffic().macs * fmean(self.speeds) / 1e9
 
     def _traffic(self) -> Any:
         """What a token moves in the middle of the test."""
@@ -49,14 +49,6 @@ class Result:
         return traffic.of_file(self.model.file, self.model.kv_types, context)
 
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
-
-
 def deviation(values: Sequence[float]) -> float:
     """Standard deviation of a sample (divided by n - 1); 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    middle = mean(values)
-    return math.sqrt(sum((v - middle) ** 2 for v in values) / (len(values) - 1))
+    return stdev(values) if len(values) > 1 else 0.0

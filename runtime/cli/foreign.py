@@ -49,12 +49,8 @@ def _rows() -> dict[str, Foreign]:
 
 # names, values, nothing to say: they ask for what is done anyway
 _SILENT = (
-    (
-        "--jinja --offline --perf --show-timings --simple-io --log-disable --no-display-prompt",
-        0,
-        "",
-    ),
-    ("--no-escape --no-mmproj --no-mmproj-auto --cache-prompt", 0, ""),
+    ("--jinja --offline --perf --show-timings --simple-io --log-disable", 0, ""),
+    ("--no-display-prompt --no-escape --no-mmproj --no-mmproj-auto --cache-prompt", 0, ""),
     ("--warmup --progress -cb --cont-batching -kvu --kv-unified --no-log-prefix", 0, ""),
     ("--no-log-timestamps --skip-chat-parsing --repack", -1, ""),
     ("--log-colors", 1, ""),
@@ -62,28 +58,20 @@ _SILENT = (
 
 _ON_CPU = "{name}: models run on the CPU here, all layers and experts with them"
 _PLACED = "{name} has no effect: the system places the threads (-t says how many)"
+_PACKED = "{name} has no effect: weights are packed into memory of their own when a model is loaded"
+_SHOWN = "DEBUG=1 to 4 shows what is computed"
+_NOTHING = "{name} has no effect here"
 
 _ACCEPTED = (
     ("-ngl --gpu-layers --n-gpu-layers -mg --main-gpu -sm --split-mode", 1, _ON_CPU),
     ("-ts --tensor-split -ncmoe --n-cpu-moe -ncffn --n-cpu-ffn -dev --device", 1, _ON_CPU),
     ("-ot --override-tensor -fitt --fit-target -fitc --fit-ctx", 1, _ON_CPU),
     ("-cmoe --cpu-moe", 0, _ON_CPU),
-    (
-        "-nkvo --no-kv-offload -kvo --kv-offload -nopo --no-op-offload --op-offload --no-host",
-        -1,
-        _ON_CPU,
-    ),
+    ("-nkvo --no-kv-offload -kvo --kv-offload -nopo --no-op-offload --op-offload", -1, _ON_CPU),
+    ("--no-host", -1, _ON_CPU),
     ("-fa --flash-attn", -1, "{name}: attention is always computed flash-style here"),
-    (
-        "--no-mmap --mmap -mmp --mlock -dio --direct-io --no-direct-io",
-        -1,
-        "{name} has no effect: weights are packed into memory of their own when a model is loaded",
-    ),
-    (
-        "-lm --load-mode -lzm --lazy-mode",
-        1,
-        "{name} has no effect: weights are packed into memory of their own when a model is loaded",
-    ),
+    ("--no-mmap --mmap -mmp --mlock -dio --direct-io --no-direct-io", -1, _PACKED),
+    ("-lm --load-mode -lzm --lazy-mode", 1, _PACKED),
     ("-nr --no-repack", 0, "{name} has no effect: weights are always packed for the processor"),
     ("--numa --prio --prio-batch --poll --poll-batch -C --cpu-mask -Cr --cpu-range", 1, _PLACED),
     ("-Cb --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict --cpu-strict-batch", 1, _PLACED),
@@ -96,25 +84,17 @@ _ACCEPTED = (
         "{name} has no effect: prompts are read 512 tokens at a time, which changes no result",
     ),
     ("--no-warmup", 0, "{name} has no effect: nothing is warmed up before an answer"),
-    ("--swa-full --check-tensors --no-cache-prompt", 0, "{name} has no effect here"),
-    (
-        "--keep -np --parallel -dt --defrag-thold -ctxcp --ctx-checkpoints",
-        1,
-        "{name} has no effect here",
-    ),
-    ("-cms --checkpoint-min-step -cram --cache-ram --cache-reuse", 1, "{name} has no effect here"),
+    ("--swa-full --check-tensors --no-cache-prompt", 0, _NOTHING),
+    ("--keep -np --parallel -dt --defrag-thold -ctxcp --ctx-checkpoints", 1, _NOTHING),
+    ("-cms --checkpoint-min-step -cram --cache-ram --cache-reuse", 1, _NOTHING),
     (
         "--context-shift --no-context-shift",
         0,
         "{name}: a full conversation forgets its oldest messages",
     ),
     ("-mli --multiline-input", 0, '{name}: begin and end a message of several lines with """'),
-    ("-v --verbose --log-verbose", 0, "{name}: DEBUG=1 to 4 shows what is computed"),
-    (
-        "-lv --verbosity --log-verbosity --log-file",
-        1,
-        "{name} has no effect: DEBUG=1 to 4 shows what is computed",
-    ),
+    ("-v --verbose --log-verbose", 0, f"{{name}}: {_SHOWN}"),
+    ("-lv --verbosity --log-verbosity --log-file", 1, f"{{name}} has no effect: {_SHOWN}"),
 )
 
 _FETCH = f"{{name}}: {NO_DOWNLOAD}; give the path of a .gguf file"

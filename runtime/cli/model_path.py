@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,22 +25,16 @@ model_option = option(
 def load(path: str | None, **arguments: Any) -> Any:
     """`runtime.load`; UsageError for an option that cannot be used."""
     import runtime
+    from runtime.backends.cpu.run.cores import processors
     from runtime.errors import OptionError
 
-    threads, processors = arguments.get("threads"), _processors()
-    if threads is not None and threads > processors:
-        note(f"-t {threads} is more than the {processors} processors here, which makes it slower")
+    threads = arguments.get("threads")
+    if threads is not None and threads > processors():
+        note(f"-t {threads} is more than the {processors()} processors here, which makes it slower")
     try:
         return runtime.load(path, **arguments)
     except OptionError as error:
         raise Refused(str(error)) from None
-
-
-def _processors() -> int:
-    """Logical processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def model_argument(text: str | None, option: str | None) -> str | None:

@@ -1,0 +1,107 @@
+"""Devices as llama.cpp's users choose them: a list, a split mode, shares and a main device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from runtime.backends.meta.expression import Group, Node, parse, share
+from runtime.backends.meta.stages import Counts, Stage, one, spread, stages
+from runtime.ops.errors import OptionError, shown
+
+SPLIT_MODES = {"none": "", "layer": "layers", "tensor": "tensor"}
+
+Shares = str | Sequence[float]
+
+
+def chosen(
+    devices: str, split_mode: str | None = None, tensor_split: Shares | None = None,
+    main_device: int | None = None, counts: Counts = one,
+) -> tuple[Stage, ...]:  # fmt: skip
+    """The stages that these options ask for.
+
+    devices: an expression. split_mode: of a bare list of devices, "layer" (the default) or
+    "tensor", or "none": `main_device` of the list alone, by default its first. tensor_split: a
+    share for each device, or member of the outermost group, as "3,1" or numbers. counts: see
+    `stages`. OptionError, naming the option, for what does not go together.
+    """
+    tree = spread(parse(devices), counts)
+    mode = None if split_mode is None else _mode(split_mode)
+    if mode is not None and isinstance(tree, Group) and tree.kind:
+        raise OptionError(
+            f"split_mode={split_mode!r} is for a list of devices, and devices={shown(devices)} is "
+            f"split by {tree.kind}(...) already: leave one of them out"
+        )
+    if tensor_split is not None:
+        if mode == "":
+            raise OptionError("tensor_split: with split_mode='none' one device has everything")
+        tree = _shared(tree, tensor_split)
+    if main_device is not None or mode == "":
+        tree = _main(tree, mode, main_device or 0)
+    elif mode is not None and isinstance(tree, Group):
+        tree = replace(tree, kind=mode)
+    return stages(tree)
+
+
+def _mode(split_mode: str) -> str:
+    if split_mode == "row":
+        raise OptionError(
+            "split_mode='row' is part of 'tensor' here, which splits each matrix by rows or by "
+            "columns, whichever moves less between the devices: give 'tensor'"
+        )
+    if split_mode not in SPLIT_MODES:
+        raise OptionError(f"split_mode={split_mode!r} must be one of {', '.join(SPLIT_MODES)}")
+    return SPLIT_MODES[split_mode]
+
+
+def _shared(tree: Node, tensor_split: Shares) -> Group:
+    """The outermost group with these shares."""
+    shares = _shares(tensor_split)
+    if not isinstance(tree, Group) or len(tree.members) == 1:
+        raise OptionError(
+            f"tensor_split={shown(tensor_split)}: nothing to split over one device; name several, "
+            "such as devices='cpu:0,cpu:1'"
+        )
+    nodes = [node for _, node in tree.members]
+    if len(shares) != len(nodes):
+        raise OptionError(
+            f"tensor_split={shown(tensor_split)} has {len(shares)} shares for {len(nodes)} "
+            f"devices: give one for each of {shown(','.join(map(str, nodes)))}"
+        )
+    if any(own != 1 for own, _ in tree.members):
+        raise OptionError(
+            f"tensor_split={shown(tensor_split)}: devices={shown(str(tree))} has shares of its "
+            "own; give them in one place"
+        )
+    if not any(shares):
+        raise OptionError(
+            f"tensor_split={shown(tensor_split)}: every share is 0, and one must not be"
+        )
+    return replace(tree, members=tuple(zip(shares, nodes, strict=True)))
+
+
+def _shares(tensor_split: Shares) -> list[Fraction]:
+    try:
+        if isinstance(tensor_split, str):
+            return [share(part.strip()) for part in re.split("[,/:;]", tensor_split)]
+        return [share(part) for part in tensor_split]
+    except ValueError as error:
+        raise OptionError(f"tensor_split={shown(tensor_split)}: {error}") from None
+
+
+def _main(tree: Node, mode: str | None, number: int) -> Node:
+    """The one device of a list that is to run alone."""
+    nodes = [node for _, node in tree.members] if isinstance(tree, Group) else [tree]
+    if mode != "" and len(nodes) > 1:
+        raise OptionError(
+            f"main_device={number} is for split_mode='none', where one device has everything: "
+            "leave it out, or give that mode"
+        )
+    if number >= len(nodes):
+        raise OptionError(
+            f"main_device={number}: the list has {len(nodes)} device{'s' * (len(nodes) != 1)}, "
+            "the first of which is 0"
+        )
+    return nodes[number]

@@ -96,7 +96,9 @@ def result(node: Tensor, states: Sequence[State]) -> State:
     for number, split in splits.items():
         for axis, link in links(node, number, split.axis, OUT):
             candidate = carried(split, axis, link)
-            if candidate is not None and needs(node, candidate) == given:
+            if candidate is None:
+                continue
+            if slice_.made(node) or needs(node, candidate) == given:  # more than a slice is no harm
                 return candidate
         if is_summed(node, number, split.axis) and summands(node, number, split) == given:
             return PARTIAL
@@ -122,13 +124,17 @@ def carried(split: Split, axis: int, link: Link) -> Split | None:
 
 
 def _asked(node: Tensor, source: int, split: Split, target: int) -> State:
+    reason = ""
     for axis, link in links(node, source, split.axis, target):
         found = carried(split, axis, link)
         if found is None:
-            raise Unsplittable(f"{node.op} would move elements of {split} between devices")
-        if link.shared and not _even(node, source, split, target, found):
-            raise Unsplittable(f"{node.op}: {split} is not the same part of every group")
-        return found
+            reason = f"{node.op} would move elements of {split} between devices"
+        elif link.shared and not _even(node, source, split, target, found):
+            reason = f"{node.op}: {split} is not the same part of every group"
+        else:
+            return found
+    if reason:
+        raise Unsplittable(reason)
     return MIRRORED
 
 

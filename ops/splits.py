@@ -86,7 +86,7 @@ def normal(axis: int, runs: Sequence[tuple[Owners, int]], repeat: int = 1) -> Sp
     cells = [owners for owners, n in stretches for _ in range(n // unit)] if unit else []
     period = _period(cells)
     joined = [(owners, unit * len(list(group))) for owners, group in groupby(cells[:period])]
-    times = repeat * (len(cells) // period if period else 1)
+    times = repeat * (len(cells) // period) if period else 1
     if len(joined) == 1:  # one owner: no period to speak of
         joined, times = [(joined[0][0], joined[0][1] * times)], 1
     return Split(axis, tuple(joined), times)

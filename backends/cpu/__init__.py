@@ -28,7 +28,8 @@ MAX_THREADS = 1024
 class CpuBackend:
     """See backends/base.py. `threads` None means one per physical core.
 
-    cores: the logical processors that its threads keep to, such as range(0, 2); None: any.
+    cores: the logical processors that its threads keep to, such as range(0, 2); None: any. Memory
+    is first written by those, so that it lies on their NUMA node.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class CpuBackend:
         """A program for a plan; kernels and weights it needs are made ready."""
         self._library.prepare(plan.kernels())
         if plan.arena_nbytes > self._arena.nbytes:
-            self._arena = aligned(plan.arena_nbytes)  # older programs keep theirs
-            self._arena[:] = 0
+            # older programs keep theirs; its pages are given where threads first write them
+            self._arena = aligned(plan.arena_nbytes, np.zeros)
         scratch = plan.scratch_nbytes * self.threads
         if scratch > self._scratch.nbytes:
             self._scratch = aligned(scratch)

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.cpu.run.cores import pinned
 from runtime.backends.cpu.run.weights import WeightStore, aligned
 from runtime.backends.plan.plan import Buffer
 from runtime.ops.cost import page_nbytes
@@ -36,7 +37,8 @@ class FixedMemory:
     def state(self, leaf: Tensor) -> np.ndarray:
         """uint8 [pages or slots, bytes of one] of a state leaf, zero-filled, on first use.
 
-        The system gives memory to what is written, so room never used costs nothing.
+        The system gives memory to what is written, so room never used costs nothing, and the rest
+        lies on the NUMA node of the threads that wrote it.
         """
         if leaf.content not in self._states:
             shape = (int(leaf.shape[0]), page_nbytes(leaf))
@@ -52,7 +54,8 @@ class FixedMemory:
     def copy(self, leaf: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages or slots of a leaf."""
         memory = self.state(leaf)
-        memory[list(targets)] = memory[list(sources)]
+        with pinned(self.weights.cores):
+            memory[list(targets)] = memory[list(sources)]
 
     def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """float32 [rows, ...]: pages as [PAGE, heads, dim], slots as they are."""
@@ -68,4 +71,5 @@ class FixedMemory:
             raw = values.reshape(len(rows), -1).view(np.uint8)
         else:
             raw = from_plain(values, leaf)
-        self.state(leaf)[list(rows)] = raw
+        with pinned(self.weights.cores):
+            self.state(leaf)[list(rows)] = raw

@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.backends.base import stored_tensor
 from runtime.backends.cpu.compile.library import Library
+from runtime.backends.cpu.run.cores import pinned
 from runtime.backends.cpu.run.stored import StoredRows
 from runtime.backends.cpu.run.table import Table
 from runtime.backends.cpu.tile.formats import ROWS, packed_nbytes, tile_format
@@ -37,6 +38,7 @@ class WeightStore:
 
     def __init__(self, file: Any, library: Library, team: Any) -> None:
         self._file, self._library, self._team = file, library, team
+        self.cores = team.cores[0]  # they write it first, so that it lies on their NUMA node
         self._made: dict[Hashable, np.ndarray] = {}
         self._slab = self._room = aligned(0)
 
@@ -44,7 +46,8 @@ class WeightStore:
         """Where a weight lies in the form its buffer asks for."""
         if buffer.content not in self._made:
             assert buffer.tensor is not None, "a weight buffer has its tensor"
-            self._made[buffer.content] = _MAKERS[buffer.memory](self, buffer.tensor)
+            with pinned(self.cores):
+                self._made[buffer.content] = _MAKERS[buffer.memory](self, buffer.tensor)
         return self._made[buffer.content].ctypes.data
 
     def nbytes(self) -> int:

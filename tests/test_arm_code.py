@@ -34,7 +34,7 @@ def hot_blocks(name: str, columns: int, isa_name: str) -> list[Counter[str]]:
     Instructions by element count as `NAME[]`; the operands of others are not told apart.
     """
     spec = TileSpec(name, columns, "int8")
-    text = objects.assembly(emit_matmul(spec, isa_name), isa_name)
+    text = tiles.assembly(emit_matmul(spec, isa_name), isa_name)
     found = []
     for block in re.split(r"(?m)^(?=\S*BB\S*:)", text):
         lines = re.findall(r"(?m)^\t([a-z]\w*)(.*)$", block)

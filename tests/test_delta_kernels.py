@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chunked_delta import chunked
+from guarded import damaged, poison
 from kernel_calls import ISAS, Fenced, library, run
 from stored_tensors import Stored, file_of
 
@@ -17,7 +19,6 @@ from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.compile.library import library as kept_library
 from runtime.backends.cpu.sizes import delta_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
-from runtime.ops.delta import gated_delta_chunked
 from runtime.ops.dtypes import F32
 from runtime.ops.registry import OPS
 
@@ -113,10 +114,10 @@ class Device:
             "slot_i": np.array([p[1] for p in pieces], np.int32),
             "slot_o": np.array([p[2] for p in pieces], np.int32),
         }
-        self.program.poison()
+        poison(self.program)
         live = {"tokens": sum(counts), "sequences": len(pieces)}
         found = self.program.run(inputs, live)[0].copy()
-        assert not self.program.damaged()
+        assert not damaged(self.program)
         return found
 
     def slot(self, n: int) -> list[np.ndarray]:
@@ -318,5 +319,5 @@ def test_chunked_form_agrees_with_the_recurrence(order: str, chunk: int):
         return form(q, k, v, decay, beta, state, *step, scale=0.3, order=order, **more), state
 
     wanted = found(OPS["gated_delta"].reference)
-    for got, want in zip(found(gated_delta_chunked, chunk=chunk), wanted, strict=True):
+    for got, want in zip(found(chunked, chunk=chunk), wanted, strict=True):
         assert error(got, want) < 1e-10

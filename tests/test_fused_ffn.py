@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import gguf
 import numpy as np
 import pytest
+from guarded import damaged, poison
 from stored_tensors import Stored, file_of
 
 from runtime import ops
@@ -133,7 +134,7 @@ def given(tokens: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
 
 def in_turn(program: Program, tokens: int, order: list[int]) -> np.ndarray:
     """One step, row by row, each by one thread after the other in `order`."""
-    program.poison()
+    poison(program)
     program._prepare(*given(tokens))
     records, starts = program._table._records, program._table.starts
     for first, end in itertools.pairwise(starts):
@@ -198,9 +199,9 @@ def test_fused_has_the_bits_of_plain_ops(name: str, tokens: int, kind: str):
     for fuse in (True, False):
         backend = CpuBackend(FILES[kind], threads=2, fuse=fuse)
         program = backend.bind(backend.plan(g, guarded=True))
-        program.poison()
+        poison(program)
         results.append(np.array(program.run(*given(tokens))[0]))
-        assert not program.damaged()
+        assert not damaged(program)
         backend.close()
     np.testing.assert_array_equal(*results)
     wanted = ReferenceBackend(FILES[kind]).program(g).run(*given(tokens))[0]

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from guarded import damaged, poison
 from op_grid import INPUTS, VIEWS, Built, grid
 from oracles import ORACLES
 
@@ -172,7 +173,7 @@ def test_cpu_backend(name: str, n: int, variant: str):
         backend = CpuBackend(built.file(), threads=threads, activations="f32")
         program = backend.bind(backend.plan(built.graph, guarded=True))
         _fill(backend, built)
-        program.poison()
+        poison(program)
         got = program.run(built.inputs, built.live)
         for found, room, want in zip(got, program._outputs, results, strict=True):
             if built.node.dtype is BF16:
@@ -182,7 +183,7 @@ def test_cpu_backend(name: str, n: int, variant: str):
             assert (behind == 0xFF).all(), "rows behind the live ones were written"
         for key, value in left.items():
             _check(_left(backend, built, key), value, built.case.tolerance)
-        assert not program.damaged()
+        assert not damaged(program)
         backend.close()
 
 

@@ -245,7 +245,7 @@ def test_experts_are_the_same_bits_as_one_matrix(name: str, columns: int, n_thre
 def test_x86_code_uses_its_dot_product(isa_name: str, instruction: str) -> None:
     if isa.host_arch() != "x86_64":
         pytest.skip("an x86 processor is needed to emit its code")
-    code = objects.assembly(emit_matmul(TileSpec("Q4_0", 8, "int8"), isa_name), isa_name)
+    code = tiles.assembly(emit_matmul(TileSpec("Q4_0", 8, "int8"), isa_name), isa_name)
     assert code.count(instruction) >= 64
     assert ("%zmm" in code) == (isa_name == "avx512vnni")
 

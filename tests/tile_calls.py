@@ -72,6 +72,12 @@ def pack_kernel(name: str, isa_name: str) -> Any:
     return loaded(emit_pack(name, isa_name), isa_name)
 
 
+def assembly(ir: str, isa_name: str) -> str:
+    """Assembly text of the LLVM module `ir`, to look for instructions."""
+    module, machine = objects._prepare(ir, isa_name)
+    return machine.emit_assembly(module)
+
+
 def loaded(ir: str, isa_name: str) -> Any:
     """The kernel of a module: (args, thread, n_threads). Compiled once, kept beside a model's."""
     key = hashlib.sha256(f"{llvmlite.__version__} {isa_name} {ir}".encode()).hexdigest()

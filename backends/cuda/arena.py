@@ -6,13 +6,13 @@ step took last. A buffer of a released or closed arena refuses to be used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.ops.errors import BackendError, MemoryLimitError
 
-from .driver import ALIGNMENT
+from .driver import ALIGNMENT, Owned
 
 if TYPE_CHECKING:
     from .launcher import Device, Stream
@@ -86,7 +86,7 @@ class Buffer:
         return f"buffer of {sized(self.nbytes)} in arena {self._arena.name}"
 
 
-class Arena:
+class Arena(Owned):
     """One allocation of a device and what was taken of it."""
 
     def __init__(self, device: Device, nbytes: int, name: str = "") -> None:
@@ -96,7 +96,6 @@ class Arena:
         self._released: list[tuple[int, int]] = []  # (used, takes) of each release
         device.activate()
         self.address = device.driver.allocate(nbytes)
-        self._open = True
 
     def take(self, nbytes: int, alignment: int = ALIGNMENT) -> Buffer:
         """The next `nbytes`. MemoryLimitError: the arena is full; BackendError: it is closed."""
@@ -134,15 +133,6 @@ class Arena:
         gone = any(start >= mark and number <= takes for mark, takes in self._released)
         return self._open and not gone
 
-    def close(self) -> None:
-        """Free the allocation; a second call does nothing."""
-        if self._open:
-            self._open = False
-            self.device.activate()
-            self.device.driver.free(self.address)
-
-    def __enter__(self) -> Arena:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def _free(self) -> None:
+        self.device.activate()
+        self.device.driver.free(self.address)

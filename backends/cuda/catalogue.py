@@ -5,7 +5,7 @@ Free of numba: the simulator, the launcher and a process that reads compiled ker
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from runtime.backends.plan.catalogue import Catalogue
@@ -40,10 +40,11 @@ def declared(kernel: Kernel) -> Declared:
 
 def head(compiled: Compiled) -> dict[str, Any]:
     """Everything but the code, as JSON values."""
-    values = {k: v for k, v in vars(compiled).items() if k not in ("code", "entry")}
-    return values | {"entry": compiled.entry.to_json()}
+    return {name: value for name, value in asdict(compiled).items() if name != "code"}
 
 
 def from_head(values: dict[str, Any], code: bytes) -> Compiled:
     """The inverse of `head`. KeyError or TypeError when values are missing or foreign."""
-    return Compiled(**values | {"code": code, "entry": Entry.from_json(values["entry"])})
+    arguments = tuple((name, kind) for name, kind in values["entry"]["arguments"])
+    entry = Entry(**values["entry"] | {"arguments": arguments})
+    return Compiled(**values | {"code": code, "entry": entry})

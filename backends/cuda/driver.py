@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from .catalogue import Compiled
@@ -19,6 +19,27 @@ NEEDED_CUDA = 13000  # as cuDriverGetVersion counts: 13.0
 NEEDED_DRIVER = 580  # the first that brings it
 SHARED_NBYTES = 48 << 10  # of a block, without asking
 ALIGNMENT = 256  # bytes, of what a driver allocates
+
+
+class Owned:
+    """What a driver has made for us, until `close` or the end of a `with`."""
+
+    _open = True
+
+    def close(self) -> None:
+        """Give it back; a second call does nothing."""
+        if self._open:
+            self._open = False
+            self._free()
+
+    def _free(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from runtime.ops.errors import BackendError
 
 from .accesses import accesses
+from .driver import Owned
 from .launcher import Device, Launch, Stream
 
 
@@ -29,7 +30,7 @@ class Edge:
     programmatic: bool = False
 
 
-class Graph:
+class Graph(Owned):
     """Launches with edges, instantiated."""
 
     def __init__(
@@ -56,7 +57,6 @@ class Graph:
             early = [e.programmatic for e in edges_in]
             self._nodes.append(self._driver.add_node(self._graph, launch, before, early))
         self._executable = self._driver.instantiate(self._graph)
-        self._open = True
 
     def replay(self, stream: Stream) -> None:
         """Give all launches to the stream."""
@@ -66,18 +66,9 @@ class Graph:
         """Take over the arguments and grid that launch `index` has now."""
         self._driver.update_node(self._executable, self._nodes[index], self.launches[index])
 
-    def close(self) -> None:
-        """A second call does nothing."""
-        if self._open:
-            self._open = False
-            self._driver.destroy_executable(self._executable)
-            self._driver.destroy_graph(self._graph)
-
-    def __enter__(self) -> Graph:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def _free(self) -> None:
+        self._driver.destroy_executable(self._executable)
+        self._driver.destroy_graph(self._graph)
 
 
 def chain(count: int, programmatic: bool = False) -> list[Edge]:

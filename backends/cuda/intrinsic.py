@@ -59,22 +59,6 @@ class Entry:
     min_blocks: int = 0
     shared_nbytes: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the head of a cached kernel."""
-        return {
-            "arguments": [list(pair) for pair in self.arguments],
-            "threads": self.threads,
-            "min_blocks": self.min_blocks,
-            "shared_nbytes": self.shared_nbytes,
-        }
-
-    @staticmethod
-    def from_json(values: dict[str, Any]) -> Entry:
-        """The inverse of `to_json`."""
-        arguments = tuple((name, kind) for name, kind in values["arguments"])
-        sizes = (values[name] for name in ("threads", "min_blocks", "shared_nbytes"))
-        return Entry(arguments, *sizes)
-
 
 @dataclass
 class Declared:

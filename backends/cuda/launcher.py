@@ -17,7 +17,7 @@ from runtime.ops.errors import BackendError
 from .arena import Arena, sized
 from .arguments import Arguments
 from .catalogue import Compiled
-from .driver import SHARED_NBYTES, Driver
+from .driver import SHARED_NBYTES, Driver, Owned
 from .library import library
 from .targets import target_of
 
@@ -25,7 +25,7 @@ _MOST_BLOCKS = (1 << 31) - 1, 65535, 65535
 _numbers = itertools.count()
 
 
-class Device:
+class Device(Owned):
     """A GPU, its context and the kernels loaded into it."""
 
     def __init__(self, driver: Driver, index: int = 0, kernels: Any = None) -> None:
@@ -41,7 +41,6 @@ class Device:
         self._kernels = kernels if kernels is not None else library(self.target)
         self._functions: dict[Kernel, Function] = {}
         self._context = driver.retain_context(index)
-        self._open = True
         self.activate()
 
     def activate(self) -> None:
@@ -79,15 +78,12 @@ class Device:
         self.activate()
         return self.driver.memory_info()
 
-    def close(self) -> None:
-        """Unload the kernels and give the context back; a second call does nothing."""
-        if self._open:
-            self._open = False
-            self.activate()
-            for function in self._functions.values():
-                self.driver.unload(function.library)
-            self._functions.clear()
-            self.driver.release_context(self.index)
+    def _free(self) -> None:
+        self.activate()
+        for function in self._functions.values():
+            self.driver.unload(function.library)
+        self._functions.clear()
+        self.driver.release_context(self.index)
 
 
 class Function:
@@ -150,14 +146,13 @@ class Launch:
         return f"{self.kernel} {list(self.shape[1:4])}"
 
 
-class Stream:
-    """Work in order. Closed by `close` or the end of a `with`."""
+class Stream(Owned):
+    """Work in order."""
 
     def __init__(self, device: Device) -> None:
         device.activate()
         self.device, self._driver = device, device.driver
         self.handle = self._driver.create_stream()
-        self._open = True
 
     def synchronize(self) -> None:
         """Wait until all of it is done."""
@@ -167,27 +162,17 @@ class Stream:
         """Later work of this stream waits for the event."""
         self._driver.wait(self.handle, event.handle)
 
-    def close(self) -> None:
-        """A second call does nothing."""
-        if self._open:
-            self._open = False
-            self._driver.destroy_stream(self.handle)
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def _free(self) -> None:
+        self._driver.destroy_stream(self.handle)
 
 
-class Event:
+class Event(Owned):
     """A place in a stream's work, and when it was reached."""
 
     def __init__(self, device: Device) -> None:
         device.activate()
         self._driver = device.driver
         self.handle = self._driver.create_event()
-        self._open = True
 
     def record(self, stream: Stream) -> None:
         """It happens when the stream gets here."""
@@ -201,15 +186,12 @@ class Event:
         """Seconds from `start` to this event, both happened; NaN from a driver without a GPU."""
         return self._driver.elapsed(start.handle, self.handle) / 1e3
 
-    def close(self) -> None:
-        """A second call does nothing."""
-        if self._open:
-            self._open = False
-            self._driver.destroy_event(self.handle)
+    def _free(self) -> None:
+        self._driver.destroy_event(self.handle)
 
 
-class Pinned:
-    """A host array in pinned memory, `array`, until `close`."""
+class Pinned(Owned):
+    """A host array in pinned memory, `array`, not to be used once it is closed."""
 
     def __init__(self, device: Device, shape: tuple[int, ...], dtype: Any) -> None:
         import ctypes
@@ -220,10 +202,6 @@ class Pinned:
         self._address = self._driver.allocate_host(max(nbytes, 1))
         raw = (ctypes.c_uint8 * nbytes).from_address(self._address)
         self.array = np.frombuffer(raw, dtype).reshape(shape)
-        self._open = True
 
-    def close(self) -> None:
-        """The array must not be used any more; a second call does nothing."""
-        if self._open:
-            self._open = False
-            self._driver.free_host(self._address)
+    def _free(self) -> None:
+        self._driver.free_host(self._address)

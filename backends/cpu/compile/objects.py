@@ -39,12 +39,6 @@ def compile_ir(ir: str, isa_name: str) -> bytes:
     return machine.emit_object(module)
 
 
-def assembly(ir: str, isa_name: str) -> str:
-    """Assembly text of the LLVM module `ir`, for people and tests that look for instructions."""
-    module, machine = _prepare(ir, isa_name)
-    return machine.emit_assembly(module)
-
-
 def load_object(code: bytes, name: str = ENTRY, extra: Mapping[str, int] | None = None) -> int:
     """Load object code into the process for good; the address of its function `name`.
 

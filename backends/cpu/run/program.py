@@ -14,7 +14,7 @@ from runtime.backends.cpu.compile.library import Native
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.table import Record, Table
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import GUARD, Buffer, Call, Plan, Ref
+from runtime.backends.plan.plan import Buffer, Call, Plan, Ref
 from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TILE_TOKENS = 8  # tokens of one attention tile: they share the conversion of a page
 _PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unused
-_CANARY = 0xA5
 _LONG = 0.02  # seconds that a step may take without a look at signals
 
 
@@ -88,22 +87,6 @@ class Program:
         from runtime.backends.cpu.run.contents import Contents
 
         return Contents(self.plan, self._arena, self._memory, live)
-
-    def poison(self) -> None:
-        """Fill the arena so that unwritten results are NaN and stray writes break canaries."""
-        self._arena[:] = _CANARY
-        for buffer in self.plan.buffers():
-            if buffer.memory == "arena":
-                self._arena[buffer.offset : buffer.offset + buffer.nbytes] = 0xFF
-
-    def damaged(self) -> list[str]:
-        """Names of the buffers of a guarded plan that something wrote past the end of."""
-        return [
-            buffer.key
-            for buffer in self.plan.buffers()
-            if buffer.memory == "arena"
-            and (self._arena[buffer.offset + buffer.nbytes :][:GUARD] != _CANARY).any()
-        ]
 
     def _prepare(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> None:
         for name, room in self._inputs.items():

@@ -17,7 +17,6 @@ from runtime.backends.cuda.intrinsics import (
     constant,
     dp2a,
     dp4a,
-    dp4a_us,
     entry,
     f16_to_f32,
     f32,
@@ -28,14 +27,13 @@ from runtime.backends.cuda.intrinsics import (
     load2,
     load4,
     registers,
-    shift_right,
     stream4,
     thread_x,
     u32,
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
-from .matvec_k import THREADS, WARPS, matvec_k
+from .matvec_k import THREADS, WARPS, dot_nibbles, matvec_k
 from .sums import store_row_sums
 
 
@@ -54,21 +52,10 @@ def dot_q8_0(weights, quants, blocks, x, cell, start):
 
 
 def dot_q4_0(weights, quants, blocks, x, cell, start):
-    """The same of unsigned nibbles: low ones are the block's first half, high ones the second.
-
-    High nibbles stay in place, 16 times too large, and so does their sum, which is exact.
-    """
+    """The same of unsigned nibbles: low ones are the block's first half, high ones the second."""
     a = stream4(weights, quants)
     v, w = load4(x, cell), load4(x, u32(cell + blocks))
-    t = dp4a_us(u32(a[0] & 0x0F0F0F0F), v[0], start)
-    h = dp4a_us(u32(a[0] & 0xF0F0F0F0), w[0], i32(0))
-    t = dp4a_us(u32(a[1] & 0x0F0F0F0F), v[1], t)
-    h = dp4a_us(u32(a[1] & 0xF0F0F0F0), w[1], h)
-    t = dp4a_us(u32(a[2] & 0x0F0F0F0F), v[2], t)
-    h = dp4a_us(u32(a[2] & 0xF0F0F0F0), w[2], h)
-    t = dp4a_us(u32(a[3] & 0x0F0F0F0F), v[3], t)
-    h = dp4a_us(u32(a[3] & 0xF0F0F0F0), w[3], h)
-    return i32(t + shift_right(h, 4))
+    return dot_nibbles(a, v, w, start)
 
 
 def no_offset(sums):

@@ -39,9 +39,12 @@ WARPS = 4
 THREADS = 32 * WARPS
 
 
-def dot_nibbles(a, v, w):
-    """The sum of 32 products: low nibbles of `a` with `v`, high ones with `w`; exact."""
-    t = dp4a_us(u32(a[0] & 0x0F0F0F0F), v[0], i32(0))
+def dot_nibbles(a, v, w, start):
+    """start + the sum of 32 products: low nibbles of `a` with `v`, high ones with `w`; exact.
+
+    High nibbles stay in place, 16 times too large, and so does their sum.
+    """
+    t = dp4a_us(u32(a[0] & 0x0F0F0F0F), v[0], start)
     h = dp4a_us(u32(a[0] & 0xF0F0F0F0), w[0], i32(0))
     t = dp4a_us(u32(a[1] & 0x0F0F0F0F), v[1], t)
     h = dp4a_us(u32(a[1] & 0xF0F0F0F0), w[1], h)
@@ -106,7 +109,7 @@ def _q4_k(ROWS: int, COLUMNS: int) -> Declared:
                     small, both = u32(constant(scales, at)), constant(supers, u32(at >> 3))
                     d = f16_low(both) * f32(u32(small & 0xFF))
                     m = f16_high(both) * f32(u32(small >> 8))
-                    t = d * int_to_f32(dot_nibbles(stream4(weights, at), v, w))
+                    t = d * int_to_f32(dot_nibbles(stream4(weights, at), v, w, i32(0)))
                     acc[r * COLUMNS + c] += bits_to_f32(scale) * fma(m, total, t)
             b = u32(b + THREADS)
         finish(acc, out, u32(block_x() * ROWS), n_rows, out_stride)

@@ -13,7 +13,6 @@ from typing import Any
 from runtime.ops.errors import BackendError
 
 WARP = 32
-FULL_MASK = 0xFFFFFFFF
 Meeting = Callable[[Sequence["Lane"], Sequence[Any]], Sequence[Any]]
 
 
@@ -37,9 +36,7 @@ class Lane:
     thread: int
     block: Block
     greenlet: Any = None
-    waits: tuple[Any, ...] | None = (
-        None  # ("block", meeting, value), ("warp", meeting, value, mask)
-    )
+    waits: tuple[Any, ...] | None = None  # ("block" or "warp", meeting, value)
     result: Any = None
     done: bool = False
     pending: list[Any] = field(default_factory=list)  # copies begun, in no group yet
@@ -79,20 +76,18 @@ def run(lane: Lane) -> None:
     lane.done = lane.greenlet.dead
 
 
-def meet_warp(meeting: Meeting, value: Any, mask: int = FULL_MASK) -> Any:
-    """Wait for the lanes of `mask` at the same operation; `meeting` gives each its result."""
-    lane = current()
-    if not mask >> lane.lane & 1:
-        raise BackendError(f"{lane} calls {_name(meeting)} with mask {mask:#010x} without itself")
-    return _wait(lane, ("warp", meeting, value, mask))
+def meet_warp(meeting: Meeting, value: Any) -> Any:
+    """Wait for all lanes of the warp at the same operation; `meeting` gives each its result."""
+    return _wait("warp", meeting, value)
 
 
-def meet_block(meeting: Meeting, value: Any = None) -> Any:
+def meet_block(meeting: Meeting) -> Any:
     """Wait for every thread of the block."""
-    return _wait(current(), ("block", meeting, value))
+    return _wait("block", meeting, None)
 
 
-def _wait(lane: Lane, what: tuple[Any, ...]) -> Any:
+def _wait(*what: Any) -> Any:
+    lane = current()
     lane.waits = what
     lane.greenlet.parent.switch()
     return lane.result

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextvars
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,7 @@ def _run_block(kernel: Declared, block: Block, values: list[Any], turns: Callabl
     block.dynamic = block.memory.reserve(nbytes, 1024), nbytes
     block.epochs = [0] * -(-block.threads // WARP)
     threads = [Lane(i, block) for i in range(block.threads)]
+    warps = [threads[i : i + WARP] for i in range(0, block.threads, WARP)]
     for lane in threads:
         lane.greenlet = greenlet(lambda: kernel.function(*values))
         lane.greenlet.gr_context = contextvars.copy_context()  # numpy's errstate is part of it
@@ -95,37 +96,15 @@ def _run_block(kernel: Declared, block: Block, values: list[Any], turns: Callabl
         ready = [lane for lane in threads if not lane.done and lane.waits is None]
         for lane in turns(ready):
             lanes.run(lane)
-        released = _release_warps(threads) + _release_block(threads)
+        released = sum(_release(warp, "warp") for warp in warps) + _release(threads, "block")
         if not ready and not released:
             raise BackendError(_deadlock(kernel, threads))
 
 
-def _release_warps(threads: list[Lane]) -> int:
-    count = 0
-    for start in range(0, len(threads), WARP):
-        for group in _meetings(threads[start : start + WARP]):
-            lanes.release(group)
-            count += 1
-    return count
-
-
-def _meetings(warp: list[Lane]) -> Iterator[list[Lane]]:
-    """Groups of lanes of a warp whose operation is complete."""
-    groups: dict[Any, list[Lane]] = {}
-    for lane in warp:
-        if not lane.done and lane.waits and lane.waits[0] == "warp":
-            groups.setdefault((lane.waits[1], lane.waits[3]), []).append(lane)
-    present = sum(1 << lane.lane for lane in warp)
-    for (_, mask), group in groups.items():
-        if sum(1 << lane.lane for lane in group) == mask & present:
-            yield group
-
-
-def _release_block(threads: list[Lane]) -> int:
-    """All threads of the block at the same barrier; one that has ended never comes."""
-    meetings = {lane.waits[1] for lane in threads if lane.waits and lane.waits[0] == "block"}
-    waiting = sum(1 for lane in threads if lane.waits and lane.waits[0] == "block")
-    if waiting < len(threads) or len(meetings) != 1:
+def _release(threads: list[Lane], kind: str) -> int:
+    """How often all of a warp, or of the block, met; one that has ended never comes."""
+    waits = [lane.waits[:2] for lane in threads if lane.waits]
+    if len(waits) < len(threads) or len(set(waits)) != 1 or waits[0][0] != kind:
         return 0
     lanes.release(threads)
     return 1

@@ -10,6 +10,7 @@ ldmatrix); `meanings.py` spells them out.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from . import meanings as m
@@ -93,14 +94,9 @@ shared_store4 = _rule("shared_store4", lambda a, i, *v: a.write(i, v), "shared_s
 # nbytes of the source are read and the rest is zero
 copy_async16 = _rule("copy_async16", m.copy_async16, "copy_async", effect="memory")
 copy_commit = _op("copy_commit", m.copy_commit, ptx="cp.async.commit_group;", effect="memory")
-copy_wait0 = _op(
-    "copy_wait0", lambda: m.copy_wait(0), ptx="cp.async.wait_group 0;", effect="memory"
-)
-copy_wait1 = _op(
-    "copy_wait1", lambda: m.copy_wait(1), ptx="cp.async.wait_group 1;", effect="memory"
-)
-copy_wait2 = _op(
-    "copy_wait2", lambda: m.copy_wait(2), ptx="cp.async.wait_group 2;", effect="memory"
+copy_wait0, copy_wait1, copy_wait2 = (
+    _op(f"copy_wait{n}", partial(m.copy_wait, n), ptx=f"cp.async.wait_group {n};", effect="memory")
+    for n in range(3)
 )
 
 # Matrices: ldmatrix(array, piece of 16 bytes that this lane names)

@@ -62,7 +62,7 @@ class Entries:
             return
         rest = b"\n".join([name.encode(), head.encode(), code])
         try:
-            _replace(self.path(name), hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
+            replace(self.path(name), hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest)
         except OSError as error:
             print(
                 f"runtime: cannot write the kernel cache {self.folder} ({error.strerror}); "
@@ -76,8 +76,11 @@ class Entries:
             sweep(self.folder)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside, then rename. No two writers share a name: threads, processes, machines."""
+def replace(path: Path, content: bytes) -> None:
+    """Write beside, then rename. No two writers share a name: threads, processes, machines.
+
+    OSError: it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.urandom(8).hex()}{_UNFINISHED}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 
@@ -46,12 +45,8 @@ def _all() -> dict[str, float]:
 
 def _keep(threads: int, found: float) -> None:
     """Write the measurement; a folder that cannot be written to is no fault of the command."""
+    from runtime.backends.plan.entries import replace
+
     text = json.dumps({**_all(), _key(threads): found}, indent=1)
-    try:
-        file().parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file().parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        Path(name).replace(file())
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        replace(file(), text.encode())

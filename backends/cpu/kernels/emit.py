@@ -16,14 +16,6 @@ from numba.core import cgutils
 
 from runtime.backends.cpu import llvm
 from runtime.backends.cpu.llvm import (  # noqa: F401  (kernels use all of these as e.NAME)
-    F16,
-    F32,
-    F64,
-    I1,
-    I8,
-    I16,
-    I32,
-    I64,
     Value,
     fma,
     half_to_float,
@@ -38,7 +30,8 @@ from runtime.backends.cpu.llvm import (
 )
 
 LANES = 16
-i1, i8, i16, i32, i64, f16, f32, f64 = I1, I8, I16, I32, I64, F16, F32, F64
+i1, i8, i16, i32, i64 = llvm.I1, llvm.I8, llvm.I16, llvm.I32, llvm.I64
+f16, f32, f64 = llvm.F16, llvm.F32, llvm.F64
 
 _ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
 

@@ -294,7 +294,8 @@ def _through_reshape(source: Shape, target: Shape, axis: int, number: int) -> Li
 def _groups(source: Shape, target: Shape) -> Iterator[tuple[list[int], list[int]]]:
     a, b, group, other, left, right = 0, 0, list[int](), list[int](), 1, 1
     while a < len(source) or b < len(target):
-        if (left <= right and a < len(source)) or b == len(target):
+        from_source = not group or (bool(other) and left < right)
+        if (from_source and a < len(source)) or b == len(target):
             group.append(a)
             left, a = left * int(source[a]), a + 1
         else:

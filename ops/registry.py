@@ -56,6 +56,7 @@ class Kind(Enum):
     WHOLE = "each element from all of the inputs"
     VIEW = "the memory of the first input under another layout"
     STATEFUL = "works on memory that outlives the step"
+    COLLECTIVE = "from what the devices of a split graph have together"
 
     @property
     def by_row(self) -> bool:
@@ -133,10 +134,13 @@ def op(name: str, **declared: Any) -> Callable[[Callable[..., np.ndarray]], Op]:
 
 
 def fused(name: str, **declared: Any) -> Op:
-    """Declare an op that only passes make, in the file of the pass; its shape is what they say."""
+    """Declare an op that only passes make, in the file of the pass.
+
+    Its shape is what they say, unless it has a rule.
+    """
     if name in OPS or name in FUSED:
         raise OpError(f"op {name!r} is already declared")
-    return _registered(FUSED, Op(name, shape=_given, reference=_given, **declared))
+    return _registered(FUSED, Op(name, **{"shape": _given, **declared}, reference=_given))
 
 
 def _registered(ops: dict[str, Op], made: Op) -> Op:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from alarms import alarm  # noqa: F401  a fixture
 from alone import ALONE, turn, workers
+from kept_processes import Kept
 from small_models import NOVEL, write_model
+
+from runtime.backends.plan import pool
 
 # Files whose tests take moments: they compile next to nothing.
 QUICK = frozenset({
@@ -37,6 +40,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     folder = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
     with turn(folder, item.path.stem in ALONE):
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_processes() -> Iterator[None]:
+    """One start of a compile process for many tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "Pool", Kept)
+        yield
+    Kept.end()
 
 
 @pytest.fixture(scope="session")

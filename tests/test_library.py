@@ -7,19 +7,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from runtime.backends.cpu.compile import isa
 from runtime.backends.cpu.compile.library import Library
+from runtime.backends.plan import pool
 from runtime.backends.plan.entries import Entries
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 KERNEL = Kernel.of("pack_weights", format="Q8_0")
 OTHER = Kernel.of("pack_weights", format="Q4_0")
+POOL = pool.Pool  # before any fixture
+
+
+@pytest.fixture(autouse=True, scope="module")
+def processes_of_its_own() -> Iterator[None]:
+    """Not those that tests keep (kept_processes.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "Pool", POOL)
+        yield
 
 
 def _library(folder: Path | None) -> Library:

@@ -1,0 +1,59 @@
+"""Compile processes that tests keep: to start one, Numba with it, takes as long as most kernels.
+
+What the package's own pool promises is tested in processes beside these, and in test_library.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+from collections import defaultdict
+from collections.abc import Iterator
+from subprocess import Popen
+from typing import Any, ClassVar
+
+from runtime.backends.plan.pool import Pool
+
+_FEW = 4  # kernels for which a second process is not worth its start
+
+
+class Kept(Pool):
+    """A pool whose processes outlive it, for the next with their command and environment."""
+
+    idle: ClassVar[dict[str, list[Popen[bytes]]]] = defaultdict(list)
+
+    @classmethod
+    def end(cls) -> None:
+        """End those that are idle."""
+        for process in [process for some in cls.idle.values() for process in some]:
+            process.communicate()  # at the end of its input it goes
+        cls.idle.clear()
+
+    def compile(self, kernels: Any, most: int, progress: Any = None) -> Iterator[Any]:
+        """See the package's pool."""
+        yield from super().compile(kernels, most if len(kernels) > _FEW else 1, progress)
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        if kind:
+            return super().__exit__(kind, *rest)
+        for thread in self._threads:
+            thread.join()  # all have answered; now they give their processes back
+
+    def _feed(self, todo: Any, done: Any) -> None:
+        variables = {**(self._environment or os.environ), "PYTEST_CURRENT_TEST": ""}
+        idle = self.idle[json.dumps([self._command, variables], sort_keys=True)]
+        try:
+            process = idle.pop() if idle else self._process()
+            if process not in self._processes:
+                self._processes.append(process)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    kernel = todo.get_nowait()
+                    done.put((kernel, *self._ask(process, kernel)))
+            self._processes.remove(process)
+            if not self._ended:
+                idle.append(process)
+        except Exception as error:  # the waiting side raises it
+            done.put(error)

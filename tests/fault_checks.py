@@ -80,10 +80,10 @@ def any_order_of_threads(path: Path) -> None:
     """rows in any order of threads"""
 
     def in_turn(self: Program, inputs: Any, live: Any) -> list[np.ndarray]:
-        self._prepare(inputs, live)
-        for first, end in itertools.pairwise(self._table.starts):
+        self.prepare(inputs, live)
+        for first, end in itertools.pairwise(self.table.starts):
             for thread in (2, 1, 0):
-                for kernel, arguments, _ in self._table._records[first:end]:
+                for kernel, arguments, _ in self.table._records[first:end]:
                     function(int(kernel))(int(arguments), thread, 3)
         return self.results(live)
 

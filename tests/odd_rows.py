@@ -5,6 +5,7 @@ A case is made for a length n and an instruction set; `call(threads)` gives all 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 from kernel_calls import Fenced, run
 from packed_rows import Packed
 
+from runtime.backends.cpu.run.block import control_block
+from runtime.backends.cpu.run.control import MEMBERS
 from runtime.backends.cpu.sizes import conv_scratch_nbytes, delta_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.registry import OPS, Kind
@@ -149,6 +152,54 @@ def _gather_rows(n: int, isa: str) -> Odd:
         return out.values[:LIVE].copy()
 
     return Odd(call, wide(x[ids[:, 0]]), 0)
+
+
+def _meeting() -> np.ndarray:
+    """Of one thread at a time, which waits for nobody."""
+    block = control_block(1)
+    block[MEMBERS] = 1
+    return block
+
+
+def _all_sum(parts: int, more: bool, once: bool) -> Callable[..., Odd]:
+    """Rows without gaps. once: threads know their numbers among those of all teams."""
+
+    def make(n: int, isa: str) -> Odd:
+        x = Numbers(n)(parts + 1, LIVE, n)
+        wanted = functools.reduce(np.add, x if more else x[:-1])
+
+        def call(threads: int) -> np.ndarray:
+            out, held = Fenced(LIVE, n), [Fenced.of(part.reshape(1, -1)) for part in x]
+            at = np.array([part.address for part in held[:-1]], np.int64)
+            member = {"member": np.array([0, threads], np.int64)} if once else {}
+            run(
+                Kernel.of("all_sum_once" if once else "all_sum"), isa, threads, x=0, parts=at,
+                n_parts=parts, more=held[-1] if more else 0, out=out, live=LIVE, n=n,
+                meeting=_meeting(), **member,
+            )  # fmt: skip
+            assert out.strays(LIVE) == 0
+            return out.values.copy()
+
+        return Odd(call, wide(wanted), 0)
+
+    return make
+
+
+def _put_stretch(n: int, isa: str) -> Odd:
+    """Two stretches of n of each row, to the second places of rows of two times n + 3."""
+    x = Numbers(n)(LIVE, 2, n)
+
+    def call(threads: int) -> np.ndarray:
+        out = Fenced(2 * ROWS, n, n + 3)
+        run(
+            Kernel.of("put_stretch"), isa, threads, x=Fenced.of(x.reshape(LIVE, -1), 2 * n + 5),
+            out=out, live=LIVE, repeat=2, n=n, x_row=2 * n + 5, x_step=n, out_row=2 * (n + 3),
+            out_step=n + 3,
+        )  # fmt: skip
+        assert out.strays(2 * LIVE) == 0
+        return out.values[: 2 * LIVE].copy()
+
+    return Odd(call, wide(x.reshape(2 * LIVE, n)), 0)
 
 
 def _copy(turned: bool) -> Callable[..., Odd]:
@@ -426,6 +477,10 @@ CASES: dict[str, Callable[[int, str], Odd]] = {
     "rms_norm": _rms_norm(True),
     "rms_norm-plain": _rms_norm(False),
     "gather_rows": _gather_rows,
+    "all_sum": _all_sum(1, False, False),
+    "all_sum-more": _all_sum(3, True, False),
+    "all_sum_once": _all_sum(2, True, True),
+    "put_stretch": _put_stretch,
     "copy-apart": _copy(True),
     "copy-together": _copy(False),
     "rope-neox": _rope("neox"),

@@ -187,7 +187,7 @@ def test_a_thread_that_cannot_start_is_one_line(small_model: Path):
 print(line(lambda: runtime.load(sys.argv[1], threads=8)))
 threading.stack_size(0)
 model = runtime.load(sys.argv[1], threads=2)
-model.backend._team.close()
+model.backend.team.close()
 threading.stack_size(900 << 20)
 for _ in range(3):
     print(line(lambda: model.eval(IDS)))

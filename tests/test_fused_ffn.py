@@ -152,7 +152,7 @@ def compiled() -> None:
         backend = CpuBackend(FILES[kind])
         plans = [backend.plan(g) for g in graphs]
         plans += [CpuBackend(FILES[kind], fuse=False).plan(g) for g in graphs]
-        backend._library.prepare(backend.kernels(plans))
+        backend.library.prepare(backend.kernels(plans))
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -15,11 +15,12 @@ DEFAULT = (
     "add", "swiglu", "softmax", "rms_norm", "gather_rows", "copy-apart", "rope-neox", "rope-normal",
     "conv_post-4", "short_conv-3", "gated_delta", "expert_sum", "router-softmax", "pack-1",
     "pack-8", "rms_norm_pack-4", "swiglu_pack-4", "pack_rows-4",
+    "all_sum-more", "all_sum_once", "put_stretch",
 )  # fmt: skip
 WITHOUT_FMA = ("softmax", "rope-neox", "gated_delta", "pack-8")
 # Whole blocks alone (quantised rows, heads of whole units), pages, no rows at all, several teams.
 ELSEWHERE = {
-    "executor", "lead_teams", "meet", "sum_parts",
+    "executor", "lead_teams", "meet",
     "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
     "take", "sigmoid_gate_pack", "gated_norm_pack",
 }  # fmt: skip

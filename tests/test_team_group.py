@@ -23,7 +23,7 @@ from runtime.ops.errors import OptionError
 
 ROWS, N, ROUNDS = 37, 45, 40  # a row has a part that fills no vector
 TASKS = Path("/proc/self/task")
-KERNELS = [Kernel.of(name) for name in ("executor", "lead_teams", "meet", "sum_parts", "add")]
+KERNELS = [Kernel.of(name) for name in ("executor", "lead_teams", "meet", "all_sum", "add")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,17 +60,21 @@ class Together:
     def _rows(self, k: int) -> list[list[Record]]:
         total, y, x = self.total[k], self.y[k], self.x[k]
         rows = []
-        for n in range(self.rounds):
-            summed = self._call("sum_parts", parts=self.parts, n_parts=len(self.parts), out=total)
-            rows.append([self.group.meeting(2 * n + 1), summed])  # all parts are written
-            rows.append([self.group.meeting(2 * n + 2)])  # nobody reads them any more
+        for _ in range(self.rounds):
+            parts = {"parts": self.parts, "n_parts": len(self.parts), "more": 0}
+            summed = self._call("all_sum", x=x, out=total, meeting=self.group.meeting, **parts)
+            rows.append([summed])  # when all parts are written
+            rows.append([self._meet()])  # nobody reads them any more
             rows.append([self._call("add", x=total, y=y, out=x)])
             rows += [[self._call("add", x=x, y=y, out=x)]] * k
         return [*rows, [self._call("add", x=y, y=y, out=self.last[k])]]
 
+    def _meet(self) -> Record:
+        return library(ISAS[0]).address(Kernel.of("meet")), (0, self.group.meeting.ctypes.data)
+
     def _call(self, kernel: str, **given: int | np.ndarray) -> Record:
-        words = {"live": self.live, "n": N, **dict.fromkeys(("x_stride", "out_stride"), N)}
-        words |= {"y_stride": N} if kernel == "add" else {}
+        strides = ("x_stride", "y_stride", "out_stride") if kernel == "add" else ()
+        words = {"live": self.live, "n": N, **dict.fromkeys(strides, N)}
         found = library(ISAS[0]).get(Kernel.of(kernel))
         ordered = found.ordered(Kernel.of(kernel), words | given)
         return found.address, [a.ctypes.data if isinstance(a, np.ndarray) else a for a in ordered]
@@ -208,5 +212,5 @@ def test_cores_that_are_not_there():
     with pytest.raises(OptionError, match=r"cores=\[4095\]: "):
         CpuBackend(cores=[4095])
     if hasattr(os, "sched_setaffinity"):
-        with CpuBackend(cores=[min(os.sched_getaffinity(0))])._team as team:
+        with CpuBackend(cores=[min(os.sched_getaffinity(0))]).team as team:
             assert team.n_threads == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,14 +40,14 @@ class CpuBackend:
             raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
-        self._library = kernels or library()
+        self.library = kernels or library()
         kept = None if cores is None else checked(cores)
         self.threads = threads or physical_cores(kept)
-        self.name = f"cpu ({self._library.target}, {self.threads} threads)"
-        amx = self._library.target == "amx"
+        self.name = f"cpu ({self.library.target}, {self.threads} threads)"
+        amx = self.library.target == "amx"
         self.planner = Planner(options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx))
-        self._team = ThreadTeam(self.threads, self._library.address, kept)
-        self.weights = WeightStore(file, self._library, self._team)
+        self.team = ThreadTeam(self.threads, self.library.address, kept)
+        self.weights = WeightStore(file, self.library, self.team)
         self.memory = FixedMemory(self.weights)
         self._programs: dict[str, Program] = {}
         self._arena, self._scratch = aligned(0), aligned(0)
@@ -82,22 +82,24 @@ class CpuBackend:
             self._programs[key] = self.bind(self.plan(graph))
         return self._programs[key]
 
-    def bind(self, plan: Plan) -> Program:
-        """A program for a plan; kernels and weights it needs are made ready."""
-        self._library.prepare(plan.kernels())
+    def bind(self, plan: Plan, joint: Callable[[Buffer], np.ndarray] | None = None) -> Program:
+        """A program for a plan; kernels and weights it needs are made ready. joint: see Program."""
+        self.library.prepare(plan.kernels())
         if plan.arena_nbytes > self._arena.nbytes:
             # older programs keep theirs; its pages are given where threads first write them
             self._arena = aligned(plan.arena_nbytes, np.zeros)
         scratch = plan.scratch_nbytes * self.threads
         if scratch > self._scratch.nbytes:
             self._scratch = aligned(scratch)
-        return Program(plan, self._team, self._library.get, self.memory, self._arena, self._scratch)
+        return Program(
+            plan, self.team, self.library.get, self.memory, self._arena, self._scratch, joint
+        )
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels of these graphs, then pack the weights."""
         plans = [self.plan(graph) for graph in graphs]
-        buffers = _weight_buffers(plans)
-        self._library.prepare(self.kernels(plans), progress)
+        buffers = weight_buffers(plans)
+        self.library.prepare(self.kernels(plans), progress)
         total, done = self.weights.stored_nbytes(buffers), 0
         for nbytes in self.weights.load(buffers):
             done += nbytes
@@ -117,7 +119,7 @@ class CpuBackend:
 
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""
-        return len(self._library.missing(self.kernels([self.plan(g) for g in graphs])))
+        return len(self.library.missing(self.kernels([self.plan(g) for g in graphs])))
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """See `Planner.distinct_sizes`."""
@@ -125,12 +127,12 @@ class CpuBackend:
 
     def close(self) -> None:
         """End the threads."""
-        self._team.close()
+        self.team.close()
         self._programs.clear()
         self.planner.clear()
 
 
-def _weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
+def weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
     """The weights these plans read, each form once, in order of use."""
     found: dict[Hashable, Buffer] = {}
     for plan in plans:

@@ -24,6 +24,7 @@ from runtime.backends.passes.fuse_ffn import (
     swiglu_pack_rows,
 )
 from runtime.backends.passes.packing import expert_tiles, linear, linear_id, pack, pack_rows
+from runtime.ops.collective import both
 from runtime.ops.moe import expert_sum
 from runtime.ops.registry import Op
 from runtime.ops.tensor import Tensor
@@ -177,5 +178,6 @@ _MEANINGS: dict[Op, Callable[..., Array]] = {
     qkv_post: _qkv_post,
     conv_post: _conv_post,
     delta_step: _delta_step,
+    both: lambda node, x, *others: x,
 }
 MEANINGS = {op.name: meaning for op, meaning in _MEANINGS.items()}

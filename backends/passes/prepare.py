@@ -23,10 +23,15 @@ def prepare(graph: Graph, options: Options) -> Graph:
     """All passes, or with `fuse=False` those alone that no plan can do without."""
     if not options.fuse:
         return pack_inputs(graph, options)
-    graph = select_early(_only_row(graph))
+    graph = choose_rows(graph)
     for each in PASSES:
         graph = each(graph, options)
     return graph
+
+
+def choose_rows(graph: Graph) -> Graph:
+    """Only the rows that are wanted, from as early on as possible."""
+    return select_early(_only_row(graph))
 
 
 def _only_row(graph: Graph) -> Graph:

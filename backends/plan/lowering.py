@@ -7,7 +7,7 @@ in plan.py, for all devices alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
@@ -80,7 +80,7 @@ class Rules:
     def lower(self, graph: Graph) -> Lowering:
         """All nodes of a graph lowered in order. BackendError: one that cannot be."""
         lowering = Lowering()
-        for node in graph.nodes:
+        for node in _in_order(graph):
             if kind_of(node) in (Kind.LEAF, Kind.VIEW):
                 continue
             rule = self._rules.get(node.op) or self._kinds.get(kind_of(node))
@@ -188,6 +188,10 @@ class Lowering:
         self.scratch_nbytes = max(self.scratch_nbytes, nbytes)
         return Ref(self._fixed_one("scratch", "scratch"))
 
+    def joint(self, memory: str, key: str) -> Ref:
+        """Where the devices that share a graph meet, or what else they need for it; see Buffer."""
+        return Ref(self._fixed_one(memory, key))
+
     def step(self, name: str) -> Ref:
         """A step input that the program makes itself, such as attention tiles."""
         return Ref(self._fixed_one("input", name))
@@ -251,6 +255,13 @@ class Lowering:
         """The one buffer of what is not made by this plan."""
         made = Buffer(memory, key, leaf.nbytes if leaf else 0, tensor=leaf)
         return self._fixed.setdefault(made.content, made)
+
+
+def _in_order(graph: Graph) -> Sequence[Tensor]:
+    """The nodes, collectives by their numbers: so all devices come to the same one together."""
+    meetings = [node for node in graph.nodes if kind_of(node) is Kind.COLLECTIVE]
+    meetings.sort(key=lambda node: node.attrs["number"])
+    return Graph((*meetings, *graph.outputs)).nodes if meetings else graph.nodes
 
 
 class Out:

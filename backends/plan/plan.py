@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.registry import Kind, find
@@ -14,6 +14,9 @@ from runtime.ops.tensor import Tensor
 
 ALIGNMENT = 64  # of buffers: a cache line, and a 512-bit vector
 GUARD = 64  # bytes after a buffer that a guarded plan checks for stray writes
+JOINT = ("part", "whole", "parts", "member", "meeting")  # memories of buffers: see Buffer
+KEPT = 1 << 30  # the moment until which outputs are in use
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(eq=False)
@@ -21,6 +24,8 @@ class Buffer:
     """Bytes that calls read and write.
 
     `memory`, where they are: arena, scratch, input, count, constant, state, or a form of weight.
+    Where devices share a graph (JOINT) also the `part` of one that all read, a `whole` that they
+    have in common, addresses of `parts`, a `member`'s number, and where the `meeting` is.
     `offset` is set by the memory planner for arena buffers; the others are found by `content`, and
     `key` is what plans call them.
     """
@@ -76,6 +81,11 @@ class Call:
     node: Tensor
     divided: int = 0
     own: frozenset[Buffer] = frozenset()
+
+    @property
+    def meets(self) -> bool:
+        """Whether it begins with a meeting of all devices: what its threads did before is done."""
+        return any(buffer.memory == "meeting" for buffer in self.writes)
 
     def aligned(self, other: Call, buffer: Buffer) -> bool:
         """Whether no thread touches what another thread touches of `buffer` in these two calls."""
@@ -169,7 +179,8 @@ def schedule(calls: Sequence[Call]) -> list[Instruction]:
 
     A call stands in the first instruction behind all that it depends on: behind the one that writes
     what it reads, and behind those that read or write what it overwrites. Where the two calls are
-    aligned in that buffer, it may stand in the same one. Inside one calls keep their order.
+    aligned in that buffer, or the later one begins with a meeting, it may stand in the same one.
+    Inside one calls keep their order.
     Buffers are compared whole, state and arena alike.
     """
     found: list[list[Call]] = []
@@ -179,7 +190,8 @@ def schedule(calls: Sequence[Call]) -> list[Instruction]:
     def earliest(call: Call) -> int:
         before = [(b, *entry) for b in call.reads for entry in written.get(b, ())]
         before += [(b, *entry) for b in call.writes for entry in touched.get(b, ())]
-        return max((at + (not call.aligned(c, b)) for b, c, at in before), default=0)
+        at_once = call.meets
+        return max((at + (not (at_once or call.aligned(c, b))) for b, c, at in before), default=0)
 
     for call in calls:
         at = earliest(call)
@@ -196,8 +208,7 @@ def schedule(calls: Sequence[Call]) -> list[Instruction]:
 def place_buffers(plan: Plan, guarded: bool = False) -> None:
     """Give arena buffers offsets, reusing memory of buffers whose last instruction has passed.
 
-    First fit over the buffers that live at the same time, largest first of those that
-    begin together. With `guarded` nothing is reused and GUARD bytes follow every buffer.
+    With `guarded` nothing is reused and GUARD bytes follow every buffer.
     """
     lives: dict[Buffer, list[int]] = {}
     for at, instruction in enumerate(plan.instructions):
@@ -205,14 +216,29 @@ def place_buffers(plan: Plan, guarded: bool = False) -> None:
             if buffer.memory == "arena":
                 lives.setdefault(buffer, []).append(at)
     for ref in plan.outputs:
-        lives.setdefault(ref.buffer, [0]).append(1 << 30)
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last instruction; sorted
-    for buffer, used in sorted(lives.items(), key=lambda item: (min(item[1]), -item[0].nbytes)):
-        first, last = (0, 1 << 30) if guarded else (min(used), max(used))
-        size = -(-(buffer.nbytes + GUARD * guarded) // ALIGNMENT) * ALIGNMENT
-        buffer.offset = _first_fit(placed, size, first, last)
-        insort(placed, (buffer.offset, buffer.offset + size, first, last))
-    plan.arena_nbytes = max((end for _, end, _, _ in placed), default=0)
+        if ref.buffer.memory == "arena":
+            lives.setdefault(ref.buffer, [0]).append(KEPT)
+    spans = {
+        b: (b.nbytes + GUARD, 0, KEPT) if guarded else (b.nbytes, min(used), max(used))
+        for b, used in lives.items()
+    }
+    offsets, plan.arena_nbytes = fit(spans)
+    for buffer, offset in offsets.items():
+        buffer.offset = offset
+
+
+def fit(lives: Mapping[Key, tuple[int, int, int]]) -> tuple[dict[Key, int], int]:
+    """Offsets, and all bytes, of what has (bytes, first and last moment that it is in use).
+
+    First fit over what is in use at the same time, largest first of what begins together.
+    """
+    offsets: dict[Key, int] = {}
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last moment; sorted
+    for key, (nbytes, first, last) in sorted(lives.items(), key=lambda i: (i[1][1], -i[1][0])):
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        offsets[key] = _first_fit(placed, size, first, last)
+        insort(placed, (offsets[key], offsets[key] + size, first, last))
+    return offsets, max((end for _, end, _, _ in placed), default=0)
 
 
 def _first_fit(placed: list[tuple[int, int, int, int]], size: int, first: int, last: int) -> int:

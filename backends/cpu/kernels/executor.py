@@ -11,7 +11,7 @@ barrier, but no kernel is called any more.
 Several teams are led as one: threads 0 are a team too, whose only kernel is `lead_teams`, by which
 each runs the plan of its own team. In these plans `meet` is the barrier of all threads of all
 teams. It counts in a block of its own, and lets everybody pass once the plans are aborted, for of
-an aborted plan nobody else may come.
+an aborted plan nobody else may come. Who arrives as number t is there for meeting t // members.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llvmlite import ir
 from runtime.backends.cpu.abi import CONTROL as _WORDS
 from runtime.backends.cpu.abi import PLAN_BARRIER, PLAN_ROW_WORDS
 from runtime.backends.cpu.compile.isa import host_arch
-from runtime.backends.cpu.run.control import ABORT
+from runtime.backends.cpu.run.control import ABORT, MEMBERS
 
 from . import emit as e
 from . import simd as s
@@ -35,7 +35,7 @@ _ROW_BYTES = 8 * PLAN_ROW_WORDS
 _GENERATION, _ARRIVALS, _SLEEPERS = (8 * _WORDS[k] for k in ("generation", "arrivals", "sleepers"))
 _TABLE, _N_ROWS, _BASE = (8 * _WORDS[k] for k in ("table", "n_rows", "base"))
 _PROFILE, _STOP = (8 * _WORDS[k] for k in ("profile", "stop"))
-_ABORT = 8 * ABORT
+_ABORT, _MEMBERS = 8 * ABORT, 8 * MEMBERS
 _YIELD, _LOCK, _UNLOCK = (8 * _WORDS[k] for k in ("yield", "lock", "unlock"))
 _WAIT, _BROADCAST, _CLOCK = (8 * _WORDS[k] for k in ("wait", "broadcast", "clock"))
 _CLOCK_ID, _CLOCK_HIGH, _CLOCK_LOW = (
@@ -209,26 +209,33 @@ def build_lead_teams():
     """Thread i leads team i through the plan of its job."""
 
     def lead_teams(jobs, thread, n_threads):
-        """jobs: of each team control block, table, rows, threads."""
-        job = jobs + thread * 32
+        """jobs: of each team control block, table, rows, threads, times of rows."""
+        job = jobs + thread * 40
         control = s.load_i64(job)
         s.store_i64(control + _TABLE, s.load_i64(job + 8))
         s.store_i64(control + _N_ROWS, s.load_i64(job + 16))
-        s.store_i64(control + _PROFILE, 0)
+        s.store_i64(control + _PROFILE, s.load_i64(job + 32))
         lead(control)
         run_plan(control, 0, s.load_i64(job + 24))
 
     return lead_teams
 
 
+@helper
+def meet_all(meeting):
+    """Wait for all threads of all teams."""
+    members = s.load_i64(meeting + _MEMBERS)
+    goal = (fetch_add(meeting + _ARRIVALS, 1) // members + 1) * members
+    left = s.load_i64(meeting + _SPINS)
+    while observe(meeting + _ARRIVALS) < goal and observe(meeting + _ABORT) == 0:
+        left = turn(meeting, left)
+
+
 def build_meet():
     """The barrier of all threads of all teams."""
 
-    def meet(meeting, goal, thread, n_threads):
-        """goal: how many threads in all have come to this meeting and to those before it."""
-        fetch_add(meeting + _ARRIVALS, 1)
-        left = s.load_i64(meeting + _SPINS)
-        while observe(meeting + _ARRIVALS) < goal and observe(meeting + _ABORT) == 0:
-            left = turn(meeting, left)
+    def meet(x, meeting, thread, n_threads):
+        """x: what was written before, for others to read."""
+        meet_all(meeting)
 
     return meet

@@ -2,6 +2,7 @@
 
 from runtime.backends.cpu.rules import (  # noqa: F401  they register
     attention,
+    collective,
     delta,
     elementwise,
     matmul,

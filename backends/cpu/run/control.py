@@ -7,3 +7,5 @@ from runtime.backends.cpu.abi import CONTROL
 # Not 0: what is left of the plan is not wanted, and no kernel of it is begun any more. A word of
 # the line that only the leader's side writes, and every thread has read anyhow.
 ABORT = CONTROL["stop"] + 1
+# Of the block that several teams meet at: how many threads they have together.
+MEMBERS = CONTROL["stop"] + 2

@@ -13,9 +13,9 @@ import numpy as np
 
 from runtime.backends.cpu.abi import CONTROL
 from runtime.backends.cpu.run.block import control_block
-from runtime.backends.cpu.run.control import ABORT
+from runtime.backends.cpu.run.control import ABORT, MEMBERS
 from runtime.backends.cpu.run.executor import ThreadTeam
-from runtime.backends.cpu.run.table import Record, Table
+from runtime.backends.cpu.run.table import Table
 from runtime.backends.plan.kernel import Kernel
 
 
@@ -30,22 +30,16 @@ class TeamGroup:
         self.n_threads = sum(team.n_threads for team in teams)
         self._heads = ThreadTeam(len(teams), teams[0].loader)
         self._heads.cores = [team.cores[0] for team in teams]
-        self._meeting = control_block(self.n_threads)
-        self._jobs = np.zeros((len(teams), 4), np.int64)
+        self.meeting = control_block(self.n_threads)  # where calls of the plans meet all threads
+        self.meeting[MEMBERS] = self.n_threads
+        self._jobs = np.zeros((len(teams), 5), np.int64)
         self._table: Table | None = None
 
-    def meeting(self, number: int) -> Record:
-        """The call by which a plan waits for all threads of all teams, there for the time `number`.
-
-        Every plan has the same ones, from 1 on, in order.
-        """
-        address = self._heads.loader(Kernel.of("meet"))
-        return address, (self._meeting.ctypes.data, number * self.n_threads)
-
-    def run(self, tables: Sequence[tuple[int, int]], long: bool = False) -> None:
+    def run(self, tables: Sequence[tuple[int, int]], long: bool = False, profile: int = 0) -> None:
         """Run the plan (address of its records, their number) of each team; returns when all end.
 
-        long: see `ThreadTeam.run`. BackendError: the system lets no more threads start.
+        The plans meet the same number of times. long, profile (of the first team's plan): see
+        `ThreadTeam.run`. BackendError: the system lets no more threads start.
         """
         with contextlib.ExitStack() as held:
             for team in (*self._teams, self._heads):
@@ -53,11 +47,12 @@ class TeamGroup:
             for job, team, table in zip(self._jobs, self._teams, tables, strict=True):
                 control = team.ready()
                 # with more threads than processors, whoever waits is in the way of whoever works
-                control[CONTROL["spins"]] = self._meeting[CONTROL["spins"]]
-                job[:] = control.ctypes.data, *table, team.n_threads
-            self._meeting[[CONTROL["arrivals"], ABORT]] = 0
+                control[CONTROL["spins"]] = self.meeting[CONTROL["spins"]]
+                job[:] = control.ctypes.data, *table, team.n_threads, 0
+            self._jobs[0, 4] = profile
+            self.meeting[[CONTROL["arrivals"], ABORT]] = 0
             plan = self._plan().records()
-            self._heads.run_with(self._teams, *plan, 0, long, [self._meeting])
+            self._heads.run_with(self._teams, *plan, 0, long, [self.meeting])
 
     def close(self) -> None:
         """End the threads that lead."""

@@ -14,7 +14,7 @@ from runtime.backends.cpu.compile.library import Native
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.table import Record, Table
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Buffer, Call, Plan, Ref
+from runtime.backends.plan.plan import JOINT, Buffer, Call, Plan, Ref
 from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
@@ -27,6 +27,20 @@ _PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unuse
 _LONG = 0.02  # seconds that a step may take without a look at signals
 
 
+class Pace:
+    """How long steps take, and with that which may be long enough to hear of signals meanwhile."""
+
+    def __init__(self) -> None:
+        self._seconds = math.inf  # that a row (a token) took in the last step
+
+    def run(self, live: Mapping[str, int], step: Callable[[bool], None]) -> None:
+        """Call step(whether it may take long)."""
+        rows, started = max(live.values(), default=1), time.perf_counter()
+        step(self._seconds * rows > _LONG)
+        if rows:  # a step of no rows says nothing about the next one
+            self._seconds = (time.perf_counter() - started) / rows
+
+
 class Program:
     """See backends/base.py. Everything is allocated here; `run` only writes numbers and calls."""
 
@@ -35,18 +49,21 @@ class Program:
     def __init__(
         self, plan: Plan, team: Any, kernels: Callable[[Kernel], Native],
         memory: FixedMemory, arena: np.ndarray, scratch: np.ndarray,
+        joint: Callable[[Buffer], np.ndarray] | None = None,
     ) -> None:  # fmt: skip
+        """joint: gives the memory in common with other devices; see exchange.py."""
+        self._joint = joint
         self.plan, self._team, self._arena = plan, team, arena
         self._memory, self._scratch = memory, scratch  # kept alive: the table has addresses
         self._inputs: dict[str, np.ndarray] = {}
-        self._pace = math.inf  # seconds a row (a token) took in the last step
+        self._pace = Pace()
         self._counts = np.zeros(max(1, len(plan.counts)), np.int64)
         self._constants: list[np.ndarray] = []
-        self._table = Table(
+        self.table = Table(
             [[self._record(kernels(c.kernel), c) for c in one.calls] for one in plan.instructions]
         )
         self._outputs = [
-            _view(arena, ref, tensor)
+            self._view(ref, tensor)
             for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
         ]
         attention = self._attention()
@@ -57,30 +74,27 @@ class Program:
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step; see backends/base.py. Results are views of the arena."""
-        self._prepare(inputs, live)
-        rows, started = max(live.values(), default=1), time.perf_counter()
-        self._team.run(*self._table.records(), long=self._pace * rows > _LONG)
-        if rows:  # a step of no rows says nothing about the next one
-            self._pace = (time.perf_counter() - started) / rows
+        self.prepare(inputs, live)
+        self._pace.run(live, lambda long: self._team.run(*self.table.records(), long=long))
         return self.results(live)
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """As `run`, with the nanoseconds of each instruction as thread 0 sees them."""
-        self._prepare(inputs, live)
-        address, count = self._table.records()
+        self.prepare(inputs, live)
+        address, count = self.table.records()
         times = np.zeros(count + 1, np.int64)
         self._team.run(address, count, times.ctypes.data)
-        return self.results(live), np.diff(times[self._table.starts])
+        return self.results(live), np.diff(times[self.table.starts])
 
     def run_each(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> Iterator[Callable[[], None]]:
         """One step: each instruction is run by the function that stands for it, once."""
-        self._prepare(inputs, live)
-        for n in range(len(self._table)):
-            yield partial(self._team.run, *self._table.records(n))
+        self.prepare(inputs, live)
+        for n in range(len(self.table)):
+            yield partial(self._team.run, *self.table.records(n))
 
     def contents(self, live: Mapping[str, int]) -> Contents:
         """What lies in memory in a step of these live counts, whenever it is asked."""
@@ -88,7 +102,8 @@ class Program:
 
         return Contents(self.plan, self._arena, self._memory, live)
 
-    def _prepare(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> None:
+    def prepare(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> None:
+        """What a step is given goes to where its calls look for it."""
         for name, room in self._inputs.items():
             if name == "attention_tiles":
                 continue
@@ -125,6 +140,8 @@ class Program:
             return self._arena.ctypes.data + buffer.offset
         if buffer.memory == "scratch":
             return self._scratch.ctypes.data
+        if buffer.memory in JOINT:
+            return self._in_common(buffer).ctypes.data
         if buffer.memory == "count":
             return self._counts.ctypes.data
         if buffer.memory == "input":
@@ -134,6 +151,20 @@ class Program:
             self._constants.append(np.ascontiguousarray(buffer.tensor.attrs["value"]))
             return self._constants[-1].ctypes.data
         return self._memory.address(buffer)
+
+    def _in_common(self, buffer: Buffer) -> np.ndarray:
+        assert self._joint is not None, "a graph with collectives is one device's of several"
+        return self._joint(buffer)
+
+    def _view(self, ref: Ref, tensor: Tensor) -> np.ndarray:
+        """A tensor's memory as an array of its shape and layout."""
+        assert tensor.dtype.numpy is not None, f"{tensor!r} has no numpy type"
+        item = tensor.dtype.numpy.itemsize
+        strides = tuple(s * item for s in tensor.layout.strides)
+        shape = tuple(int(n) for n in tensor.shape)
+        apart, start = ref.buffer.memory in JOINT, ref.offset
+        flat = self._in_common(ref.buffer) if apart else self._arena[ref.buffer.offset :]
+        return np.ndarray(shape, tensor.dtype.numpy, flat[start:], strides=strides)
 
     def _input(self, buffer: Buffer) -> np.ndarray:
         if buffer.key not in self._inputs:
@@ -172,14 +203,3 @@ def attention_tiles(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:
     n = len(firsts)
     out[:n, 0], out[:n, 1], out[:n, 2] = firsts, lasts - firsts, row[firsts]
     return n
-
-
-def _view(arena: np.ndarray, ref: Ref, tensor: Tensor) -> np.ndarray:
-    """A tensor's memory in the arena as an array of its shape and layout."""
-    assert tensor.dtype.numpy is not None, f"{tensor!r} has no numpy type"
-    item = tensor.dtype.numpy.itemsize
-    strides = tuple(s * item for s in tensor.layout.strides)
-    shape = tuple(int(n) for n in tensor.shape)
-    start = ref.buffer.offset + ref.offset
-    flat = np.frombuffer(arena, np.uint8)[start:]
-    return np.ndarray(shape, tensor.dtype.numpy, flat, strides=strides)

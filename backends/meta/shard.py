@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from runtime.backends.meta.infer import Layout
-from runtime.ops.collective import all_gather, all_sum
+from runtime.ops.collective import all_gather, all_sum, with_all
 from runtime.ops.cuts import Runs
-from runtime.ops.errors import OpError
 from runtime.ops.graph import Graph
 from runtime.ops.registry import find
 from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
@@ -25,11 +24,8 @@ def shard(layout: Layout, device: int) -> Graph:
     for node in graph.nodes:
         local.add(node)
     outputs = [local.take(o, layout.kept(o)) for o in graph.outputs]
-    found = Graph(tuple(o for o in outputs if o is not None), graph.name)
-    numbers = [n.attrs["number"] for n in found.nodes if n.op in (all_sum.name, all_gather.name)]
-    if numbers != sorted(numbers):
-        raise OpError(f"device {device} would come to the collectives in the order {numbers}")
-    return found
+    wanted = [o for o in outputs if o is not None]
+    return Graph(with_all(wanted, local.collectives()), graph.name)
 
 
 def cut_leaf(leaf: Tensor, axis: int, runs: Runs) -> Tensor:
@@ -78,6 +74,10 @@ class _Shard:
             self._made[node] = None
         if node in self.layout.whole:
             self._whole[node] = self._collected(node)
+
+    def collectives(self) -> list[Tensor]:
+        """All of them, in order."""
+        return list(self._whole.values())
 
     def take(self, x: Tensor, use: State) -> Tensor | None:
         """A tensor as somebody takes it."""

@@ -21,10 +21,10 @@ Split = Callable[[Graph, Sequence[float]], Sequence[Graph]]  # graph, shares -> 
 
 def inferred(graph: Graph, shares: Sequence[float]) -> list[Graph]:
     """The graphs of devices with these shares of it."""
-    from runtime.backends.meta.infer import infer, shard
+    from runtime.backends.meta.infer import infer
+    from runtime.backends.meta.shard import shards
 
-    layout = infer(graph, shares)
-    return [shard(layout, device) for device in range(len(shares))]
+    return list(shards(infer(graph, shares)))
 
 
 class TensorBackend:

@@ -9,7 +9,7 @@ from runtime.backends.cpu.rules.registry import lowers
 from runtime.backends.cpu.rules.rows import copy
 from runtime.backends.plan.lowering import Declined, Lowering, Out
 from runtime.backends.plan.plan import Buffer, Ref
-from runtime.ops import views
+from runtime.ops import collective, views  # noqa: F401  declares the ops
 from runtime.ops.tensor import Dim, Tensor
 
 ONCE_NBYTES = 1 << 16  # sums of more bytes are added up once, for all devices

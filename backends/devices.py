@@ -2,32 +2,128 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 from runtime.backends.base import Backend
-from runtime.ops.errors import OptionError
+from runtime.backends.environment import debug
+from runtime.backends.meta.choices import Shares, chosen
+from runtime.backends.meta.expression import Device
+from runtime.backends.meta.stages import Stage
+from runtime.ops.errors import OptionError, shown
 
 
-def open_backend(devices: str, file: Any, threads: int | None, activations: str) -> Backend:
-    """The backend named by `devices`: "cpu", "reference" or "null[:N]".
+def open_backend(
+    devices: str, file: Any, threads: int | None, activations: str, split_mode: str | None = None,
+    tensor_split: Shares | None = None, main_device: int | None = None,
+) -> Backend:  # fmt: skip
+    """The backend of a device expression and what `meta.choices.chosen` takes beside it.
 
-    `file` is an open GGUF file; OptionError names what is known for anything else.
+    file: an open GGUF file. threads: of all devices together, by default one per core; of a NUMA
+    node its own. OptionError names what cannot be used, and what is known.
     """
-    name, _, number = devices.strip().partition(":")
-    if name == "cpu" and number in ("", "0"):
-        from runtime.backends.cpu import CpuBackend
-
-        return CpuBackend(file, threads, activations)
-    if name == "reference" and not number:
-        from runtime.backends.reference import ReferenceBackend
-
-        return ReferenceBackend(file)
-    if name == "null" and (not number or number.isdigit()):
+    stages = chosen(devices, split_mode, tensor_split, main_device, _count)
+    every = list(dict.fromkeys(device for stage in stages for device in stage.devices))
+    kinds = sorted({device.kind for device in every})
+    if kinds == ["null"]:
         from runtime.backends.cpu.planner import Planner, options
         from runtime.backends.null import NullBackend
 
-        return NullBackend(Planner(options(activations)), int(number or 1))
-    raise OptionError(
-        f"devices={devices!r} is not available: this version runs on 'cpu', 'reference' (numpy, "
-        "slow and exact) or 'null' (plans only)"
-    )
+        return NullBackend(Planner(options(activations)), len(every))
+    if kinds == ["reference"]:
+        from runtime.backends.reference import ReferenceBackend
+
+        return ReferenceBackend(file)
+    _check(devices, every, kinds)
+    return _behind(stages, _Opened(file, activations, stages, threads))
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind this machine has."""
+    from runtime.backends.cpu.run.cores import numa_nodes
+
+    return len(numa_nodes()) or 1
+
+
+def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> None:
+    """OptionError for devices that can be named and not be used."""
+    what = ""
+    if any(device.nbytes is not None for device in every):
+        what = "sizes of memory are for 'runtime plan'; leave them out"
+    elif "cuda" in kinds:
+        what = "models do not run on CUDA yet; 'runtime plan' shows how they would"
+    elif "mpi" in kinds:
+        what = "models do not run over MPI yet"
+    elif set(kinds) & {"null", "reference"}:
+        what = f"null and reference stand alone, and not beside {', '.join(kinds)}"
+    if what:
+        raise OptionError(f"devices={shown(expression)}: {what}")
+
+
+def _behind(stages: Sequence[Stage], opened: _Opened) -> Backend:
+    """The stages, one behind the other."""
+    found = [_beside(stage, opened) for stage in stages]
+    if len(found) == 1:
+        return found[0]
+    from runtime.backends.meta.layers import LayersBackend
+
+    return LayersBackend(found, [float(stage.share) for stage in stages])
+
+
+def _beside(stage: Stage, opened: _Opened) -> Backend:
+    """The devices of a stage, which work together."""
+    found = [opened.device(device) for device in stage.devices]
+    if len(found) == 1:
+        return found[0]
+    from runtime.backends.meta.tensor import TensorBackend
+
+    return TensorBackend(found, [float(share) for share in stage.shares])
+
+
+class _Opened:
+    """Opens the CPU devices of stages, each with its part of the threads and of the cores.
+
+    A device of several stages is opened for each of them, with as many threads.
+    """
+
+    def __init__(
+        self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None
+    ) -> None:
+        from runtime.backends.cpu.run.cores import physical_cores
+
+        self._file, self._activations = file, activations
+        weights: dict[Device, Fraction] = {}
+        for stage in stages:
+            for device, share in zip(stage.devices, stage.shares, strict=True):
+                if threads is not None or device.kind == "cpu":
+                    part = stage.share * share
+                    weights[device] = weights.get(device, Fraction(0)) + part
+        total = threads or physical_cores()
+        self._threads = dict(zip(weights, allotted(total, [*weights.values()]), strict=True))
+        if len(weights) > total and debug() >= 1:
+            print(f"{len(weights)} devices for {total} threads: each has one", file=sys.stderr)
+
+    def device(self, device: Device) -> Any:
+        from runtime.backends.cpu import CpuBackend
+        from runtime.backends.cpu.run.cores import shared_out
+
+        cores = None
+        if device.kind == "numa":
+            assert device.number is not None and device.of is not None, "it is one of several"
+            cores = shared_out(device.of)[device.number]
+        threads = self._threads.get(device)
+        return CpuBackend(self._file, threads, self._activations, cores=cores)
+
+
+def allotted(total: int, weights: Sequence[Fraction]) -> list[int]:
+    """Threads for devices with these weights of work, so that the last is done soonest.
+
+    At least 1 each, so perhaps more than `total`; of equals the first has more.
+    """
+    found = [1] * len(weights)
+    for _ in range((total - len(weights)) * bool(weights)):
+        times = [weight / n for weight, n in zip(weights, found, strict=True)]
+        found[times.index(max(times))] += 1
+    return found

@@ -102,10 +102,17 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in _TEXTS:
         if not isinstance(options[name], str):
             raise wrong(name, options[name], "text")
-    plain = {"sequences": whole("sequences", options["sequences"], 1)}
+    plain: dict[str, Any] = {"sequences": whole("sequences", options["sequences"], 1)}
     for name in ("context", "threads"):
         if options[name] is not None:
             plain[name] = whole(name, options[name], 1, ", or None for the default")
+    if options["split_mode"] is not None and not isinstance(options["split_mode"], str):
+        raise wrong("split_mode", options["split_mode"], "none, layer or tensor, as text")
+    if options["main_device"] is not None:
+        plain["main_device"] = whole("main_device", options["main_device"], 0, ", or None")
+    shares = options["tensor_split"]
+    if shares is not None and not isinstance(shares, str):
+        plain["tensor_split"] = listed("tensor_split", shares, "shares, such as '3,1' or [3, 1]")
     kv_type = options["kv_type"]
     pair = isinstance(kv_type, tuple | list) and all(isinstance(k, str) for k in kv_type)
     if not isinstance(kv_type, str) and not pair:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +47,20 @@ def load(
     activations: str = "int8",
     sequences: int = 8,
     progress: bool | Progress | None = None,
+    split_mode: str | None = None,
+    tensor_split: str | Sequence[float] | None = None,
+    main_device: int | None = None,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
-    devices: "cpu", "reference" or "null". kv_type: such as f32, f16, bf16 or q8_0, or two for
-    K and V apart ("q8_0,f16"). context: tokens of one sequence (default: what the file was trained
-    for, or what fits). threads: default one per core. activations: "int8", or "f32" to keep them in
-    float for every weight type. sequences: full contexts the cache has room for, memory allowing.
+    devices: "cpu"; "cpu:0,cpu:1", virtual devices that share out the cores; "numa", one for each
+    NUMA node; "tensor(...)" and "layers(...)" of these, nested at will, with shares as "3*cpu:0";
+    "reference" or "null". split_mode: of a list of devices, "layer" (the default), "tensor", or
+    "none": the one of number `main_device` alone. tensor_split: a share for each, "3,1" or [3, 1].
+    kv_type: such as f32, f16, bf16 or q8_0, or two for K and V apart ("q8_0,f16"). context: tokens
+    of one sequence (default: what the file was trained for, or what fits). threads: of all devices,
+    default one per core. activations: "int8", or "f32" to keep them in float for every weight
+    type. sequences: full contexts the cache has room for, memory allowing.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -64,6 +71,7 @@ def load(
     given: dict[str, Any] = {
         "devices": devices, "kv_type": kv_type, "context": context, "threads": threads,
         "activations": activations, "sequences": sequences, "progress": progress,
+        "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
     }  # fmt: skip
     given = check_load(path, given)
     file = open_gguf(path if path is not None else demo_path())
@@ -82,11 +90,11 @@ class Model(TextModel):
     def __init__(
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
-        progress: bool | Progress | None,
+        progress: bool | Progress | None, **split: Any,
     ) -> None:  # fmt: skip
         self.file, self.kv_types = file, parse_kv_type(kv_type)
         architecture = registry.build(file)
-        self.backend: Backend = open_backend(devices, file, threads, activations)
+        self.backend: Backend = open_backend(devices, file, threads, activations, **split)
         self._engine = Engine(
             file, self.backend, architecture, self.kv_types, context, sequences, progress
         )

@@ -28,6 +28,11 @@ pytestmark = needs_demo
         ({"kv_type": 3}, "kv_type=3 must be text such as 'f16'"),
         ({"kv_type": ("f16", 8)}, "kv_type="),
         ({"devices": None}, "devices=None must be text"),
+        ({"split_mode": 1}, "split_mode=1 must be none, layer or tensor"),
+        ({"tensor_split": 3}, "tensor_split=3 must be shares, such as '3,1'"),
+        ({"tensor_split": {"a": 1}}, "tensor_split={'a': 1} must be shares"),
+        ({"main_device": "0"}, "main_device='0' must be a whole number, or None"),
+        ({"main_device": -1}, "main_device=-1 must be at least 0"),
         ({"activations": 8}, "activations=8 must be text"),
         ({"progress": "yes"}, "progress='yes' must be True, False or a function"),
     ],
@@ -43,7 +48,13 @@ def test_paths_and_pairs_and_numpy_numbers_are_taken():
     import numpy as np
 
     with runtime.load(
-        str(DEMO), devices="null", kv_type=("q8_0", "f16"), context=np.int64(64), sequences=1
+        str(DEMO),
+        devices="null,null",
+        tensor_split=np.array([3, 1]),
+        split_mode="tensor",
+        kv_type=("q8_0", "f16"),
+        context=np.int64(64),
+        sequences=1,
     ) as model:
         assert model.kv_types == ("q8_0", "f16") and model.context == 64
 

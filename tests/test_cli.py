@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 from fake_model import CommandLine, FakeModel, needs_demo
 
+from runtime.backends.meta.expression import parse
+from runtime.backends.meta.stages import stages
 from runtime.cli import COMMANDS, main
 from runtime.errors import MemoryLimitError, OptionError
 
@@ -381,7 +383,19 @@ def test_devices(invoke):
     for part in ("instruction set", "generic", "2.0 GB/s", "cuda", "kernel cache"):
         assert part in result.stdout
     found = json.loads(invoke("devices", "--json").stdout)
+    assert found["cpu"]["numa_nodes"][0] and "NUMA nodes" in result.stdout
     assert found["cuda"] is None and found["cpu"]["isa_selected"] in found["cpu"]["isa_available"]
+
+
+def test_devices_shows_numa_nodes_and_examples_that_can_be_used(invoke, monkeypatch):
+    nodes = [frozenset((0, 1, 2, 8, 10, 11)), frozenset((3,))]
+    monkeypatch.setattr("runtime.backends.cpu.run.cores.numa_nodes", lambda: nodes)
+    lines = invoke("devices").stdout.splitlines()
+    rows = [line.strip().rsplit("  ", 1)[1] for line in lines if "NUMA node " in line]
+    assert [row.strip() for row in rows] == ["processors 0-2,8,10-11", "processors 3"]
+    first = next(n for n, line in enumerate(lines) if line.startswith("--devices"))
+    for line in lines[first:]:
+        assert stages(parse(line.split()[-1]))
 
 
 def test_devices_names_a_wrong_instruction_set(invoke, monkeypatch):

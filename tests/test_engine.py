@@ -231,7 +231,9 @@ def test_what_a_step_refuses(model: Model):
     "options, message",
     [
         ({"kv_type": "q3"}, "kv_type='q3' must be one of f32, f16"),
-        ({"devices": "tpu"}, "devices='tpu' is not available"),
+        ({"devices": "tpu"}, "devices='tpu': 'tpu' is no device"),
+        ({"devices": "cpu", "tensor_split": "3,1"}, "tensor_split='3,1': nothing to split"),
+        ({"devices": "cpu", "main_device": 1}, "main_device=1: the list has 1 device"),
         ({"threads": 0}, "threads=0 must be at least 1"),
         ({"activations": "int4"}, "activations='int4' must be"),
         ({"context": 0}, "context=0"),

@@ -16,7 +16,6 @@ from numbers import Integral, Real
 from runtime.ops.errors import OptionError, shown
 
 MOST_DEPTH = 16
-EXAMPLES = ("cpu", "tensor(cpu:0,cpu:1)", "layers(3*cpu:0,cpu:1)", "tensor(numa)")
 
 _GROUPS = ("tensor", "layers")
 _KINDS = ("cpu", "numa", "cuda", "mpi", "null", "reference")

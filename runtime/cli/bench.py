@@ -16,7 +16,7 @@ import click
 from runtime.cli.bench_plan import UBATCH, Numbers, Pair, Setting, Test, settings, tests
 from runtime.cli.bench_result import Result
 from runtime.cli.model_path import load, model_file
-from runtime.cli.options import precision_options
+from runtime.cli.options import device_arguments, precision_options
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
 
@@ -95,13 +95,14 @@ def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Sett
     if max(ubatches) > UBATCH:
         note(f"-ub: a step holds at most {UBATCH} tokens")
     batches, threads = _flat(options["batch_size"], 2048), _flat(options["threads"], None)
-    return list(settings(paths, batches, ubatches, types, threads))
+    devices = device_arguments(options)
+    return list(settings(paths, batches, ubatches, types, threads, devices))
 
 
 def _results(
     wanted: Sequence[Setting], chosen: Sequence[Test], options: dict[str, Any]
 ) -> Iterator[Result]:
-    load = {name: options[name] for name in ("activations", "devices")}
+    load = {"activations": options["activations"], **device_arguments(options)}
     load["context"] = max(test.n_depth + test.tokens for test in chosen)
     with _Loader(load) as loader:
         for setting in wanted:

@@ -23,6 +23,8 @@ _FIRST = (
 _CHANGED = (
     (("n_batch", 7, True), 2048), (("n_ubatch", 8, True), UBATCH),
     (("type_k", 6, True), "f16"), (("type_v", 6, True), "f16"),
+    (("devices", 22, False), "cpu"), (("split_mode", 10, False), None),
+    (("tensor_split", 12, False), None),
 )  # fmt: skip
 # the last two are this program's own
 _LAST = (("test", 15, True), ("t/s", 20, True), ("bandwidth_share", 15, True), ("GMAC/s", 8, True))
@@ -194,7 +196,13 @@ def fields(result: Result) -> dict[str, Any]:
     for key, value in own.items():
         found[key] = value
         found |= _AS_ON_CPU.get(key, {})
-    return found
+    setting = result.setting
+    return found | {
+        "split_mode": setting.split_mode or found["split_mode"],
+        "main_gpu": setting.main_device or 0,
+        "devices": setting.devices,
+        "tensor_split": setting.tensor_split or found["tensor_split"],
+    }
 
 
 def _flat(result: Result) -> dict[str, Any]:
@@ -229,6 +237,9 @@ def _cells(result: Result) -> dict[str, str]:
         "n_ubatch": str(setting.n_ubatch),
         "type_k": setting.type_k,
         "type_v": setting.type_v,
+        "devices": setting.devices,
+        "split_mode": setting.split_mode or "",
+        "tensor_split": setting.tensor_split or "",
         "test": result.test.name,
         "t/s": f"{fmean(speeds):.2f} ± {deviation(speeds):.2f}",
         "bandwidth_share": "" if share is None else f"{share:.3f}",

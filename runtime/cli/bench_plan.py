@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -104,6 +104,10 @@ class Setting:
     type_k: str
     type_v: str
     threads: int | None
+    devices: str = "cpu"
+    split_mode: str | None = None
+    tensor_split: str | None = None
+    main_device: int | None = None
 
     @property
     def loading(self) -> tuple[Any, ...]:
@@ -114,10 +118,14 @@ class Setting:
 def settings(
     paths: Sequence[str | None], batches: Sequence[int], ubatches: Sequence[int],
     types: tuple[Sequence[str], Sequence[str]], threads: Sequence[int | None],
+    devices: Mapping[str, Any],
 ) -> Iterator[Setting]:  # fmt: skip
-    """Every combination, in llama-bench's order: the threads change first, the model last."""
+    """Every combination, in llama-bench's order: the threads change first, the model last.
+
+    devices: the fields of Setting that say where a model is run, for all of them.
+    """
     for path, batch, ubatch, k, v, n in product(paths, batches, ubatches, *types, threads):
-        yield Setting(path, batch, min(ubatch, UBATCH), k, v, n)
+        yield Setting(path, batch, min(ubatch, UBATCH), k, v, n, **devices)
 
 
 def tests(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -41,7 +42,7 @@ def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
 
 def _cpu() -> dict[str, Any]:
     from runtime.backends.cpu.compile import isa
-    from runtime.backends.cpu.run.cores import cpu_name, physical_cores
+    from runtime.backends.cpu.run.cores import cpu_name, numa_nodes, physical_cores
     from runtime.backends.environment import cache_dir
     from runtime.memory.budget import available_memory
 
@@ -49,6 +50,7 @@ def _cpu() -> dict[str, Any]:
         "name": cpu_name(),
         "physical_cores": physical_cores(),
         "logical_cores": os.cpu_count() or 1,
+        "numa_nodes": [sorted(node) for node in numa_nodes()],
         "isa_available": list(isa.available()),
         "isa_selected": isa.selected(),
         "memory_total": _total_memory(),
@@ -67,6 +69,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         ("cpu", "processor", found["name"]),
         ("", "cores", f"{found['physical_cores']} physical, {found['logical_cores']} logical"),
+        *_nodes(found["numa_nodes"]),
         ("", "instruction set", f"{found['isa_selected']} (also: {', '.join(others) or 'none'})"),
         ("", "memory", ", ".join(memory) or "not known"),
         ("", "kernel cache", found["cache_dir"]),
@@ -74,7 +77,33 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if "read_bandwidth" in found:
         rows.append(("", "bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s read"))
     rows.append(("cuda", "", "not in this version: models run on the CPU"))
-    return rows
+    return rows + [
+        ("--devices" * (n == 0), what, example) for n, (what, example) in enumerate(_EXAMPLES)
+    ]
+
+
+_EXAMPLES = (
+    ("all cores", "cpu"),
+    ("parts of tensors", "tensor(cpu:0,cpu:1)"),
+    ("some layers each", "layers(3*cpu:0,cpu:1)"),
+    ("NUMA nodes", "tensor(numa)"),
+    ("nested", "layers(tensor(cpu:0,cpu:1),cpu:2)"),
+)
+
+
+def _nodes(nodes: Sequence[Sequence[int]]) -> list[tuple[str, str, str]]:
+    """One row for each NUMA node with its processors, where there are several."""
+    if len(nodes) < 2:
+        return [("", "NUMA nodes", str(len(nodes) or "not known"))]
+    return [("", f"NUMA node {n}", f"processors {_runs(node)}") for n, node in enumerate(nodes)]
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers as the system lists them: "0-3,8-11"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 def _total_memory() -> int | None:

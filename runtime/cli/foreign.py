@@ -62,9 +62,12 @@ _PACKED = "{name} has no effect: weights are packed into memory of their own whe
 _SHOWN = "DEBUG=1 to 4 shows what is computed"
 _NOTHING = "{name} has no effect here"
 
+_SPLIT = "{name} has no effect here: it is an option of the commands that run a model, and of plan"
+
 _ACCEPTED = (
-    ("-ngl --gpu-layers --n-gpu-layers -mg --main-gpu -sm --split-mode", 1, _ON_CPU),
-    ("-ts --tensor-split -ncmoe --n-cpu-moe -ncffn --n-cpu-ffn -dev --device", 1, _ON_CPU),
+    ("-dev --devices --device -sm --split-mode -ts --tensor-split", 1, _SPLIT),
+    ("-mg --main-device --main-gpu", 1, _SPLIT),
+    ("-ngl --gpu-layers --n-gpu-layers -ncmoe --n-cpu-moe -ncffn --n-cpu-ffn", 1, _ON_CPU),
     ("-ot --override-tensor -fitt --fit-target -fitc --fit-ctx", 1, _ON_CPU),
     ("-cmoe --cpu-moe", 0, _ON_CPU),
     ("-nkvo --no-kv-offload -kvo --kv-offload -nopo --no-op-offload --op-offload", -1, _ON_CPU),
@@ -73,7 +76,8 @@ _ACCEPTED = (
     ("--no-mmap --mmap -mmp --mlock -dio --direct-io --no-direct-io", -1, _PACKED),
     ("-lm --load-mode -lzm --lazy-mode", 1, _PACKED),
     ("-nr --no-repack", 0, "{name} has no effect: weights are always packed for the processor"),
-    ("--numa --prio --prio-batch --poll --poll-batch -C --cpu-mask -Cr --cpu-range", 1, _PLACED),
+    ("--numa", 1, "{name} has no effect: --devices numa uses each NUMA node as a device"),
+    ("--prio --prio-batch --poll --poll-batch -C --cpu-mask -Cr --cpu-range", 1, _PLACED),
     ("-Cb --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict --cpu-strict-batch", 1, _PLACED),
     ("-tb --threads-batch", 1, "{name} has no effect: prompts and answers use the threads of -t"),
     ("--no-jinja", 0, "{name} has no effect: chat templates are always the file's own, in Jinja"),

@@ -29,9 +29,19 @@ _PRECISION_OPTIONS = (
     option("-ctv --cache-type-v", "Type of V alone.", _MODEL, metavar="TYPE"),
     option("--activations", "Precision of activations against quantised weights.", _MODEL,
            type=click.Choice(["int8", "f32"]), default="int8", show_default=True),
-    option("--devices", "cpu, or reference for the slow and exact numpy backend.", _MODEL,
-           default="cpu", metavar="NAME", show_default=True),
+    option("-dev --devices | --device", "cpu; or several, as 'cpu:0,cpu:1' or numa, or with the "
+           "way of splitting 'tensor(3*cpu:0,cpu:1)', 'layers(...)', nested too; or reference, "
+           "the slow and exact numpy backend.", _MODEL, default="cpu", metavar="EXPRESSION",
+           show_default=True),
+    option("-sm --split-mode", "How a list of devices is used: layer (each has some layers), "
+           "tensor (each has a part of every tensor) or none (one alone).", _MODEL,
+           metavar="MODE"),
+    option("-ts --tensor-split", "How much each has, such as 3,1 (equal parts).", _MODEL,
+           metavar="N,N,..."),
+    option("-mg --main-device | --main-gpu", "Which of the list has everything with -sm none (0).",
+           _MODEL, type=click.IntRange(0), metavar="N"),
 )  # fmt: skip
+_DEVICES = ("devices", "split_mode", "tensor_split", "main_device")
 
 _SIZE_OPTIONS = (
     option("-c --context | --ctx-size",
@@ -106,12 +116,12 @@ _MAX_TOKENS = option(
 
 
 def model_options(function: F) -> F:
-    """-c, -t, --kv-type and its like, --activations and --devices."""
+    """-c, -t, --kv-type and its like, --activations, --devices and its like."""
     return decorated(function, (*_SIZE_OPTIONS, *_PRECISION_OPTIONS))
 
 
 def precision_options(function: F) -> F:
-    """--kv-type and its like, --activations and --devices."""
+    """--kv-type and its like, --activations, --devices and its like."""
     return decorated(function, _PRECISION_OPTIONS)
 
 
@@ -135,9 +145,13 @@ def _named(names: str, field: str) -> str:
 
 def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from the values of `model_options`."""
-    names = ("context", "threads", "activations", "devices")
-    found = {name: options[name] for name in names if name in options}
-    return found | {"kv_type": kv_type(options), "progress": not quiet}
+    found = {name: options[name] for name in ("context", "threads", "activations")}
+    return found | device_arguments(options) | {"kv_type": kv_type(options), "progress": not quiet}
+
+
+def device_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `runtime.load` that say on which devices a model is run, those given."""
+    return {name: options[name] for name in _DEVICES if options[name] is not None}
 
 
 def kv_type(options: dict[str, Any]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -102,6 +102,10 @@ class Backend(Planner, Protocol):
         """The inverse of `read_state`; numbers that a cache type cannot hold are rounded."""
         ...
 
+    def abort(self) -> None:
+        """End early the step that is under way in another thread; its results are worth nothing."""
+        ...
+
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""
         ...
@@ -116,4 +120,22 @@ class Backend(Planner, Protocol):
 
     def close(self) -> None:
         """End threads and free memory; further calls are errors."""
+        ...
+
+
+Step = tuple[Program, Mapping[str, np.ndarray], Mapping[str, int]]  # what a program is run with
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """What a backend has beside, whose steps go through `stages` that can each do another one."""
+
+    stages: int
+
+    def stream(self, steps: Iterable[Step]) -> Generator[Sequence[np.ndarray]]:
+        """Run steps, of programs of this backend; the outputs of each.
+
+        In order, as if each ended before the next; but steps are asked for some time before, and
+        the outputs are the caller's. When it is closed no step is under way any more.
+        """
         ...

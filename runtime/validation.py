@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.backends.meta.layers import LayersProgram
 from runtime.backends.passes.fuse_delta import delta_step
 from runtime.backends.passes.packing import pack, pack_rows
 from runtime.backends.plan.plan import Buffer, Call, Plan
@@ -106,13 +107,19 @@ class Validation:
         self, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> np.ndarray:
         """One step; the logits. BackendError at the first difference."""
+
+        def checked(program: Any, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+            _Step(self, program, inputs, live).run()
+            return program.results(live)
+
         self.tally.steps += 1
         try:
-            _Step(self, program, inputs, live).run()
+            if isinstance(program, LayersProgram):
+                return program.run_by(checked, inputs)[0]
+            return checked(program, inputs)[0]
         except BackendError:
             self.tally.sound = False
             raise
-        return program.results(live)[0]
 
     def weight(self, leaf: Tensor) -> np.ndarray:
         """float32, in its shape."""

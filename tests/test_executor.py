@@ -134,6 +134,29 @@ def test_a_signal_ends_a_long_plan_early(threads, alarm):
             assert np.array_equal(chain.x, chain.wanted(1)), "the next plan is run as ever"
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_another_thread_ends_a_plan_early(threads):
+    chain = Chain()
+    table = np.tile(chain.table, (120, 1))
+    with ThreadTeam(threads, loader) as team:
+        team.abort()  # nothing is under way
+        chain.run(team)
+        assert np.array_equal(chain.x, chain.wanted(1))
+        started = time.perf_counter()
+        team.run(table.ctypes.data, len(table))
+        whole = time.perf_counter() - started
+        runner = threading.Thread(target=team.run, args=(table.ctypes.data, len(table)))
+        started = time.perf_counter()
+        runner.start()
+        while runner.is_alive():
+            time.sleep(0.001)
+            team.abort()
+        assert time.perf_counter() - started < whole / 2
+        chain.x[:] = 0
+        chain.run(team)
+        assert np.array_equal(chain.x, chain.wanted(1)), "the next plan is run as ever"
+
+
 def test_a_second_signal_does_not_let_two_plans_run_at_once(alarm, monkeypatch):
     chain = Chain()
     table = np.tile(chain.table, (120, 1))

@@ -117,6 +117,10 @@ class CpuBackend:
         found = [k for plan in plans for k in plan.kernels()]
         return list(dict.fromkeys([Kernel.of("executor"), *packing, *found]))
 
+    def abort(self) -> None:
+        """See backends/base.py."""
+        self._team.abort()
+
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""
         return len(self.library.missing(self.kernels([self.plan(g) for g in graphs])))

@@ -48,6 +48,9 @@ class NullBackend:
         """As the device's."""
         return self.planner.distinct_sizes(graph, sizes)
 
+    def abort(self) -> None:
+        """Nothing: nothing runs."""
+
     def missing(self, graphs: Sequence[Graph]) -> int:
         """None: nothing is compiled."""
         return 0

@@ -67,6 +67,9 @@ class ReferenceBackend:
         """None: nothing is compiled."""
         return []
 
+    def abort(self) -> None:
+        """Nothing: a step goes on to its end."""
+
     def missing(self, graphs: Sequence[Graph]) -> int:
         """None: nothing is compiled."""
         return 0

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import abc
+from collections import abc, deque
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import forks
-from runtime.backends.base import Backend, Program, Progress
+from runtime.backends.base import Backend, Program, Progress, Staged, Step
 from runtime.backends.environment import debug, inspected, validate
 from runtime.engine.advance import Advance, Piece, begin, commit
-from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of
+from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
 from runtime.engine.pools import Pools
 from runtime.engine.programs import Programs
@@ -45,6 +45,7 @@ class Engine:
         progress: bool | Progress | None,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
+        self._staged = backend if isinstance(backend, Staged) else None
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
         self.lock = forks.lock()
@@ -101,7 +102,8 @@ class Engine:
             going = [a for a in advances if a.error is None]
             begin(going)
             if going:
-                self._step(Batch(going))
+                batch = Batch(going)
+                self._take(batch, self._execute(*self._prepared(batch)))
                 commit([a for a in going if a.error is None])
         return [a.error or a.rows for a in advances]
 
@@ -119,12 +121,16 @@ class Engine:
             self.pools.reserve(advances)
             _raise(advances)
             begin(advances)
-            batches: Iterable[Batch] = cut(advances, self.most_tokens, self.most_rows)
-            for batch in batches if on_prompt is None else _told(list(batches), on_prompt):
-                self.pools.reserve_slots([part.advance for part in batch.parts], advances)
-                _raise(advances)
-                self._step(batch)
-                _raise(advances)
+            done, total = 0, size_of(advances)[0]
+            if on_prompt is not None:
+                on_prompt(done, total)
+            with closing(self._steps(advances)) as steps:
+                for batch, logits in steps:
+                    self._take(batch, logits)
+                    _raise(advances)
+                    done += batch.tokens
+                    if on_prompt is not None:
+                        on_prompt(done, total)
             commit(advances)
         return [a.rows for a in advances]
 
@@ -199,14 +205,42 @@ class Engine:
                 f"{self.most_tokens} and {self.most_rows}"
             )
 
-    def _step(self, batch: Batch) -> None:
-        """Run it; each part takes its rows of logits, or an error where they are not finite."""
+    def _steps(self, advances: abc.Sequence[Advance]) -> abc.Generator[tuple[Batch, np.ndarray]]:
+        """Steps that take advances to their ends, each with its logits, valid until the next.
+
+        A device that works on several at a time is given steps before it has done those before.
+        """
+
+        def prepared(batches: Iterable[Batch]) -> abc.Iterator[Step]:
+            for batch in batches:
+                self.pools.reserve_slots([part.advance for part in batch.parts], advances)
+                _raise(advances)
+                given.append(batch)
+                yield self._prepared(batch)
+
+        given, run, most = deque[Batch](), self._one_by_one, self.most_tokens
+        if self._staged is not None and not inspected():
+            tokens = size_of(advances)[0]
+            each = staged_step(tokens, self._staged.stages, most)
+            if tokens > each:
+                run, most = self._staged.stream, each
+        with closing(run(prepared(cut(advances, most, self.most_rows)))) as results:
+            for logits, *_ in results:
+                yield given.popleft(), logits
+
+    def _prepared(self, batch: Batch) -> Step:
+        """The program, inputs and live counts of a step, which its sequences count as done."""
         kind = (True,) if "vectors" in batch.given else ()
         program = self.programs.of(batch.tokens, batch.outputs, *kind)
-        a, at = self.architecture, 0
+        a = self.architecture
         inputs = batch.inputs(a.positions_per_token, a.p.hidden)
-        logits = self._execute(program, inputs, batch.live)
-        finite = _finite(logits)
+        for part in batch.parts:
+            part.finish()
+        return program, inputs, batch.live
+
+    def _take(self, batch: Batch, logits: np.ndarray) -> None:
+        """Each part takes its rows of logits, or an error where they are not finite."""
+        at, finite = 0, _finite(logits)
         for part in batch.parts:
             rows = logits[at : at + len(part.wanted)]
             at += len(part.wanted)
@@ -214,10 +248,13 @@ class Engine:
                 part.advance.take(rows)
             else:
                 part.advance.error = self._not_finite()
-            part.finish()
+
+    def _one_by_one(self, steps: Iterable[Step]) -> abc.Generator[abc.Sequence[np.ndarray]]:
+        for step in steps:
+            yield (self._execute(*step),)
 
     def _execute(
-        self, program: Program, inputs: dict[str, np.ndarray], live: dict[str, int]
+        self, program: Program, inputs: abc.Mapping[str, np.ndarray], live: abc.Mapping[str, int]
     ) -> np.ndarray:
         if inspected() and (validate() or debug() >= 2):
             from runtime.inspection import run_inspected
@@ -263,16 +300,6 @@ def _raise(advances: abc.Sequence[Advance]) -> None:
         if advance.error is not None:
             found, advance.error = [advance.error], None
             checked(found.pop())
-
-
-def _told(batches: list[Batch], on_prompt: OnPrompt) -> abc.Iterator[Batch]:
-    """The same; how far they have come is told before the first and after each."""
-    done, total = 0, sum(batch.tokens for batch in batches)
-    on_prompt(done, total)
-    for batch in batches:
-        yield batch
-        done += batch.tokens
-        on_prompt(done, total)
 
 
 def check_room(present: int, new: int, context: int) -> None:

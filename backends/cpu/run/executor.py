@@ -95,6 +95,12 @@ class ThreadTeam:
         for team in (self, *led):
             team._last = run
 
+    def abort(self) -> None:
+        """End the plan that another thread runs after the row under way, if there is one."""
+        control = self._control
+        if control is not None:
+            control[ABORT] = 1
+
     def close(self) -> None:
         """End the threads. The next `run` starts new ones; a team nobody holds ends by itself."""
         with self._lock:

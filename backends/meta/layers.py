@@ -1,0 +1,209 @@
+"""Devices one behind the other: each has some layers of the model, and hands on what it makes.
+
+A prompt goes through as several steps, of which each stage does another one at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+
+import numpy as np
+
+from runtime.backends.base import Backend, Program, Progress
+from runtime.backends.base import Step as Given
+from runtime.backends.meta.graph_stages import StagedGraph, cut_graph
+from runtime.backends.meta.line import Line, Step
+from runtime.backends.plan.plan import Plan, Ref
+from runtime.ops.errors import BackendError
+from runtime.ops.graph import Graph
+from runtime.ops.tensor import Tensor
+
+Run = Callable[[Program, Mapping[str, np.ndarray]], Sequence[np.ndarray]]
+
+
+class LayersBackend:
+    """See backends/base.py. `shares`: how much of weights and state each device has, in numbers
+    that are compared with one another; one with 0 has none. OptionError: no share is above 0.
+    """
+
+    def __init__(self, devices: Sequence[Backend], shares: Sequence[float] | None = None) -> None:
+        shares = [1.0] * len(devices) if shares is None else shares
+        self._all = tuple(devices)
+        used = [pair for pair in zip(devices, shares, strict=True) if pair[1] > 0]
+        self._devices, self._shares = zip(*used, strict=True)
+        self.stages = len(used)
+        self.name = f"layers({', '.join(device.name for device in self._devices)})"
+        self.threads = sum(device.threads for device in self._devices)
+        self._line = Line(self.stages, partial(_abort, self._devices))
+        self._cuts: dict[str, StagedGraph] = {}
+        self._programs: dict[str, LayersProgram] = {}
+        self._has: dict[Hashable, Backend] = {}  # by the content of a state
+
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """Of the stage that has it; before any graph is known, of the one that needs most."""
+        has = [self._has[leaf.content]] if leaf.content in self._has else self._devices
+        return max(device.page_nbytes(leaf) for device in has)
+
+    def copy_pages(
+        self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """See backends/base.py."""
+        self._line.settle()
+        for leaf in leaves:
+            self._of(leaf).copy_pages([leaf], sources, targets)
+
+    def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """See backends/base.py."""
+        self._line.settle()
+        return self._of(leaf).read_state(leaf, rows)
+
+    def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """See backends/base.py."""
+        self._line.settle()
+        self._of(leaf).write_state(leaf, rows, values)
+
+    def plan(self, graph: Graph) -> Plan:
+        """The plans of all stages as one, for who looks at it; it cannot be run."""
+        plans = [device.plan(parts[0]) for device, parts in self._parts([graph])]
+        return _joined(self._cut(graph), plans)
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """Those of any stage."""
+        found = {n for d, g in self._parts([graph]) for n in d.distinct_sizes(g[0], sizes)}
+        return sorted(found)
+
+    def missing(self, graphs: Sequence[Graph]) -> int:
+        """Of all stages together; a kernel that several need counts as often."""
+        return sum(device.missing(parts) for device, parts in self._parts(graphs))
+
+    def program(self, graph: Graph) -> LayersProgram:
+        """The programs of all stages as one."""
+        key = graph.key()
+        if key not in self._programs:
+            programs = [device.program(parts[0]) for device, parts in self._parts([graph])]
+            self._programs[key] = LayersProgram(self._cut(graph), programs, self._line)
+        return self._programs[key]
+
+    def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
+        """One stage after the other."""
+        for device, parts in self._parts(graphs):
+            device.load(parts, progress)
+
+    def stream(self, steps: Iterable[Given]) -> Generator[Sequence[np.ndarray]]:
+        """See backends/base.py."""
+        for step in self._line.through(_begun(steps)):
+            yield step.results()
+
+    def abort(self) -> None:
+        """See backends/base.py."""
+        for device in self._devices:
+            device.abort()
+
+    def close(self) -> None:
+        """Close all devices, those without a share too."""
+        self._line.close()
+        self._programs.clear()
+        self._cuts.clear()
+        for device in self._all:
+            device.close()
+
+    def _cut(self, graph: Graph) -> StagedGraph:
+        key = graph.key()
+        if key not in self._cuts:
+            cut = cut_graph(graph, self._shares)
+            for device, stage in zip(self._devices, cut.stages, strict=True):
+                for leaf in stage.graph.leaves("state"):
+                    has = self._has.setdefault(leaf.content, device)
+                    assert has is device, f"{leaf!r} is in another stage of another graph"
+            self._cuts[key] = cut
+        return self._cuts[key]
+
+    def _parts(self, graphs: Sequence[Graph]) -> Iterator[tuple[Backend, list[Graph]]]:
+        """Of each device its stages of these graphs."""
+        stages = zip(*(self._cut(graph).stages for graph in graphs), strict=True)
+        for device, parts in zip(self._devices, stages, strict=False):
+            yield device, [stage.graph for stage in parts]
+
+    def _of(self, leaf: Tensor) -> Backend:
+        if leaf.content not in self._has:
+            raise BackendError(f"no graph of {self.name} has the state {leaf!r}")
+        return self._has[leaf.content]
+
+
+class LayersProgram:
+    """See backends/base.py: the programs of all stages."""
+
+    def __init__(self, cut: StagedGraph, programs: Sequence[Program], line: Line) -> None:
+        self._cut, self._programs, self._line = cut, programs, line
+        self.observable = all(program.observable for program in programs)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """See `LayersBackend.plan`."""
+        return _joined(self._cut, [program.plan for program in self._programs])
+
+    def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
+        """One stage after the other."""
+        return self.run_by(lambda program, values: program.run(values, live), inputs)
+
+    def profile(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """See backends/base.py."""
+        times: list[np.ndarray] = []
+
+        def profiled(program: Program, values: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+            results, nanoseconds = program.profile(values, live)
+            times.append(nanoseconds)
+            return results
+
+        return self.run_by(profiled, inputs), np.concatenate(times)
+
+    def run_by(self, run: Run, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """One stage after the other, its program run by `run`(program, its inputs)."""
+        self._line.settle()
+        values = dict(inputs)
+        for program, stage in zip(self._programs, self._cut.stages, strict=True):
+            values |= zip(stage.results, run(program, values), strict=True)
+        return [values[name] for name in self._cut.outputs]
+
+    def step(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> Step:
+        """To be done by the threads of a line; what stages hand on are copies."""
+        values = dict(inputs)
+
+        def do(program: Program, names: Sequence[str]) -> None:
+            copies = map(np.array, program.run(values, live))
+            values.update(zip(names, copies, strict=True))
+
+        pairs = zip(self._programs, self._cut.stages, strict=True)
+        stages = [partial(do, program, stage.results) for program, stage in pairs]
+        return Step(stages, lambda: [values[name] for name in self._cut.outputs])
+
+
+def _begun(steps: Iterable[Given]) -> Iterator[Step]:
+    for program, inputs, live in steps:
+        assert isinstance(program, LayersProgram), "a program of this backend"
+        yield program.step(inputs, live)
+
+
+def _abort(devices: Sequence[Backend]) -> None:
+    for device in devices:
+        device.abort()
+
+
+def _joined(cut: StagedGraph, plans: Sequence[Plan]) -> Plan:
+    """Plans of stages behind one another, for who looks at them."""
+    ends: dict[str, tuple[Ref, Tensor]] = {}
+    for stage, plan in zip(cut.stages, plans, strict=True):
+        ends |= zip(
+            stage.results, zip(plan.outputs, plan.output_tensors, strict=True), strict=False
+        )
+    outputs = [ends[name] for name in cut.outputs if name in ends]
+    return Plan(
+        plans[0].name, [one for plan in plans for one in plan.instructions],
+        [ref for ref, _ in outputs], tuple(tensor for _, tensor in outputs),
+        arena_nbytes=sum(plan.arena_nbytes for plan in plans),
+        scratch_nbytes=max(plan.scratch_nbytes for plan in plans),
+        results={node: buffer for plan in plans for node, buffer in plan.results.items()},
+    )  # fmt: skip

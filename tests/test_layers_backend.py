@@ -165,7 +165,7 @@ def settled(model: Model) -> bool:
 @pytest.mark.parametrize("stage", range(3))
 def test_an_error_of_a_stage(model: Model, one: Model, stage: int, monkeypatch: pytest.MonkeyPatch):
     """In one step while others are under way: it is raised, and nothing has happened."""
-    team = model.backend._devices[stage]._team  # type: ignore[attr-defined]
+    team = model.backend._devices[stage].team  # type: ignore[attr-defined]
     run, calls = team.run, []
 
     def fails(*plan, **how):

@@ -119,7 +119,7 @@ class CpuBackend:
 
     def abort(self) -> None:
         """See backends/base.py."""
-        self._team.abort()
+        self.team.abort()
 
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""

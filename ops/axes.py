@@ -11,9 +11,9 @@ copies and views need no pattern: theirs follows from the kind.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, Unsplittable, sp
 from runtime.ops.tensor import LEAVES, Shape, Tensor
 from runtime.ops.views import broadcast, permute, reshape, slice_
 
+T = TypeVar("T")
+_MOST_KNOWN = 20_000
 OUT = -1  # the result, where inputs have their numbers
 Names = tuple[str, ...]  # of the factors of one axis; none: it stays whole
 Pattern = tuple[tuple[Names, ...], ...]  # of each input, and of the result last
@@ -39,20 +41,41 @@ class Link(NamedTuple):
     shared: bool = False
 
 
-def links(node: Tensor, source: int, axis: int, target: int) -> Iterator[tuple[int, Link]]:
+def _remembered(function: Callable[..., T]) -> Callable[..., T]:
+    """Ask once of nodes that are alike in op, shapes and attributes: layers repeat."""
+    known: dict[tuple[Any, ...], T] = {}
+
+    @wraps(function)
+    def asked(node: Tensor, *more: Any) -> T:
+        key = node.op, node.shape, *(x.shape for x in node.inputs), *node.attrs.items(), *more
+        if key not in known:
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            known[key] = function(node, *more)
+        return known[key]
+
+    return asked
+
+
+@_remembered
+def links(node: Tensor, source: int, axis: int, target: int) -> tuple[tuple[int, Link], ...]:
     """Axes of `target` that go with one of `source` (inputs by number, OUT), outermost first."""
     if node.op in LEAVES:
-        return
-    op = find(node.op)
-    for number in range(_operand(node, target).ndim):
-        if op.kind is Kind.VIEW:
-            found = _through_view(node, source == OUT, axis, number)
-        else:
-            found = _by_pattern(node, source, axis, target, number)
-        if found is not None:
-            yield number, found
+        return ()
+    view = find(node.op).kind is Kind.VIEW
+    found = (
+        (
+            number,
+            _through_view(node, source == OUT, axis, number)
+            if view
+            else _by_pattern(node, source, axis, target, number),
+        )
+        for number in range(_operand(node, target).ndim)
+    )
+    return tuple((number, link) for number, link in found if link is not None)
 
 
+@_remembered
 def is_summed(node: Tensor, number: int, axis: int) -> bool:
     """Whether the node sums over this axis of an input."""
     if node.op in LEAVES or find(node.op).kind is Kind.VIEW:
@@ -62,6 +85,7 @@ def is_summed(node: Tensor, number: int, axis: int) -> bool:
     return bool(names) and not {*names} & {n for axis in result for n in axis}
 
 
+@_remembered
 def needs(node: Tensor, split: Split) -> list[State]:
     """States of the inputs from which every device computes its part of the result.
 
@@ -73,6 +97,7 @@ def needs(node: Tensor, split: Split) -> list[State]:
     return found
 
 
+@_remembered
 def summands(node: Tensor, number: int, split: Split) -> list[State]:
     """States of all inputs where one is split along an axis that is summed over."""
     if not is_summed(node, number, split.axis):

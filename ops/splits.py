@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from functools import lru_cache
 from itertools import groupby
 from math import gcd
 from typing import NamedTuple
@@ -102,6 +103,12 @@ def _period(cells: Sequence[Owners]) -> int:
 
 def split_of(axis: int, masks: np.ndarray) -> Split:
     """The split with these owners, int64 [length of the axis]; see `Split.masks`."""
+    return _split_of(axis, masks.tobytes())
+
+
+@lru_cache(1024)
+def _split_of(axis: int, content: bytes) -> Split:
+    masks = np.frombuffer(content, np.int64)
     edges = np.flatnonzero(np.diff(masks)) + 1
     starts, ends = np.append(0, edges), np.append(edges, len(masks))
     runs = [

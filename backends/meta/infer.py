@@ -129,12 +129,12 @@ class Region:
         return found
 
     def groups(self) -> list[list[int]]:
-        """Parts by what they share with one another, such as a K head; all in one if nothing."""
+        """Parts by what they share with one another, such as a K head; none if nothing."""
         for _, atoms in self.labels.values():
             if atoms.shape[1] > 1 and (atoms >= 0).all():
                 rows = [list(dict.fromkeys(row)) for row in self.root[atoms].tolist()]
                 return list(map(list, dict.fromkeys(map(tuple, rows))))
-        return [self.classes()]
+        return []
 
     def _put(self, tensor: Tensor, axis: int, atoms: np.ndarray) -> None:
         if self.coarse and atoms.shape[1] > 1:
@@ -145,14 +145,13 @@ class Region:
             before, known = self.labels[tensor]
             if before != axis:
                 raise Unsplittable(f"{tensor!r} would be split along axes {before} and {axis}")
-            if np.array_equal(known, atoms):
-                return
-            if known.shape == atoms.shape:
-                both = (known >= 0) & (atoms >= 0)
-                self._join(np.stack([known[both], atoms[both]], 1))
-                merged = np.where(known >= 0, known, atoms)
-            else:
-                merged = self._joined(np.concatenate([known, atoms], 1))
+            width = max(known.shape[1], atoms.shape[1])
+            known, atoms = (
+                np.pad(a, ((0, 0), (0, width - a.shape[1])), "edge") for a in (known, atoms)
+            )
+            both = (known >= 0) & (atoms >= 0)
+            self._join(np.stack([known[both], atoms[both]], 1))
+            merged = np.where(known >= 0, known, atoms)
             if np.array_equal(known, merged):
                 return
             self.labels[tensor] = axis, merged
@@ -203,22 +202,25 @@ class Region:
     def _push(self, source: Tensor, target: Tensor, axis: int, link: Link) -> None:
         _, atoms = self.labels[source]
         beside = np.append(atoms, np.full((1, atoms.shape[1]), -1), 0)
-        found = beside[link.places].reshape(len(link.places), -1)
+        found = beside[link.places]  # [length, places that go with an index, atoms of each]
         if not (found >= 0).any():
             return
-        self._put(target, axis, found if link.shared else self._joined(found, atoms.shape[1]))
+        if link.shared:
+            self._put(target, axis, found.reshape(len(found), -1))
+        else:
+            columns = [self._joined(column) for column in np.moveaxis(found, 2, 0)]
+            self._put(target, axis, np.concatenate(columns, 1))
 
     def _joins(self, tensor: Tensor, link: Link) -> int:
         """How many indices of the target would join atoms."""
         roots = self.root[self.labels[tensor][1][:, 0]][link.places]
         return 0 if link.shared else int((roots != roots[:, :1]).any(1).sum())
 
-    def _joined(self, atoms: np.ndarray, width: int = 1) -> np.ndarray:
-        """The first `width` atoms at each index, once all of an index are joined."""
-        if atoms.shape[1] > width:
+    def _joined(self, atoms: np.ndarray) -> np.ndarray:
+        """The first atom at each index, once all of an index are joined."""
+        if atoms.shape[1] > 1:
             self._join(atoms)
-            first = np.argmax(atoms >= 0, 1)
-            atoms = np.repeat(atoms[np.arange(len(atoms)), first][:, None], width, 1)
+            atoms = np.take_along_axis(atoms, np.argmax(atoms >= 0, 1)[:, None], 1)
         return atoms
 
     def _join(self, together: np.ndarray) -> None:
@@ -280,7 +282,7 @@ def _starts(graph: Graph, node: Tensor) -> Iterator[tuple[Tensor, int]]:
 def _grown(graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int) -> Region:
     """Groups stay together where there are enough of them for all devices."""
     n = int(start.shape[axis])
-    unit = max(x.dtype.block for x in node.inputs if x.op == "weight")
+    unit = max(x.dtype.block for x in node.inputs if x.op == "weight") if start is not node else 1
     unit = unit if n % unit == 0 else n
     if unit == 1 and n % _UNIT == 0 and n // _UNIT >= _FEW * devices:
         unit = _UNIT
@@ -315,7 +317,7 @@ def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarra
         costs = region.nbytes()
         classes, groups = region.classes(), region.groups()
         total += costs.sum()
-        if (len(groups) < len(shares) and len(groups) > 1) or len(groups) == 1 < len(classes) > 1:
+        if 0 < len(groups) < len(shares):
             owner = _by_group(groups, costs, ends, given, total)
         else:
             owner = _in_order(classes, costs, ends * total - given)

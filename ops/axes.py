@@ -25,6 +25,7 @@ from runtime.ops.views import broadcast, permute, reshape, slice_
 
 T = TypeVar("T")
 _MOST_KNOWN = 20_000
+_KNOWN: dict[tuple[Any, ...], Any] = {}  # what rules said of such nodes
 OUT = -1  # the result, where inputs have their numbers
 Names = tuple[str, ...]  # of the factors of one axis; none: it stays whole
 Pattern = tuple[tuple[Names, ...], ...]  # of each input, and of the result last
@@ -43,16 +44,16 @@ class Link(NamedTuple):
 
 def _remembered(function: Callable[..., T]) -> Callable[..., T]:
     """Ask once of nodes that are alike in op, shapes and attributes: layers repeat."""
-    known: dict[tuple[Any, ...], T] = {}
 
     @wraps(function)
     def asked(node: Tensor, *more: Any) -> T:
-        key = node.op, node.shape, *(x.shape for x in node.inputs), *node.attrs.items(), *more
-        if key not in known:
-            if len(known) >= _MOST_KNOWN:
-                known.clear()
-            known[key] = function(node, *more)
-        return known[key]
+        shapes = node.shape, *(x.shape for x in node.inputs)
+        key = function.__name__, node.op, *shapes, *node.attrs.items(), *more
+        if key not in _KNOWN:
+            if len(_KNOWN) >= _MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[key] = function(node, *more)
+        return _KNOWN[key]
 
     return asked
 

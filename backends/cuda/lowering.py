@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -25,7 +25,15 @@ TYPES = {name: getattr(types, f"{_NAMES[name[0]]}{8 * WIDTH[name]}") for name in
 _CASTS = {"u32": np.uint32, "i32": np.int32, "f32": np.float32}
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _GLOBAL, _SHARED = 1, 3
-Rule = Callable[[Intrinsic, int], Callable[..., Any]]
+_U32 = types.uint32
+
+
+class Rule(NamedTuple):
+    """How numba types an operation of `count` arguments, `sign` (their types), and emits it."""
+
+    count: int
+    sign: Callable[..., Any]
+    generate: Callable[[Any, Any, Any, Any], Any]
 
 
 @functools.cache
@@ -33,39 +41,34 @@ def lowered(operation: Intrinsic, capability: int) -> Any:
     """What stands for `operation` in a function that numba compiles for `capability` (90, ...)."""
     if operation.rule == "cast":
         return _CASTS[operation.parameters[0]]
-    typer = _assembly(operation, capability) if operation.ptx else _RULES[operation.rule](operation)
-    return intrinsic(_named(operation.name, typer))
+    rule = _assembly(operation, capability) if operation.ptx else _RULES[operation.rule](operation)
+    return intrinsic(_typer(operation.name, rule))
 
 
-def _named(name: str, typer: Callable[..., Any]) -> Callable[..., Any]:
+def _typer(name: str, rule: Rule) -> Callable[..., Any]:
     """numba looks at the parameters of a typing function: give it exactly those."""
-    count = typer.__code__.co_argcount - 1
-    names = "".join(f", a{i}" for i in range(getattr(typer, "count", count)))
-    scope = {"typer": typer}
-    exec(f"def {name}(context{names}): return typer(context{names})", scope)
+    names = ", ".join(f"a{i}" for i in range(rule.count))
+    scope = rule._asdict()
+    exec(f"def {name}(context, {names}): return sign({names}), generate", scope)
     return scope[name]
 
 
-def _assembly(operation: Intrinsic, capability: int) -> Callable[..., Any]:
-    """The typing function of an operation written in PTX."""
+def _assembly(operation: Intrinsic, capability: int) -> Rule:
+    """An operation written in PTX."""
     arguments = [TYPES[a] for a in operation.arguments]
     results = [TYPES[r] for r in operation.results]
     constraints = ["=" + _LETTERS[r] for r in operation.results]
     constraints += [_LETTERS[a] for a in operation.arguments]
-    emitted = capability >= operation.needs
 
-    def typer(context: Any, *given: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            if not emitted:
-                return context.get_dummy_value()
-            kinds = [context.get_value_type(t) for t in results]
-            found = assemble(builder, operation.ptx, kinds, constraints, values, operation.effect)
-            return _returned(context, builder, sig, found)
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        if capability < operation.needs:
+            return context.get_dummy_value()
+        kinds = [context.get_value_type(t) for t in results]
+        found = assemble(builder, operation.ptx, kinds, constraints, values, operation.effect)
+        return _returned(context, builder, sig, found)
 
-        return signature(_return_type(results), *arguments), generate
-
-    typer.count = len(arguments)  # type: ignore[attr-defined]
-    return typer
+    whole = signature(_return_type(results), *arguments)
+    return Rule(len(arguments), lambda *_: whole, generate)
 
 
 def assemble(
@@ -115,16 +118,13 @@ def _offset_bytes(builder: Any, pointer: Any, index: Any, space: int) -> Any:
     return builder.ptrtoint(place, _I32 if space == _SHARED else _I64)
 
 
-def _register(operation: Intrinsic) -> Callable[..., Any]:
+def _register(operation: Intrinsic) -> Rule:
     name = f"llvm.nvvm.read.ptx.sreg.{operation.parameters[0]}"
 
-    def typer(context: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            return builder.call(_declared(builder, name, ir.FunctionType(_I32, [])), [])
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        return builder.call(_declared(builder, name, ir.FunctionType(_I32, [])), [])
 
-        return signature(types.uint32), generate
-
-    return typer
+    return Rule(0, lambda: signature(_U32), generate)
 
 
 def _declared(builder: Any, name: str, kind: Any) -> Any:
@@ -132,161 +132,138 @@ def _declared(builder: Any, name: str, kind: Any) -> Any:
     return module.globals.get(name) or ir.Function(module, kind, name)
 
 
-def _barrier(operation: Intrinsic) -> Callable[..., Any]:
-    def typer(context: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            builder.call(_declared(builder, "llvm.nvvm.barrier0", kind), [])
-            return context.get_dummy_value()
+def _barrier(operation: Intrinsic) -> Rule:
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(_declared(builder, "llvm.nvvm.barrier0", kind), [])
+        return context.get_dummy_value()
 
-        return signature(types.none), generate
-
-    return typer
+    return Rule(0, lambda: signature(types.none), generate)
 
 
-def _load(operation: Intrinsic) -> Callable[..., Any]:
+def _load(operation: Intrinsic) -> Rule:
     count, mode = operation.parameters
     space = _SHARED if mode == "shared" else _GLOBAL
 
-    def typer(context: Any, pointer: Any, index: Any) -> Any:
-        element = pointer.dtype
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        place = _address(builder, values[0], values[1], count, space)
+        read = builder.load(place, align=count * sig.args[0].dtype.bitwidth // 8)
+        if mode == "constant":
+            read.set_metadata("invariant.load", builder.module.add_metadata([]))
+        parts = [read] if count == 1 else _lanes(builder, read, count)
+        return _returned(context, builder, sig, parts)
 
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            place = _address(builder, values[0], values[1], count, space)
-            read = builder.load(place, align=count * element.bitwidth // 8)
-            if mode == "constant":
-                read.set_metadata("invariant.load", builder.module.add_metadata([]))
-            parts = [read] if count == 1 else _lanes(builder, read, count)
-            return _returned(context, builder, sig, parts)
+    def sign(pointer: Any, index: Any) -> Any:
+        return signature(_return_type([pointer.dtype] * count), pointer, _U32)
 
-        return signature(_return_type([element] * count), pointer, types.uint32), generate
-
-    return typer
+    return Rule(2, sign, generate)
 
 
 def _lanes(builder: Any, vector: Any, count: int) -> list[Any]:
     return [builder.extract_element(vector, _I32(i)) for i in range(count)]
 
 
-def _stream(operation: Intrinsic) -> Callable[..., Any]:
+def _stream(operation: Intrinsic) -> Rule:
     (count,) = operation.parameters
     outputs = ", ".join(f"${i}" for i in range(count))
     text = f"ld.global.nc.L1::no_allocate.v{count}.u32 {{{outputs}}}, [${count}];"
 
-    def typer(context: Any, pointer: Any, index: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            place = _address(builder, values[0], values[1], count, _GLOBAL)
-            letters = ["=r"] * count + ["l"]
-            address = [builder.ptrtoint(place, _I64)]
-            found = assemble(builder, text, [_I32] * count, letters, address, "")
-            return _returned(context, builder, sig, found)
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        place = _address(builder, values[0], values[1], count, _GLOBAL)
+        letters = ["=r"] * count + ["l"]
+        address = [builder.ptrtoint(place, _I64)]
+        found = assemble(builder, text, [_I32] * count, letters, address, "")
+        return _returned(context, builder, sig, found)
 
-        result = types.UniTuple(types.uint32, count)
-        return signature(result, pointer, types.uint32), generate
-
-    return typer
+    return Rule(2, lambda p, i: signature(types.UniTuple(_U32, count), p, _U32), generate)
 
 
-def _store(operation: Intrinsic) -> Callable[..., Any]:
+def _store(operation: Intrinsic) -> Rule:
     (count,) = operation.parameters
     space = _SHARED if operation.rule == "shared_store" else _GLOBAL
 
-    def typer(context: Any, pointer: Any, index: Any, *given: Any) -> Any:
-        element = pointer.dtype
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        place = _address(builder, values[0], values[1], count, space)
+        value = values[2]
+        if count > 1:
+            value = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+            for i, part in enumerate(values[2:]):
+                value = builder.insert_element(value, part, _I32(i))
+        builder.store(value, place, align=count * sig.args[0].dtype.bitwidth // 8)
+        return context.get_dummy_value()
 
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            place = _address(builder, values[0], values[1], count, space)
-            value = values[2]
-            if count > 1:
-                value = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
-                for i, part in enumerate(values[2:]):
-                    value = builder.insert_element(value, part, _I32(i))
-            builder.store(value, place, align=count * element.bitwidth // 8)
-            return context.get_dummy_value()
+    def sign(pointer: Any, index: Any, *given: Any) -> Any:
+        return signature(types.none, pointer, _U32, *[pointer.dtype] * count)
 
-        return signature(types.none, pointer, types.uint32, *[element] * count), generate
-
-    typer.count = 2 + count  # type: ignore[attr-defined]
-    return typer
+    return Rule(2 + count, sign, generate)
 
 
-def _registers(operation: Intrinsic) -> Callable[..., Any]:
+def _registers(operation: Intrinsic) -> Rule:
     name, count = operation.parameters
 
-    def typer(context: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            kind = context.get_value_type(TYPES[name])
-            with builder.goto_entry_block():
-                array = builder.alloca(ir.ArrayType(kind, count))
-            return builder.bitcast(array, kind.as_pointer())
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        kind = context.get_value_type(TYPES[name])
+        with builder.goto_entry_block():
+            array = builder.alloca(ir.ArrayType(kind, count))
+        return builder.bitcast(array, kind.as_pointer())
 
-        return signature(types.CPointer(TYPES[name])), generate
-
-    return typer
+    return Rule(0, lambda: signature(types.CPointer(TYPES[name])), generate)
 
 
-def _shared(operation: Intrinsic) -> Callable[..., Any]:
+def _shared(operation: Intrinsic) -> Rule:
     name, count, alignment = (*operation.parameters, 0, 1024)[:3]
 
-    def typer(context: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            kind = context.get_value_type(TYPES[name])
-            label = f"shared_{id(operation):x}" if count else "dynamic_shared"
-            array = builder.module.globals.get(label)
-            if array is None:
-                array = ir.GlobalVariable(
-                    builder.module, ir.ArrayType(kind, count), label, addrspace=_SHARED
-                )
-                array.align = alignment
-                array.linkage = "internal" if count else "external"
-                if count:
-                    array.initializer = ir.Constant(array.value_type, ir.Undefined)
-            place = builder.bitcast(array, ir.PointerType(kind, _SHARED))
-            return builder.addrspacecast(place, kind.as_pointer())
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        kind = context.get_value_type(TYPES[name])
+        label = f"shared_{id(operation):x}" if count else "dynamic_shared"
+        array = builder.module.globals.get(label)
+        if array is None:
+            array = ir.GlobalVariable(
+                builder.module, ir.ArrayType(kind, count), label, addrspace=_SHARED
+            )
+            array.align = alignment
+            array.linkage = "internal" if count else "external"
+            if count:
+                array.initializer = ir.Constant(array.value_type, ir.Undefined)
+        place = builder.bitcast(array, ir.PointerType(kind, _SHARED))
+        return builder.addrspacecast(place, kind.as_pointer())
 
-        return signature(types.CPointer(TYPES[name])), generate
-
-    return typer
+    return Rule(0, lambda: signature(types.CPointer(TYPES[name])), generate)
 
 
-def _copy_async(operation: Intrinsic) -> Callable[..., Any]:
+def _copy_async(operation: Intrinsic) -> Rule:
     text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
 
-    def typer(context: Any, target: Any, piece: Any, source: Any, source_piece: Any, n: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            places = [
-                _offset_bytes(builder, values[0], values[1], _SHARED),
-                _offset_bytes(builder, values[2], values[3], _GLOBAL),
-            ]
-            letters = ["r", "l", "r"]
-            assemble(builder, text, [], letters, [*places, values[4]], operation.effect)
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        places = [
+            _offset_bytes(builder, values[0], values[1], _SHARED),
+            _offset_bytes(builder, values[2], values[3], _GLOBAL),
+        ]
+        letters = ["r", "l", "r"]
+        assemble(builder, text, [], letters, [*places, values[4]], operation.effect)
+        return context.get_dummy_value()
 
-        u = types.uint32
-        return signature(types.none, target, u, source, u, u), generate
+    def sign(target: Any, piece: Any, source: Any, source_piece: Any, nbytes: Any) -> Any:
+        return signature(types.none, target, _U32, source, _U32, _U32)
 
-    return typer
+    return Rule(5, sign, generate)
 
 
-def _ldmatrix(operation: Intrinsic) -> Callable[..., Any]:
+def _ldmatrix(operation: Intrinsic) -> Rule:
     count, mode = operation.parameters
     outputs = ", ".join(f"${i}" for i in range(count))
     text = f"ldmatrix.sync.aligned.m8n8.x{count}{mode}.shared.b16 {{{outputs}}}, [${count}];"
 
-    def typer(context: Any, array: Any, piece: Any) -> Any:
-        def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            place = _offset_bytes(builder, values[0], values[1], _SHARED)
-            letters = ["=r"] * count + ["r"]
-            found = assemble(builder, text, [_I32] * count, letters, [place], operation.effect)
-            return _returned(context, builder, sig, found)
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        place = _offset_bytes(builder, values[0], values[1], _SHARED)
+        letters = ["=r"] * count + ["r"]
+        found = assemble(builder, text, [_I32] * count, letters, [place], operation.effect)
+        return _returned(context, builder, sig, found)
 
-        result = types.UniTuple(types.uint32, count)
-        return signature(result, array, types.uint32), generate
-
-    return typer
+    return Rule(2, lambda array, i: signature(types.UniTuple(_U32, count), array, _U32), generate)
 
 
-_RULES: dict[str, Callable[[Intrinsic], Callable[..., Any]]] = {
+_RULES: dict[str, Callable[[Intrinsic], Rule]] = {
     "register": _register,
     "barrier": _barrier,
     "load": _load,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 _shown: weakref.WeakSet[Program] = weakref.WeakSet()  # whose plans were printed
+_unjudged: weakref.WeakSet[Engine] = weakref.WeakSet()  # of which was said that they are not
 
 
 def run_inspected(
@@ -41,6 +42,13 @@ def run_inspected(
             print(engine.graphs.graph(live["tokens"], max(1, live["outputs"])), file=sys.stderr)
     if validate and program.observable:
         return _validation(engine).run(program, inputs, live)
+    if validate and engine not in _unjudged:
+        _unjudged.add(engine)
+        print(
+            f"VALIDATE: nothing is compared on {engine.backend.name}: it judges the calls of one "
+            "device that runs alone",
+            file=sys.stderr,
+        )
     (logits, *_), nanoseconds = program.profile(inputs, live)
     if nanoseconds.any():  # the null device takes no time
         _show_times(engine, program.plan, nanoseconds, inputs, live, level)

@@ -56,7 +56,9 @@ class TensorBackend:
         return self._graphs[key]
 
     def page_nbytes(self, leaf: Tensor) -> int:
-        """Bytes of one page, or slot, on all devices together."""
+        """Bytes of one page, or slot, on all devices together; of a part of a leaf, its own."""
+        if "whole" in leaf.attrs:
+            return self._devices[0].page_nbytes(leaf)
         parts = [(device, part) for device, part, _ in self._parts(leaf)]
         return sum(device.page_nbytes(part) for device, part in parts or [(self._devices[0], leaf)])
 

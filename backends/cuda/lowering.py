@@ -29,9 +29,9 @@ _U32 = types.uint32
 
 
 class Rule(NamedTuple):
-    """How numba types an operation of `count` arguments, `sign` (their types), and emits it."""
+    """How numba types an operation of `arity` arguments, `sign` (their types), and emits it."""
 
-    count: int
+    arity: int
     sign: Callable[..., Any]
     generate: Callable[[Any, Any, Any, Any], Any]
 
@@ -47,7 +47,7 @@ def lowered(operation: Intrinsic, capability: int) -> Any:
 
 def _typer(name: str, rule: Rule) -> Callable[..., Any]:
     """numba looks at the parameters of a typing function: give it exactly those."""
-    names = ", ".join(f"a{i}" for i in range(rule.count))
+    names = ", ".join(f"a{i}" for i in range(rule.arity))
     scope = rule._asdict()
     exec(f"def {name}(context, {names}): return sign({names}), generate", scope)
     return scope[name]

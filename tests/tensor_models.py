@@ -19,7 +19,9 @@ def load_split(
 ) -> Model:
     """`runtime.load` on len(shares) devices, of one thread each unless said otherwise."""
 
-    def opened(devices: str, file: Any, n_threads: int | None, activations: str) -> TensorBackend:
+    def opened(
+        devices: str, file: Any, n_threads: int | None, activations: str, **split: Any
+    ) -> TensorBackend:
         counts = threads or [1] * len(shares)
         return TensorBackend([CpuBackend(file, n, activations) for n in counts], shares)
 

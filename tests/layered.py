@@ -16,7 +16,7 @@ from runtime.model import Model
 def load_layered(path: Path, shares: Sequence[float], **options: Any) -> Model:
     """A model on as many devices of one thread each."""
 
-    def opened(devices: str, file: Any, threads: int | None, activations: str) -> LayersBackend:
+    def opened(_: str, file: Any, threads: None, activations: str, **split: None) -> LayersBackend:
         return LayersBackend([CpuBackend(file, 1, activations) for _ in shares], shares)
 
     with patch("runtime.model.open_backend", opened):

@@ -159,6 +159,21 @@ def test_a_signal_ends_all_plans(alarm):
     made.close()
 
 
+def test_another_thread_ends_all_plans():
+    made = Together((2, 1, 2), 4000)
+    made.run()
+    made.last[:] = 0
+    runner = threading.Thread(target=made.run)
+    runner.start()
+    while runner.is_alive():
+        made.group.abort()
+        time.sleep(0.0005)
+    assert not made.last.any(), "the last kernel of each is left out"
+    made.change(3)
+    made.check()
+    made.close()
+
+
 def _nothing(made: Together) -> Table:
     return Table([[made._call("add", x=made.y[0], y=made.y[0], out=made.total[0])]])
 

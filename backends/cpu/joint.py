@@ -62,6 +62,10 @@ class Joint:
             if progress:
                 progress(done, total, "loading weights")
 
+    def abort(self) -> None:
+        """See backends/base.py."""
+        self._group.abort()
+
     def close(self) -> None:
         """End the threads that lead."""
         self._group.close()

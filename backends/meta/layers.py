@@ -5,8 +5,8 @@ A prompt goes through as several steps, of which each stage does another one at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -38,11 +38,11 @@ class LayersBackend:
         self._line = Line(self.stages, partial(_abort, self._devices))
         self._cuts: dict[str, StagedGraph] = {}
         self._programs: dict[str, LayersProgram] = {}
-        self._has: dict[Hashable, Backend] = {}  # by the content of a state
+        self._has: dict[str, Backend] = {}  # by the name of a state
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Of the stage that has it; before any graph is known, of the one that needs most."""
-        has = [self._has[leaf.content]] if leaf.content in self._has else self._devices
+        has = [self._has[leaf.name]] if leaf.name in self._has else self._devices
         return max(device.page_nbytes(leaf) for device in has)
 
     def copy_pages(
@@ -114,7 +114,7 @@ class LayersBackend:
             cut = cut_graph(graph, self._shares)
             for device, stage in zip(self._devices, cut.stages, strict=True):
                 for leaf in stage.graph.leaves("state"):
-                    has = self._has.setdefault(leaf.content, device)
+                    has = self._has.setdefault(leaf.name, device)
                     assert has is device, f"{leaf!r} is in another stage of another graph"
             self._cuts[key] = cut
         return self._cuts[key]
@@ -126,9 +126,9 @@ class LayersBackend:
             yield device, [stage.graph for stage in parts]
 
     def _of(self, leaf: Tensor) -> Backend:
-        if leaf.content not in self._has:
+        if leaf.name not in self._has:
             raise BackendError(f"no graph of {self.name} has the state {leaf!r}")
-        return self._has[leaf.content]
+        return self._has[leaf.name]
 
 
 class LayersProgram:
@@ -137,11 +137,7 @@ class LayersProgram:
     def __init__(self, cut: StagedGraph, programs: Sequence[Program], line: Line) -> None:
         self._cut, self._programs, self._line = cut, programs, line
         self.observable = all(program.observable for program in programs)
-
-    @cached_property
-    def plan(self) -> Plan:
-        """See `LayersBackend.plan`."""
-        return _joined(self._cut, [program.plan for program in self._programs])
+        self.plan = _joined(cut, [program.plan for program in programs])
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One stage after the other."""

@@ -30,8 +30,10 @@ class Step:
     def __init__(
         self, stages: Sequence[Callable[[], None]], results: Callable[[], Sequence[np.ndarray]]
     ) -> None:
-        self.results, self.ended = results, threading.Event()
+        self.results = results
         self.error: BaseException | None = None
+        self._running = threading.Lock()
+        self._running.acquire()
         self._stages, self._claims, self._through = stages, dict[int, str](), 0
 
     def go(self, number: int) -> bool:
@@ -45,8 +47,13 @@ class Step:
         self._through = number + 1
         if self.error is None and self._through < len(self._stages):
             return True
-        self.ended.set()
+        self._running.release()
         return False
+
+    def wait(self) -> None:
+        """Until it has ended, or a signal's handler raises; once."""
+        while not self._running.acquire(timeout=_HEAR):  # Windows hears of signals in between
+            pass
 
     def stop(self) -> bool:
         """Let no further stage begin; whether none is under way."""
@@ -116,8 +123,7 @@ class Line:
         if not self._under_way:
             raise BackendError("this process was forked in the middle of a step: do it again")
         step = self._under_way[0]
-        while not step.ended.wait(_HEAR):  # Windows hears of signals in between
-            pass
+        step.wait()
         self._under_way.popleft()
         error, step.error = step.error, None
         try:

@@ -93,6 +93,10 @@ class TensorBackend:
         distinct = {n for device, each in found for n in device.distinct_sizes(each, sizes)}
         return [n for n in sizes if n in distinct]
 
+    def abort(self) -> None:
+        """See backends/base.py."""
+        self._joint.abort()
+
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""
         return self._joint.missing(self._plans(graphs))

@@ -54,6 +54,12 @@ class TeamGroup:
             plan = self._plan().records()
             self._heads.run_with(self._teams, *plan, 0, long, [self.meeting])
 
+    def abort(self) -> None:
+        """End the plans that another thread runs after the rows under way, if there are any."""
+        self.meeting[ABORT] = 1
+        for team in (*self._teams, self._heads):
+            team.abort()
+
     def close(self) -> None:
         """End the threads that lead."""
         self._heads.close()

@@ -145,11 +145,13 @@ class Region:
             before, known = self.labels[tensor]
             if before != axis:
                 raise Unsplittable(f"{tensor!r} would be split along axes {before} and {axis}")
-            width = max(known.shape[1], atoms.shape[1])
-            known, atoms = (
-                np.pad(a, ((0, 0), (0, width - a.shape[1])), "edge") for a in (known, atoms)
-            )
-            both = (known >= 0) & (atoms >= 0)
+            if known.shape != atoms.shape:
+                width = max(known.shape[1], atoms.shape[1])
+                known, atoms = (
+                    a if a.shape[1] == width else self._joined(a).repeat(width, 1)
+                    for a in (known, atoms)
+                )
+            both = (known >= 0) & (atoms >= 0) & (known != atoms)
             self._join(np.stack([known[both], atoms[both]], 1))
             merged = np.where(known >= 0, known, atoms)
             if np.array_equal(known, merged):
@@ -231,6 +233,8 @@ class Region:
         while True:
             roots = np.where(together >= 0, self.root[together], most)
             least = np.minimum(roots.min(1), most - 1)
+            if ((roots == least[:, None]) | (together < 0)).all():
+                return
             before = self.root.copy()
             for column, known in zip(roots.T, (together >= 0).T, strict=True):
                 np.minimum.at(self.root, column[known], least[known])

@@ -427,8 +427,10 @@ class _Pass:
                 if self.states[x] not in (MIRRORED, use):
                     self.whole.add(x)
             self.holders[node] = self._holders(node, state, everybody)
-        self.whole |= {o for o in graph.outputs if self.states[o] is not MIRRORED}
-        self.whole = {x for x in self.whole if x.base.op != "state"}
+        self.whole |= {*graph.outputs}
+        self.whole = {
+            x for x in self.whole if self.states[x] is not MIRRORED and x.base.op != "state"
+        }
 
     def _parts(self, node: Tensor, split: Split) -> Sequence[State]:
         """The states of inputs from which a node is computed in parts."""

@@ -71,10 +71,13 @@ def _ids(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     ],
 )
 def matmul_id(x: np.ndarray, w: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """y[t, j, n] = sum over k of x[t, (j,) k] * w[ids[t, j], n, k]: expert j of token t."""
+    """y[t, j, n] = sum over k of x[t, (j,) k] * w[ids[t, j], n, k]: expert j of token t.
+
+    Where an id is below 0 the expert is not here: what its row holds means nothing (NaN).
+    """
     rows = x if x.ndim == 3 else np.repeat(x[:, None], ids.shape[1], axis=1)
-    out = np.empty((*ids.shape, w.shape[1]), np.result_type(x, w))
-    for expert in np.unique(ids):
+    out = np.full((*ids.shape, w.shape[1]), np.nan, np.result_type(x, w, np.float32))
+    for expert in np.unique(ids[ids >= 0]):
         at = ids == expert
         out[at] = rows[at] @ w[expert].T
     return out

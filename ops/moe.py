@@ -57,6 +57,28 @@ def take(x: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return np.take_along_axis(x, ids, -1)
 
 
+def _numbers(rng: np.random.Generator, shape: Shape) -> np.ndarray:
+    return rng.integers(-1, 4, shape).astype(np.int32)
+
+
+def _renumber_shape(ids: Tensor, numbers: Tensor) -> Shape:
+    need(ids.ndim == 2 and numbers.ndim == 1, "needs ids [T, used] and numbers [experts]")
+    return ids.shape
+
+
+@op(
+    "renumber",
+    kind=Kind.ROWWISE,
+    axes="t u, Experts -> t u",
+    shape=_renumber_shape,
+    flops=0,
+    cases=[Case((Arg((5, 3), I32, _choice), Arg((8,), I32, _numbers)))],
+)
+def renumber(ids: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """numbers[ids[t, j]]: where a device keeps an expert among its own, -1 where it does not."""
+    return numbers[ids]
+
+
 def _positive(rng: np.random.Generator, shape: Shape) -> np.ndarray:
     return rng.random(shape) + 0.1
 
@@ -84,24 +106,29 @@ def _bias_shape(y: Tensor, bias: Tensor, ids: Tensor) -> Shape:
     cases=[Case(((5, 3, 40), Arg((8, 40), leaf="weight"), Arg((5, 3), I32, _choice)))],
 )
 def expert_bias(y: np.ndarray, bias: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """y[t, j] + bias[ids[t, j]]: each expert's own bias."""
+    """y[t, j] + bias[ids[t, j]]: each expert's own bias. Rows of ids below 0 mean nothing."""
     return y + bias[ids]
 
 
-def _sum_shape(y: Tensor, weights: Tensor) -> Shape:
+def _sum_shape(y: Tensor, weights: Tensor, ids: Tensor | None = None) -> Shape:
     need(tuple(y.shape[:2]) == tuple(weights.shape), "needs y [T, used, n] and weights [T, used]")
+    need(ids is None or ids.shape == weights.shape, "ids must be [T, used]")
     return (y.shape[0], y.shape[2])
 
 
 @op(
     "expert_sum",
     kind=Kind.REDUCTION,
-    axes="t u n, t u -> t n",
+    axes="t u n, t u, t u -> t n",
     linear=((0,), (1,)),
     shape=_sum_shape,
     flops=lambda node, seen: 2 * seen.size(node.inputs[0]),
-    cases=[Case(((5, 3, 40), (5, 3)))],
+    cases=[
+        Case(((5, 3, 40), (5, 3))),
+        Case(((5, 3, 40), (5, 3), Arg((5, 3), I32, _numbers))),
+    ],
 )
-def expert_sum(y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """sum over j of weights[t, j] * y[t, j], in the order of j."""
-    return (y * weights[..., None]).sum(1)
+def expert_sum(y: np.ndarray, weights: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+    """sum over j of weights[t, j] * y[t, j], in the order of j; without those of ids below 0."""
+    terms = y * weights[..., None]
+    return (terms if ids is None else np.where(ids[..., None] < 0, 0, terms)).sum(1)

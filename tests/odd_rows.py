@@ -351,8 +351,9 @@ def _expert_sum(n: int, isa: str) -> Odd:
         out = Fenced(ROWS, n, n + 3)
         run(
             Kernel.of("expert_sum"), isa, threads, y=Fenced.like(y), weights=Fenced.of(weights),
-            shared=Fenced.of(shared, n + 1), gate=0, add=Fenced.of(add, n + 2), out=out, live=LIVE,
-            n=n, k=k, shared_stride=n + 1, gate_stride=0, add_stride=n + 2, out_stride=n + 3,
+            ids=0, shared=Fenced.of(shared, n + 1), gate=0, add=Fenced.of(add, n + 2), out=out,
+            live=LIVE, n=n, k=k, shared_stride=n + 1, gate_stride=0, add_stride=n + 2,
+            out_stride=n + 3,
         )  # fmt: skip
         assert out.strays(LIVE) == 0
         return out.values[:LIVE].copy()
@@ -402,7 +403,8 @@ def _router(scoring: str) -> Callable[..., Odd]:
             run(
                 Kernel.of("router", scoring=scoring, normalize=True), isa, threads,
                 logits=Fenced.of(x, n + 3), ids=ids, weights=weights, tiles=tiles,
-                n_tiles=n_tiles, live=LIVE, n_experts=n, k=k, logits_stride=n + 3, scale=1.0,
+                n_tiles=n_tiles, numbers=0, own=0, live=LIVE, n_experts=n, k=k,
+                logits_stride=n + 3, scale=1.0,
             )  # fmt: skip
             assert ids.strays(LIVE) == 0 and weights.strays(LIVE) == 0
             return np.stack([ids.values[:LIVE], weights.values[:LIVE]])

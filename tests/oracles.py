@@ -163,14 +163,22 @@ def take(x: Array, ids: Array) -> Array:
 
 
 @oracle
+def renumber(ids: Array, numbers: Array) -> Array:
+    return _each(ids, lambda at: numbers[ids[at]]).astype(np.int32)
+
+
+@oracle
 def expert_bias(y: Array, bias: Array, ids: Array) -> Array:
     return _each(y, lambda at: y[at] + bias[ids[at[:2]]][at[2]])
 
 
 @oracle
-def expert_sum(y: Array, weights: Array) -> Array:
-    shape = (y.shape[0], y.shape[2])
-    return _each(y, lambda at: math.fsum(weights[at[0]] * y[at[0], :, at[1]]), shape)
+def expert_sum(y: Array, weights: Array, ids: Array | None = None) -> Array:
+    def value(at: tuple[int, ...]) -> float:
+        here = [j for j in range(y.shape[1]) if ids is None or ids[at[0], j] >= 0]
+        return math.fsum(weights[at[0], j] * y[at[0], j, at[1]] for j in here)
+
+    return _each(y, value, (y.shape[0], y.shape[2]))
 
 
 @oracle

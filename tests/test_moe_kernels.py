@@ -14,7 +14,7 @@ from runtime.ops.registry import OPS
 ROWS, LIVE = 5, 3
 SHAPES = ((1, 1), (8, 2), (60, 8), (128, 8), (1024, 10), (37, 37), (16, 16), (33, 17))  # experts, k
 SCORINGS, WIDTHS = ("softmax", "sigmoid", "softmax_topk"), (1, 4, 8, 16)
-PLAIN = ("top_k", "take", "softmax", "sigmoid", "normalize", "expert_sum", "row_scale")
+PLAIN = ("renumber", "top_k", "take", "softmax", "sigmoid", "normalize", "expert_sum", "row_scale")
 THREADS = (1, 2, 3)
 
 
@@ -72,7 +72,7 @@ def router(
     run(
         Kernel.of("router", scoring=scoring, normalize=normalize), isa, threads,
         logits=Fenced.of(x, n + 3), ids=ids, weights=weights, tiles=tiles, n_tiles=n_tiles,
-        live=live, n_experts=n, k=k, logits_stride=n + 3, scale=scale,
+        numbers=0, own=0, live=live, n_experts=n, k=k, logits_stride=n + 3, scale=scale,
     )  # fmt: skip
     assert ids.strays(live) == 0 and weights.strays(live) == 0, "router wrote outside its rows"
     assert tiles.strays(live * k) == 0 and n_tiles.values.view(np.int64)[0, 0] == live * k
@@ -157,6 +157,55 @@ def test_router_has_the_bits_of_the_plain_kernels(rng, n, k, scoring, normalize)
     assert found[1].tobytes() == weights.tobytes()
 
 
+def own_numbers(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Of n experts every other one or so is here, numbered in order; the rest is -1."""
+    here = rng.random(n) < 0.5
+    return np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_renumber(rng, n, k):
+    ids = rng.integers(0, n, (ROWS, k)).astype(np.int32)
+    numbers = own_numbers(rng, n)
+    for threads in THREADS:
+        out = Fenced(ROWS, k, dtype=np.int32)
+        run(
+            Kernel.of("renumber"), ISAS[0], threads, ids=Fenced.of(ids),
+            numbers=Fenced.of(numbers[None]), out=out, live=LIVE, k=k,
+        )  # fmt: skip
+        assert out.strays(LIVE) == 0
+        assert np.array_equal(out.values[:LIVE], numbers[ids[:LIVE]])
+
+
+@pytest.mark.parametrize("live", [0, 1])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_router_of_a_device_that_has_some_of_the_experts(rng, n, k, live):
+    """The same ids and weights; own numbers, and tiles of no others."""
+    x = scores(rng, 1, n)
+    wanted_ids, weights = router(x, k, "softmax", True, live=1)
+    for numbers in (own_numbers(rng, n), np.full(n, -1, np.int32), np.arange(n, dtype=np.int32)):
+        for threads in THREADS:
+            ids, own = (Fenced(1, k, dtype=np.int32) for _ in range(2))
+            found, tiles = Fenced(1, k), Fenced(k, 2, dtype=np.int32)
+            n_tiles = Fenced(1, 2, dtype=np.int32)
+            run(
+                Kernel.of("router", scoring="softmax", normalize=True), ISAS[0], threads,
+                logits=Fenced.of(x), ids=ids, weights=found, tiles=tiles, n_tiles=n_tiles,
+                numbers=Fenced.of(numbers[None]), own=own, live=live, n_experts=n, k=k,
+                logits_stride=n, scale=1.0,
+            )  # fmt: skip
+            chosen = numbers[wanted_ids[0]]
+            wanted = [[e, i] for i, e in enumerate(chosen.tolist()) if e >= 0] if live else []
+            count = int(n_tiles.values.view(np.int64)[0, 0])
+            assert tiles.values[:count].tolist() == wanted and tiles.strays(count) == 0
+            assert own.strays(live) == ids.strays(live) == found.strays(live) == 0
+            if live:
+                assert np.array_equal(ids.values, wanted_ids) and np.array_equal(
+                    own.values[0], chosen
+                )
+                assert found.values.tobytes() == weights.tobytes()
+
+
 def test_router_without_fused_multiply_add(rng):
     x = scores(rng, ROWS, 60)
     ids, weights = router(x, 8, "softmax", True, isa="generic")
@@ -216,13 +265,23 @@ def test_expert_group(rng, C, tokens, k, experts):
         assert found == tiles_of(ids[:live], C, experts)
 
 
+@pytest.mark.parametrize("C", WIDTHS)
+def test_expert_group_leaves_out_experts_of_other_devices(rng, C):
+    for least in (-3, -1, 5):  # many are elsewhere, some, all but one
+        ids = np.maximum(rng.integers(least, 6, (11, 4)), -1).astype(np.int32)
+        ids = np.where(ids < least, -1, ids).astype(np.int32)
+        assert expert_group(ids, C, 6, 11, 44 // C + 6, 3) == tiles_of(ids, C, 6)
+    none = np.full((5, 2), -1, np.int32)
+    assert expert_group(none, C, 6, 5, 10 // C + 6, 1) == []
+
+
 def test_expert_group_of_one_popular_expert():
     ids = np.full((21, 1), 5, np.int32)
     assert expert_group(ids, 8, 6, 21, 4, 2) == tiles_of(ids, 8, 6)
 
 
 def expert_sum(
-    y, weights, add, live: int, threads: int, isa: str = ISAS[0], shared=None, gate=None
+    y, weights, add, live: int, threads: int, isa: str = ISAS[0], shared=None, gate=None, ids=None
 ) -> np.ndarray:  # fmt: skip
     rows, k, n = y.shape
     out = Fenced(rows, n, n + 3)
@@ -230,7 +289,8 @@ def expert_sum(
     places = {name: 0 if x is None else Fenced.of(x, m) for name, (x, m) in terms.items()}
     run(
         Kernel.of("expert_sum"), isa, threads, y=Fenced.of(y.reshape(rows, -1)),
-        weights=Fenced.of(weights), out=out, live=live, n=n, k=k, out_stride=n + 3, **places,
+        weights=Fenced.of(weights), ids=0 if ids is None else Fenced.of(ids), out=out, live=live,
+        n=n, k=k, out_stride=n + 3, **places,
         **{f"{name}_stride": m for name, (_, m) in terms.items()},
     )  # fmt: skip
     assert out.strays(live) == 0, "expert_sum wrote outside its rows"
@@ -278,6 +338,22 @@ def test_expert_sum_with_a_shared_expert(rng, gated, residual):
             gate=gate if gated else None,
         )  # fmt: skip
         assert found.tobytes() == wanted[:LIVE].tobytes()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 37), (8, 160)])
+def test_expert_sum_leaves_out_experts_of_other_devices(rng, k, n, isa):
+    """Whatever lies in their rows; the bits are those of the sum of the others alone."""
+    y = rng.standard_normal((ROWS, k, n)).astype(np.float32)
+    weights, add = rng.random((ROWS, k)).astype(np.float32), np.ones((ROWS, n), np.float32)
+    ids = rng.integers(-1, 2, (ROWS, k)).astype(np.int32)
+    ids[0] = -1
+    zeros = np.where(ids[..., None] < 0, 0, y)
+    wanted = expert_sum(zeros, weights, add, LIVE, 1, isa)
+    for threads in THREADS:
+        poisoned = np.where(ids[..., None] < 0, np.float32(np.nan), y)
+        found = expert_sum(poisoned, weights, add, LIVE, threads, isa, ids=ids)
+        assert found.tobytes() == wanted.tobytes()
 
 
 def test_expert_sum_adds_in_the_order_of_ranks():

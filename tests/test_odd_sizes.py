@@ -22,7 +22,7 @@ WITHOUT_FMA = ("softmax", "rope-neox", "gated_delta", "pack-8")
 ELSEWHERE = {
     "executor", "lead_teams", "meet",
     "rope_angles", "kv_write", "qkv_post", "attention", "expert_group",
-    "take", "sigmoid_gate_pack", "gated_norm_pack",
+    "take", "renumber", "sigmoid_gate_pack", "gated_norm_pack",
 }  # fmt: skip
 
 

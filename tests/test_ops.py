@@ -34,7 +34,7 @@ REFUSED: dict[str, dict[str, str]] = {
     **{name: {"permuted 0": "0"} for name in ("normalize", "take")},
     "expert_bias": dict.fromkeys(("heads 0", "permuted 0", "repeated 0"), "0"),
     "expert_sum": dict.fromkeys(
-        (*(f"{form} 0" for form in VIEWS), "sliced 1", "permuted 1", "repeated 1"), "0"
+        (*(f"{form} 0" for form in VIEWS), "sliced 1", "permuted 1", "repeated 1"), "01"
     ),
     "gated_delta": {
         **{f"permuted {i}": "012" for i in range(5)},

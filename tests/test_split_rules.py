@@ -34,10 +34,10 @@ MOST = 1000  # combinations of a case that are tried one by one; beyond that som
 # has of the result may need what another has of an input too.
 ALLOWED = {
     "add": "0 1 2 ~01", "attention": "1 &", "broadcast": "0 1 2 ~0", "copy": "0 1 2 3 ~0",
-    "expert_bias": "0 1 2 ~01", "expert_sum": "0 1 +01 +11 ~0 ~1", "gated_delta": "1 &",
+    "expert_bias": "0 1 2 ~01", "expert_sum": "0 1 +01 +11 +21 ~0 ~1", "gated_delta": "1 &",
     "get_rows": "0 1", "kv_write": "2", "l2_norm": "0 1", "matmul": "0 1 2 +01 +02 +11 ~0",
     "matmul_id": "2 +01 +02 +12 ~0", "mul": "0 1 ~0 ~1", "normalize": "0", "permute": "0 1 2 ~0",
-    "reshape": "0 1 2 3 ~0", "rms_norm": "0 1", "rope": "0 1", "rope_angles": "",
+    "renumber": "0 1", "reshape": "0 1 2 3 ~0", "rms_norm": "0 1", "rope": "0 1", "rope_angles": "",
     "row_scale": "0 1 2 ~0 ~1", "scale": "0 1 ~0", "select_rows": "0 1 2 ~0", "short_conv": "1",
     "sigmoid": "0 1", "silu": "0 1", "slice": "0 1 2 ~0 &", "softmax": "0", "softplus": "0 1",
     "swiglu_oai": "0 1", "take": "0", "top_k": "0",

@@ -15,7 +15,7 @@ from runtime.backends.passes.packing import (
 from runtime.ops.dtypes import I32
 from runtime.ops.elementwise import mul, scale, sigmoid, silu, swiglu_oai
 from runtime.ops.graph import Graph, rewrite
-from runtime.ops.moe import normalize, softmax, take, top_k
+from runtime.ops.moe import normalize, renumber, softmax, take, top_k
 from runtime.ops.norm import rms_norm
 from runtime.ops.registry import Kind, Op, fused
 from runtime.ops.tensor import Tensor
@@ -25,6 +25,7 @@ swiglu_pack = fused("swiglu_pack", kind=Kind.ROWWISE)
 swiglu_pack_rows = fused("swiglu_pack_rows", kind=Kind.GATHER, picks={0: 2, 1: 2})
 router = fused("router", kind=Kind.ROWWISE)  # the weights; its other results are the next two
 router_ids = fused("router_ids", kind=Kind.ROWWISE)
+router_own = fused("router_own", kind=Kind.ROWWISE)  # the ids as a device numbers its own
 router_tiles = fused("router_tiles", kind=Kind.WHOLE)
 
 
@@ -79,11 +80,14 @@ def fuse_router(graph: Graph, options: Options) -> Graph:
     """Scores to experts, their weights and (for one token) their tiles, in one call.
 
     Three ways: softmax or sigmoid of all scores, of which the chosen may be made to sum to 1; or
-    the softmax of the chosen scores alone. A factor may follow.
+    the softmax of the chosen scores alone. A factor may follow. A device that has some of the
+    experts gets the chosen by its own numbers too.
     """
     choices = {node: _choice(graph, node) for node in graph.nodes if top_k.made(node)}
     found = {ids: choice for ids, choice in choices.items() if choice}
     ends = {choice.end: ids for ids, choice in found.items()}
+    owns = {node.inputs[0]: node for node in graph.nodes if renumber.made(node)}
+    tiled = {owns.get(ids, ids) for ids in found}
     made: dict[Tensor, Tensor] = {}
 
     def ids(node: Tensor, shares: Tensor) -> Tensor:
@@ -91,12 +95,18 @@ def fuse_router(graph: Graph, options: Options) -> Graph:
             return node.with_(inputs=(shares,))
         choice = found[node]
         scores = shares if choice.scoring == "softmax_topk" else shares.inputs[0]
+        numbers = owns[node].inputs[1:] if node in owns else ()
         made[node] = node_of(
-            router, (scores,), choice.end, scoring=choice.scoring, k=node.attrs["k"],
+            router, (scores, *numbers), choice.end, scoring=choice.scoring, k=node.attrs["k"],
             normalize=choice.normalize, scale=choice.scale,
-            tiles=any(map(_tile_each, graph.users[node])),
+            tiles=any(map(_tile_each, graph.users[owns.get(node, node)])),
         )  # fmt: skip
         return node_of(router_ids, (made[node], scores), node, dtype=I32)
+
+    def own(node: Tensor, ids: Tensor, numbers: Tensor) -> Tensor:
+        if node in tiled:
+            return node_of(router_own, (*ids.inputs, numbers), node)
+        return node.with_(inputs=(ids, numbers))
 
     def weights(node: Tensor, *new: Tensor) -> Tensor:
         if node in ends:
@@ -104,12 +114,12 @@ def fuse_router(graph: Graph, options: Options) -> Graph:
         return node.with_(inputs=new)
 
     def tiles(node: Tensor, ids: Tensor) -> Tensor:
-        if node.inputs[0] in found and _tile_each(node):
+        if node.inputs[0] in tiled and _tile_each(node):
             return node_of(router_tiles, ids.inputs, node, dtype=I32, **node.attrs)
         return node.with_(inputs=(ids,))
 
     rules = dict.fromkeys((take, normalize, scale, softmax), weights)
-    return rewrite(graph, {top_k: ids, expert_tiles: tiles, **rules})
+    return rewrite(graph, {top_k: ids, renumber: own, expert_tiles: tiles, **rules})
 
 
 def _tile_each(tiles: Tensor) -> bool:

@@ -30,7 +30,7 @@ def fuse_sums(graph: Graph, options: Options) -> Graph:
     def with_bias(node: Tensor, y: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
         old = node.inputs[0]
         fits = linear_id.made(y) and only_user(graph, old) and bias.op == "weight"
-        if fits and len(y.inputs) == 3 and old.inputs[2].inputs[0] is node.inputs[2]:
+        if fits and len(y.inputs) == 4 and old.inputs[3] is node.inputs[2]:
             return node_of(linear_id, (*y.inputs, bias), node, **y.attrs)
         return node.with_(inputs=(y, bias, ids))
 

@@ -19,6 +19,7 @@ from runtime.backends.passes.fuse_ffn import (
     rms_norm_pack,
     router,
     router_ids,
+    router_own,
     router_tiles,
     swiglu_pack,
     swiglu_pack_rows,
@@ -44,12 +45,12 @@ def _linear(node: Tensor, x: Array, w: Array, *extra: Array) -> Array:
     return sum(extra, start=product(x, w))
 
 
-def _linear_id(node: Tensor, x: Array, w: Array, tiles: Array, *bias: Array) -> Array:
-    """Every live (token, rank) is in one column of one tile."""
+def _linear_id(node: Tensor, x: Array, w: Array, tiles: Array, ids: Array, *bias: Array) -> Array:
+    """Every live (token, rank) is in one column of one tile, unless its expert is elsewhere."""
     rows, every = tiles[:, 1:], node.attrs["every"]
     used, width = int(node.shape[1]), rows.shape[1]
     x = x.reshape(-1, x.shape[-1])
-    out = np.zeros((np.count_nonzero(rows >= 0), w.shape[1]))
+    out = np.full((ids.size, w.shape[1]), np.nan)
     for expert in np.unique(tiles[:, 0]):
         at = np.flatnonzero((tiles[:, :1] == expert) & (rows >= 0))
         row = rows.reshape(-1)[at]
@@ -65,17 +66,17 @@ def _gathered(x: Array, tiles: Array, divisor: int = 1) -> Array:
 
 
 def _expert_tiles(node: Tensor, ids: Array) -> Array:
-    """Rows by expert, in order, C to a tile."""
+    """Rows by expert, in order, C to a tile; ids below 0 are left out."""
     flat, width = ids.reshape(-1), node.attrs["C"]
     tiles = [np.zeros((0, 1 + width), np.int32)]
-    for expert in np.unique(flat):
+    for expert in np.unique(flat[flat >= 0]):
         rows = np.flatnonzero(flat == expert).astype(np.int32)
         filled = np.pad(rows, (0, -len(rows) % width), constant_values=-1)
         tiles.append(np.insert(filled.reshape(-1, width), 0, expert, axis=1))
     return np.concatenate(tiles)
 
 
-def _router(node: Tensor, scores: Array) -> Array:
+def _router(node: Tensor, scores: Array, *numbers: Array) -> Array:
     attrs = node.attrs
     ids = ops.top_k.reference(scores, k=attrs["k"])
     if attrs["scoring"] == "softmax_topk":
@@ -92,10 +93,15 @@ def _router_ids(node: Tensor, weights: Array, scores: Array) -> Array:
     return ops.top_k.reference(scores, k=int(node.shape[-1]))
 
 
-def _router_tiles(node: Tensor, weights: Array, scores: Array) -> Array:
-    """Every choice is a tile of its own, in order."""
+def _router_own(node: Tensor, weights: Array, scores: Array, numbers: Array) -> Array:
+    return numbers[_router_ids(node, weights, scores)]
+
+
+def _router_tiles(node: Tensor, weights: Array, scores: Array, *numbers: Array) -> Array:
+    """Every choice is a tile of its own, in order; those of other devices are none."""
     ids = _router_ids(node, weights, scores).reshape(-1)
-    return np.stack([ids, np.arange(len(ids))], 1).astype(np.int32)
+    ids = numbers[0][ids] if numbers else ids
+    return np.stack([ids, np.arange(len(ids))], 1)[ids >= 0].astype(np.int32)
 
 
 def _swiglu(node: Tensor, gate: Array, up: Array) -> Array:
@@ -151,8 +157,10 @@ def _delta_step(
 
 
 def _expert_sum(node: Tensor, y: Array, weights: Array, *rest: Array) -> Array:
-    terms = dict(zip(node.attrs.get("terms", ()), rest, strict=True))
-    out = ops.expert_sum.reference(y, weights)
+    names = node.attrs.get("terms", ())
+    ids = rest[: len(rest) - len(names)]
+    terms = dict(zip(names, rest[len(ids) :], strict=True))
+    out = ops.expert_sum.reference(y, weights, *ids)
     if "shared" in terms:
         opening = ops.sigmoid.reference(terms["gate"]) if "gate" in terms else 1
         out = out + terms["shared"] * opening
@@ -174,6 +182,7 @@ _MEANINGS: dict[Op, Callable[..., Array]] = {
     expert_sum: _expert_sum,
     router: _router,
     router_ids: _router_ids,
+    router_own: _router_own,
     router_tiles: _router_tiles,
     qkv_post: _qkv_post,
     conv_post: _conv_post,

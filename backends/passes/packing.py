@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from runtime.ops.dtypes import I32, DType
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.matmul import matmul, matmul_id
+from runtime.ops.moe import renumber
 from runtime.ops.registry import Kind, Op, fused
 from runtime.ops.tensor import Tensor
 
@@ -30,8 +31,8 @@ linear = fused("linear", kind=Kind.CONTRACTION, flops=matmul.flops)  # tiles, we
 expert_tiles = fused("expert_tiles", kind=Kind.WHOLE)  # tokens by the expert they chose
 pack_rows = fused("pack_rows", kind=Kind.GATHER, picks={0: 1})  # x in the order of expert tiles
 linear_id = fused(
-    "linear_id", kind=Kind.CONTRACTION, picks={1: 2, 3: 2}, flops=matmul_id.flops
-)  # tiles, weights of all experts, expert tiles, biases
+    "linear_id", kind=Kind.CONTRACTION, picks={1: 3, 4: 3}, flops=matmul_id.flops
+)  # tiles, weights of all experts, expert tiles, ids, biases
 
 
 class Options(NamedTuple):
@@ -72,6 +73,11 @@ def expert_columns(choices: int, experts: int, coding: str, options: Options) ->
     return 1 if choices < 2 * experts else columns(choices // experts, coding, options)
 
 
+def experts_of(w: Tensor, ids: Tensor) -> int:
+    """How many experts ids are chosen from: of those in `w`, or of all where a device has some."""
+    return int(ids.inputs[1].size if renumber.made(ids) else w.shape[0])
+
+
 def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list[int]:
     """Of these numbers of tokens the first of each that makes tiles of other widths.
 
@@ -79,7 +85,7 @@ def distinct_sizes(graph: Graph, sizes: Sequence[int], options: Options) -> list
     the plans of these sizes use all that the plans of all `sizes` use.
     """
     mixtures = {
-        (int(w.shape[0]), int(ids.shape[1]))
+        (experts_of(w, ids), int(ids.shape[1]))
         for _, w, ids, *_ in (node.inputs for node in graph.nodes if matmul_id.made(node))
     }
 
@@ -126,7 +132,7 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
 
     def chosen(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
         coding = coding_of(w, options)
-        width = expert_columns(ids.size, int(w.shape[0]), coding, options)
+        width = expert_columns(ids.size, experts_of(w, ids), coding, options)
         tiles = once(expert_tiles, (ids,), I32, C=width, experts=int(w.shape[0]))
         each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
         if width == 1:  # tiles find their row: nothing has to be gathered
@@ -135,6 +141,6 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
             shape, tile = (*ids.shape, x.shape[-1]), {"C": width, "coding": coding}
             packed = once(pack_rows, (x, tiles), PACKED[coding], shape=shape, **tile, divisor=each)
             every = 0
-        return node_of(linear_id, (packed, w, tiles, *bias), node, every=every)
+        return node_of(linear_id, (packed, w, tiles, ids, *bias), node, every=every)
 
     return rewrite(graph, {matmul: product, matmul_id: chosen})

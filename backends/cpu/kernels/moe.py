@@ -101,6 +101,23 @@ def build_take():
 
 
 @helper
+def number_of(numbers, ids, i):
+    """The own number of the i-th of some ids, -1 for an expert of another device."""
+    return s.load_i32(numbers + s.load_i32(ids + i * 4) * 4)
+
+
+def build_renumber():
+    """out[i, j] = numbers[ids[i, j]]: parallel over rows of k ids."""
+
+    def renumber(ids, numbers, out, live, k, thread, n_threads):
+        first, last = share(s.load_i64(live), thread, n_threads)
+        for i in range(first * k, last * k):
+            s.store_i32(out + i * 4, number_of(numbers, ids, i))
+
+    return renumber
+
+
+@helper
 def divide(weights, k, whole):
     """The k weights of a token by a number."""
     for rank in range(k):
@@ -141,7 +158,9 @@ def build_router(scoring, normalize):
     """Experts are chosen by logit: different logits can have equal scores in float32.
 
     The weights have the bits of the kernels softmax (or sigmoid), take, normalize and scale.
-    With `tiles` not 0 every choice is a tile of one column, in order: [expert, output row].
+    With `tiles` not 0 every choice is a tile of one column, in order: [expert, output row]. With
+    `numbers` not 0 `own` are the numbers of the chosen, see renumber, and there is one row at most,
+    of which those below 0 are no tiles.
     """
     score = _scores(scoring)
 
@@ -151,24 +170,39 @@ def build_router(scoring, normalize):
             s.store_i32(tiles + i * 8, s.load_i32(ids + i * 4))
             s.store_i32(tiles + i * 8 + 4, i)
 
+    @helper
+    def tiles_of_own(tiles, n_tiles, own, k):
+        n = 0
+        for i in range(k):
+            if s.load_i32(own + i * 4) >= 0:
+                s.store_i32(tiles + n * 8, s.load_i32(own + i * 4))
+                s.store_i32(tiles + n * 8 + 4, i)
+                n += 1
+        s.store_i64(n_tiles, n)
+
     def router(
-        logits, ids, weights, tiles, n_tiles, live, n_experts, k, logits_stride, scale, thread,
-        n_threads,
+        logits, ids, weights, tiles, n_tiles, numbers, own, live, n_experts, k, logits_stride,
+        scale, thread, n_threads,
     ):  # fmt: skip
         factor = s.float_of(scale)
-        if tiles != 0 and thread == 0:
+        if tiles != 0 and thread == 0 and (numbers == 0 or s.load_i64(live) == 0):
             s.store_i64(n_tiles, s.load_i64(live) * k)
         first, last = share(s.load_i64(live), thread, n_threads)
         for row in range(first, last):
             x = logits + row * logits_stride * 4
-            own_ids, own = ids + row * k * 4, weights + row * k * 4
-            choose(x, own_ids, n_experts, k)
-            score(x, own_ids, own, n_experts, k)
+            best, parts = ids + row * k * 4, weights + row * k * 4
+            choose(x, best, n_experts, k)
+            score(x, best, parts, n_experts, k)
             if normalize:
-                divide(own, k, row_sum(own, k))
+                divide(parts, k, row_sum(parts, k))
             for rank in range(k):
-                s.store_f32(own + rank * 4, s.load_f32(own + rank * 4) * factor)
-            if tiles != 0:
+                s.store_f32(parts + rank * 4, s.load_f32(parts + rank * 4) * factor)
+            if numbers != 0:
+                for i in range(row * k, row * k + k):
+                    s.store_i32(own + i * 4, number_of(numbers, ids, i))
+            if tiles != 0 and numbers != 0:
+                tiles_of_own(tiles, n_tiles, own, k)
+            elif tiles != 0:
                 one_tile_each(tiles, ids, row * k, k)
 
     return router
@@ -176,7 +210,10 @@ def build_router(scoring, normalize):
 
 @constants(C=COLUMNS)
 def build_expert_group(C):
-    """Choices sorted by expert into tiles of C rows, [expert, row or -1 x C]: one thread."""
+    """Choices sorted by expert into tiles of C rows, [expert, row or -1 x C]: one thread.
+
+    Those below 0 are left out.
+    """
     record = 4 * (1 + C)
 
     @helper
@@ -184,8 +221,9 @@ def build_expert_group(C):
         for expert in range(n_experts):
             s.store_i64(counters + expert * 8, 0)
         for row in range(n):
-            counter = counters + s.load_i32(ids + row * 4) * 8
-            s.store_i64(counter, s.load_i64(counter) + 1)
+            expert = s.load_i32(ids + row * 4)
+            if expert >= 0:
+                s.store_i64(counters + expert * 8, s.load_i64(counters + expert * 8) + 1)
 
     @helper
     def place(counters, n_experts):
@@ -201,6 +239,8 @@ def build_expert_group(C):
     def fill(ids, tiles, n, counters):
         for row in range(n):
             expert = s.load_i32(ids + row * 4)
+            if expert < 0:
+                continue
             slot = s.load_i64(counters + expert * 8)
             tile, column = tiles + slot // C * record, slot % C
             if column == 0:
@@ -228,14 +268,14 @@ def build_expert_group(C):
 
 
 def build_expert_bias():
-    """y[i] + bias[ids[i]]: parallel over (row x 16 elements)."""
+    """y[i] + bias[ids[i]], of ids below 0 with any bias: parallel over (row x 16 elements)."""
 
     def expert_bias(y, bias, ids, out, live, n, y_stride, out_stride, thread, n_threads):
         units = (n + 15) // 16
         at, last = share(s.load_i64(live) * units, thread, n_threads)
         while at < last:
             row, first, stop = piece(at, last, units)
-            own = bias + s.load_i32(ids + row * 4) * n * 4
+            own = bias + max(s.load_i32(ids + row * 4), 0) * n * 4
             for unit in range(first, stop):
                 i = unit * 16
                 value = get(y + row * y_stride * 4, i, n, 0) + get(own, i, n, 0)
@@ -246,7 +286,10 @@ def build_expert_bias():
 
 
 def build_expert_sum():
-    """Terms in order: experts by rank, `shared` times sigmoid of its `gate`, `add`; 0: without."""
+    """Terms in order: experts by rank, `shared` times sigmoid of its `gate`, `add`; 0: without.
+
+    Of experts those with ids below 0 are left out.
+    """
 
     @helper
     def weighted(y, weights, i, n, k):
@@ -256,8 +299,17 @@ def build_expert_sum():
             value = s.fma(get(y + rank * n * 4, i, n, 0), weight, value)
         return value
 
+    @helper
+    def weighted_own(y, weights, ids, i, n, k):
+        value = s.splat(0)
+        for rank in range(k):
+            if s.load_i32(ids + rank * 4) >= 0:
+                weight = s.splat(s.load_f32(weights + rank * 4))
+                value = s.fma(get(y + rank * n * 4, i, n, 0), weight, value)
+        return value
+
     def expert_sum(
-        y, weights, shared, gate, add, out, live, n, k, shared_stride, gate_stride, add_stride,
+        y, weights, ids, shared, gate, add, out, live, n, k, shared_stride, gate_stride, add_stride,
         out_stride, thread, n_threads,
     ):  # fmt: skip
         first, last = share_of_row(n, thread, n_threads)
@@ -267,7 +319,11 @@ def build_expert_sum():
                 opening = s.load_f32(gate + row * gate_stride * 4)
                 factor = s.f32(1) / (s.f32(1) + s.exp_f32(-opening))
             for i in range(first, last, 16):
-                value = weighted(y + row * k * n * 4, weights + row * k * 4, i, n, k)
+                rows, parts = y + row * k * n * 4, weights + row * k * 4
+                if ids == 0:
+                    value = weighted(rows, parts, i, n, k)
+                else:
+                    value = weighted_own(rows, parts, ids + row * k * 4, i, n, k)
                 if shared != 0:
                     extra = get(shared + row * shared_stride * 4, i, n, 0)
                     value = value + extra * s.splat(factor)

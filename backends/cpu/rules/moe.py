@@ -48,25 +48,38 @@ def take(lowering: Lowering, node: Tensor) -> None:
     )  # fmt: skip
 
 
+@lowers("renumber")
+def renumber(lowering: Lowering, node: Tensor) -> None:
+    """Numbers of the chosen among a device's own."""
+    ids, numbers = node.inputs
+    lowering.emit(
+        "renumber", node, ids=lowering.read(ids), numbers=lowering.read(numbers),
+        out=lowering.write(node), live=lowering.live(node), k=int(ids.shape[1]),
+    )  # fmt: skip
+
+
 @lowers("router")
 def router(lowering: Lowering, node: Tensor) -> None:
     """Scores to the chosen experts and their weights; ids and tiles are further results."""
-    (scores,) = node.inputs
+    scores, *numbers = node.inputs
     address, n, live, stride = lowering.rows(scores)
     ids = Buffer("arena", f"{node.name}.ids", node.nbytes)
     tiles = Buffer("arena", f"{node.name}.tiles", HEADER + 8 * node.size)
+    own = Buffer("arena", f"{node.name}.own", node.nbytes)
     records = Out(Ref(tiles, HEADER)) if node.attrs["tiles"] else 0
     constants = {"scoring": node.attrs["scoring"], "normalize": node.attrs["normalize"]}
     lowering.emit(
         "router", node, constants, logits=address, ids=Out(Ref(ids)), weights=lowering.write(node),
-        tiles=records, n_tiles=Out(Ref(tiles)) if node.attrs["tiles"] else 0, live=live,
+        tiles=records, n_tiles=Out(Ref(tiles)) if node.attrs["tiles"] else 0,
+        numbers=lowering.read(numbers[0]) if numbers else 0, own=Out(Ref(own)) if numbers else 0,
+        live=live,
         n_experts=n, k=node.attrs["k"], logits_stride=stride,
         scale=float_bits(node.attrs["scale"]),
     )  # fmt: skip
-    lowering.router_results[node] = {"router_ids": ids, "router_tiles": tiles}
+    lowering.router_results[node] = {"router_ids": ids, "router_own": own, "router_tiles": tiles}
 
 
-@lowers("router_ids", "router_tiles")
+@lowers("router_ids", "router_own", "router_tiles")
 def router_result(lowering: Lowering, node: Tensor) -> None:
     """No call: the router wrote it."""
     lowering.alias(node, lowering.router_results[node.inputs[0]][node.op])
@@ -118,8 +131,8 @@ def swiglu_pack_rows(lowering: Lowering, node: Tensor) -> None:
 
 @lowers("linear_id")
 def linear_id(lowering: Lowering, node: Tensor) -> None:
-    """Each tile times the weights of its expert."""
-    x, w, tiles, *bias = node.inputs
+    """Each tile times the weights of its expert; choices that are in no tile cost nothing."""
+    x, w, tiles, _, *bias = node.inputs
     records, count, _ = _tiles(lowering, tiles)
     rows, inner = int(w.shape[1]), int(w.shape[2])
     every = node.attrs["every"]
@@ -152,7 +165,9 @@ def expert_bias(lowering: Lowering, node: Tensor) -> None:
 def expert_sum(lowering: Lowering, node: Tensor) -> None:
     """Weighted sum over ranks, plus a shared expert and a residual where there are."""
     y, weights, *rest = node.inputs
-    n, terms = int(y.shape[2]), dict(zip(node.attrs.get("terms", ()), rest, strict=True))
+    names = node.attrs.get("terms", ())
+    ids, n = rest[: len(rest) - len(names)], int(y.shape[2])
+    terms = dict(zip(names, rest[len(ids) :], strict=True))
     places: dict[str, Any] = {}
     for name, term in (("shared", "shared"), ("gate", "gate"), ("add", "residual")):
         places[name], places[f"{name}_stride"] = 0, 0
@@ -160,6 +175,7 @@ def expert_sum(lowering: Lowering, node: Tensor) -> None:
             places[name], _, _, places[f"{name}_stride"] = lowering.rows(terms[term])
     lowering.emit(
         "expert_sum", node, y=lowering.read(y), weights=lowering.read(weights),
-        out=lowering.write(node), live=lowering.live(node), n=n, k=int(y.shape[1]), out_stride=n,
-        **places, share=Share(n, ("y", "shared", "add", "out")),
+        ids=lowering.read(ids[0]) if ids else 0, out=lowering.write(node),
+        live=lowering.live(node), n=n, k=int(y.shape[1]), out_stride=n, **places,
+        share=Share(n, ("y", "shared", "add", "out")),
     )  # fmt: skip

@@ -87,14 +87,14 @@ def device_input(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Seed:
     """What the device has of a step input is not what it was given."""
 
     def seed(patch: Patch) -> None:
-        make = Program._prepare
+        make = Program.prepare
 
         def faulty(self: Program, inputs: Any, live: Any) -> None:
             make(self, inputs, live)
             room = self._inputs[name]
             room[:] = change(room.copy())
 
-        patch.setattr(Program, "_prepare", faulty)
+        patch.setattr(Program, "prepare", faulty)
 
     return seed
 

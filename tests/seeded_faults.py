@@ -330,10 +330,10 @@ FAULTS = [
     *faults("program", "dense", validate, {
         "mask one place too wide": device_input("places", lambda x: x + 1),
         "mask one place too narrow": device_input("places", lambda x: np.maximum(x - 1, 0)),
-        "block table of the step before": put(Program, "_prepare", _table_kept),
+        "block table of the step before": put(Program, "prepare", _table_kept),
         "tiles of one sequence alone": put(programs, "attention_tiles", _tiles_of_one_sequence),
         "positions one too far": device_input("positions", lambda x: x + 1),
-        "one live row too few": put(Program, "_prepare", _one_live_row_less),
+        "one live row too few": put(Program, "prepare", _one_live_row_less),
     }),
     *faults("rule", "hybrid", validate, {
         "stride between heads ignored": argument("qkv_post", q_head_stride=taken("head_dim")),

@@ -202,12 +202,12 @@ def test_nothing_is_allocated_after_the_first_token(model: Model):
         session.eval([4], "last")
         programs = dict(model._engine.programs._made)
         program = model._engine.programs.of(1, 1)
-        tables = program._table._records.copy(), program._table._arguments.copy()
+        tables = program.table._records.copy(), program.table._arguments.copy()
         for token in range(20):
             session.eval([token], "last")
         assert model._engine.programs._made == programs
-        np.testing.assert_array_equal(program._table._records, tables[0])
-        np.testing.assert_array_equal(program._table._arguments, tables[1])
+        np.testing.assert_array_equal(program.table._records, tables[0])
+        np.testing.assert_array_equal(program.table._arguments, tables[1])
 
 
 def test_what_a_step_refuses(model: Model):

@@ -135,8 +135,8 @@ def given(tokens: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
 def in_turn(program: Program, tokens: int, order: list[int]) -> np.ndarray:
     """One step, row by row, each by one thread after the other in `order`."""
     poison(program)
-    program._prepare(*given(tokens))
-    records, starts = program._table._records, program._table.starts
+    program.prepare(*given(tokens))
+    records, starts = program.table._records, program.table.starts
     for first, end in itertools.pairwise(starts):
         for thread in order:
             for kernel, arguments, _ in records[first:end]:

@@ -90,9 +90,9 @@ def test_options_reach_the_expression():
 
 def test_nodes_keep_to_their_cores():
     first, second = opened("tensor(numa)").parts
-    assert first._team.cores == [frozenset(range(4))] * 4
-    assert second._team.cores == [frozenset(range(4, 8))] * 4
-    assert opened("cpu")._team.cores == [None] * 8
+    assert first.team.cores == [frozenset(range(4))] * 4
+    assert second.team.cores == [frozenset(range(4, 8))] * 4
+    assert opened("cpu").team.cores == [None] * 8
 
 
 @given(st.integers(1, 300), st.lists(st.fractions(0.01, 1), min_size=1, max_size=9))

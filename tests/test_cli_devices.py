@@ -95,3 +95,65 @@ def test_bench_shows_devices_that_are_not_the_default(invoke):
     ]  # fmt: skip
     lines = invoke(*args[:7], model=FakeModel()).stdout.splitlines()
     assert "devices" not in lines[0]
+
+
+SPLITS = (
+    "-dev tensor(cpu:0,cpu:1)",
+    "-dev layers(cpu:0,cpu:1)",
+    "-dev cpu:0,cpu:1 -sm tensor",
+    "-dev cpu:0,cpu:1,cpu:2 -sm tensor -ts 3,0,1",
+    "-dev cpu:0,cpu:1 -sm none -mg 1",
+    "-dev layers(tensor(3*cpu:0,cpu:1),cpu:2)",
+    "-dev tensor(layers(cpu:0,3*cpu:1),layers(3*cpu:2,cpu:3))",
+    "-dev layers(cpu:0,cpu:1,cpu:0)",
+    "-dev numa:2 -sm tensor",
+    "-dev numa",
+)
+
+
+@pytest.fixture(scope="module")
+def told() -> str:
+    """What the demo continues with on one device."""
+    return _printed("run", "-p", "Once upon", "--raw", *EXACT)
+
+
+EXACT = ("--temp", "0", "-n", "16", "--activations", "f32", "--kv-type", "f32", "-q")
+
+
+def _printed(*args: str, stdin: str = "") -> str:
+    result = CliRunner().invoke(main, [*args], input=stdin)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_run_tells_the_same_on_any_devices(told: str, split: str):
+    assert _printed("run", "-p", "Once upon", "--raw", *EXACT, *split.split()) == told != ""
+
+
+@pytest.mark.parametrize("split", SPLITS[::3])
+def test_chat_answers_on_several_devices(split: str):
+    questions = "Who is Pip?\nWhere does Pip live?\n"
+    want = _printed("chat", *EXACT, stdin=questions)
+    assert _printed("chat", *EXACT, *split.split(), stdin=questions) == want != ""
+
+
+@pytest.mark.parametrize("split", SPLITS[::3])
+def test_bench_and_warmup_run_on_several_devices(split: str):
+    args = ("bench", "-p", "9", "-n", "2", "-d", "5", "-r", "1", "-o", "json", *split.split())
+    rows = json.loads(_printed(*args))
+    assert [(row["n_prompt"], row["n_gen"]) for row in rows] == [(9, 0), (0, 2)]
+    assert all(row["avg_ts"] > 0 and row["devices"] == split.split()[1] for row in rows)
+    assert _printed("warmup", *split.split()).startswith("kernels ready")
+
+
+@pytest.mark.parametrize("split", [SPLITS[0], SPLITS[5]])
+def test_a_split_that_cannot_be_validated_says_so_once(
+    told: str, split: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VALIDATE", "1")
+    args = ("run", "-p", "Once upon", "--raw", *EXACT, *split.split())
+    result = CliRunner().invoke(main, args)
+    assert result.stdout == told
+    assert result.stderr.count("VALIDATE: nothing is compared on ") == 1
+    assert "GB/s" not in result.stderr, "no table of times, which DEBUG=2 shows"

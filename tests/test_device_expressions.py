@@ -184,7 +184,7 @@ DEEP = "tensor(" * MOST_DEPTH + "cpu" + ")" * MOST_DEPTH
         (DEEP, None),
         (f"tensor({DEEP})", f"groups lie more than {MOST_DEPTH} deep"),
         (f"null:{MOST_DEVICES}", None),
-        (f"null:{MOST_DEVICES},cpu", f"{MOST_DEVICES + 1} of at most {MOST_DEVICES}"),
+        (f"null:{MOST_DEVICES},cpu", f"{MOST_DEVICES + 1} devices, and {MOST_DEVICES} is the most"),
     ],
     ids=lambda text: str(text)[:20],
 )  # fmt: skip

@@ -17,7 +17,7 @@ from math import gcd, lcm
 from runtime.backends.meta.expression import Device, Group, Node, Several, times
 from runtime.ops.errors import OptionError, shown
 
-MOST_DEVICES = 64
+MOST_DEVICES = 32
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def stages(node: Node, counts: Counts = one) -> tuple[Stage, ...]:
         raise OptionError(f"devices={shown(str(node))}: every share is 0, and one must not be")
     devices = list(_devices(tree))
     if len(devices) > MOST_DEVICES:
-        raise OptionError(f"devices={shown(str(node))}: {len(devices)} of at most {MOST_DEVICES}")
+        raise OptionError(
+            f"devices={shown(str(node))}: {len(devices)} devices, and {MOST_DEVICES} is the most"
+        )
     numbered = _numbered(devices)
     found: list[Stage] = []
     for share, mix in _mixes(_replaced(tree, lambda: next(numbered))):

@@ -91,8 +91,10 @@ class _Opened:
     def __init__(
         self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None
     ) -> None:
+        from runtime.backends.cpu import check_threads
         from runtime.backends.cpu.run.cores import physical_cores
 
+        check_threads(threads)
         self._file, self._activations = file, activations
         weights: dict[Device, Fraction] = {}
         for stage in stages:

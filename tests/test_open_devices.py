@@ -135,6 +135,11 @@ def test_devices_that_can_be_named_and_not_used(expression: str, says: str):
         opened(expression)
 
 
+def test_more_threads_than_a_device_can_have_are_refused_as_they_were_given():
+    with pytest.raises(OptionError, match=r"^threads=2000 must be from 1 to 1024$"):
+        opened("tensor(cpu:0,cpu:1)", 2000)
+
+
 @pytest.mark.parametrize(
     ("expression", "name"),
     [

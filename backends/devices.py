@@ -36,15 +36,23 @@ def open_backend(
         from runtime.backends.reference import ReferenceBackend
 
         return ReferenceBackend(file)
+    if kinds == ["mpi"] and len(stages) == 1:
+        from runtime.backends.meta.mpi import open_mpi
+
+        return open_mpi(file, threads, activations, [float(s) for s in stages[0].shares])
     _check(devices, every, kinds)
     return _behind(stages, _Opened(file, activations, stages, threads))
 
 
 def _count(kind: str) -> int:
-    """How many devices of a kind this machine has."""
+    """How many devices of a kind this machine has; of MPI, how many processes this run has."""
+    if kind == "mpi":
+        from runtime.backends.meta.mpi import world
+
+        return int(world().size)
     from runtime.backends.cpu.run.cores import numa_nodes
 
-    return len(numa_nodes()) or 1 if kind == "numa" else 1
+    return len(numa_nodes()) or 1
 
 
 def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> None:
@@ -55,7 +63,7 @@ def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> No
     elif "cuda" in kinds:
         what = "models do not run on CUDA yet; 'runtime plan' shows how they would"
     elif "mpi" in kinds:
-        what = "models do not run over MPI yet"
+        what = "mpi is all processes of this run, each with a part of every tensor: tensor(mpi)"
     elif set(kinds) & {"null", "reference"}:
         what = f"null and reference stand alone, and not beside {', '.join(kinds)}"
     if what:
@@ -91,10 +99,8 @@ class _Opened:
     def __init__(
         self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None
     ) -> None:
-        from runtime.backends.cpu import check_threads
         from runtime.backends.cpu.run.cores import physical_cores
 
-        check_threads(threads)
         self._file, self._activations = file, activations
         weights: dict[Device, Fraction] = {}
         for stage in stages:

@@ -21,7 +21,7 @@ from llvmlite import ir
 from runtime.backends.cpu.abi import CONTROL as _WORDS
 from runtime.backends.cpu.abi import PLAN_BARRIER, PLAN_ROW_WORDS
 from runtime.backends.cpu.compile.isa import host_arch
-from runtime.backends.cpu.run.control import ABORT, MEMBERS
+from runtime.backends.cpu.run.control import ABORT, HOST, MEMBERS, OVER
 
 from . import emit as e
 from . import simd as s
@@ -35,7 +35,7 @@ _ROW_BYTES = 8 * PLAN_ROW_WORDS
 _GENERATION, _ARRIVALS, _SLEEPERS = (8 * _WORDS[k] for k in ("generation", "arrivals", "sleepers"))
 _TABLE, _N_ROWS, _BASE = (8 * _WORDS[k] for k in ("table", "n_rows", "base"))
 _PROFILE, _STOP = (8 * _WORDS[k] for k in ("profile", "stop"))
-_ABORT, _MEMBERS = 8 * ABORT, 8 * MEMBERS
+_ABORT, _MEMBERS, _HOST, _OVER = 8 * ABORT, 8 * MEMBERS, 8 * HOST, 8 * OVER
 _YIELD, _LOCK, _UNLOCK = (8 * _WORDS[k] for k in ("yield", "lock", "unlock"))
 _WAIT, _BROADCAST, _CLOCK = (8 * _WORDS[k] for k in ("wait", "broadcast", "clock"))
 _CLOCK_ID, _CLOCK_HIGH, _CLOCK_LOW = (
@@ -223,11 +223,18 @@ def build_lead_teams():
 
 @helper
 def meet_all(meeting):
-    """Wait for all threads of all teams."""
-    members = s.load_i64(meeting + _MEMBERS)
-    goal = (fetch_add(meeting + _ARRIVALS, 1) // members + 1) * members
+    """Wait for all threads of all teams, and for other processes where there are any."""
+    members, host = s.load_i64(meeting + _MEMBERS), s.load_i64(meeting + _HOST)
+    before = fetch_add(meeting + _ARRIVALS, 1)
+    number = before // members + 1
+    counter, goal = meeting + _ARRIVALS, number * members
+    if host != 0:
+        if before + 1 == goal and observe(meeting + _ABORT) == 0:
+            call(host, number, 0, 0, 0)
+            fetch_add(meeting + _OVER, 1)
+        counter, goal = meeting + _OVER, number
     left = s.load_i64(meeting + _SPINS)
-    while observe(meeting + _ARRIVALS) < goal and observe(meeting + _ABORT) == 0:
+    while observe(counter) < goal and observe(meeting + _ABORT) == 0:
         left = turn(meeting, left)
 
 

@@ -9,3 +9,7 @@ from runtime.backends.cpu.abi import CONTROL
 ABORT = CONTROL["stop"] + 1
 # Of the block that several teams meet at: how many threads they have together.
 MEMBERS = CONTROL["stop"] + 2
+# And where devices of other processes take part, the address of a function that the last of these
+# threads calls with the number of the meeting, and how many meetings are over.
+HOST = CONTROL["stop"] + 3
+OVER = CONTROL["sleepers"] + 1

@@ -40,10 +40,7 @@ class Exchange:
             offsets, nbytes = fit(parts)
             mine = room(device, nbytes)
             self._parts |= {b: mine[at : at + b.nbytes] for b, at in offsets.items()}
-        self._tables = {
-            f"parts {number}": np.array([self._address(ref) for ref in refs], np.int64)
-            for number, refs in _refs(plans).items()
-        }
+        self._tables = self._addresses(plans)
         self._meeting = meeting
         firsts = np.cumsum([0, *threads])
         self._members = [np.array([first, firsts[-1]], np.int64) for first in firsts[:-1]]
@@ -57,6 +54,13 @@ class Exchange:
         if buffer.memory == "parts":
             return self._tables[buffer.key]
         return self._meeting if buffer.memory == "meeting" else self._members[device]
+
+    def _addresses(self, plans: Sequence[Plan]) -> dict[str, np.ndarray]:
+        """Of each sum where the parts of its holders lie."""
+        return {
+            f"parts {number}": np.array([self._address(ref) for ref in refs], np.int64)
+            for number, refs in _refs(plans).items()
+        }
 
     def _address(self, ref: Ref) -> int:
         return self._parts[ref.buffer].ctypes.data + ref.offset

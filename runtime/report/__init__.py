@@ -1,1 +1,0 @@
-"""A placement for people: text, JSON, and pictures."""

@@ -52,7 +52,7 @@ def _count(kind: str) -> int:
         return int(world().size)
     from runtime.backends.cpu.run.cores import numa_nodes
 
-    return len(numa_nodes()) or 1
+    return len(numa_nodes()) or 1 if kind == "numa" else 1
 
 
 def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> None:
@@ -99,8 +99,10 @@ class _Opened:
     def __init__(
         self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None
     ) -> None:
+        from runtime.backends.cpu import check_threads
         from runtime.backends.cpu.run.cores import physical_cores
 
+        check_threads(threads)
         self._file, self._activations = file, activations
         weights: dict[Device, Fraction] = {}
         for stage in stages:

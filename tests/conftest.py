@@ -16,10 +16,10 @@ from runtime.backends.plan import pool
 
 # Files whose tests take moments: they compile next to nothing.
 QUICK = frozenset({
-    "test_arguments", "test_backends", "test_chat_template", "test_detokenizer", "test_environment",
-    "test_gguf", "test_graph", "test_hostile_files", "test_imports", "test_memory", "test_plans",
-    "test_progress", "test_quants", "test_readme", "test_rope_components", "test_sampling",
-    "test_traffic",
+    "test_arguments", "test_backends", "test_chat_template", "test_detokenizer",
+    "test_device_expressions", "test_environment", "test_gguf", "test_graph", "test_hostile_files",
+    "test_imports", "test_memory", "test_open_devices", "test_plans", "test_progress",
+    "test_quants", "test_readme", "test_rope_components", "test_sampling", "test_traffic",
 })  # fmt: skip
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"

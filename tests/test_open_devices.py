@@ -88,6 +88,12 @@ def test_options_reach_the_expression():
     assert told(opened("cpu,cpu", split_mode="none", main_device=1)) == "8"
 
 
+@pytest.mark.parametrize("activations", ["int8", "f32"])
+def test_every_device_computes_as_exactly_as_asked(activations: str):
+    made = devices.open_backend("tensor(cpu:0,numa:2)", None, None, activations)
+    assert [part.planner.options.activations for part in made.parts] == [activations] * 3
+
+
 def test_nodes_keep_to_their_cores():
     first, second = opened("tensor(numa)").parts
     assert first.team.cores == [frozenset(range(4))] * 4
@@ -133,6 +139,11 @@ def test_more_devices_than_threads_are_told_to_who_debugs(
 def test_devices_that_can_be_named_and_not_used(expression: str, says: str):
     with pytest.raises(OptionError, match=f"^devices=.*: {says}"):
         opened(expression)
+
+
+def test_more_threads_than_a_device_can_have_are_refused_as_they_were_given():
+    with pytest.raises(OptionError, match=r"^threads=2000 must be from 1 to 1024$"):
+        opened("tensor(cpu:0,cpu:1)", 2000)
 
 
 @pytest.mark.parametrize(

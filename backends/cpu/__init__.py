@@ -38,8 +38,7 @@ class CpuBackend:
     ) -> None:  # fmt: skip
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
-        if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
+        check_threads(threads)
         self.library = kernels or library()
         kept = None if cores is None else checked(cores)
         self.threads = threads or physical_cores(kept)
@@ -134,6 +133,12 @@ class CpuBackend:
         self.team.close()
         self._programs.clear()
         self.planner.clear()
+
+
+def check_threads(threads: int | None) -> None:
+    """OptionError for what no device can have."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
 
 
 def weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from runtime.backends.cpu.abi import MAX_HEAD_DIM
-from runtime.backends.cpu.tile.formats import NAMES
+from runtime.backends.cpu.tile.formats import NAMES, READABLE, packed_nbytes, tile_format
 from runtime.backends.passes.packing import Options, distinct_sizes
 from runtime.backends.passes.prepare import prepare
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cost import page_nbytes
 from runtime.ops.graph import Graph
+from runtime.ops.registry import Kind, kind_of
 from runtime.ops.tensor import Tensor
 
 
@@ -42,6 +44,18 @@ class Planner:
             self._plans[key] = make_plan(graph, self.options, guarded)
         return self._plans[key]
 
+    def weights_nbytes(self, read: Mapping[tuple[Tensor, int], Tensor]) -> int:
+        """Bytes of weights in the forms that the plan of a model's graph reads.
+
+        read: (node, number of an input) of the plain graph -> the weight that it is.
+        """
+        found = {}
+        for (node, number), weight in read.items():
+            if kind_of(node) is not Kind.VIEW:
+                form = _form(node, number)
+                found[form, weight.content] = _nbytes(form, weight)
+        return sum(found.values())
+
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""
         return page_nbytes(leaf)
@@ -56,3 +70,18 @@ class Planner:
     def clear(self) -> None:
         """Forget all plans."""
         self._plans.clear()
+
+
+def _form(node: Tensor, number: int) -> str:
+    """The form of a weight that a node reads as its input of that number."""
+    if kind_of(node) is Kind.CONTRACTION and number == 1:
+        return "repacked"
+    readable = node.inputs[number].dtype.name in READABLE
+    return "raw" if kind_of(node) is Kind.GATHER and readable else "vector"
+
+
+def _nbytes(form: str, weight: Tensor) -> int:
+    if form == "repacked":
+        *experts, rows, inner = map(int, weight.shape)
+        return math.prod(experts) * packed_nbytes(tile_format(weight.dtype), rows, inner)
+    return weight.nbytes if form == "raw" else 4 * weight.size

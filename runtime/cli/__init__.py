@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "bench": "Measure prompt and decode speed, in llama-bench's columns.",
     "inspect": "Show what is in a model file, and the memory it needs.",
+    "plan": "Say whether a model fits on some devices, and how it is split.",
     "devices": "Show the processor, its instruction sets, and memory.",
     "warmup": "Compile the kernels a model needs, once for this machine.",
 }

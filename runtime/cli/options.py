@@ -47,8 +47,8 @@ _SIZE_OPTIONS = (
     option("-c --context | --ctx-size",
            "Tokens of context (default: what the model was trained for, or fits).", _MODEL,
            type=_Context(0), metavar="N"),
-    option("-t --threads", "Threads (default: one per core).", _MODEL, type=click.IntRange(1),
-           metavar="N"),
+    option("-t --threads", "Threads of all devices together (default: one per core).", _MODEL,
+           type=click.IntRange(1), metavar="N"),
 )  # fmt: skip
 
 # One row per field of runtime.Sampling that an option sets: names, field, type, what it takes,

@@ -13,8 +13,8 @@ from runtime.ops import PAGE
 
 SLOTS_PER_SEQUENCE = 20  # its state, its checkpoints, and room for snapshots and forks of it
 _SPARE_PAGES = 16  # of a sequence: its snapshots and forks each have a last page of their own
-_LEAST_SLOTS = 2  # without room for one more, nothing can be forked or kept
-_SHARE = 0.9  # of what is free: the rest is for activations, text and the system
+LEAST_SLOTS = 2  # without room for one more, nothing can be forked or kept
+SHARE = 0.9  # of what is free: the rest is for activations, text and the system
 
 
 def available_memory() -> int | None:
@@ -97,7 +97,7 @@ def choose(
     MemoryLimitError says what would fit.
     """
     free, page_nbytes = available_memory(), max(1, page_nbytes)
-    budget = sys.maxsize if free is None else max(0, int((free - weights) * _SHARE))
+    budget = sys.maxsize if free is None else max(0, int((free - weights) * SHARE))
     slots = _slots(sequences, budget, slot_nbytes)
     state = slots * slot_nbytes
     most = max(0, budget - state) // page_nbytes * PAGE
@@ -123,7 +123,7 @@ def choose(
 def _slots(sequences: int, budget: int, slot_nbytes: int) -> int:
     if not slot_nbytes:
         return 0
-    return max(_LEAST_SLOTS, min(SLOTS_PER_SEQUENCE * sequences, budget // 4 // slot_nbytes))
+    return max(LEAST_SLOTS, min(SLOTS_PER_SEQUENCE * sequences, budget // 4 // slot_nbytes))
 
 
 def gib(nbytes: float) -> str:

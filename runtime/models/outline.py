@@ -105,6 +105,17 @@ def read(path: Path, weights: str | None = None) -> GGUFFile:
     return outline(path, flat, str(weights or own), tuple(map(str, optional)))
 
 
+def of_file(file: GGUFFile, weights: str | None = None) -> GGUFFile:
+    """An open file's model with weights of another type, or the metadata of a file of that alone.
+
+    ModelError where the metadata does not tell the vocabulary.
+    """
+    metadata, table = dict(file.metadata), file.tensors.get("token_embd.weight")
+    if table is not None:
+        metadata.setdefault(f"{file.architecture}.vocab_size", int(table.shape[0]))
+    return outline(file.path, metadata, weights or "Q4_K_M", tuple(file.tensors))
+
+
 def outline(
     path: Path, metadata: Mapping[str, Any], weights: str, optional: tuple[str, ...] = ()
 ) -> GGUFFile:
@@ -121,7 +132,7 @@ def outline(
         nbytes = sum(t.nbytes for t in tensors.values())
     except ValueError as error:
         raise ModelError(f"{source}: {error}") from None
-    return GGUFFile(path, _VERSION, dict(metadata), tensors, nbytes)  # type: ignore[arg-type]
+    return GGUFFile(path, _VERSION, {**metadata, "weights": weights}, tensors, nbytes)  # type: ignore[arg-type]
 
 
 def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:

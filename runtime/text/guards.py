@@ -62,7 +62,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
             self.add_filter(name, function)
         self.tests |= {name: _guarded_test(test) for name, test in self.tests.items()}
         self.filters |= {
-            _TICK: _tick, _JOIN: _join, _MADE: _made, _SEEN: _seen, _SEARCHED: _searched
+            _TICK: _tick, _JOIN: _join, _MADE: _spent, _SEEN: _seen, _SEARCHED: _searched
         }  # fmt: skip
         del self.globals["lipsum"]  # makes text without end
 
@@ -166,10 +166,6 @@ def _tick(context: Any, characters: int) -> None:
 def _join(parts: list[Any]) -> str:
     _spend(sum(size_of(part) for part in parts))
     return "".join(map(str, parts))
-
-
-def _made(value: Any) -> Any:
-    return _spent(value)
 
 
 def _seen(value: Any) -> Any:

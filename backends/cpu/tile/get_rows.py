@@ -95,7 +95,7 @@ def _groups(source: Source, scale: Scale | None) -> Callable[[int], Any]:
     def of(i: int) -> Any:
         group = i * count // row.block
         if group not in made:
-            made[group] = _spread(source.code, source.scale(scale, group))
+            made[group] = _lanes(source.code, source.scale(scale, group), [0] * LANES)
         return made[group]
 
     return of
@@ -126,8 +126,9 @@ def _entries(source: Source, i: int) -> Any:
         value = b.load(b.bitcast(place, vec(I8, size).as_pointer()))
         value.align = 4
         loaded.append(value)
-    while len(loaded) > 1:
-        loaded = [_beside(code, *loaded[k : k + 2]) for k in range(0, len(loaded), 2)]
+    while len(loaded) > 1:  # two beside each other, in order
+        pairs, lanes = zip(loaded[::2], loaded[1::2], strict=True), range(2 * loaded[0].type.count)
+        loaded = [code.shuffle(x, y, lanes) for x, y in pairs]
     codes = b.zext(loaded[0], vec(I32, LANES))
     if row.down:
         return _shifted(source, i, b.sub(codes, code.fill(I32, 16, LANES)))
@@ -152,14 +153,6 @@ def _negative(source: Source, i: int) -> Any:
     signs = _lanes(code, source.sign_bytes(i // 8, LANES // 8), [k // 8 for k in range(LANES)])
     bits = ir.Constant(signs.type, [1 << k % 8 for k in range(LANES)])
     return b.icmp_unsigned("!=", b.and_(signs, bits), code.fill(I32, 0, LANES))
-
-
-def _beside(code: Code, x: Any, y: Any) -> Any:
-    return code.shuffle(x, y, range(2 * x.type.count))
-
-
-def _spread(code: Code, one: Any) -> Any:
-    return _lanes(code, one, [0] * LANES)
 
 
 def _lanes(code: Code, value: Any, picks: list[int]) -> Any:

@@ -1,0 +1,147 @@
+"""What each device of an expression has of a model, and what the devices exchange.
+
+Nothing is opened and nothing is read: a graph of one token says it all. Bytes of weights are those
+of the forms that a device keeps them in; what depends on the context (pages, slots) is counted by
+the page and the slot, so any context is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from runtime.backends.cpu.planner import Planner, options
+from runtime.backends.meta.expression import Device
+from runtime.backends.meta.graph_stages import cut_graph
+from runtime.backends.meta.infer import Layout, infer
+from runtime.backends.meta.stages import Stage
+from runtime.ops.cost import page_nbytes
+from runtime.ops.graph import Graph
+from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
+from runtime.ops.tensor import Tensor
+
+PageBytes = Callable[[Tensor], float]  # of one page, or one slot, of a state leaf
+
+ON_CPU = ("cpu", "numa")
+
+
+class Exchange(NamedTuple):
+    """A tensor that is summed, or gathered whole, over the devices of a stage."""
+
+    tensor: Tensor
+    gathered: bool
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stretch of the layers, and the devices that have a part of each of its tensors.
+
+    graph: of one token, one page and one slot. layout: None where there is one device.
+    """
+
+    graph: Graph
+    stage: Stage
+    layout: Layout | None
+    page_nbytes: PageBytes = page_nbytes
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices, by number."""
+        return self.stage.devices
+
+    def state(self, x: Tensor) -> State:
+        """How a tensor lies on the devices, once it is computed."""
+        return self.layout.states[x] if self.layout else MIRRORED
+
+    def use(self, node: Tensor, number: int) -> State:
+        """How a node takes an input: of what is mirrored it may take a part."""
+        return self.layout.uses[node][number] if self.layout else MIRRORED
+
+    def portion(self, node: Tensor, x: Tensor, device: int) -> float:
+        """Which share a device has of an input of a node, of its result, or of memory behind it."""
+        if not self._computes(node, device):
+            return 0.0
+        state = self.state(x)
+        if x in node.inputs and x.op != "state":
+            state = self.use(node, node.inputs.index(x))
+        return _portion(x, state, device)
+
+    def weights(self, device: int) -> int:
+        """Bytes of the weights on a device, in its own forms."""
+        read = {
+            (node, n): self._local(node, n, device)
+            for node in self.graph.nodes
+            for n, x in enumerate(node.inputs)
+            if x.base.op == "weight" and self._takes(node, n, device)
+        }
+        if self.devices[device].kind in ON_CPU:
+            return _CPU.weights_nbytes(read)
+        return sum({x.content: x.nbytes for x in read.values()}.values())
+
+    def _local(self, node: Tensor, number: int, device: int) -> Tensor:
+        x = node.inputs[number]
+        state = self.use(node, number) if x.op == "weight" else self.state(x.base)
+        return x.base.with_(shape=local_shape(x.base.shape, state, device))
+
+    def _computes(self, node: Tensor, device: int) -> bool:
+        return self.layout is None or bool(self.layout.holders[node] >> device & 1)
+
+    def _takes(self, node: Tensor, number: int, device: int) -> bool:
+        """Whether a device reads an input of a node: an addend of a sum is one device's."""
+        if not self._computes(node, device):
+            return False
+        if self.layout is None or self.use(node, number) is not PARTIAL:
+            return True
+        return not self.layout.holders[node] & (1 << device) - 1
+
+    def pages(self, device: int) -> float:
+        """Bytes of one page of the KV cache, all layers together."""
+        return self._memory(device, ("k", "v"))
+
+    def slots(self, device: int) -> float:
+        """Bytes of one slot of recurrent state."""
+        return self._memory(device, ("slots",))
+
+    @cached_property
+    def exchanges(self) -> list[Exchange]:
+        """What the devices exchange in a step of one token, in order."""
+        if self.layout is None:
+            return []
+        states = self.layout.states
+        return [Exchange(x, states[x] is not PARTIAL) for x in self.layout.whole]
+
+    def _memory(self, device: int, storages: tuple[str, ...]) -> float:
+        leaves = [x for x in self.graph.leaves("state") if x.attrs["storage"] in storages]
+        return sum(self.page_nbytes(x) * _portion(x, self.state(x), device) for x in leaves)
+
+
+def _portion(x: Tensor, state: State, device: int) -> float:
+    if not isinstance(state, Split):
+        return 1.0
+    return state.local(device) / (int(x.shape[state.axis]) or 1)
+
+
+_CPU = Planner(options())
+
+
+def plan_stages(
+    graph: Graph, stages: Sequence[Stage], page_nbytes: PageBytes = page_nbytes
+) -> list[StagePlan]:
+    """Who has what of a graph of one token, one page and one slot."""
+    cut = [graph]
+    if len(stages) > 1:
+        cut = [s.graph for s in cut_graph(graph, [float(s.share) for s in stages]).stages]
+    found = []
+    for part, stage in zip(cut, stages, strict=True):
+        shares = [float(share) for share in stage.shares]
+        layout = infer(part, shares) if len(shares) > 1 else None
+        found.append(StagePlan(part, stage, layout, page_nbytes))
+    return found
+
+
+def arena_nbytes(graph: Graph) -> int:
+    """Bytes of activations and scratch of a step on one device: the most that a part takes."""
+    plan = _CPU.plan(graph)
+    return plan.arena_nbytes + plan.scratch_nbytes

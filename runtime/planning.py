@@ -1,0 +1,296 @@
+"""Whether a model fits on some devices, with how much context, and how fast it would be there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from runtime import traffic
+from runtime.backends.meta.expression import Device
+from runtime.backends.meta.planner import ON_CPU, StagePlan, arena_nbytes, plan_stages
+from runtime.backends.meta.stages import Stage
+from runtime.engine.batch import UBATCH
+from runtime.errors import OptionError
+from runtime.memory.budget import LEAST_SLOTS, SHARE, available_memory
+from runtime.models.registry import build, one_token
+from runtime.models.step import Step
+from runtime.ops import PAGE
+from runtime.ops.cost import page_nbytes
+from runtime.ops.dtypes import DTYPES, nbytes_for
+from runtime.ops.kv_formats import KV_FORMATS, padded_head
+from runtime.ops.tensor import Tensor
+
+KV_TYPES = (*KV_FORMATS, "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # sizes of all are known
+SMALLER_KV = ("q8_0", "q4_0")
+SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
+OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
+LATENCY, CPU_LATENCY = 10e-6, 3e-6  # seconds of an exchange over a link, or through memory
+LINK = 16e9  # bytes per second between devices that are no CPUs, where nothing is said
+
+Bandwidth = Callable[[StagePlan, Device], float | None]  # bytes per second a device reads
+
+
+class Usage(NamedTuple):
+    """Bytes on one device."""
+
+    device: Device
+    weights: float
+    cache: float
+    state: float
+    activations: float
+    overhead: float
+
+    @property
+    def parts(self) -> tuple[float, ...]:
+        """Weights, cache, state, activations and what else there is."""
+        return self[1:]
+
+    @property
+    def nbytes(self) -> float:
+        """All of it."""
+        return sum(self.parts)
+
+
+class Need(NamedTuple):
+    """What one device takes whatever the context, and for a page and a slot."""
+
+    weights: float
+    page: float
+    slot: float
+    activations: float
+    overhead: float
+
+    @property
+    def fixed(self) -> float:
+        """Bytes without cache and state."""
+        return self.weights + self.activations + self.overhead
+
+
+class Speed(NamedTuple):
+    """Of decoding after `context` tokens: seconds that each stage reads, and exchanges."""
+
+    context: int
+    reading: tuple[float, ...]
+    exchanging: tuple[float, ...]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of one sequence per second."""
+        return 1 / (sum(self.reading) + sum(self.exchanging))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A model on devices. context: tokens asked for, None: as many as fit.
+
+    free: bytes of this machine's memory that programs can take.
+    """
+
+    file: Any
+    stages: tuple[Stage, ...]
+    kv_types: tuple[str, str] = ("f16", "f16")
+    asked: int | None = None
+    sequences: int = 1
+    free: int | None = None
+
+    @cached_property
+    def architecture(self) -> Any:
+        """The model's graph builder."""
+        return build(self.file)
+
+    @cached_property
+    def plans(self) -> list[StagePlan]:
+        """Who has what, stage by stage."""
+        k, v = (kind if kind in KV_FORMATS else "f16" for kind in self.kv_types)
+        graph = self.architecture.graph(one_token(self.architecture, (k, v)))
+        return plan_stages(graph, self.stages, self._page_nbytes)
+
+    @cached_property
+    def needs(self) -> dict[Device, Need]:
+        """What each device takes, all its stages together."""
+        found: dict[Device, Need] = {}
+        for plan in self.plans:
+            for n, device in enumerate(plan.devices):
+                fixed = (self._activations, 0 if device.kind in ON_CPU else OVERHEAD)
+                before = found.get(device, Need(0, 0, 0, *fixed))
+                found[device] = before._replace(
+                    weights=before.weights + plan.weights(n), page=before.page + plan.pages(n),
+                    slot=before.slot + plan.slots(n),
+                )  # fmt: skip
+        return found
+
+    @property
+    def trained(self) -> int:
+        """Tokens of context that the model was trained for."""
+        return int(self.architecture.p.context)
+
+    @property
+    def slots(self) -> int:
+        """Slots of recurrent state that there must be."""
+        any_state = any(need.slot for need in self.needs.values())
+        return LEAST_SLOTS * self.sequences if any_state else 0
+
+    @cached_property
+    def most(self) -> int:
+        """Tokens of context that fit, 0 where the model itself does not."""
+        pages = self.trained // PAGE * self.sequences + self.sequences
+        for devices, room in self.rooms():
+            needs = [self.needs[device] for device in devices]
+            left = room - sum(n.fixed + n.slot * self.slots for n in needs)
+            if left < 0:
+                return 0
+            if each := sum(n.page for n in needs):
+                pages = min(pages, int(left // each))
+        return min(self.trained, pages // self.sequences * PAGE)
+
+    @property
+    def context(self) -> int:
+        """Tokens of context that are planned for."""
+        return self.asked or self.most
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for the context asked for, or for any."""
+        if self.asked is None or self.asked <= self.trained:
+            return 0 < self.context <= self.most
+        return all(sum(self.usage(d).nbytes for d in ds) <= room for ds, room in self.rooms())
+
+    def rooms(self) -> Iterator[tuple[tuple[Device, ...], float]]:
+        """Devices that share a memory, and its bytes; what is not known is left out.
+
+        Devices of this machine's memory share what is free; a part of it is left to the system,
+        as when a model is loaded.
+        """
+        for device in self.needs:
+            if device.nbytes is not None:
+                yield (device,), device.nbytes
+        here = tuple(d for d in self.needs if d.kind in ON_CPU and d.nbytes is None)
+        if here and self.free is not None:
+            weights = sum(self.needs[device].weights for device in here)
+            yield here, weights + SHARE * (self.free - weights)
+
+    def usage(self, device: Device) -> Usage:
+        """Bytes of a device with the context planned for."""
+        need, pages = self.needs[device], -(-self.context // PAGE) * self.sequences
+        return Usage(
+            device, need.weights, need.page * pages, need.slot * self.slots, need.activations,
+            need.overhead,
+        )  # fmt: skip
+
+    def speed(self, bandwidth: Bandwidth, link: float | None = None) -> Speed | None:
+        """Of decoding in the middle of the context; None where a bandwidth is not known."""
+        middle = max(1, min(self.context, 8192) // 2)
+        reading, exchanging = [], []
+        for plan in self.plans:
+            found = [bandwidth(plan, device) for device in plan.devices]
+            if None in found:
+                return None
+            times = [self._token(plan, n, middle) / (b or 1) for n, b in enumerate(found)]
+            reading.append(max(times))
+            exchanging.append(sum(_seconds(plan, x.tensor.nbytes, link) for x in plan.exchanges))
+        return Speed(middle, tuple(reading), tuple(exchanging))
+
+    def _token(self, plan: StagePlan, number: int, context: int) -> float:
+        """Bytes that a device reads for a token."""
+        found = traffic.of_token(
+            plan.graph, context, lambda node, x: plan.portion(node, x, number), self._page_nbytes
+        )
+        return found.nbytes
+
+    @cached_property
+    def _activations(self) -> int:
+        a = self.architecture
+        step = Step.capacity(UBATCH, 1, 1, 1, 1, a.layers, ("f16", "f16"), a.positions_per_token)
+        return arena_nbytes(a.graph(step))
+
+    def _page_nbytes(self, leaf: Tensor) -> float:
+        kind = self.kv_types[leaf.base.attrs["storage"] == "v"]
+        if leaf.base.attrs["storage"] == "slots" or kind in KV_FORMATS:
+            return page_nbytes(leaf)
+        _, tokens, heads, dim = map(int, leaf.shape)
+        return tokens * heads * nbytes_for(DTYPES[kind], (-(-padded_head(dim) // 32) * 32,))
+
+
+def _seconds(plan: StagePlan, nbytes: int, link: float | None) -> float:
+    """Seconds of one exchange: each device sends and gets its part of all others'."""
+    here = all(device.kind in ON_CPU for device in plan.devices)
+    n = len(plan.devices)
+    rate = link or LINK
+    return (CPU_LATENCY if here else LATENCY) + 2 * nbytes * (n - 1) / n / rate
+
+
+def kv_types(text: str) -> tuple[str, str]:
+    """K and V types of "f16" or "q8_0,q4_0", of which bytes are known; OptionError names them."""
+    parts = [part.strip().lower() for part in text.split(",")]
+    kinds = parts * 2 if len(parts) == 1 else parts
+    if len(kinds) != 2 or not set(kinds) <= set(KV_TYPES):
+        raise OptionError(f"kv_type={text!r} must be one or two of {', '.join(KV_TYPES)}")
+    return kinds[0], kinds[1]
+
+
+def by_memory(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The same stages with shares by the memory that devices have, where all of it is known."""
+    rooms = [[_room(device) for device in stage.devices] for stage in stages]
+    if not all(map(all, rooms)):
+        return stages
+    totals = list(map(sum, rooms))
+    return tuple(
+        replace(
+            stage, share=Fraction(total, sum(totals)),
+            shares=tuple(Fraction(room, total) for room in row),
+        )
+        for stage, row, total in zip(stages, rooms, totals, strict=True)
+    )  # fmt: skip
+
+
+def _room(device: Device) -> int:
+    """Bytes that a model may take there; 0 where that is not known."""
+    if device.nbytes is None:
+        return 0
+    return max(1, device.nbytes - (0 if device.kind in ON_CPU else OVERHEAD))
+
+
+def fitted(given: Placement, free_kv: bool) -> Placement:
+    """A placement that fits, if there is one: with smaller KV types where those were not given."""
+    if given.fits or not free_kv:
+        return given
+    tried = [replace(given, kv_types=(kind, kind)) for kind in SMALLER_KV]
+    return next((t for t in tried if t.fits), given)
+
+
+def would_fit(given: Placement) -> Iterator[str]:
+    """What there would be room for, the smallest change first, in words."""
+    from runtime.models.outline import of_file
+
+    if given.most:
+        yield f"{given.most:,} tokens of context"
+    for kind in SMALLER_KV:
+        smaller = replace(given, kv_types=(kind, kind))
+        if _saves(kind, given.kv_types) and smaller.most > given.most:
+            tokens = given.asked if smaller.fits and given.asked else smaller.most
+            yield f"{tokens:,} tokens with a {kind} cache"
+            if smaller.fits:
+                break
+    for weights in SMALLER_WEIGHTS:
+        file = of_file(given.file, weights)
+        if file.tensors_nbytes < given.file.tensors_nbytes:
+            smaller = replace(given, file=file)
+            if smaller.fits:
+                yield f"{smaller.context:,} tokens with weights of {weights}"
+                return
+
+
+def _saves(kind: str, than: Sequence[str]) -> bool:
+    return all(_bits(kind) < _bits(k) for k in than)
+
+
+def _bits(kind: str) -> float:
+    return 8 * DTYPES[kind].nbytes / DTYPES[kind].block
+
+
+def memory_here() -> int | None:
+    """Bytes of this machine's memory that programs can take."""
+    return available_memory()

@@ -1,0 +1,1 @@
+"""A placement for people: text, JSON, and pictures."""

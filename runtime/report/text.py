@@ -1,0 +1,155 @@
+"""A placement as text: the answer first, then devices, then layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from runtime.backends.meta.planner import ON_CPU
+from runtime.backends.meta.stages import text
+from runtime.cli.facts import model_name, type_name
+from runtime.cli.output import bar, table
+from runtime.planning import Placement, Speed, Usage
+from runtime.report.layers import Layers, Part, Row, layers_of
+
+_BAR = 16  # characters
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in powers of 1000, as memory of devices is sold: "16.53 GB"."""
+    for unit in ("B", "KB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) -> str:
+    """One line: whether it fits, with what; or what would. options: see `would_fit`."""
+    kinds = "/".join(dict.fromkeys(placement.kv_types))
+    if placement.fits:
+        fast = f", {rate(speed.tokens_per_s)} tokens/s" if speed else ""
+        return f"yes: {placement.context:,} tokens of context fit, KV cache in {kinds}{fast}"
+    what = f"{placement.asked:,} tokens of context do" if placement.asked else "the model does"
+    would = f"; there is room for {', or '.join(options)}" if options else ""
+    return f"no: {what} not fit, KV cache in {kinds} ({_short_of(placement)}){would}"
+
+
+def heading(placement: Placement) -> str:
+    """The model and its devices."""
+    file = placement.file
+    kind, nbytes = file.get("weights") or type_name(file), amount(file.tensors_nbytes)
+    return f"{model_name(file)}, {kind}, {nbytes} of weights, on {text(placement.stages)}"
+
+
+def changes(given: Placement, chosen: Placement) -> str:
+    """What `--fit` chose, as options."""
+    found = [f"-c {chosen.context}"] if given.asked is None and chosen.fits else []
+    if chosen.kv_types != given.kv_types:
+        k, v = chosen.kv_types
+        found.append(f"-ctk {k} -ctv {v}")
+    outer = chosen.stages[0].shares if len(chosen.stages) == 1 else [s.share for s in chosen.stages]
+    if len(outer) > 1:
+        found.append("--tensor-split " + ",".join(f"{100 * float(share):.3g}" for share in outer))
+    return f"options: {' '.join(found) or 'as given'}"
+
+
+def speed_line(placement: Placement, speed: Speed | None) -> str:
+    """What the speed is made of, or why it is not known."""
+    if not placement.context:
+        return "speed: not known without a context"
+    if speed is None:
+        unknown = [str(d) for d in placement.needs if d.kind not in ON_CPU]
+        return f"speed: not known; --bandwidth says how many GB/s {', '.join(unknown)} reads"
+    reading, exchanging = sum(speed.reading), sum(speed.exchanging)
+    count = sum(len(plan.exchanges) for plan in placement.plans)
+    exchanged = f", {1e3 * exchanging:.3g} ms for {count} exchanges" if count else ""
+    return (
+        f"speed: {rate(speed.tokens_per_s)} tokens/s after {speed.context:,} tokens, each "
+        f"{1e3 * reading:.3g} ms of reading{exchanged}"
+    )
+
+
+def rate(tokens_per_s: float) -> str:
+    """Tokens per second in as many digits as mean something."""
+    return f"{tokens_per_s:.0f}" if tokens_per_s >= 100 else f"{tokens_per_s:.3g}"
+
+
+def _short_of(placement: Placement) -> str:
+    """Where room is missing most."""
+    missing = []
+    for devices, room in placement.rooms():
+        nbytes = sum(placement.usage(device).nbytes for device in devices)
+        missing.append((nbytes - room, f"{amount(nbytes)} of {amount(room)} on {devices[0]}"))
+    return max(missing)[1] if missing else "memory is not known"
+
+
+def devices_table(placement: Placement) -> str:
+    """Bytes on each device, and the memory that it has or shares."""
+    rooms = {device: (len(ds), room) for ds, room in placement.rooms() for device in ds}
+    rows = [
+        _device_row(placement.usage(device), *rooms.get(device, (1, None)))
+        for device in placement.needs
+    ]
+    header = ("device", "weights", "KV cache", "state", "activations", "other", "total", "of", "")
+    return table(rows, header, right="weights,KV cache,state,activations,other,total,of")
+
+
+def _device_row(usage: Usage, sharing: int, room: float | None) -> tuple[str, ...]:
+    shown = [amount(n) if n else "-" for n in usage.parts]
+    drawn = bar(usage.nbytes / room, _BAR) if room else ""
+    of = amount(room) + " shared" * (sharing > 1) if room else "?"
+    return str(usage.device), *shown, amount(usage.nbytes), of, drawn
+
+
+def layers_text(placement: Placement, every_op: bool = False) -> str:
+    """A table for all layers that are alike."""
+    found = [g for g in layers_of(placement.plans) if every_op or any(r.reads for r in g.rows)]
+    split = any(plan.layout for plan in placement.plans)
+    columns = (0, 1, 2, 3, 4) if split else (0, 1, 2, 4)
+    return "\n\n".join(
+        f"{_title(placement, group)}\n{_ops(group, every_op, columns)}" for group in found
+    )
+
+
+def _title(placement: Placement, group: Layers) -> str:
+    stage = placement.plans[group.stage]
+    where = f" on {stage.stage}" if len(placement.plans) > 1 else ""
+    sums = [row for row in group.rows if row.exchange]
+    exchanged = ", ".join(f"{row.exchange} of {amount(row.nbytes)}" for row in sums)
+    return f"{group.title}{where}: {amount(group.weights)} of weights" + (
+        f"; {exchanged} a layer and token" if sums else ""
+    )
+
+
+def _ops(group: Layers, every_op: bool, columns: Sequence[int]) -> str:
+    rows = [line for row in group.rows for line in _lines(row, every_op)]
+    shown = [[line[n] for n in columns] for line in rows]
+    header = ("op", "result", "reads", "split", "bytes")
+    return table(shown, [header[n] for n in columns], right="bytes")
+
+
+def _lines(row: Row, every_op: bool) -> Iterator[tuple[str, ...]]:
+    if not (row.reads or row.exchange or every_op):
+        return
+    name = row.name or row.op
+    split = _split(row.result) if row.result.axis else ""
+    if not row.reads:
+        yield row.op, name, "", split or "mirrored", ""
+    for n, part in enumerate(row.reads):
+        unit = "" if part.what == "weight" else f" a {part.what}"
+        first = (row.op, name) if n == 0 else ("", "")
+        yield *first, f"{part.name} {part.dtype}", _split(part), _amounts(part) + unit
+    if row.exchange:
+        yield "", f"= {row.exchange}", "", f"over all devices: {amount(row.nbytes)}", ""
+
+
+def _amounts(part: Part) -> str:
+    least, most = amount(part.nbytes), amount(part.most)
+    return least if least == most else f"{least} to {most}"
+
+
+def _split(part: Part) -> str:
+    if not part.sizes:
+        return part.axis or "mirrored"
+    sizes = " + ".join(f"{n:,}" for n in part.sizes)
+    return f"{part.axis} {sizes}{' (some on several)' if part.shared else ''}"

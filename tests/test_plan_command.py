@@ -1,0 +1,141 @@
+"""`runtime plan`: the first line answers, the rest explains, mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from small_models import NOVEL, write_model
+
+from runtime.cli import main
+from runtime.models import outline
+
+TWO = "tensor(cuda:24GB,cuda:24GB)"
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    assert result.exit_code in (1, 2)
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("qwen3.5-27b --devices cuda:24GB", r"yes: [\d,]{6,} tokens of context fit"),
+        (
+            "llama-3.1-70b -c 32768 -ctk q4_0 -ctv q4_0 --devices tensor(cuda:16GB,cuda:16GB)",
+            r"no: 32,768 tokens .* do not fit.*room for 32,768 tokens with weights of Q2_K",
+        ),
+        (
+            "Qwen3.5-27B.gguf --devices tensor(cuda:24GB,cuda:24GB)",
+            r"yes: 262,144 tokens of context fit",
+        ),
+        (
+            "gpt-oss-120b -c 32768 --devices layers(cuda:24GB,cuda:24GB,cuda:24GB)",
+            r"yes: 32,768 tokens of context fit",
+        ),
+    ],
+)
+def test_a_question_is_a_command_and_the_first_line_its_answer(arguments: str, answer: str) -> None:
+    assert re.match(answer, plan(*arguments.split()).splitlines()[0])
+
+
+def test_layers_alike_are_one_table() -> None:
+    text = plan("qwen3.5-27b", "--devices", TWO)
+    titles = [line for line in text.splitlines() if line.startswith(("layer", "before", "output"))]
+    assert [title.split(":")[0] for title in titles] == [
+        "before the layers", "layers 0-2, 4-6, 8-10 and so on", "layers 3, 7, 11 and so on",
+        "output",
+    ]  # fmt: skip
+    assert "48 alike" in titles[1] and "16 alike" in titles[2]
+    assert titles[1].count("sum of 20.5 KB") == titles[2].count("sum of 20.5 KB") == 2
+    assert "gather" in titles[3]
+    assert "rows 8,704 + 8,704" in text and "heads 2 + 2" in text
+
+
+def test_every_op_is_shown_when_asked_for() -> None:
+    brief = plan("qwen3-0.6b", "--devices", "cuda:24GB")
+    every = plan("qwen3-0.6b", "--devices", "cuda:24GB", "-v")
+    assert " silu " not in brief and "silu" in every
+    assert "split" not in brief  # of one device
+
+
+def test_speed_needs_a_bandwidth() -> None:
+    text = plan("qwen3.5-27b", "--devices", "cuda:24GB")
+    assert "tokens/s" not in text and "--bandwidth says how many GB/s cuda:24GB reads" in text
+    text = plan("qwen3.5-27b", "--devices", "cuda:24GB", "--bandwidth", "936")
+    assert re.search(r"5\d\.?\d? tokens/s", text.splitlines()[0])
+
+
+def test_fit_says_which_options_it_chose() -> None:
+    devices = "tensor(cuda:12GB,cuda:8GB)"
+    text = plan("llama-3.1-8b", "--fit", "--devices", devices).splitlines()
+    assert re.match(r"options: -c \d+ --tensor-split 60\.\d,39\.\d", text[2])
+    text = plan("llama-3.1-8b", "--fit", "-c", "65536", "--devices", "cuda:12GB").splitlines()
+    assert text[0].startswith("yes: 65,536") and text[2] == "options: -ctk q8_0 -ctv q8_0"
+
+
+def test_json_has_everything() -> None:
+    data = json.loads(plan("qwen3.5-35b-a3b", "--devices", TWO, "-c", "4096", "--json"))
+    assert data["fits"] and data["context"] == 4096 and data["tokens_per_s"] is None
+    assert [m["device"] for m in data["memory"]] == ["cuda:0:24GB", "cuda:1:24GB"]
+    assert data["memory"][0]["total"] == sum(
+        data["memory"][0][name] for name in ("weights", "kv_cache", "state", "activations", "other")
+    )
+    assert sum(len(group["numbers"]) for group in data["layers"]) == 40
+    kinds = [x["kind"] for x in data["stages"][0]["exchanges"]]
+    assert kinds.count("gather") == 1 and kinds.count("sum") == 80
+
+
+def test_pictures_are_well_formed_and_mark_each_exchange(tmp_path: Path) -> None:
+    path, dot = tmp_path / "plan.svg", tmp_path / "plan.dot"
+    plan("qwen3.5-35b-a3b", "--devices", TWO, "--svg", str(path), "--dot", str(dot))
+    root = xml.etree.ElementTree.parse(path).getroot()
+    texts = [e.text for e in root.iter() if e.tag.endswith("text")]
+    assert texts.count("Σ") == 1 + 4 and texts.count("↔") == 1 + 1  # legend, two kinds of layers
+    assert "30 alike" in texts and "10 alike" in texts
+    lines = dot.read_text().splitlines()
+    assert lines[0] == "digraph plan {" and lines[-1] == "}"
+    assert sum("penwidth" in line for line in lines) == 81
+
+
+def test_a_real_file_is_planned_as_it_is(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.gguf", NOVEL["qwen35moe"])
+    text = plan(str(path), "--devices", "tensor(cuda:0:1GB,cuda:1:1GB)")
+    assert text.startswith("yes: 256 tokens of context fit")
+    assert plan(str(path), "--weights", "Q8_0", "--devices", "cuda:1GB").startswith("yes")
+
+
+def test_metadata_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_text(outline.known()["qwen3-0.6b"].read_text())
+    assert plan("--hparams", str(path), "--devices", "cuda:2GB").startswith("yes: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("qwen3.5-28b", "no such file.*did you mean qwen3.5-27b"),
+        ("qwen3-0.6b --devices cudo", "did you mean cuda"),
+        ("qwen3-0.6b --devices tensor(cpu:0,cpu:1) -ts 1,2,3", "3 shares for 2 devices"),
+        ("qwen3-0.6b --kv-type q9", "kv_type='q9' must be one or two of"),
+        ("qwen3-0.6b --weights Q9", "weight type 'Q9' is not known"),
+        ("qwen3-0.6b --devices cuda:2GB --bandwidth 1,2", "--bandwidth 1,2: give GB/s"),
+        ("qwen3-0.6b --hparams x.json", "give a model or --hparams, not both"),
+        ("--hparams x.json", "x.json: cannot be read as metadata"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: str, message: str) -> None:
+    assert re.search(message, refused(*arguments.split()))

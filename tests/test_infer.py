@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lockstep import Memory, run_together
 from random_graphs import TOKENS, RandomGraph
+from small_models import NOVEL, Sizes, write_model
 from test_split_graphs import compare
 
+import runtime
 from runtime.backends.meta.infer import Layout, infer
 from runtime.backends.meta.shard import shards
+from runtime.backends.passes.prepare import choose_rows
+from runtime.backends.reference import ReferenceBackend, ReferenceProgram
+from runtime.gguf.reader import open_gguf
+from runtime.models.registry import build
+from runtime.models.step import Step
+from runtime.ops import Graph
 from runtime.ops.cuts import cut_array
+from runtime.ops.splits import Split, State
 from runtime.ops.tensor import Tensor, stored_name
 
 SHARES = st.lists(st.sampled_from([1.0, 1.0, 2.0, 3.0, 9.0, 0.05]), min_size=1, max_size=5)
@@ -36,7 +53,13 @@ def _check_random(made: RandomGraph, shares: list[float]) -> Layout:
             compare(got, want, made.graph)
             np.testing.assert_array_equal(got, same)
     for state in made.graph.leaves("state"):
-        compare(memory.joined(layout, state), after[state.name], state)
+        split, found = layout.states[state], memory.joined(layout, state)
+        if isinstance(split, Split):  # nobody needs the rest
+            owned = np.flatnonzero(split.masks())
+            found, after[state.name] = (
+                x.take(owned, split.axis) for x in (found, after[state.name])
+            )
+        compare(found, after[state.name], state)
     return layout
 
 
@@ -44,3 +67,169 @@ def _check_random(made: RandomGraph, shares: list[float]) -> Layout:
 @given(st.integers(0, 1 << 30), st.integers(10, 30), SHARES)
 def test_random_graphs(seed: int, size: int, shares: list[float]):
     _check_random(RandomGraph(seed, size), shares)
+
+
+# Models: the steps of the engine on the reference backend, done again by devices together.
+
+SIZES = {
+    "llama": Sizes("llama", heads=6, kv_heads=3), "qwen2": Sizes("qwen2", heads=7, kv_heads=1),
+    "qwen3": Sizes("qwen3", heads=6, kv_heads=2), **NOVEL,
+    "qwen3moe": Sizes("qwen3moe", experts=6, inner=32),
+    "wide": Sizes("qwen35", layers=2, key_heads=3, value_heads=9, heads=8, kv_heads=4),
+}  # fmt: skip
+UNEVEN = [[3, 1], [1, 9], [1, 1, 1], [1, 0.01, 2], [1] * 5]
+GOLDEN = ["gptoss", "llama", "qwen2", "qwen3", "qwen35", "qwen35moe", "qwen3moe", "qwen3next"]
+
+
+class Done(NamedTuple):
+    """A step that a model made."""
+
+    graph: Graph
+    inputs: Mapping[str, np.ndarray]
+    live: Mapping[str, int]
+    outputs: list[np.ndarray]
+
+
+class Recorder(ReferenceBackend):
+    """A reference backend that remembers its steps, and what states hold in the end."""
+
+    def __init__(self, file: object) -> None:
+        super().__init__(file)
+        self.steps: list[Done] = []
+        self.left: dict[str, np.ndarray] = {}
+
+    def program(self, graph: Graph) -> ReferenceProgram:
+        made = super().program(graph)
+        run = made.run
+
+        def recorded(inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
+            kept = {name: np.array(value) for name, value in inputs.items()}
+            self.steps.append(Done(graph, kept, dict(live), run(inputs, live)))
+            self.left = {leaf.name: self.state(leaf).copy() for leaf in graph.leaves("state")}
+            return self.steps[-1].outputs
+
+        made.run = recorded  # type: ignore[method-assign]
+        return made
+
+
+def _recorded(path: Path, patch: pytest.MonkeyPatch) -> Recorder:
+    """Two sequences: prompts, and then tokens of both together."""
+    patch.setattr("runtime.model.open_backend", lambda devices, file, *_, **__: Recorder(file))
+    with runtime.load(path, kv_type="f32", context=64, sequences=2) as model:
+        first, second = model.session(), model.session()
+        first.eval([3, 1, 4, 1, 5])
+        model.step([(first, [9]), (second, [2, 6, 5])])
+        model.step([(first, [3]), (second, [5])], logits="last")
+        assert isinstance(model.backend, Recorder)
+        return model.backend
+
+
+def _replay(path: Path, recorder: Recorder, shares: list[float]) -> None:
+    """The same steps on devices: the same logits and states."""
+    backend, layouts = ReferenceBackend(open_gguf(path)), dict[str, Layout]()
+    memory = Memory(len(shares), lambda leaf: np.zeros(leaf.attrs.get("whole", leaf.shape)))
+    for graph, inputs, live, outputs in recorder.steps:
+        if graph.key() not in layouts:
+            layouts[graph.key()] = infer(choose_rows(graph), shares)
+        layout = layouts[graph.key()]
+
+        def leaf(device: int, node: Tensor, inputs: Mapping = inputs) -> np.ndarray:
+            if node.op == "state":
+                return memory.part(device, node)
+            if node.op == "weight":
+                return backend.weight(node)
+            return node.attrs["value"] if node.op == "constant" else inputs[node.name]
+
+        for found in run_together(shards(layout), leaf, live):
+            for got, want in zip(found, outputs, strict=True):
+                assert nmse(got, want) <= 1e-20
+    for state in layout.graph.leaves("state"):
+        assert nmse(memory.joined(layout, state), recorder.left[state.name]) <= 1e-14
+
+
+def nmse(got: np.ndarray, wanted: np.ndarray) -> float:
+    return float(((got - wanted) ** 2).sum() / max(1e-300, (wanted**2).sum()))
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_models(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_model(tmp_path / "m.gguf", SIZES[name])
+    recorder = _recorded(path, monkeypatch)
+    assert len(recorder.steps) >= 3
+    for shares in UNEVEN:
+        _replay(path, recorder, shares)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_models(name: str, golden: Path, monkeypatch: pytest.MonkeyPatch):
+    path = golden / name / "model-f32.gguf"
+    recorder = _recorded(path, monkeypatch)
+    for shares in ([3, 1], [1, 0.1, 2]):
+        _replay(path, recorder, shares)
+
+
+# What the pass decides: the same for equal graphs, whatever things are called; few collectives.
+
+
+def _graph(file: object, tokens: int, outputs: int = 1, kv_type: str = "f16") -> Graph:
+    model = build(file)
+    return choose_rows(model.graph(Step.capacity(
+        tokens, outputs, 4, 8, 3, model.layers, (kv_type, kv_type), model.positions_per_token
+    )))  # fmt: skip
+
+
+def _decided(layout: Layout) -> list[tuple[str, State, tuple[State, ...], int]]:
+    """Of each node, in order, how it lies and how it takes its inputs."""
+    return [(n.op, layout.states[n], layout.uses[n], layout.holders[n]) for n in layout.graph.nodes]
+
+
+def _numbered(graph: Graph) -> Graph:
+    """The graph with numbers in the place of all names."""
+    made: dict[Tensor, Tensor] = {}
+    for number, node in enumerate(graph.nodes):
+        attrs = dict(node.attrs) | ({"of": str(number)} if "of" in node.attrs else {})
+        inputs = tuple(made[x] for x in node.inputs)
+        made[node] = replace(node, inputs=inputs, attrs=MappingProxyType(attrs), name=str(number))
+    return Graph(tuple(made[o] for o in graph.outputs))
+
+
+@pytest.fixture(params=[*SIZES, *(f"golden {name}" for name in GOLDEN)])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[object]:
+    if request.param in SIZES:
+        yield open_gguf(write_model(tmp_path / "m.gguf", SIZES[request.param]))
+    else:
+        golden: Path = request.getfixturevalue("golden")
+        yield open_gguf(golden / request.param.split()[1] / "model-f32.gguf")
+
+
+@pytest.mark.parametrize("shares", [[1, 1], [1, 5, 2]], ids=str)
+def test_names_decide_nothing(file: object, shares: list[float]):
+    layout = infer(_graph(file, 8), shares)
+    assert _decided(infer(_graph(file, 8), shares)) == _decided(layout)
+    assert _decided(infer(_numbered(_graph(file, 8)), shares)) == _decided(layout)
+
+
+def test_every_capacity_is_split_alike(file: object):
+    """So that steps of any size find weights and states where others left them."""
+
+    def leaves(tokens: int, outputs: int) -> dict[str, object]:
+        found = [graph.nodes for graph in shards(infer(_graph(file, tokens, outputs), [3, 1, 2]))]
+        return {
+            f"{device} {leaf.name}": (tuple(leaf.shape), leaf.attrs.get("cut"))
+            for device, nodes in enumerate(found)
+            for leaf in nodes if leaf.op in ("weight", "state")
+        }  # fmt: skip
+
+    first = leaves(1, 1)
+    for tokens, outputs in ((2, 2), (8, 1), (64, 8), (512, 512)):
+        assert leaves(tokens, outputs) == first
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_two_sums_a_layer_and_one_gather(file: object, devices: int):
+    model = build(file)
+    layout = infer(_graph(file, 4), [1] * devices)
+    assert len(layout.sums) == 2 * len({*model.layers.attention, *model.layers.recurrent})
+    assert len(layout.gathers) == 1
+    whole = {w.name for w in layout.why if w.ndim > 1}
+    assert all(re.fullmatch(r"token_embd.weight|blk.*gate_inp(_shexp)?.weight", n) for n in whole)

@@ -40,6 +40,10 @@ class Region:
                     self._join(found.reshape(-1, tensor.dtype.block * found.shape[1]))
             elif tensor not in self.whole:
                 self._forward(tensor)
+        for node, (_, x) in self.summed.items():
+            if (self.labels[x][1] < 0).any():
+                raise Unsplittable(f"{node.op} ({node.name}) needs all of {x!r}")
+            self._join(self.labels[x][1])  # what two devices have would count twice
 
     def weights(self) -> Iterator[tuple[Tensor, np.ndarray]]:
         """The weights that are cut, and the atoms at each index."""

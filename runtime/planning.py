@@ -20,7 +20,8 @@ from runtime.models.step import Step
 from runtime.ops import PAGE
 from runtime.ops.cost import page_nbytes
 from runtime.ops.dtypes import DTYPES, nbytes_for
-from runtime.ops.kv_formats import KV_FORMATS, padded_head
+from runtime.ops.graph import Graph
+from runtime.ops.kv_formats import GROUP, KV_FORMATS, kv_format, padded_head
 from runtime.ops.tensor import Tensor
 
 KV_TYPES = (*KV_FORMATS, "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # sizes of all are known
@@ -82,31 +83,50 @@ class Speed(NamedTuple):
         return 1 / (sum(self.reading) + sum(self.exchanging))
 
 
+class Model:
+    """What does not change with the context: a file, its graphs, and who has what of them."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.architecture = file, build(file)
+        self._plans: dict[tuple[Stage, ...], list[StagePlan]] = {}
+
+    @cached_property
+    def graph(self) -> Graph:
+        """Of one token, one page and one slot."""
+        return self.architecture.graph(one_token(self.architecture))
+
+    @cached_property
+    def activations(self) -> int:
+        """Bytes of those of a long prompt's step."""
+        a = self.architecture
+        step = Step.capacity(UBATCH, 1, 1, 1, 1, a.layers, ("f16", "f16"), a.positions_per_token)
+        return arena_nbytes(a.graph(step))
+
+    def plans(self, stages: tuple[Stage, ...]) -> list[StagePlan]:
+        """Who has what, stage by stage."""
+        if stages not in self._plans:
+            self._plans[stages] = plan_stages(self.graph, stages)
+        return self._plans[stages]
+
+
 @dataclass(frozen=True)
 class Placement:
-    """A model on devices. context: tokens asked for, None: as many as fit.
+    """A model on devices. asked: tokens of context, None: as many as fit.
 
     free: bytes of this machine's memory that programs can take.
     """
 
-    file: Any
+    model: Model
     stages: tuple[Stage, ...]
     kv_types: tuple[str, str] = ("f16", "f16")
     asked: int | None = None
     sequences: int = 1
     free: int | None = None
 
-    @cached_property
-    def architecture(self) -> Any:
-        """The model's graph builder."""
-        return build(self.file)
-
-    @cached_property
+    @property
     def plans(self) -> list[StagePlan]:
         """Who has what, stage by stage."""
-        k, v = (kind if kind in KV_FORMATS else "f16" for kind in self.kv_types)
-        graph = self.architecture.graph(one_token(self.architecture, (k, v)))
-        return plan_stages(graph, self.stages, self._page_nbytes)
+        return self.model.plans(self.stages)
 
     @cached_property
     def needs(self) -> dict[Device, Need]:
@@ -114,18 +134,18 @@ class Placement:
         found: dict[Device, Need] = {}
         for plan in self.plans:
             for n, device in enumerate(plan.devices):
-                fixed = (self._activations, 0 if device.kind in ON_CPU else OVERHEAD)
+                fixed = (self.model.activations, 0 if device.kind in ON_CPU else OVERHEAD)
                 before = found.get(device, Need(0, 0, 0, *fixed))
                 found[device] = before._replace(
-                    weights=before.weights + plan.weights(n), page=before.page + plan.pages(n),
-                    slot=before.slot + plan.slots(n),
+                    weights=before.weights + plan.weights(n), slot=before.slot + plan.slots(n),
+                    page=before.page + plan.pages(n, self.page_nbytes),
                 )  # fmt: skip
         return found
 
     @property
     def trained(self) -> int:
         """Tokens of context that the model was trained for."""
-        return int(self.architecture.p.context)
+        return int(self.model.architecture.p.context)
 
     @property
     def slots(self) -> int:
@@ -196,22 +216,24 @@ class Placement:
     def _token(self, plan: StagePlan, number: int, context: int) -> float:
         """Bytes that a device reads for a token."""
         found = traffic.of_token(
-            plan.graph, context, lambda node, x: plan.portion(node, x, number), self._page_nbytes
+            plan.graph, context, lambda node, x: plan.portion(node, x, number), self.page_nbytes
         )
         return found.nbytes
 
-    @cached_property
-    def _activations(self) -> int:
-        a = self.architecture
-        step = Step.capacity(UBATCH, 1, 1, 1, 1, a.layers, ("f16", "f16"), a.positions_per_token)
-        return arena_nbytes(a.graph(step))
-
-    def _page_nbytes(self, leaf: Tensor) -> float:
+    def page_nbytes(self, leaf: Tensor) -> float:
+        """Bytes of a page of a plain leaf in its KV type, or of a slot."""
         kind = self.kv_types[leaf.base.attrs["storage"] == "v"]
-        if leaf.base.attrs["storage"] == "slots" or kind in KV_FORMATS:
+        if leaf.base.attrs["storage"] == "slots":
             return page_nbytes(leaf)
         _, tokens, heads, dim = map(int, leaf.shape)
-        return tokens * heads * nbytes_for(DTYPES[kind], (-(-padded_head(dim) // 32) * 32,))
+        return tokens * heads * _token_nbytes(kind, dim)
+
+
+def _token_nbytes(kind: str, dim: int) -> int:
+    """Bytes of one head of a token, of a type that this version has or of one to come."""
+    if kind in KV_FORMATS:
+        return kv_format(kind).token_nbytes(dim)
+    return nbytes_for(DTYPES[kind], (-(-padded_head(dim) // GROUP) * GROUP,))
 
 
 def _seconds(plan: StagePlan, nbytes: int, link: float | None) -> float:
@@ -274,10 +296,11 @@ def would_fit(given: Placement) -> Iterator[str]:
             yield f"{tokens:,} tokens with a {kind} cache"
             if smaller.fits:
                 break
+    room = sum(room for _, room in given.rooms())
     for weights in SMALLER_WEIGHTS:
-        file = of_file(given.file, weights)
-        if file.tensors_nbytes < given.file.tensors_nbytes:
-            smaller = replace(given, file=file)
+        file = of_file(given.model.file, weights)
+        if file.tensors_nbytes < min(room, given.model.file.tensors_nbytes):
+            smaller = replace(given, model=Model(file))
             if smaller.fits:
                 yield f"{smaller.context:,} tokens with weights of {weights}"
                 return

@@ -18,7 +18,7 @@ from runtime.models.registry import build, one_token
 from runtime.ops.cost import page_nbytes
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.tensor import Tensor, step_input
-from runtime.planning import OVERHEAD, Placement, by_memory, fitted, kv_types, would_fit
+from runtime.planning import OVERHEAD, Model, Placement, by_memory, fitted, kv_types, would_fit
 from runtime.traffic import of_token
 
 GB = 10**9
@@ -98,7 +98,7 @@ def test_bytes_that_are_read_are_those_of_the_local_graphs() -> None:
 
 
 def test_stages_hold_what_the_whole_holds() -> None:
-    file = outline.read(outline.known()["llama-3.1-8b"])
+    file = Model(outline.read(outline.known()["llama-3.1-8b"]))
     whole = Placement(file, chosen("cuda:24GB"))
     parts = Placement(file, chosen("layers(2*cuda:0:24GB,cuda:1:24GB)"))
     nested = Placement(file, chosen("layers(cuda:0:24GB,tensor(cuda:1:24GB,cuda:2:24GB))"))
@@ -111,7 +111,7 @@ def test_stages_hold_what_the_whole_holds() -> None:
 
 
 def placed(name: str, devices: str, **more: object) -> Placement:
-    return Placement(outline.read(outline.known()[name]), chosen(devices), **more)
+    return Placement(Model(outline.read(outline.known()[name])), chosen(devices), **more)
 
 
 def test_the_largest_context_fills_the_device_and_no_more() -> None:
@@ -166,8 +166,8 @@ def test_what_would_fit_does_fit() -> None:
     assert not given.fits
     (only,) = would_fit(given)
     assert only == "32,768 tokens with weights of Q2_K"
-    file = outline.of_file(given.file, "Q2_K")
-    assert Placement(file, given.stages, given.kv_types, 32768).fits
+    file = outline.of_file(given.model.file, "Q2_K")
+    assert Placement(Model(file), given.stages, given.kv_types, 32768).fits
 
 
 def test_fit_takes_a_smaller_cache_for_a_context_that_was_asked_for() -> None:
@@ -186,7 +186,7 @@ def test_speed_is_bytes_over_bandwidth_and_exchanges() -> None:
     two = placed("llama-3.1-8b", "tensor(cuda:0:24GB,cuda:1:24GB)", asked=4096)
     both = two.speed(lambda plan, device: 900e9)
     assert one is not None and both is not None
-    read = of_token(build(two.file).graph(one_token(build(two.file))), 2048).nbytes
+    read = of_token(build(two.model.file).graph(one_token(build(two.model.file))), 2048).nbytes
     assert one.tokens_per_s == pytest.approx(900e9 / read)
     assert both.reading[0] == pytest.approx(one.reading[0] / 2, rel=0.02)
     assert both.exchanging[0] > 64 * 10e-6

@@ -44,7 +44,6 @@ class StagePlan:
     graph: Graph
     stage: Stage
     layout: Layout | None
-    page_nbytes: PageBytes = page_nbytes
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -96,13 +95,13 @@ class StagePlan:
             return True
         return not self.layout.holders[node] & (1 << device) - 1
 
-    def pages(self, device: int) -> float:
-        """Bytes of one page of the KV cache, all layers together."""
-        return self._memory(device, ("k", "v"))
+    def pages(self, device: int, nbytes: PageBytes = page_nbytes) -> float:
+        """Bytes of one page of the KV cache, all layers together; `nbytes`: of a plain leaf."""
+        return self._memory(device, ("k", "v"), nbytes)
 
     def slots(self, device: int) -> float:
         """Bytes of one slot of recurrent state."""
-        return self._memory(device, ("slots",))
+        return self._memory(device, ("slots",), page_nbytes)
 
     @cached_property
     def exchanges(self) -> list[Exchange]:
@@ -112,9 +111,9 @@ class StagePlan:
         states = self.layout.states
         return [Exchange(x, states[x] is not PARTIAL) for x in self.layout.whole]
 
-    def _memory(self, device: int, storages: tuple[str, ...]) -> float:
+    def _memory(self, device: int, storages: tuple[str, ...], nbytes: PageBytes) -> float:
         leaves = [x for x in self.graph.leaves("state") if x.attrs["storage"] in storages]
-        return sum(self.page_nbytes(x) * _portion(x, self.state(x), device) for x in leaves)
+        return sum(nbytes(x) * _portion(x, self.state(x), device) for x in leaves)
 
 
 def _portion(x: Tensor, state: State, device: int) -> float:
@@ -126,9 +125,7 @@ def _portion(x: Tensor, state: State, device: int) -> float:
 _CPU = Planner(options())
 
 
-def plan_stages(
-    graph: Graph, stages: Sequence[Stage], page_nbytes: PageBytes = page_nbytes
-) -> list[StagePlan]:
+def plan_stages(graph: Graph, stages: Sequence[Stage]) -> list[StagePlan]:
     """Who has what of a graph of one token, one page and one slot."""
     cut = [graph]
     if len(stages) > 1:
@@ -137,7 +134,7 @@ def plan_stages(
     for part, stage in zip(cut, stages, strict=True):
         shares = [float(share) for share in stage.shares]
         layout = infer(part, shares) if len(shares) > 1 else None
-        found.append(StagePlan(part, stage, layout, page_nbytes))
+        found.append(StagePlan(part, stage, layout))
     return found
 
 

@@ -133,7 +133,7 @@ def _own_kv(options: dict[str, Any]) -> str | None:
 def _placement(file: Any, options: dict[str, Any]) -> Any:
     from runtime.backends.meta.choices import chosen
     from runtime.errors import OptionError
-    from runtime.planning import Placement, by_memory, kv_types, memory_here
+    from runtime.planning import Model, Placement, by_memory, kv_types, memory_here
 
     try:
         stages = chosen(
@@ -145,7 +145,9 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
         raise Refused(str(error)) from None
     if options["tensor_split"] is None and "*" not in options["devices"]:
         stages = by_memory(stages)
-    return Placement(file, stages, kinds, options["context"], options["sequences"], memory_here())
+    return Placement(
+        Model(file), stages, kinds, options["context"], options["sequences"], memory_here()
+    )
 
 
 def _bandwidths(placement: Any, given: str | None) -> Any:

@@ -14,8 +14,8 @@ def as_data(placement: Placement, speed: Speed | None, answer: str) -> dict[str,
     return {
         "answer": answer,
         "fits": placement.fits,
-        "model": str(placement.file.get("general.name") or placement.file.path.stem),
-        "model_size": placement.file.tensors_nbytes,
+        "model": str(placement.model.file.get("general.name") or placement.model.file.path.stem),
+        "model_size": placement.model.file.tensors_nbytes,
         "devices": text(placement.stages),
         "context": placement.context,
         "context_that_fits": placement.most,
@@ -57,6 +57,6 @@ def as_data(placement: Placement, speed: Speed | None, answer: str) -> dict[str,
                     for row in group.rows
                 ],
             }
-            for group in layers_of(placement.plans)
+            for group in layers_of(placement)
         ],
     }  # fmt: skip

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from runtime.backends.meta.planner import StagePlan
+from runtime.backends.meta.planner import PageBytes, StagePlan
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, kind_of
 from runtime.ops.splits import MIRRORED, Split, State
 from runtime.ops.tensor import LEAVES, Tensor
+from runtime.planning import Placement
 
 _NUMBER = re.compile(r"(?:blk|cache|state)\.(\d+)\.")
 _AXES = {  # of weights and caches by how many they have
@@ -88,14 +89,14 @@ def spans(numbers: Sequence[int], most: int = 3) -> str:
     return ", ".join(texts[:most]) + (" and so on" if len(texts) > most else "")
 
 
-def layers_of(plans: Sequence[StagePlan]) -> list[Layers]:
+def layers_of(placement: Placement) -> list[Layers]:
     """All layers in order of their first one; alike are those of equal ops and splits.
 
     Sizes that rounding makes differ a little between layers are those of the first.
     """
     found: dict[object, Layers] = {}
-    for stage, plan in enumerate(plans):
-        for name, number, rows in _blocks(plan):
+    for stage, plan in enumerate(placement.plans):
+        for name, number, rows in _blocks(plan, placement.page_nbytes):
             numbers = () if number is None else (number,)
             this = Layers(stage, name, numbers, tuple(rows), _weights(rows))
             key = (stage, name, *map(_alike, rows))
@@ -126,7 +127,7 @@ def _joined(a: Part, b: Part) -> Part:
     return a._replace(dtype=kinds, nbytes=min(a.nbytes, b.nbytes), most=max(a.most, b.most))
 
 
-def _blocks(plan: StagePlan) -> Iterator[tuple[str, int | None, list[Row]]]:
+def _blocks(plan: StagePlan, page_nbytes: PageBytes) -> Iterator[tuple[str, int | None, list[Row]]]:
     """(name, number, rows) of each layer, and of what is before and behind them."""
     at = _layer_numbers(plan.graph)
     exchanged = {e.tensor: "gather" if e.gathered else "sum" for e in plan.exchanges}
@@ -137,7 +138,9 @@ def _blocks(plan: StagePlan) -> Iterator[tuple[str, int | None, list[Row]]]:
             continue
         if at[node] not in seen:
             seen.append(at[node])
-        order.setdefault(at[node], []).append(_row(plan, node, exchanged.get(node, "")))
+        order.setdefault(at[node], []).append(
+            _row(plan, page_nbytes, node, exchanged.get(node, ""))
+        )
     for place in seen:
         name = {-1: "before the layers", None: "output"}.get(place, "")
         yield name, None if place in (-1, None) else place, order[place]
@@ -168,13 +171,19 @@ def _number(x: Tensor) -> int:
     return int(match[1]) if match else -1
 
 
-def _row(plan: StagePlan, node: Tensor, exchange: str) -> Row:
+def _row(plan: StagePlan, page_nbytes: PageBytes, node: Tensor, exchange: str) -> Row:
     reads = [
-        _part(plan, _what(x.base), x.base, plan.use(node, n) if x is x.base else plan.state(x.base))
+        _part(
+            plan,
+            _what(x.base),
+            x.base,
+            plan.use(node, n) if x is x.base else plan.state(x.base),
+            page_nbytes(x.base) if x.base.op == "state" else x.base.nbytes,
+        )
         for n, x in enumerate(node.inputs)
         if x.base.op in ("weight", "state")
     ]
-    result = _part(plan, "result", node, plan.state(node))
+    result = _part(plan, "result", node, plan.state(node), node.nbytes)
     return Row(
         node,
         node.op,
@@ -192,8 +201,7 @@ def _what(leaf: Tensor) -> str:
     return "slot" if leaf.attrs["storage"] == "slots" else "page"
 
 
-def _part(plan: StagePlan, what: str, x: Tensor, state: State) -> Part:
-    nbytes = plan.page_nbytes(x) if x.op == "state" else x.nbytes
+def _part(plan: StagePlan, what: str, x: Tensor, state: State, nbytes: float) -> Part:
     plain = Part(what, _short(x.name), x.dtype.name, nbytes, nbytes)
     if not isinstance(state, Split):
         return plain._replace(axis="" if state is MIRRORED else "partial")

@@ -71,7 +71,7 @@ def draw(placement: Placement, answer: str) -> str:
     bottom = _legend(out, placement, _bars(out, placement, 76))
     x, top = float(_MARGIN), bottom + 26
     colours = _colours(placement)
-    for group in layers_of(placement.plans):
+    for group in layers_of(placement):
         if any(row.reads or row.exchange for row in group.rows):
             plan = placement.plans[group.stage]
             x = _layer(out, group, plan, [colours[d] for d in plan.devices], x, top) + 28

@@ -36,7 +36,7 @@ def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) ->
 
 def heading(placement: Placement) -> str:
     """The model and its devices."""
-    file = placement.file
+    file = placement.model.file
     kind, nbytes = file.get("weights") or type_name(file), amount(file.tensors_nbytes)
     return f"{model_name(file)}, {kind}, {nbytes} of weights, on {text(placement.stages)}"
 
@@ -103,7 +103,7 @@ def _device_row(usage: Usage, sharing: int, room: float | None) -> tuple[str, ..
 
 def layers_text(placement: Placement, every_op: bool = False) -> str:
     """A table for all layers that are alike."""
-    found = [g for g in layers_of(placement.plans) if every_op or any(r.reads for r in g.rows)]
+    found = [g for g in layers_of(placement) if every_op or any(r.reads for r in g.rows)]
     split = any(plan.layout for plan in placement.plans)
     columns = (0, 1, 2, 3, 4) if split else (0, 1, 2, 4)
     return "\n\n".join(

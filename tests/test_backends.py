@@ -33,7 +33,7 @@ def _check(backend: Backend, leaf: ops.Tensor, values: np.ndarray) -> None:
     np.testing.assert_array_equal(backend.read_state(leaf, [4, 1]), wanted[[4, 1]])
 
 
-@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("device", ["cpu", "reference", "tensor(cpu:0,cpu:1)"])
 @pytest.mark.parametrize(("kv", "which"), CACHES)
 def test_pages_are_copied_whole(device: str, kv: str, which: str, rng: np.random.Generator):
     leaf = ops.state("pages", (5, ops.PAGE, 2, 40), ops.DTYPES[kv], which)
@@ -41,7 +41,7 @@ def test_pages_are_copied_whole(device: str, kv: str, which: str, rng: np.random
     _check(opened(device), leaf, KV_FORMATS[kv].rounded(values))
 
 
-@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("device", ["cpu", "reference", "tensor(cpu:0,cpu:1)"])
 def test_slots_are_copied_whole(device: str, rng: np.random.Generator):
     leaf = ops.state("slots", (5, 3, 7), ops.DTYPES["f32"], "slots")
     _check(opened(device), leaf, rng.standard_normal((2, 3, 7)).astype(np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -279,3 +280,31 @@ def test_who_stops_listening_ends_the_work():
     seen = {next(found) for _ in range(20)}
     found.close()
     assert seen <= {0, 1, 2} and sorted(ended) == [0, 1, 2]
+
+
+def test_memory_of_a_page(files: Callable[..., Path]):
+    """Heads that several devices have count as often, even before the first step."""
+    with runtime.load(files("qwen3"), **EXACT) as model:
+        whole = model.memory()
+    with load_split(files("qwen3"), (1, 1), **EXACT) as model:
+        assert model.memory().page == whole.page
+    with load_split(files("qwen3"), (1, 1, 1, 1), **EXACT) as model:
+        assert model.memory().page == 2 * whole.page
+
+
+def test_a_step_is_aborted_by_another_thread(files: Callable[..., Path]):
+    ids = [n % 80 for n in range(400)]
+    with load_split(files("qwen3"), (1, 1), **{**EXACT, "context": 1024}) as model:
+        wanted, ended = model.eval(ids), threading.Event()
+
+        def work() -> None:
+            with contextlib.suppress(runtime.Error):  # what an aborted step left is not finite
+                model.eval(ids)
+            ended.set()
+
+        for _ in range(5):
+            ended.clear()
+            threading.Thread(target=work).start()
+            while not ended.wait(0.001):
+                model.backend.abort()
+        assert np.array_equal(model.eval(ids), wanted)

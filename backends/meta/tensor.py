@@ -28,7 +28,8 @@ def inferred(graph: Graph, shares: Sequence[float]) -> list[Graph]:
 
 
 class TensorBackend:
-    """See backends/base.py. The devices' memory of a state is known from the graphs it was given.
+    """See backends/base.py. How a state is split is known from a graph that has it; till then all
+    devices have all of it.
 
     devices: each closed with this one. shares: of the work, above 0, one for each device.
     """
@@ -59,8 +60,7 @@ class TensorBackend:
         """Bytes of one page, or slot, on all devices together; of a part of a leaf, its own."""
         if "whole" in leaf.attrs:
             return self._devices[0].page_nbytes(leaf)
-        parts = [(device, part) for device, part, _ in self._parts(leaf)]
-        return sum(device.page_nbytes(part) for device, part in parts or [(self._devices[0], leaf)])
+        return sum(device.page_nbytes(part) for device, part, _ in self._parts(leaf))
 
     def copy_pages(
         self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
@@ -130,7 +130,10 @@ class TensorBackend:
 
         Leaves of one name differ in their first axis alone, which is never cut.
         """
-        for device, found in zip(self._devices, self._states.get(leaf.name, ()), strict=False):
+        everywhere = [leaf] * len(self._devices)
+        for device, found in zip(
+            self._devices, self._states.get(leaf.name, everywhere), strict=True
+        ):
             if found is not None:
                 attrs = dict(found.attrs)
                 if "whole" in attrs:

@@ -45,7 +45,10 @@ def state_nbytes(
     backend: Backend, architecture: Architecture, kv_types: tuple[str, str]
 ) -> tuple[int, int]:
     """Bytes of a page and of a slot on a device, all layers together."""
-    step = Step.capacity(1, 1, 1, 1, 1, architecture.layers, kv_types)
+    step = Step.capacity(
+        1, 1, 1, 1, 1, architecture.layers, kv_types, architecture.positions_per_token
+    )
+    backend.distinct_sizes(architecture.graph(step), ())  # how states are split is known from then
     page, slot = (
         sum(backend.page_nbytes(leaf) for group in groups for leaf in group.values())
         for groups in ((step.k, step.v), (step.conv, step.delta))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from alarms import AlarmError, second_signal
 from layered import load_layered
-from small_models import NOVEL, Sizes, write_model
+from small_models import NOVEL, Sizes, Values, write_model
 from test_interrupts import CASES, FILES, STRIDE, storm, sweep
 
 import runtime
@@ -24,6 +24,7 @@ from runtime.backends.meta import layers, line
 from runtime.backends.meta.layers import LayersBackend, LayersProgram
 from runtime.backends.reference import ReferenceBackend
 from runtime.engine import batch
+from runtime.engine.advance import Piece
 from runtime.errors import BackendError, OptionError
 from runtime.model import Model
 from runtime.ops.cost import page_nbytes
@@ -166,6 +167,44 @@ def test_batches_forks_rewinds_snapshots(model: Model, one: Model, counted: list
     assert counted
     pools = model._engine.pools
     assert (pools.pages.free, pools.slots.free) == (pools.pages.count, pools.slots.count)
+
+
+def test_pieces_of_one_native_step(model: Model, one: Model, counted: list[int]):
+    """Of a model without recurrent layers they go through the stages in several steps."""
+    found = []
+    for each in (model, one):
+        a, b, c = (each.session() for _ in range(3))
+        pieces = [
+            Piece(a._sequence, IDS[:60], "last"), Piece(b._sequence, IDS[5:6]),
+            Piece(c._sequence, IDS[9:80], [0, 50, 70]),
+        ]  # fmt: skip
+        found.append(each._engine.run(pieces))
+        found[-1] += each._engine.run([Piece(s._sequence, IDS[80:81]) for s in (a, b, c)])
+        assert [len(s) for s in (a, b, c)] == [61, 2, 72]
+        for session in (a, b, c):
+            session.close()
+    assert sum(counted) == (0 if model._engine.memory.slots else 132)
+    for got, wanted in zip(*found, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_logits_that_are_not_finite(tmp_path: Path):
+    """Of one piece, or of one step while others are under way: an error for that piece alone."""
+    v, bad = Values(3), 7
+    embeddings, output = v.matrix(80, 64) * 8, v.matrix(80, 64)
+    embeddings[bad] = np.nan
+    replace = {"token_embd.weight": embeddings, "output.weight": output}
+    path = write_model(tmp_path / "m.gguf", Sizes(), replace=replace)
+    ids = [i for i in IDS if i != bad]
+    with load_layered(path, [1, 1], context=256) as model:
+        session, other = model.session(), model.session()
+        with pytest.raises(BackendError, match="not finite"):
+            session.eval([*ids[:50], bad, *ids[50:80]])
+        assert len(session) == 0 and settled(model)
+        pieces = [Piece(session._sequence, [bad, *ids[:20]]), Piece(other._sequence, ids[:40])]
+        wrong, rows = model._engine.run(pieces)
+        assert isinstance(wrong, BackendError) and (len(session), len(other)) == (0, 40)
+        np.testing.assert_array_equal(rows, model.eval(ids[:40], "last"))
 
 
 def test_progress_is_told_in_order(model: Model):
@@ -360,6 +399,7 @@ import numpy as np
 from alarms import AlarmError, second_signal
 from layered import load_layered
 from runtime.engine import batch
+from runtime.engine.advance import Piece
 
 batch._STAGED = 8
 ids = [i % 70 for i in range(100)]

@@ -13,7 +13,7 @@ from runtime.engine.advance import Advance
 
 UBATCH = 512  # tokens of the largest step
 _ROW_MACS = 64 << 30  # of one row of a plan, so that who presses Ctrl-C need not wait for its end
-_STAGED, _STEPS = 64, 4  # least tokens of a step, and least steps for each of several stages
+_STAGED, _STEPS = 32, 12  # least tokens of a step for several stages; steps for each of them
 _TAIL = 32  # tokens after the last state kept within a long prompt
 
 
@@ -181,11 +181,12 @@ def size_of(advances: Iterable[Advance]) -> tuple[int, int]:
 
 
 def staged_step(tokens: int, stages: int, most: int) -> int:
-    """Tokens of a step where `stages` can each do another one: enough steps to keep all at work.
+    """Tokens of a step where `stages` can each do another one: steps enough to keep all at work.
 
-    Fewer are slower in each stage, more leave stages waiting at the beginning and at the end.
+    More would be smaller, and slower; fewer leave stages waiting at the beginning and at the end.
     """
-    return min(most, bucket_below(max(_STAGED, tokens // (_STEPS * stages))))
+    each = min(most, bucket_below(max(_STAGED, tokens // (_STEPS * stages))))
+    return -(-tokens // -(-tokens // each))  # all of about one size
 
 
 def cut(advances: Sequence[Advance], most_tokens: int, most_rows: int) -> Iterator[Batch]:

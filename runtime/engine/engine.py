@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from functools import partial
 from itertools import pairwise
@@ -101,10 +101,10 @@ class Engine:
             self.pools.reserve(advances)
             going = [a for a in advances if a.error is None]
             begin(going)
-            if going:
-                batch = Batch(going)
-                self._take(batch, self._execute(*self._prepared(batch)))
-                commit([a for a in going if a.error is None])
+            # not ahead where a state would be kept after each of the steps
+            for batch, logits in self._steps(going, ahead=not self.memory.slots):
+                self._take(batch, logits)
+            commit([a for a in going if a.error is None])
         return [a.error or a.rows for a in advances]
 
     def run_all(
@@ -124,13 +124,12 @@ class Engine:
             done, total = 0, size_of(advances)[0]
             if on_prompt is not None:
                 on_prompt(done, total)
-            with closing(self._steps(advances)) as steps:
-                for batch, logits in steps:
-                    self._take(batch, logits)
-                    _raise(advances)
-                    done += batch.tokens
-                    if on_prompt is not None:
-                        on_prompt(done, total)
+            for batch, logits in self._steps(advances):
+                self._take(batch, logits)
+                _raise(advances)
+                done += batch.tokens
+                if on_prompt is not None:
+                    on_prompt(done, total)
             commit(advances)
         return [a.rows for a in advances]
 
@@ -205,31 +204,42 @@ class Engine:
                 f"{self.most_tokens} and {self.most_rows}"
             )
 
-    def _steps(self, advances: abc.Sequence[Advance]) -> abc.Generator[tuple[Batch, np.ndarray]]:
+    def _steps(
+        self, advances: abc.Sequence[Advance], ahead: bool = True
+    ) -> abc.Generator[tuple[Batch, np.ndarray]]:
         """Steps that take advances to their ends, each with its logits, valid until the next.
 
-        A device that works on several at a time is given steps before it has done those before.
+        ahead: a device of several stages is given more and smaller steps, some before it has done
+        those before.
         """
 
-        def prepared(batches: Iterable[Batch]) -> abc.Iterator[Step]:
-            for batch in batches:
-                self.pools.reserve_slots([part.advance for part in batch.parts], advances)
-                _raise(advances)
-                given.append(batch)
-                yield self._prepared(batch)
-
-        given, run, most = deque[Batch](), self._one_by_one, self.most_tokens
-        if self._staged is not None and not inspected():
+        stream, most = None, self.most_tokens
+        if self._staged is not None and ahead and not inspected():
             tokens = size_of(advances)[0]
             each = staged_step(tokens, self._staged.stages, most)
             if tokens > each:
-                run, most = self._staged.stream, each
-        with closing(run(prepared(cut(advances, most, self.most_rows)))) as results:
+                stream, most = self._staged.stream, each
+        batches = cut(advances, most, self.most_rows)
+        if stream is None:
+            for batch in batches:
+                yield batch, self._execute(*self._prepared(batch, advances))
+            return
+        given = deque[Batch]()
+
+        def steps() -> abc.Iterator[Step]:
+            for batch in batches:
+                given.append(batch)
+                yield self._prepared(batch, advances)
+
+        with closing(stream(steps())) as results:
             for logits, *_ in results:
                 yield given.popleft(), logits
 
-    def _prepared(self, batch: Batch) -> Step:
-        """The program, inputs and live counts of a step, which its sequences count as done."""
+    def _prepared(self, batch: Batch, advances: abc.Sequence[Advance]) -> Step:
+        """What to run for a step of these advances, which its parts count as done."""
+        if self.memory.slots:
+            self.pools.reserve_slots([part.advance for part in batch.parts], advances)
+            _raise(advances)
         kind = (True,) if "vectors" in batch.given else ()
         program = self.programs.of(batch.tokens, batch.outputs, *kind)
         a = self.architecture
@@ -248,10 +258,6 @@ class Engine:
                 part.advance.take(rows)
             else:
                 part.advance.error = self._not_finite()
-
-    def _one_by_one(self, steps: Iterable[Step]) -> abc.Generator[abc.Sequence[np.ndarray]]:
-        for step in steps:
-            yield (self._execute(*step),)
 
     def _execute(
         self, program: Program, inputs: abc.Mapping[str, np.ndarray], live: abc.Mapping[str, int]

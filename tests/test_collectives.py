@@ -45,7 +45,7 @@ def run(
     return found[0]
 
 
-@pytest.fixture(params=[0, 1 << 30], ids=["once for all", "each for itself"])
+@pytest.fixture(params=[-1, 1 << 30], ids=["once for all", "each for itself"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to add up."""
     monkeypatch.setattr(collective, "ONCE_NBYTES", request.param)
@@ -67,7 +67,7 @@ def test_a_split_network_is_the_network(way: None, name: str, room: int, live: i
 def test_bits_depend_on_nothing_but_the_cut(monkeypatch: pytest.MonkeyPatch):
     ids = np.arange(7, dtype=np.int32)
     found = []
-    for once in (0, 1 << 30):
+    for once in (-1, 1 << 30):
         monkeypatch.setattr(collective, "ONCE_NBYTES", once)
         for threads in ((1, 1), (3, 1), (1, 2)):
             found.append(run(CUTS["even"], ids, 8, threads, 3))
@@ -139,6 +139,22 @@ def test_gathers_of_any_stretches(data: st.DataObject):
         all_gather, parts, live, shape=(first, *shape[1:]), axis=axis, runs=runs, repeat=repeat,
         number=0,
     )  # fmt: skip
+
+
+def test_outputs_are_kept(way: None):
+    """Whatever is summed after them."""
+    x, graphs = leaf("x", np.ones((3, 50), np.float32)), []
+    for device in range(2):
+        sums = [x]
+        for n in range(6):
+            place: dict[str, Any] = {"holders": (0, 1), "device": device, "devices": 2}
+            part = ops.scale(sums[-1], factor=1.0)
+            sums.append(all_sum(part, shape=x.shape, number=n, **place))
+        graphs.append(Graph(tuple(sums[1:])))
+    with devices([1, 1], None, lambda graph: graphs) as backend:
+        found = backend.program(graphs[0]).run({"x": np.ones((3, 50), np.float32)}, {})
+        for n, total in enumerate(found):
+            np.testing.assert_array_equal(total, np.full((3, 50), 2.0 ** (n + 1)))
 
 
 def test_parts_that_do_not_fit_are_refused():

@@ -12,7 +12,7 @@ from runtime.backends.plan.plan import Buffer, Ref
 from runtime.ops import collective, views  # noqa: F401  declares the ops
 from runtime.ops.tensor import Dim, Tensor
 
-ONCE_NBYTES = 1 << 16  # sums of more bytes are added up once, for all devices
+ONCE_NBYTES = 1 << 19  # sums of which a device would read more of others are added up once
 
 
 @lowers("all_sum")
@@ -21,7 +21,7 @@ def all_sum(lowering: Lowering, node: Tensor) -> None:
     inputs, number = list(node.inputs), node.attrs["number"]
     more = lowering.read(inputs.pop()) if node.attrs.get("residual") else 0
     part = _part(lowering, inputs[0], number) if inputs else 0
-    once = node.nbytes > ONCE_NBYTES
+    once = node.nbytes * (node.attrs["devices"] - 1) > ONCE_NBYTES
     member = {"member": lowering.joint("member", "member")} if once else {}
     arguments: dict[str, Any] = {"meeting": _meeting(lowering), **member}
     lowering.emit(

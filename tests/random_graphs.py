@@ -25,6 +25,7 @@ class RandomGraph:
     def __init__(self, seed: int, size: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.values: Values = {}
+        self._weights: dict[tuple[int, ...], list[Tensor]] = {}
         self.tokens = ops.Dim("tokens", TOKENS)
         self._step()
         self.made = [self._input((self.tokens, n)) for n in self._some(WIDTHS, 2)]
@@ -204,7 +205,11 @@ class RandomGraph:
         return ops.step_input(self._name("input", shape), shape, F32)
 
     def _weight(self, shape: tuple[int, ...]) -> Tensor:
-        return ops.weight(self._name("weight", shape), shape, F32)
+        """A new one, or at times one that something else uses too."""
+        same = self._weights.setdefault(tuple(map(int, shape)), [])
+        if not same or self.rng.random() < 0.8:
+            same.append(ops.weight(self._name("weight", shape), shape, F32))
+        return same[self.rng.integers(len(same))] if self.rng.random() < 0.2 else same[-1]
 
     def _state(self, shape: tuple[int, ...], storage: str) -> Tensor:
         return ops.state(self._name("state", shape), shape, F32, storage)

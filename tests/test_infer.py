@@ -233,3 +233,19 @@ def test_two_sums_a_layer_and_one_gather(file: object, devices: int):
     assert len(layout.gathers) == 1
     whole = {w.name for w in layout.why if w.ndim > 1}
     assert all(re.fullmatch(r"token_embd.weight|blk.*gate_inp(_shexp)?.weight", n) for n in whole)
+
+
+KINDS = ["Q8_0", "Q4_0", "Q4_K_M"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, k) for name in ("qwen3", "qwen3next", "qwen35moe") for k in KINDS],
+)
+def test_blocks_of_quantised_weights_stay_whole(name: str, kind: str, golden: Path):
+    graph = _graph(open_gguf(golden / name / f"model-{kind}.gguf"), 2, kv_type="q8_0")
+    for shares in UNEVEN:
+        for each in shards(infer(graph, shares)):
+            for leaf in each.leaves("weight"):
+                runs = dict(leaf.attrs.get("cut", ())).get(len(leaf.attrs.get("whole", ())) - 1, ())
+                assert not any(at % leaf.dtype.block for run in runs for at in run)

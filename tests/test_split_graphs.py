@@ -191,8 +191,8 @@ def test_any_states_give_the_undivided_numbers(seed: int, size: int, devices: in
 
 
 def test_most_of_it_is_computed_in_parts():
-    """And every op that may be split is."""
-    kinds = sum((_check(seed, 25, 3) for seed in range(50)), Counter[str]())
+    """And every op that may be split is; of angles and numbers of experts there is one copy."""
+    kinds = sum((_check(seed, 25, 3) for seed in range(40)), Counter[str]())
     parted = {kind.split()[0] for kind in kinds if not kind.endswith("mirrored")}
-    assert parted == {*OPS} - {"rope_angles"}
+    assert parted == {*OPS} - {"rope_angles", "renumber"}
     assert sum(kinds[k] for k in kinds if not k.endswith("mirrored")) > 0.6 * kinds.total()

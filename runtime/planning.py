@@ -8,7 +8,8 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from runtime import traffic
+import numpy as np
+
 from runtime.backends.meta.expression import Device
 from runtime.backends.meta.planner import ON_CPU, StagePlan, arena_nbytes, plan_stages
 from runtime.backends.meta.stages import Stage
@@ -18,7 +19,7 @@ from runtime.memory.budget import LEAST_SLOTS, SHARE, available_memory
 from runtime.models.registry import build, one_token
 from runtime.models.step import Step
 from runtime.ops import PAGE
-from runtime.ops.cost import page_nbytes
+from runtime.ops.cost import Seen, page_nbytes
 from runtime.ops.dtypes import DTYPES, nbytes_for
 from runtime.ops.graph import Graph
 from runtime.ops.kv_formats import GROUP, KV_FORMATS, kv_format, padded_head
@@ -203,22 +204,16 @@ class Placement:
     def speed(self, bandwidth: Bandwidth, link: float | None = None) -> Speed | None:
         """Of decoding in the middle of the context; None where a bandwidth is not known."""
         middle = max(1, min(self.context, 8192) // 2)
+        seen = Seen(lengths=(middle,), page_nbytes=self.page_nbytes)
         reading, exchanging = [], []
         for plan in self.plans:
             found = [bandwidth(plan, device) for device in plan.devices]
-            if None in found:
+            if not all(found):
                 return None
-            times = [self._token(plan, n, middle) / (b or 1) for n, b in enumerate(found)]
-            reading.append(max(times))
+            times = np.array(plan.reads(seen)) / np.array(found)
+            reading.append(float(times.max(1).sum()))
             exchanging.append(sum(_seconds(plan, x.tensor.nbytes, link) for x in plan.exchanges))
         return Speed(middle, tuple(reading), tuple(exchanging))
-
-    def _token(self, plan: StagePlan, number: int, context: int) -> float:
-        """Bytes that a device reads for a token."""
-        found = traffic.of_token(
-            plan.graph, context, lambda node, x: plan.portion(node, x, number), self.page_nbytes
-        )
-        return found.nbytes
 
     def page_nbytes(self, leaf: Tensor) -> float:
         """Bytes of a page of a plain leaf in its KV type, or of a slot."""

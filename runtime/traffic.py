@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.ops.cost import Seen, flops, moves, page_nbytes
+from runtime.ops.cost import Seen, flops, moves
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, kind_of
 from runtime.ops.tensor import Tensor
@@ -50,25 +50,20 @@ def of_file(file: Any, kv_types: tuple[str, str], context: int) -> Traffic:
     return of_token(architecture.graph(step), context)
 
 
-def of_token(
-    graph: Graph, context: int, portion: Callable[[Tensor, Tensor], float] = lambda node, x: 1.0,
-    page_nbytes: Callable[[Tensor], float] = page_nbytes,
-) -> Traffic:  # fmt: skip
+def of_token(graph: Graph, context: int) -> Traffic:
     """What one token moves after `context` tokens, by a graph of one token and one slot.
 
     Of the cache what is read, and of a weight that is used twice the larger part.
-    portion: of (node, a tensor that it reads or writes) the share that counts. page_nbytes: of one
-    page or slot of a state leaf.
     """
-    seen = Seen(lengths=(context,), page_nbytes=page_nbytes)
+    seen = Seen(lengths=(context,))
     weights: dict[Tensor, float] = {}
     kv = state = macs = 0.0
     for node in graph.nodes:
         kind = kind_of(node)
         if kind is Kind.LEAF:
             continue
-        for tensor, whole, written in moves(node, seen):
-            base, nbytes = tensor.base, whole * portion(node, tensor)
+        for tensor, nbytes, written in moves(node, seen):
+            base = tensor.base
             if base.op == "weight":
                 weights[base] = max(nbytes, weights.get(base, 0.0))
             elif base.attrs.get("storage") == "slots":
@@ -76,7 +71,7 @@ def of_token(
             elif base.op == "state" and not written:
                 kv += nbytes
         if kind is Kind.CONTRACTION and getattr(node.shape[0], "name", "") != "outputs":
-            macs += flops(node, seen) / 2 * portion(node, node.inputs[1])
+            macs += flops(node, seen) / 2
     return Traffic(sum(weights.values()), kv, state, macs)
 
 

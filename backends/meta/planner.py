@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 from runtime.backends.cpu.planner import Planner, options
 from runtime.backends.meta.expression import Device
 from runtime.backends.meta.graph_stages import cut_graph
 from runtime.backends.meta.infer import Layout, infer
 from runtime.backends.meta.stages import Stage
-from runtime.ops.cost import page_nbytes
+from runtime.ops.cost import Seen, moves, page_nbytes
 from runtime.ops.graph import Graph
+from runtime.ops.registry import find
 from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
-from runtime.ops.tensor import Tensor
+from runtime.ops.tensor import LEAVES, Tensor
 
 PageBytes = Callable[[Tensor], float]  # of one page, or one slot, of a state leaf
 
@@ -58,15 +61,6 @@ class StagePlan:
         """How a node takes an input: of what is mirrored it may take a part."""
         return self.layout.uses[node][number] if self.layout else MIRRORED
 
-    def portion(self, node: Tensor, x: Tensor, device: int) -> float:
-        """Which share a device has of an input of a node, of its result, or of memory behind it."""
-        if not self._computes(node, device):
-            return 0.0
-        state = self.state(x)
-        if x in node.inputs and x.op != "state":
-            state = self.use(node, node.inputs.index(x))
-        return _portion(x, state, device)
-
     def weights(self, device: int) -> int:
         """Bytes of the weights on a device, in its own forms."""
         read = {
@@ -103,6 +97,38 @@ class StagePlan:
         """Bytes of one slot of recurrent state."""
         return self._memory(device, ("slots",), page_nbytes)
 
+    def reads(self, seen: Seen) -> list[list[float]]:
+        """Bytes that each device reads of weights and cache, and moves of state: [stretch][device].
+
+        A stretch ends with what is exchanged; nobody begins the next before all are there.
+        """
+        whole = self.layout.whole if self.layout else {}
+        at: dict[Tensor, int] = {}
+        found: list[list[float]] = []
+        for node in self.graph.nodes:
+            at[node] = max((at[x] + (x in whole) for x in node.inputs), default=0)
+            while len(found) <= at[node]:
+                found.append([0.0] * len(self.devices))
+            if node.op in LEAVES:
+                continue
+            for x, nbytes, written in moves(node, seen):
+                memory = x.base.attrs.get("storage")
+                if x.base.op == "weight" or memory == "slots" or (memory and not written):
+                    for device in range(len(self.devices)):
+                        found[at[node]][device] += nbytes * self._portion(node, x, device)
+        return found
+
+    def _portion(self, node: Tensor, x: Tensor, device: int) -> float:
+        """Which share a device has of what a node reads; of what it may find, what is expected."""
+        if not self._computes(node, device):
+            return 0.0
+        number = node.inputs.index(x) if x in node.inputs and x.op != "state" else -1
+        state = self.use(node, number) if number >= 0 else self.state(x)
+        if isinstance(state, Split) and state.axis == 0 and number in find(node.op).picks:
+            count = node.inputs[find(node.op).picks[number]].size
+            return _most_chosen(count, tuple(map(state.local, range(len(self.devices))))) / count
+        return _portion(x, state, device)
+
     @cached_property
     def exchanges(self) -> list[Exchange]:
         """What the devices exchange in a step of one token, in order."""
@@ -120,6 +146,13 @@ def _portion(x: Tensor, state: State, device: int) -> float:
     if not isinstance(state, Split):
         return 1.0
     return state.local(device) / (int(x.shape[state.axis]) or 1)
+
+
+@cache
+def _most_chosen(count: int, sizes: tuple[int, ...]) -> float:
+    """How many of `count` rows, chosen anywhere, lie on the device that has most of them."""
+    shares = np.array(sizes) / sum(sizes)
+    return float(np.random.default_rng(0).multinomial(count, shares, 1000).max(1).mean())
 
 
 _CPU = Planner(options())

@@ -14,10 +14,14 @@ from runtime.ops.tensor import LEAVES, Tensor
 from runtime.planning import Placement
 
 _NUMBER = re.compile(r"(?:blk|cache|state)\.(\d+)\.")
-_AXES = {  # of weights and caches by how many they have
-    ("weight", 2): ("rows", "columns"),
-    ("weight", 3): ("experts", "rows", "columns"),
-    ("state", 4): ("pages", "tokens", "heads", "dims"),
+_AXES = {  # of weights by how many they have, and of memory by its storage
+    1: ("elements",),
+    2: ("rows", "columns"),
+    3: ("experts", "rows", "columns"),
+    "k": ("pages", "tokens", "heads", "dims"),
+    "v": ("pages", "tokens", "heads", "dims"),
+    ("slots", 3): ("slots", "taps", "channels"),
+    ("slots", 4): ("slots", "heads", "rows", "columns"),
 }
 
 
@@ -205,7 +209,8 @@ def _part(plan: StagePlan, what: str, x: Tensor, state: State, nbytes: float) ->
     plain = Part(what, _short(x.name), x.dtype.name, nbytes, nbytes)
     if not isinstance(state, Split):
         return plain._replace(axis="" if state is MIRRORED else "partial")
-    names = _AXES.get((x.op, x.ndim), ())
+    storage = x.attrs.get("storage", x.ndim)
+    names = _AXES.get((storage, x.ndim), _AXES.get(storage)) if x.op in ("weight", "state") else ()
     axis = names[state.axis] if names else f"axis {state.axis}"
     sizes = tuple(state.local(d) for d in range(len(plan.devices)))
     return plain._replace(axis=axis, sizes=sizes, shared=sum(sizes) > int(x.shape[state.axis]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from runtime.backends.meta.planner import ON_CPU
@@ -58,8 +59,8 @@ def speed_line(placement: Placement, speed: Speed | None) -> str:
     if not placement.context:
         return "speed: not known without a context"
     if speed is None:
-        unknown = [str(d) for d in placement.needs if d.kind not in ON_CPU]
-        return f"speed: not known; --bandwidth says how many GB/s {', '.join(unknown)} reads"
+        unknown = next(str(d) for d in placement.needs if d.kind not in ON_CPU)
+        return f"speed: not known; --bandwidth says how many GB/s {unknown} reads"
     reading, exchanging = sum(speed.reading), sum(speed.exchanging)
     count = sum(len(plan.exchanges) for plan in placement.plans)
     exchanged = f", {1e3 * exchanging:.3g} ms for {count} exchanges" if count else ""
@@ -114,11 +115,13 @@ def layers_text(placement: Placement, every_op: bool = False) -> str:
 def _title(placement: Placement, group: Layers) -> str:
     stage = placement.plans[group.stage]
     where = f" on {stage.stage}" if len(placement.plans) > 1 else ""
-    sums = [row for row in group.rows if row.exchange]
-    exchanged = ", ".join(f"{row.exchange} of {amount(row.nbytes)}" for row in sums)
-    return f"{group.title}{where}: {amount(group.weights)} of weights" + (
-        f"; {exchanged} a layer and token" if sums else ""
-    )
+    kinds = Counter((row.exchange, row.nbytes) for row in group.rows if row.exchange)
+    exchanged = [
+        f"{count} {kind}{'s' * (count > 1)} of {amount(nbytes)}"
+        for (kind, nbytes), count in kinds.items()
+    ]
+    each = f"; {', '.join(exchanged)} a token" if exchanged else ""
+    return f"{group.title}{where}: {amount(group.weights)} of weights{each}"
 
 
 def _ops(group: Layers, every_op: bool, columns: Sequence[int]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ from small_models import NOVEL, Sizes, write_model
 from test_split_graphs import compare
 
 import runtime
+from runtime.backends.meta import shard as shard_module
 from runtime.backends.meta.infer import Layout, infer
-from runtime.backends.meta.shard import shards
+from runtime.backends.meta.shard import _Shard, shards
 from runtime.backends.passes.prepare import choose_rows
 from runtime.backends.reference import ReferenceBackend, ReferenceProgram
 from runtime.gguf.reader import open_gguf
@@ -28,6 +29,7 @@ from runtime.models.registry import build
 from runtime.models.step import Step
 from runtime.ops import Graph
 from runtime.ops.cuts import cut_array
+from runtime.ops.errors import OpError
 from runtime.ops.splits import Split, State
 from runtime.ops.tensor import Tensor, stored_name
 
@@ -67,6 +69,43 @@ def _check_random(made: RandomGraph, shares: list[float]) -> Layout:
 @given(st.integers(0, 1 << 30), st.integers(10, 30), SHARES)
 def test_random_graphs(seed: int, size: int, shares: list[float]):
     _check_random(RandomGraph(seed, size), shares)
+
+
+# Wrong parts: each must turn random graphs red.
+
+
+def _whole_slices(right: Callable[..., Any], local: Any, node: Tensor) -> dict[str, Any]:
+    return dict(node.attrs) if node.op == "slice" else right(local, node)
+
+
+def _beginning(of: str) -> Callable[..., Tensor]:
+    def cut(right: Callable[..., Tensor], leaf: Tensor, axis: int, runs: Any) -> Tensor:
+        length = sum(stop - start for start, stop in runs)
+        return right(leaf, axis, ((0, length),) if leaf.op == of else runs)
+
+    return cut
+
+
+def _from_zero(right: Any, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    return right(x, axis, 0, stop - start)
+
+
+FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "slices at places of the whole": (_Shard, "_attrs", _whole_slices),
+    "weights cut at their beginning": (shard_module, "cut_leaf", _beginning("weight")),
+    "states cut at their beginning": (shard_module, "cut_leaf", _beginning("state")),
+    "parts taken from the beginning": (shard_module, "slice_of", _from_zero),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_part_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
+    where, what, wrong = FAULTS[name]
+    right = getattr(where, what)
+    monkeypatch.setattr(where, what, lambda *args: wrong(right, *args))
+    with pytest.raises((AssertionError, OpError)):
+        for seed in range(100):
+            _check_random(RandomGraph(seed, 20), [1, 2, 1])
 
 
 # Models: the steps of the engine on the reference backend, done again by devices together.

@@ -79,7 +79,27 @@ class StagePlan:
         return x.base.with_(shape=local_shape(x.base.shape, state, device))
 
     def _computes(self, node: Tensor, device: int) -> bool:
-        return self.layout is None or bool(self.layout.holders[node] >> device & 1)
+        return self.layout is None or node in self._computed[device]
+
+    @cached_property
+    def _computed(self) -> list[set[Tensor]]:
+        """The nodes that each device computes: those that it has a part of, if it needs them."""
+        assert self.layout is not None, "of several devices"
+        whole, outputs = self.layout.whole, set(self.graph.outputs)
+        found: list[set[Tensor]] = [set() for _ in self.devices]
+        for device, live in enumerate(found):
+            needed: set[Tensor] = set()
+            for node in reversed(self.graph.nodes):
+                if not self.layout.holders[node] >> device & 1:
+                    continue
+                if node in whole or node in outputs or node in needed:
+                    live.add(node)
+                    needed |= {
+                        x
+                        for n, x in enumerate(node.inputs)
+                        if x not in whole or self.use(node, n) is not MIRRORED
+                    }
+        return found
 
     def _takes(self, node: Tensor, number: int, device: int) -> bool:
         """Whether a device reads an input of a node: an addend of a sum is one device's."""

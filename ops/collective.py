@@ -82,8 +82,11 @@ def with_all(outputs: Sequence[Tensor], collectives: Sequence[Tensor]) -> tuple[
 
     A device has to take part in those as well whose results it has no use for.
     """
-    reached = set(Graph(tuple(outputs)).nodes)
-    others = [node for node in collectives if node not in reached]
+    reached, others = set(Graph(tuple(outputs)).nodes), []
+    for node in reversed(collectives):
+        if node not in reached:
+            others.append(node)
+            reached |= set(Graph((node,)).nodes)
     first, *more = outputs
     return both(first, *others) if others else first, *more
 

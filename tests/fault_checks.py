@@ -149,6 +149,17 @@ def law_of_rewinds(path: Path) -> None:
         same([session.eval(PROMPT[35:])], [model.eval(PROMPT)[35:]])
 
 
+def law_of_devices(path: Path) -> None:
+    """law: several devices are one"""
+    exact = {"kv_type": "f32", "activations": "f32"}
+    with load(path, **exact) as model:
+        want = steps(model)
+    with load(path, devices="tensor(cpu:0,cpu:1,cpu:2)", threads=3, **exact) as model:
+        for got, whole in zip(steps(model), want, strict=True):
+            error = ((got - whole) ** 2).sum() / (whole**2).sum()
+            assert error <= 1e-10, f"logits differ by {error:.1e}"
+
+
 def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -156,7 +167,7 @@ def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
 
 CHECKS: tuple[Check, ...] = (
     validate, any_order_of_threads, fused_is_plain, law_of_cuts, law_of_batches, law_of_forks,
-    law_of_rewinds,
+    law_of_rewinds, law_of_devices,
 )  # fmt: skip
 
 

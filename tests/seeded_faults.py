@@ -27,6 +27,7 @@ from fault_checks import (
     fused_is_plain,
     law_of_batches,
     law_of_cuts,
+    law_of_devices,
     law_of_forks,
     law_of_rewinds,
     red,
@@ -50,10 +51,11 @@ from fault_seeds import (
 )
 
 from runtime.backends.cpu.rules.moe import HEADER
+from runtime.backends.cpu.run import exchange, weights
 from runtime.backends.cpu.run import program as programs
-from runtime.backends.cpu.run import weights
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.cpu.run.weights import WeightStore
+from runtime.backends.meta.tensor import TensorBackend
 from runtime.backends.passes import fuse_attention, fuse_delta, fuse_ffn, fuse_sums
 from runtime.backends.plan import lowering
 from runtime.backends.plan.lowering import Lowering
@@ -120,6 +122,14 @@ def _taps_reversed(patch: Patch) -> None:
         return np.ascontiguousarray(found[:, ::-1]) if "conv1d" in w.name else found
 
     patch.setitem(weights._MAKERS, "vector", faulty)
+
+
+def _short_lives(uses: Any) -> Any:
+    return lambda plan: ((buffer, first, first) for buffer, first, _ in uses(plan))
+
+
+def _first_left_out(parts: Any) -> Any:
+    return lambda self, leaf: list(parts(self, leaf))[1:]
 
 
 def _rows_merged(schedule: Any) -> Any:
@@ -414,6 +424,15 @@ FAULTS = [
     *faults("slots", "hybrid", law_of_forks, {
         "a fork goes on in its parent's slot":
             put(Recurrent, "shared", lambda _: lambda self: self),
+    }),
+    *faults("devices", "dense", law_of_devices, {
+        "a part left out of a sum": argument("all_sum", n_parts=plus("n_parts", -1)),
+        "a residual not added": argument("all_sum", more=number(0)),
+        "a device's last logits not gathered": argument("put_stretch", n=plus("n", -8)),
+        "parts written over while they are read": put(exchange, "_uses", _short_lives),
+    }),
+    *faults("devices", "windowed", law_of_devices, {
+        "pages of a device not copied": put(TensorBackend, "_parts", _first_left_out),
     }),
 ]  # fmt: skip
 

@@ -19,7 +19,7 @@ _PARTS = ("weights", "KV cache", "state", "activations", "other")
 _FADE = (1.0, 0.66, 0.5, 0.36, 0.22)  # of each part's colour
 _MIRRORED, _LINE, _TEXT, _SUM = "#e4e6ea", "#9aa1ab", "#22262c", "#c4262e"
 _BOX_W, _BOX_H, _GAP_X, _GAP_Y, _MARGIN = 118, 34, 16, 20, 24
-_CHAR = 6.2  # width of a character of a box
+_CHAR, _LABEL = 6.2, 48  # widths of a character of a box, and of what is said beside one
 
 
 class _Box(NamedTuple):
@@ -39,13 +39,13 @@ class _Drawing:
 
     def rect(self, x: float, y: float, w: float, h: float, fill: str, more: str = "") -> None:
         self.parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{fill}" {more}/>'
+            f'<rect x="{x:.4g}" y="{y:.4g}" width="{w:.4g}" height="{h:.4g}" fill="{fill}" {more}/>'
         )
         self.width, self.height = max(self.width, x + w), max(self.height, y + h)
 
     def text(self, x: float, y: float, text: str, size: int = 11, more: str = "") -> None:
         self.parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {more}>{escape(text)}</text>'
+            f'<text x="{x:.4g}" y="{y:.4g}" font-size="{size}" {more}>{escape(text)}</text>'
         )
         self.height = max(self.height, y + 4)
 
@@ -127,7 +127,7 @@ def _legend(out: _Drawing, placement: Placement, y: float) -> float:
 
 
 def _mark(out: _Drawing, x: float, y: float, sign: str) -> None:
-    out.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="9" fill="{_SUM}"/>')
+    out.parts.append(f'<circle cx="{x:.4g}" cy="{y:.4g}" r="9" fill="{_SUM}"/>')
     out.text(x, y + 4, sign, 12, 'fill="#ffffff" text-anchor="middle" font-weight="bold"')
 
 
@@ -136,7 +136,7 @@ def _layer(
 ) -> float:
     """A column of boxes from top to bottom; the right edge."""
     boxes, edges = _placed(group, left + 12, top + 58)
-    right = max(box.x + _BOX_W for box in boxes.values()) + 12
+    right = 12 + max(box.x + _BOX_W + (_LABEL if box.row.exchange else 0) for box in boxes.values())
     title = group.title if len(group.numbers) < 2 else f"{group.title.split(':')[0]}"
     lines = [title, *([f"{len(group.numbers)} alike"] if len(group.numbers) > 1 else [])]
     lines.append(f"{amount(group.weights)} of weights")
@@ -218,14 +218,14 @@ def _edge(out: _Drawing, a: _Box, b: _Box, boxes: Sequence[_Box]) -> None:
     style = f'stroke="{_LINE}" stroke-width="1.1"'
     if not between:
         bend = (y2 - y1) / 2
-        out.path(f"M{x1:.1f} {y1:.1f} C{x1:.1f} {y1 + bend:.1f} {x2:.1f} {y2 - bend:.1f} "
-                 f"{x2:.1f} {y2:.1f}", style)  # fmt: skip
+        out.path(f"M{x1:.4g} {y1:.4g} C{x1:.4g} {y1 + bend:.4g} {x2:.4g} {y2 - bend:.4g} "
+                 f"{x2:.4g} {y2:.4g}", style)  # fmt: skip
         return
     side = min(box.x for box in between) - 7
     out.path(
-        f"M{x1:.1f} {y1:.1f} C{x1:.1f} {y1 + 14:.1f} {side:.1f} {y1 + 4:.1f} {side:.1f} "
-        f"{y1 + 24:.1f} L{side:.1f} {y2 - 24:.1f} C{side:.1f} {y2 - 4:.1f} {x2:.1f} {y2 - 14:.1f} "
-        f"{x2:.1f} {y2:.1f}",
+        f"M{x1:.4g} {y1:.4g} C{x1:.4g} {y1 + 14:.4g} {side:.4g} {y1 + 4:.4g} {side:.4g} "
+        f"{y1 + 24:.4g} L{side:.4g} {y2 - 24:.4g} C{side:.4g} {y2 - 4:.4g} {x2:.4g} {y2 - 14:.4g} "
+        f"{x2:.4g} {y2:.4g}",
         style + ' stroke-dasharray="3 2"',
     )
 

@@ -28,7 +28,7 @@ def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) ->
     """One line: whether it fits, with what; or what would. options: see `would_fit`."""
     kinds = "/".join(dict.fromkeys(placement.kv_types))
     if placement.fits:
-        fast = f", {rate(speed.tokens_per_s)} tokens/s" if speed else ""
+        fast = f", up to {rate(speed.tokens_per_s)} tokens/s" if speed else ""
         return f"yes: {placement.context:,} tokens of context fit, KV cache in {kinds}{fast}"
     what = f"{placement.asked:,} tokens of context do" if placement.asked else "the model does"
     would = f"; there is room for {', or '.join(options)}" if options else ""
@@ -65,7 +65,7 @@ def speed_line(placement: Placement, speed: Speed | None) -> str:
     count = sum(len(plan.exchanges) for plan in placement.plans)
     exchanged = f", {1e3 * exchanging:.3g} ms for {count} exchanges" if count else ""
     return (
-        f"speed: {rate(speed.tokens_per_s)} tokens/s after {speed.context:,} tokens, each "
+        f"speed: up to {rate(speed.tokens_per_s)} tokens/s after {speed.context:,} tokens, each "
         f"{1e3 * reading:.3g} ms of reading{exchanged}"
     )
 

@@ -46,14 +46,11 @@ class Memory:
         places = np.arange(whole.size).reshape(whole.shape)
         for device, held in enumerate(self._held):
             if leaf.name in held:
-                own, part = (
-                    cut_array(places, state, device).reshape(-1),
-                    held[leaf.name].reshape(-1),
-                )
-                known = whole.flat[own]
+                own, part = cut_array(places, state, device), held[leaf.name]
+                known = whole.flat[own.reshape(-1)].reshape(own.shape)
                 same = np.isclose(known, part, 1e-9, 1e-9) | np.isnan(known)
                 assert same.all(), f"{leaf!r} differs on device {device}"
-                whole.reshape(-1)[own] = part
+                np.put(whole, own, part)
         return whole
 
 

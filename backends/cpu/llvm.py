@@ -7,6 +7,7 @@ lanes that Numba kernels use (`kernels/emit.py`) and the builder of whole kernel
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,14 @@ F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 Value = Any  # an llvmlite value; llvmlite itself carries no types
 
 
+# llvmlite writes out every type and constant that is made: kernels share theirs.
+@functools.cache
 def vec(kind: ir.Type, n: int) -> ir.VectorType:
     """The LLVM vector type of `n` values of `kind`."""
     return ir.VectorType(kind, n)
 
 
+@functools.cache
 def const(value: int) -> ir.Constant:
     """The int64 constant `value`: a size or an address."""
     return ir.Constant(I64, value)
@@ -29,7 +33,19 @@ def const(value: int) -> ir.Constant:
 
 def fill(kind: ir.Type, value: float, n: int) -> ir.Constant:
     """A constant vector of `value`; floats are rounded to their kind by the caller or are exact."""
-    return ir.Constant(vec(kind, n), [value] * n)
+    return ir.Constant(vec(kind, n), ir.Constant(kind, value))
+
+
+@functools.cache
+def undefined(kind: ir.Type) -> ir.Constant:
+    """A value of `kind` that may be anything."""
+    return ir.Constant(kind, ir.Undefined)
+
+
+@functools.cache
+def lanes(*numbers: int) -> ir.Constant:
+    """A constant vector of int32: which lanes to pick."""
+    return ir.Constant(vec(I32, len(numbers)), list(numbers))
 
 
 def pointer(b: ir.IRBuilder, address: Value, kind: ir.Type) -> Value:
@@ -63,14 +79,14 @@ def prefetch(b: ir.IRBuilder, address: Value, near: int = 3) -> None:
 
 def splat(b: ir.IRBuilder, value: Value, n: int) -> Value:
     """A vector with `value` in every lane."""
-    undef = ir.Constant(vec(value.type, n), ir.Undefined)
+    undef = undefined(vec(value.type, n))
     first = b.insert_element(undef, value, ir.Constant(I32, 0))
-    return b.shuffle_vector(first, undef, ir.Constant(vec(I32, n), [0] * n))
+    return b.shuffle_vector(first, undef, lanes(*[0] * n))
 
 
 def shuffle(b: ir.IRBuilder, x: Value, y: Value, picks: Sequence[int]) -> Value:
     """Lanes of x, then of y, by number."""
-    return b.shuffle_vector(x, y, ir.Constant(vec(I32, len(picks)), list(picks)))
+    return b.shuffle_vector(x, y, lanes(*picks))
 
 
 def intrinsic_call(b: ir.IRBuilder, name: str, result: ir.Type, args: Sequence[Value]) -> Value:

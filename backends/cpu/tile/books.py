@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.cpu.tile.vector import I1, I8, I32, Code, ir, vec
+from runtime.backends.cpu.tile.vector import I1, I8, I32, Code, ir, undefined, vec
 from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.codebooks import code_book
 
@@ -43,7 +43,7 @@ def picked(code: Code, table: Any, indices: Any, scale: int, offset: int) -> Any
     if lanes == 16:
         words = _gathered(code, table, indices, scale)
     else:
-        words = ir.Constant(vec(I32, lanes), ir.Undefined)
+        words = undefined(vec(I32, lanes))
         for i in range(lanes):
             lane = ir.Constant(I32, i)
             at = b.mul(b.extract_element(indices, lane), ir.Constant(I32, scale))

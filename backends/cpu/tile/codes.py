@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.backends.cpu.tile.formats import LINE
 from runtime.backends.cpu.tile.lookup import lookup
-from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, const, ir, vec
+from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, const, undefined, vec
 
 Word = Callable[[], Any]  # emits the unpacking of one word: <4 * lanes x i8>
 
@@ -172,5 +172,4 @@ def both_halves(code: Code, lanes: Any) -> Any:
 
 
 def _shuffled(code: Code, value: Any, picks: list[int]) -> Any:
-    mask = ir.Constant(vec(I32, len(picks)), picks)
-    return code.b.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), mask)
+    return code.shuffle(value, undefined(value.type), picks)

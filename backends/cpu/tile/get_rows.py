@@ -15,7 +15,7 @@ from runtime.backends.cpu.tile.books import book
 from runtime.backends.cpu.tile.lookup import lookup
 from runtime.backends.cpu.tile.source import Source
 from runtime.backends.cpu.tile.spec import GET_ROWS_ARGS
-from runtime.backends.cpu.tile.vector import F32, I8, I32, I64, Code, const, ir, vec
+from runtime.backends.cpu.tile.vector import F32, I8, I32, I64, Code, const, ir, undefined, vec
 from runtime.ops.blocks import BLOCK_FORMATS, Scale, count_of
 
 LANES = 16
@@ -156,4 +156,4 @@ def _negative(source: Source, i: int) -> Any:
 
 
 def _lanes(code: Code, value: Any, picks: list[int]) -> Any:
-    return code.shuffle(value, ir.Constant(value.type, ir.Undefined), picks)
+    return code.shuffle(value, undefined(value.type), picks)

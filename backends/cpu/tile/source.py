@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, ir, vec
+from runtime.backends.cpu.tile.vector import F32, I8, I16, I32, Code, ir, undefined, vec
 from runtime.ops.blocks import (
     Bits,
     BlockFormat,
@@ -72,15 +72,14 @@ class Source:
 
     def _words(self, field: str, which: Sequence[int], signed: bool = False) -> Any:
         """These words of a field as int32, one in each lane; only what lies between is read."""
-        b, start, end = self.code.b, min(which), max(which) + 1
+        code, start, end = self.code, min(which), max(which) + 1
         found = self.load(field, start, end - start)
         picks = [word - start for word in which]
         if picks != list(range(end - start)):
-            mask = ir.Constant(vec(I32, len(picks)), picks)
-            found = b.shuffle_vector(found, ir.Constant(found.type, ir.Undefined), mask)
+            found = code.shuffle(found, undefined(found.type), picks)
         if found.type.element == I32:
             return found
-        return (b.sext if signed else b.zext)(found, vec(I32, len(picks)))
+        return (code.b.sext if signed else code.b.zext)(found, vec(I32, len(picks)))
 
     def load(self, field: str, first: int, count: int) -> Any:
         """Values of a field as integers of their size."""

@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from runtime.backends.cpu import llvm
 from runtime.backends.cpu.compile.isa import Isa
-from runtime.backends.cpu.llvm import F32, I1, I8, I16, I32, I64, const, vec  # noqa: F401
+from runtime.backends.cpu.llvm import F32, I1, I8, I16, I32, I64, const, undefined, vec  # noqa: F401
 
 ENTRY_TYPE = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
 ARG_BYTES = 8

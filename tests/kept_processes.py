@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 from runtime.backends.plan.pool import Pool
 
 _FEW = 4  # kernels for which a second process is not worth its start
+_TOLD = ("NUMBA", "DEBUG")  # variables that compile processes read
 
 
 class Kept(Pool):
-    """A pool whose processes outlive it, for the next with their command and environment."""
+    """A pool whose processes outlive it, for the next that would start the same."""
 
     idle: ClassVar[dict[str, list[Popen[bytes]]]] = defaultdict(list)
 
@@ -42,8 +43,9 @@ class Kept(Pool):
             thread.join()  # all have answered; now they give their processes back
 
     def _feed(self, todo: Any, done: Any) -> None:
-        variables = {**(self._environment or os.environ), "PYTEST_CURRENT_TEST": ""}
-        idle = self.idle[json.dumps([self._command, variables], sort_keys=True)]
+        given = (self._environment or os.environ).items()
+        told = {name: value for name, value in given if name.startswith(_TOLD)}
+        idle = self.idle[json.dumps([self._command, told], sort_keys=True)]
         try:
             process = idle.pop() if idle else self._process()
             if process not in self._processes:

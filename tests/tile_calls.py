@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import os
 import threading
 from typing import Any
 
-import llvmlite
 import numpy as np
 from kernel_calls import Fenced, guarded_bytes
 from tile_packs import pack_f32, pack_int8, pack_split
 
 import runtime.gguf  # noqa: F401  (provides the code books)
 from runtime.backends.cpu.compile import isa, objects
-from runtime.backends.cpu.tile.emit import emit_matmul
+from runtime.backends.cpu.compile.compilers import compile_one
+from runtime.backends.cpu.compile.library import Library
 from runtime.backends.cpu.tile.formats import NAMES, format_of, packed_nbytes
-from runtime.backends.cpu.tile.pack import emit_pack
 from runtime.backends.cpu.tile.spec import TileSpec
 from runtime.backends.environment import cache_dir
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.blocks import BLOCK_FORMATS
 
 Array = np.ndarray[Any, Any]
@@ -60,16 +58,32 @@ class Guarded:
         assert not self.beyond.any(), "written beyond a fence"
 
 
+class Here(Library):
+    """Models' own kernels of tiles, compiled in this process: they need no Numba."""
+
+    def compile_all(self, kernels: list[Kernel], progress: Any) -> Any:
+        """See plan/library.py."""
+        for kernel in kernels:
+            yield kernel, *compile_one(kernel, self.target)
+
+
+@functools.cache
+def _library(isa_name: str) -> Here:
+    return Here(isa_name, cache_dir())
+
+
 @functools.cache
 def matmul_kernel(spec: TileSpec, isa_name: str) -> Any:
     """The compiled kernel (args, thread, n_threads)."""
-    return loaded(emit_matmul(spec, isa_name), isa_name)
+    name = "matmul_id" if spec.indirect else "matmul"
+    constants = {"format": spec.format, "columns": spec.columns, "coding": spec.coding}
+    return objects.function(_library(isa_name).address(Kernel.of(name, **constants)))
 
 
 @functools.cache
 def pack_kernel(name: str, isa_name: str) -> Any:
     """The compiled pack kernel of a format."""
-    return loaded(emit_pack(name, isa_name), isa_name)
+    return objects.function(_library(isa_name).address(Kernel.of("pack_weights", format=name)))
 
 
 def assembly(ir: str, isa_name: str) -> str:
@@ -79,15 +93,8 @@ def assembly(ir: str, isa_name: str) -> str:
 
 
 def loaded(ir: str, isa_name: str) -> Any:
-    """The kernel of a module: (args, thread, n_threads). Compiled once, kept beside a model's."""
-    key = hashlib.sha256(f"{llvmlite.__version__} {isa_name} {ir}".encode()).hexdigest()
-    kept = cache_dir() / "tests" / f"{key}.o"
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        whole = kept.with_suffix(f".{os.getpid()}")
-        whole.write_bytes(objects.compile_ir(ir, isa_name))
-        whole.replace(kept)
-    return objects.function(objects.load_object(kept.read_bytes()))
+    """The kernel of a module: (args, thread, n_threads)."""
+    return objects.function(objects.load_object(objects.compile_ir(ir, isa_name)))
 
 
 def call(kernel: Any, args: list[int], n_threads: int = 1) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from fractions import Fraction
@@ -39,20 +40,37 @@ def open_backend(
     if kinds == ["mpi"] and len(stages) == 1:
         from runtime.backends.meta.mpi import open_mpi
 
-        return open_mpi(file, threads, activations, [float(s) for s in stages[0].shares])
+        return open_mpi(file, threads, activations, _shares_of_all(devices, stages[0]))
     _check(devices, every, kinds)
     return _behind(stages, _Opened(file, activations, stages, threads))
+
+
+def names_mpi(expression: str) -> bool:
+    """Whether devices of other processes are among those of an expression."""
+    return re.search(r"\bmpi\b", expression, re.IGNORECASE) is not None
 
 
 def _count(kind: str) -> int:
     """How many devices of a kind this machine has; of MPI, how many processes this run has."""
     if kind == "mpi":
-        from runtime.backends.meta.mpi import world
+        from runtime.backends.meta.processes import processes
 
-        return int(world().size)
+        return processes().size
     from runtime.backends.cpu.run.cores import numa_nodes
 
     return len(numa_nodes()) or 1 if kind == "numa" else 1
+
+
+def _shares_of_all(expression: str, stage: Stage) -> list[float]:
+    """Of all processes of this run, in order."""
+    shares = {d.number: float(s) for d, s in zip(stage.devices, stage.shares, strict=True)}
+    size = _count("mpi")
+    if sorted(shares, key=str) != sorted(range(size), key=str):
+        raise OptionError(
+            f"devices={shown(expression)}: these are {len(shares)} processes with a share, and "
+            f"mpiexec started {size}: tensor(mpi) is all of them, and each must have a share"
+        )
+    return [shares[n] for n in range(size)]
 
 
 def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from runtime.arguments import (
     wrong,
 )
 from runtime.backends.base import Backend, Progress
-from runtime.backends.devices import open_backend
+from runtime.backends.devices import names_mpi, open_backend
 from runtime.engine.advance import Piece
 from runtime.engine.engine import Engine, OnPrompt
 from runtime.errors import OptionError
@@ -74,6 +74,10 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
     }  # fmt: skip
     given = check_load(path, given)
+    if names_mpi(devices):
+        from runtime.backends.meta.mpi import take_part
+
+        take_part(open_gguf)
     file = open_gguf(path if path is not None else demo_path())
     check_has_weights(file)
     return Model(file, **given)

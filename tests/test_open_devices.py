@@ -131,7 +131,7 @@ def test_more_devices_than_threads_are_told_to_who_debugs(
         ("tensor(cuda:0,cpu)", "models do not run on CUDA yet; 'runtime plan' shows how they"),
         ("cpu:64GiB", "sizes of memory are for 'runtime plan'; leave them out"),
         ("cuda:24GB", "sizes of memory are for 'runtime plan'"),
-        ("tensor(mpi)", "models do not run over MPI yet"),
+        ("layers(mpi:2)", r"mpi is all processes of this run, .*: tensor\(mpi\)"),
         ("tensor(cpu,null)", "null and reference stand alone, and not beside cpu, null"),
         ("reference,numa", "null and reference stand alone, and not beside numa, reference"),
     ],

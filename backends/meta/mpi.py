@@ -2,260 +2,176 @@
 
     mpiexec -n 2 runtime run MODEL --devices "tensor(mpi)"
 
-All processes begin alike. Process 0 goes on as with any other device; the others load their part of
-the weights and do as they are told by it (see `_Part`), until it closes the model: then they end.
-What is added up is sent to everybody and added in the order of the processes, so the bits do not
-depend on the MPI library.
+All processes begin alike. Process 0 goes on as with any other device; the others open the same
+file, load their part of the weights and do as they are told (see `_Rank`) until it ends: then they
+end. What is added up is sent to everybody and added in the order of the processes, so the bits do
+not depend on the MPI library.
 """
 
 from __future__ import annotations
 
 import atexit
-import hashlib
+import itertools
 import os
-import pickle
+import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from functools import cache
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
 
 from runtime.backends.base import Progress
-from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.run.apart import Apart, Meeting, memory_of
-from runtime.backends.cpu.run.program import Program
-from runtime.backends.meta.tensor import inferred
-from runtime.backends.passes.fuse_collectives import fuse_residuals
-from runtime.backends.passes.prepare import choose_rows
+from runtime.backends.meta.parts import joined
+from runtime.backends.meta.processes import Processes, follows, processes
+from runtime.backends.meta.rank import Rank, fingerprint
 from runtime.backends.plan.plan import Plan
-from runtime.ops.cuts import Parts, cut_array
-from runtime.ops.dtypes import DTYPES
 from runtime.ops.errors import BackendError, OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
-_SPIN = 0.02  # seconds that a process listens closely; then it looks up now and then
-_NAP = 0.0005
+_HEAR = 0.05  # seconds between two looks at signals
+
+OpenFile = Callable[[str], Any]
 
 
-@cache
-def world() -> Any:
-    """The processes of this run. OptionError: MPI is not there, or there is one process."""
+def take_part(open_file: OpenFile) -> None:
+    """Returns in process 0 alone; the others do as it says, and end when it does.
+
+    open_file: opens a model by its path. OptionError, in process 0: see `processes`.
+    """
     try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise OptionError(
-            f"devices: mpi needs mpi4py and an MPI library ({error}): "
-            "pip install 'graph-runtime[mpi]'"
-        ) from None
-    found = MPI.COMM_WORLD
-    if found.size == 1:
-        raise OptionError(
-            "devices: mpi is for several processes; start them with "
-            "mpiexec -n 2 runtime run MODEL --devices 'tensor(mpi)'"
-        )
-    return found
+        beside = processes()
+    except OptionError:
+        if follows():
+            raise SystemExit(1) from None  # process 0 says it
+        raise
+    if beside.rank:
+        _follow(beside, open_file)
+    _end_with(beside)
 
 
 def open_mpi(
     file: Any, threads: int | None, activations: str, shares: Sequence[float]
 ) -> MpiBackend:
-    """The backend of process 0; in every other one it never returns, and ends the process.
+    """The devices of all processes, in process 0, where `take_part` has returned.
 
     threads: of each process; None: those of a machine are shared out among its processes.
     """
-    comm = world()
-    if threads is None:
-        from runtime.backends.cpu.run.cores import physical_cores
-
-        beside = comm.Split_type(_mpi().COMM_TYPE_SHARED).size
-        threads = max(1, physical_cores() // beside)
-    _check_alike(comm, file)
-    part = _Part(comm, CpuBackend(file, threads, activations), shares)
-    if comm.rank:
-        _follow(comm, part)
-    return MpiBackend(comm, part)
+    beside, number = processes(), next(_numbers)
+    given = threads, activations, [float(share) for share in shares]
+    beside.tell([number, "open", [str(file.path), fingerprint(file), *given], True])
+    with _answered(beside):
+        rank = Rank(beside, file, *given)
+    return MpiBackend(beside, rank, number)
 
 
-def _mpi() -> Any:
-    from mpi4py import MPI
-
-    return MPI
+_numbers = itertools.count()  # of the models that are opened
 
 
-def _check_alike(comm: Any, file: Any) -> None:
-    """OptionError unless all processes are of one version and have the same file."""
-    from runtime import __version__
+@cache
+def _end_with(beside: Processes) -> None:
+    """The other processes end with this one."""
 
-    metadata = repr(sorted(file.metadata, key=str)).encode()
-    tensors = repr([(t.name, tuple(t.shape), t.dtype.name) for t in file.tensors.values()]).encode()
-    digest = hashlib.sha256(metadata + tensors).hexdigest()[:12]
-    own = {
-        "version": f"{__version__}, numpy {np.__version__}",
-        "file": f"{file.tensors_nbytes} bytes, {digest}",
-    }
-    for rank, other in enumerate(comm.allgather(own)):
-        for what, value in own.items():
-            if other[what] != value:
-                raise OptionError(
-                    f"devices: the {what} of MPI process {rank} is another one ({other[what]}) "
-                    f"than that of process {comm.rank} ({value}); all must have the same"
-                )
+    def end() -> None:
+        if not beside.lost:
+            beside.tell([-1, "end", [], False])
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(beside.status)  # the end of MPI would wait for all
+
+    atexit.register(end)
 
 
-class _Part:
-    """What each process does of what process 0 asks: methods by name, alike in all of them."""
-
-    def __init__(self, comm: Any, device: CpuBackend, shares: Sequence[float]) -> None:
-        self.device, self._comm, self._shares = device, comm, tuple(shares)
-        self.graphs: dict[str, list[Graph]] = {}
-        self.programs: dict[str, tuple[Program, Apart]] = {}
-        self._meeting = Meeting(device.threads, self._failed)
-        self._states: dict[str, list[Tensor | None]] = {}
-
-    def split(self, graph: Graph) -> str:
-        """Know of each device its part of a graph; the graph's key."""
-        key = graph.key()
-        if key not in self.graphs:
-            made = fuse_residuals(inferred(choose_rows(graph), self._shares))
-            self.graphs[key] = list(made)
-            leaves = [{leaf.name: leaf for leaf in each.leaves("state")} for each in made]
-            for name in dict.fromkeys(name for each in leaves for name in each):
-                self._states.setdefault(name, [each.get(name) for each in leaves])
-        return key
-
-    def plan(self, graph: Graph) -> Plan:
-        """This device's."""
-        return self.device.plan(self._mine(graph))
-
-    def missing(self, graphs: Sequence[Graph]) -> int:
-        """How many kernels have yet to be compiled here."""
-        return self.device.missing([self._mine(graph) for graph in graphs])
-
-    def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
-        """Kernels and weights of this device's parts."""
-        self.device.load([self._mine(graph) for graph in graphs], progress)
-
-    def program(self, graph: Graph) -> str:
-        """Make this device's program; its key."""
-        key = self.split(graph)
-        if key not in self.programs:
-            plan, comm = self.plan(graph), self._comm
-            apart = Apart(
-                plan, comm.rank, comm.size, self._meeting, self.device.threads, self._all_to_all
-            )
-            self.programs[key] = self.device.bind(plan, memory_of(apart)), apart
-        return key
-
-    def run(
-        self, key: str, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
-        profile: bool = False,
-    ) -> Any:  # fmt: skip
-        """One step."""
-        program, apart = self.programs[key]
-        self._meeting.begin(apart.begin(live))
-        return program.profile(inputs, live) if profile else program.run(inputs, live)
-
-    def copy_pages(self, leaves: Sequence[Tensor], sources: Any, targets: Any) -> None:
-        """This device's parts of pages or slots."""
-        parts = [part for leaf in leaves if (part := self.part(leaf)) is not None]
-        self.device.copy_pages(parts, sources, targets)
-
-    def read(self, leaf: Tensor, rows: Sequence[int]) -> tuple[Parts, np.ndarray] | None:
-        """How this device's part of a state is cut, and what it holds."""
-        part = self.part(leaf)
-        if part is None:
-            return None
-        return part.attrs.get("cut", ()), self.device.read_state(part, rows)
-
-    def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
-        """What of these numbers this device has."""
-        part = self.part(leaf)
-        if part is not None:
-            cut = part.attrs.get("cut", ())
-            self.device.write_state(part, rows, cut_array(values, cut))
-
-    def part(self, leaf: Tensor, rank: int | None = None) -> Tensor | None:
-        """The part of a state leaf that a device has."""
-        parts = self._states.get(leaf.name)
-        found = parts and parts[self._comm.rank if rank is None else rank]
-        if not found:
-            return None
-        attrs = dict(found.attrs)
-        if "whole" in attrs:
-            attrs["whole"] = (int(leaf.shape[0]), *attrs["whole"][1:])
-        return found.with_(shape=(leaf.shape[0], *found.shape[1:]), attrs=attrs)
-
-    def abort(self) -> None:
-        """End early what is under way."""
-        self._meeting.abort()
-        self.device.abort()
-
-    def close(self) -> None:
-        """End the threads."""
-        self.device.close()
-        self.programs.clear()
-
-    def _mine(self, graph: Graph) -> Graph:
-        return self.graphs[self.split(graph)][self._comm.rank]
-
-    def _all_to_all(
-        self, mine: np.ndarray, counts: Sequence[int], found: np.ndarray, starts: Sequence[int]
-    ) -> None:
-        byte = _mpi().BYTE
-        self._comm.Allgatherv([mine, byte], [found, (counts, starts), byte])
-
-    def _failed(self, error: BaseException) -> NoReturn:
-        print(f"runtime: MPI process {self._comm.rank}: {error}", file=sys.stderr, flush=True)
-        self._comm.Abort(1)
+def _follow(beside: Processes, open_file: OpenFile) -> NoReturn:
+    """Do what process 0 says until it says the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # process 0 hears of it
+    os.environ["DEBUG"] = ""  # process 0 tells of plans
+    ranks: dict[int, Rank] = {}
+    try:
+        while _done(beside, ranks, open_file, *beside.hear()):
+            pass
+    except BackendError as error:
+        if beside.speaks():
+            print(f"runtime: {error}", file=sys.stderr, flush=True)
         os._exit(1)
+    raise SystemExit(0)
 
 
-_TOLD = 7  # the tag of what process 0 says
-_ANSWERED = 8
+def _done(
+    beside: Processes, ranks: dict[int, Rank], open_file: OpenFile, number: int, name: str,
+    arguments: list[Any], answer: bool,
+) -> bool:  # fmt: skip
+    """Do it, and answer where process 0 waits for that; False: it is the end."""
+    result, error = None, ""
+    try:
+        if name in ("close", "end"):
+            for rank in [ranks.pop(n) for n in [*ranks] if n == number or name == "end"]:
+                rank.close()
+        elif name == "open":
+            ranks[number] = _opened(beside, open_file, *arguments)
+        else:
+            result = getattr(ranks[number], name)(*arguments)
+    except Exception as problem:
+        beside.check()
+        error = " ".join(str(problem).split()) or type(problem).__name__
+    if answer:
+        beside.answer(result, error)
+    elif error:
+        beside.fail(error)
+        while name != "end":  # it has not done what the others have
+            name = beside.hear()[1]
+    return name != "end"
 
 
-def _follow(comm: Any, part: _Part) -> NoReturn:
-    """Do what process 0 says, and answer where it waits for that, until it says the end."""
-    while True:
-        heard = time.monotonic()
-        while not comm.Iprobe(source=0, tag=_TOLD):
-            if time.monotonic() - heard > _SPIN:
-                time.sleep(_NAP)
-        name, arguments, answer = unpacked(comm.recv(source=0, tag=_TOLD))
-        if name == "close":
-            part.close()
-            sys.stdout.flush()
-            raise SystemExit(0)
-        result, error = None, ""
-        try:
-            result = getattr(part, name)(*arguments)
-        except Exception as problem:
-            error = f"{problem}" or type(problem).__name__
-        if answer:
-            comm.send((result, error), dest=0, tag=_ANSWERED)
-        elif error:
-            part._failed(BackendError(error))
+def _opened(
+    beside: Processes, open_file: OpenFile, path: str, first: Mapping[str, str], *given: Any
+) -> Rank:
+    """OptionError unless the code and the file are those of process 0."""
+    file = open_file(path)
+    for what, value in fingerprint(file).items():
+        if value != first[what]:
+            raise OptionError(
+                f"its {what} ({value}) is another one than process 0's ({first[what]})"
+            )
+    return Rank(beside, file, *given)
+
+
+@contextmanager
+def _answered(beside: Processes) -> Iterator[list[Any]]:
+    """What all others answer to what they were told, once this one has done it as well.
+
+    BackendError, naming the process, for the first error of any.
+    """
+    found: list[Any] = []
+    try:
+        yield found
+    except Exception:
+        beside.answers()
+        raise
+    for rank, (result, error) in enumerate(beside.answers(), 1):
+        if error:
+            raise BackendError(f"MPI process {rank}: {error}")
+        found.append(result)
 
 
 class MpiBackend:
     """See backends/base.py: the devices of all processes, in process 0."""
 
-    def __init__(self, comm: Any, part: _Part) -> None:
-        self._comm, self._part, self._closed = comm, part, False
-        self.threads = part.device.threads
-        self.name = f"tensor (mpi, {comm.size} processes; of the first {part.device.name})"
-        self._loaded: Progress | None = None
-        atexit.register(self.close)
+    def __init__(self, beside: Processes, rank: Rank, number: int) -> None:
+        self._beside, self._rank, self._number = beside, rank, number
+        self.threads = rank.device.threads
+        self.name = f"tensor (mpi, {beside.size} processes; the first: {rank.device.name})"
+        # What all do at the same time is done by a thread that no signal interrupts.
+        self._worker: ThreadPoolExecutor | None = ThreadPoolExecutor(1)
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page, or slot, on all devices together."""
-        found = [self._part.part(leaf, rank) for rank in range(self._comm.size)]
-        parts = [part for part in found if part is not None] or [leaf]
-        return sum(map(self._part.device.page_nbytes, parts))
+        parts = [part for part in self._rank.split.states(leaf) if part is not None]
+        return sum(map(self._rank.device.page_nbytes, parts))
 
     def copy_pages(
         self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
@@ -265,12 +181,8 @@ class MpiBackend:
 
     def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """See backends/base.py: as one device has it, however it is split."""
-        out = np.zeros((len(rows), *map(int, leaf.shape[1:])), np.float32)
-        places = np.arange(out.size).reshape(out.shape)
-        for found in self._asked("read", leaf, rows):
-            if found is not None:
-                out.flat[cut_array(places, found[0])] = found[1]
-        return out
+        parts = self._asked("read", leaf, rows)
+        return joined(leaf, len(rows), (part for part in parts if part is not None))
 
     def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """See backends/base.py."""
@@ -278,63 +190,78 @@ class MpiBackend:
 
     def plan(self, graph: Graph) -> Plan:
         """The first device's."""
-        return self._part.plan(graph)
+        return self._rank.plan(graph)
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
-        """See `Planner.distinct_sizes`; of the first device."""
-        found = self._part.graphs[self._part.split(graph)]
-        return self._part.device.distinct_sizes(found[0], sizes)
+        """See `Planner.distinct_sizes`; of any device."""
+        device, graphs = self._rank.device, self._rank.split.of(graph)
+        distinct = {n for each in graphs for n in device.distinct_sizes(each, sizes)}
+        return [n for n in sizes if n in distinct]
 
     def abort(self) -> None:
-        """See backends/base.py."""
-        self._part.abort()
+        """See backends/base.py: where the processes meet next."""
+        self._beside.stop = True
 
     def missing(self, graphs: Sequence[Graph]) -> int:
-        """Whether kernels of these graphs have yet to be compiled anywhere."""
+        """How many kernels have yet to be compiled, in all processes together."""
         return sum(self._asked("missing", list(graphs)))
 
     def program(self, graph: Graph) -> MpiProgram:
         """A program of every device."""
         key = self._asked("program", graph)[0]
-        return MpiProgram(self._part.programs[key][0].plan, self._comm.size, key, self._all)
+        return MpiProgram(self._rank.programs[key][0].plan, key, self._all)
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Kernels and weights of all processes; the progress is the first one's."""
-        self._loaded = progress
-        self._asked("load", list(graphs))
+        self._asked("load", list(graphs), progress=progress)
 
     def close(self) -> None:
-        """End the other processes, and the threads of this one."""
-        if not self._closed:
-            self._closed = True
-            self._tell("close", (), False)
-            self._part.close()
-            atexit.unregister(self.close)
-
-    def _tell(self, name: str, arguments: tuple[Any, ...], answer: bool) -> None:
-        message = packed((name, arguments, answer))
-        for rank in range(1, self._comm.size):
-            self._comm.send(message, dest=rank, tag=_TOLD)
+        """End the threads of all devices."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self.abort()
+            worker.shutdown()
+            if not self._beside.lost:
+                self._beside.tell([self._number, "close", [], False])
+            self._rank.close()
 
     def _all(self, name: str, *arguments: Any) -> Any:
-        """Have it done by all devices at the same time; this one's result."""
-        self._tell(name, arguments, False)
-        return getattr(self._part, name)(*arguments)
+        """Have it done by all devices at the same time, wholly; this one's result.
 
-    def _asked(self, name: str, *arguments: Any) -> list[Any]:
-        """The results of all devices. BackendError, naming the process, for the first error."""
-        self._tell(name, arguments, True)
-        more = (self._loaded,) if name == "load" else ()
+        What a signal's handler raises ends it early.
+        """
+
+        def work() -> Any:
+            self._beside.stop = False
+            self._beside.tell([self._number, name, arguments, False])
+            try:
+                return getattr(self._rank, name)(*arguments)
+            except Exception as error:  # while others wait for this one
+                raise self._beside.lose(str(error)) from None
+
+        assert self._worker is not None, "closed"
+        under_way = self._worker.submit(work)
         try:
-            found = [getattr(self._part, name)(*arguments, *more)]
-        finally:
-            answers = [
-                self._comm.recv(source=rank, tag=_ANSWERED) for rank in range(1, self._comm.size)
-            ]
-        for rank, (_, error) in enumerate(answers, 1):
-            if error:
-                raise BackendError(f"MPI process {rank}: {error}")
-        return found + [result for result, _ in answers]
+            while True:
+                with suppress(TimeoutError):
+                    return under_way.result(_HEAR)
+        except BaseException:
+            while not under_way.done():
+                self.abort()  # again, for the step may only now have begun
+                wait([under_way], _HEAR)
+            raise
+
+    def _asked(self, name: str, *arguments: Any, **own: Any) -> list[Any]:
+        """The results of all devices. BackendError, naming the process, for the first error."""
+        try:
+            self._beside.tell([self._number, name, arguments, True])
+            with _answered(self._beside) as found:
+                found.append(getattr(self._rank, name)(*arguments, **own))
+        except KeyboardInterrupt:
+            self._beside.lose("this MPI run was interrupted while its processes were loading")
+            self._beside.status = 130
+            raise
+        return found
 
 
 class MpiProgram:
@@ -342,9 +269,8 @@ class MpiProgram:
 
     observable = False
 
-    def __init__(self, plan: Plan, devices: int, key: str, all_run: Callable[..., Any]) -> None:
+    def __init__(self, plan: Plan, key: str, all_run: Callable[..., Any]) -> None:
         self.plan, self._key, self._all = plan, key, all_run
-        self.devices = devices
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step of all devices; results as the first one has them."""
@@ -359,52 +285,3 @@ class MpiProgram:
             "run", self._key, dict(inputs), dict(live), True
         )
         return found
-
-
-def packed(message: tuple[str, tuple[Any, ...], bool]) -> bytes:
-    """What one process says to another, as bytes; graphs and leaves among the arguments too."""
-    name, arguments, answer = message
-    return pickle.dumps((name, [_plain(a) for a in arguments], answer), pickle.HIGHEST_PROTOCOL)
-
-
-def unpacked(content: bytes) -> tuple[str, list[Any], bool]:
-    """The inverse of `packed`."""
-    name, arguments, answer = pickle.loads(content)
-    return name, [_rebuilt(a) for a in arguments], answer
-
-
-class _Flat(tuple):  # type: ignore[type-arg]
-    """(outputs, name) of a graph, or (None, None) of tensors alone; its nodes in order."""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Graph):
-        return _Flat(
-            (_rows(value.nodes), [value.nodes.index(o) for o in value.outputs], value.name)
-        )
-    if isinstance(value, Tensor):
-        return _Flat((_rows([value]), None, None))
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Graph | Tensor):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _rebuilt(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_rebuilt(v) for v in value]
-    if not isinstance(value, _Flat):
-        return value
-    rows, outputs, name = value
-    nodes: list[Tensor] = []
-    for op, inputs, shape, dtype, attrs, label in rows:
-        given = tuple(nodes[i] for i in inputs)
-        nodes.append(Tensor(op, given, shape, DTYPES[dtype], MappingProxyType(attrs), label))
-    return nodes[0] if outputs is None else Graph(tuple(nodes[i] for i in outputs), name)
-
-
-def _rows(nodes: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    number = {node: n for n, node in enumerate(nodes)}
-    return [
-        (x.op, [number[i] for i in x.inputs], x.shape, x.dtype.name, dict(x.attrs), x.name)
-        for x in nodes
-    ]

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from runtime.backends.base import Progress
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.joint import Joint, JointProgram
-from runtime.backends.passes.fuse_collectives import fuse_residuals
-from runtime.backends.passes.prepare import choose_rows
+from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, inferred, joined
 from runtime.backends.plan.plan import Plan
-from runtime.ops.cuts import Parts, cut_array
+from runtime.ops.cuts import cut_array
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
-Split = Callable[[Graph, Sequence[float]], Sequence[Graph]]  # graph, shares -> of each device its
-
-
-def inferred(graph: Graph, shares: Sequence[float]) -> list[Graph]:
-    """The graphs of devices with these shares of it."""
-    from runtime.backends.meta.infer import infer
-    from runtime.backends.meta.shard import shards
-
-    return list(shards(infer(graph, shares)))
-
 
 class TensorBackend:
-    """See backends/base.py. How a state is split is known from a graph that has it; till then all
-    devices have all of it.
+    """See backends/base.py.
 
     devices: each closed with this one. shares: of the work, above 0, one for each device.
     """
@@ -37,51 +25,39 @@ class TensorBackend:
     def __init__(
         self, devices: Sequence[CpuBackend], shares: Sequence[float], split: Split = inferred
     ) -> None:
-        self._devices, self._shares, self._split = tuple(devices), tuple(shares), split
+        self._devices, self._split = tuple(devices), SplitGraphs(shares, split)
         self._joint = Joint(devices)
         self.threads = sum(device.threads for device in devices)
         self.name = f"tensor ({', '.join(device.name for device in devices)})"
-        self._graphs: dict[str, Sequence[Graph]] = {}
-        self._states: dict[str, list[Tensor | None]] = {}  # of each device the part, if it has one
         self._programs: dict[str, JointProgram] = {}
 
     def graphs(self, graph: Graph) -> Sequence[Graph]:
         """Of each device its part of a graph."""
-        key = graph.key()
-        if key not in self._graphs:
-            made = fuse_residuals(self._split(choose_rows(graph), self._shares))
-            self._graphs[key] = made
-            found = [{leaf.name: leaf for leaf in each.leaves("state")} for each in made]
-            for name in dict.fromkeys(name for each in found for name in each):
-                self._states.setdefault(name, [each.get(name) for each in found])
-        return self._graphs[key]
+        return self._split.of(graph)
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page, or slot, on all devices together; of a part of a leaf, its own."""
         if "whole" in leaf.attrs:
             return self._devices[0].page_nbytes(leaf)
-        return sum(device.page_nbytes(part) for device, part, _ in self._parts(leaf))
+        return sum(device.page_nbytes(part) for device, part in self._parts(leaf))
 
     def copy_pages(
         self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
     ) -> None:
         """See backends/base.py."""
         for leaf in leaves:
-            for device, part, _ in self._parts(leaf):
+            for device, part in self._parts(leaf):
                 device.copy_pages([part], sources, targets)
 
     def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """See backends/base.py: as one device has it, however it is split."""
-        out = np.zeros((len(rows), *map(int, leaf.shape[1:])), np.float32)
-        places = np.arange(out.size).reshape(out.shape)
-        for device, part, cut in self._parts(leaf):
-            out.flat[cut_array(places, cut)] = device.read_state(part, rows)
-        return out
+        parts = self._parts(leaf)
+        return joined(leaf, len(rows), ((cut_of(p), d.read_state(p, rows)) for d, p in parts))
 
     def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """See backends/base.py."""
-        for device, part, cut in self._parts(leaf):
-            device.write_state(part, rows, cut_array(values, cut))
+        for device, part in self._parts(leaf):
+            device.write_state(part, rows, cut_array(values, cut_of(part)))
 
     def plan(self, graph: Graph) -> Plan:
         """The first device's."""
@@ -118,25 +94,15 @@ class TensorBackend:
         for device in self._devices:
             device.close()
         self._programs.clear()
-        self._graphs.clear()
+        self._split.clear()
 
     def _plans(self, graphs: Sequence[Graph]) -> list[list[Plan]]:
         """Of each device the plans of these graphs."""
         split = [self.graphs(graph) for graph in graphs]
         return [[device.plan(each[n]) for each in split] for n, device in enumerate(self._devices)]
 
-    def _parts(self, leaf: Tensor) -> Iterator[tuple[CpuBackend, Tensor, Parts]]:
-        """Of each device that has any of a state: its part of this leaf, and how that is cut.
-
-        Leaves of one name differ in their first axis alone, which is never cut.
-        """
-        everywhere = [leaf] * len(self._devices)
-        for device, found in zip(
-            self._devices, self._states.get(leaf.name, everywhere), strict=True
-        ):
-            if found is not None:
-                attrs = dict(found.attrs)
-                if "whole" in attrs:
-                    attrs["whole"] = (int(leaf.shape[0]), *attrs["whole"][1:])
-                part = found.with_(shape=(leaf.shape[0], *found.shape[1:]), attrs=attrs)
-                yield device, part, attrs.get("cut", ())
+    def _parts(self, leaf: Tensor) -> Iterator[tuple[CpuBackend, Tensor]]:
+        """Each device that has any of a state, with its part of this leaf."""
+        for device, part in zip(self._devices, self._split.states(leaf), strict=True):
+            if part is not None:
+                yield device, part

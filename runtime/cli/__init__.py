@@ -7,10 +7,12 @@ Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ COMMANDS = {
     "devices": "Show the processor, its instruction sets, and memory.",
     "warmup": "Compile the kernels a model needs, once for this machine.",
 }
+_NAMES_MPI = re.compile(r"(-\S+=)?[\w*.,:/()]*\bmpi\b[\w*.,:/()]*", re.IGNORECASE)
 _HELPERS = {"help": "This text, or that of a command.", "version": "Show the version."}
 
 # Commands of Ollama and llama.cpp, and what there is instead.
@@ -106,6 +109,7 @@ class CommandGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
         _write_any_character()
+        _take_part(sys.argv[1:] if args is None else args)
         with warnings.catch_warnings():
             warnings.showwarning = _Warnings().show
             code = self._code(args, prog_name, complete_var, **extra)
@@ -123,6 +127,19 @@ class CommandGroup(click.Group):
 
             click.echo(f"error: {printable(' '.join(_mistake(error).split()))}", err=True)
             return 2 if isinstance(error, click.UsageError) else 1
+
+
+def _take_part(args: Sequence[str]) -> None:
+    """Of an MPI run all processes but the first do as that says, and no more than that."""
+    if any(_NAMES_MPI.fullmatch(arg) for arg in args):
+        from runtime.backends.meta.mpi import take_part
+        from runtime.backends.meta.processes import launched
+        from runtime.errors import OptionError
+        from runtime.gguf.reader import open_gguf
+
+        if launched():
+            with contextlib.suppress(OptionError):  # whatever loads a model will say it
+                take_part(open_gguf)
 
 
 def _is_run(args: Sequence[str]) -> bool:

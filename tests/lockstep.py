@@ -67,10 +67,12 @@ def run_together(
         return held[device][node]
 
     for together in zip(*map(_collectives, graphs), strict=True):
-        parts = [
-            value(d, node.inputs[0]) if node.inputs else None for d, node in enumerate(together)
-        ]
-        whole = joined(together[0], parts)
+        inputs = [[value(d, x) for x in node.inputs] for d, node in enumerate(together)]
+        residuals = [each.pop() for each in inputs if together[0].attrs.get("residual")]
+        whole = joined(together[0], [each[0] if each else None for each in inputs])
+        for residual in residuals[:1]:
+            whole = whole + residual
+            np.testing.assert_array_equal(residuals, [residual] * len(graphs))
         for device, node in enumerate(together):
             held[device][node] = whole
     for device, graph in enumerate(graphs):

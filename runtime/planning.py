@@ -31,8 +31,10 @@ SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
 LATENCY, CPU_LATENCY = 10e-6, 3e-6  # seconds of an exchange over a link, or through memory
 LINK = 16e9  # bytes per second between devices that are no CPUs, where nothing is said
+REACHED = 0.82  # of measured bandwidth, by decoding on CPUs
 
-Bandwidth = Callable[[StagePlan, Device], float | None]  # bytes per second a device reads
+# Of a device in a stage: bytes it reads per second, or weights it multiplies per second.
+Rate = Callable[[StagePlan, Device], float | None]
 
 
 class Usage(NamedTuple):
@@ -201,7 +203,7 @@ class Placement:
             need.overhead,
         )  # fmt: skip
 
-    def speed(self, bandwidth: Bandwidth, link: float | None = None) -> Speed | None:
+    def speed(self, bandwidth: Rate, link: float | None = None) -> Speed | None:
         """Of decoding in the middle of the context; None where a bandwidth is not known."""
         middle = max(1, min(self.context, 8192) // 2)
         seen = Seen(lengths=(middle,), page_nbytes=self.page_nbytes)
@@ -210,10 +212,21 @@ class Placement:
             found = [bandwidth(plan, device) for device in plan.devices]
             if not all(found):
                 return None
-            times = np.array(plan.reads(seen)) / np.array(found)
+            reached = [REACHED if device.kind in ON_CPU else 1.0 for device in plan.devices]
+            times = np.array(plan.reads(seen)) / np.array(found) / reached
             reading.append(float(times.max(1).sum()))
             exchanging.append(sum(_seconds(plan, x.tensor.nbytes, link) for x in plan.exchanges))
         return Speed(middle, tuple(reading), tuple(exchanging))
+
+    def prompt_speed(self, macs: Rate) -> float | None:
+        """Tokens per second of a prompt by its products alone; None where a rate is not known."""
+        seconds = 0.0
+        for plan in self.plans:
+            found = [macs(plan, device) for device in plan.devices]
+            if not all(found):
+                return None
+            seconds += float((np.array(plan.multiplies()) / np.array(found)).max(1).sum())
+        return 1 / seconds
 
     def page_nbytes(self, leaf: Tensor) -> float:
         """Bytes of a page of a plain leaf in its KV type, or of a slot."""

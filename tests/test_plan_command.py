@@ -88,6 +88,16 @@ def test_speed_needs_a_bandwidth() -> None:
     assert re.search(r"up to 5\d\.?\d? tokens/s", text.splitlines()[0])
 
 
+def test_prompts_have_a_speed_where_products_have_one() -> None:
+    two = ("qwen3-0.6b", "--devices", "tensor(cuda:0:2GB,cuda:1:2GB)", "--json")
+    data = json.loads(plan(*two, "--gmacs", "44000"))
+    alone = json.loads(plan("qwen3-0.6b", "--devices", "cuda:2GB", "--gmacs", "44000", "--json"))
+    assert alone["prompt_tokens_per_s"] == pytest.approx(44e12 / 440.4e6, rel=0.001)
+    assert data["prompt_tokens_per_s"] == pytest.approx(2 * 44e12 / 440.4e6, rel=0.001)
+    slower = json.loads(plan(*two, "--gmacs", "44000,11000"))
+    assert slower["prompt_tokens_per_s"] == pytest.approx(11e12 / 220.2e6, rel=0.001)
+
+
 def test_fit_says_which_options_it_chose() -> None:
     devices = "tensor(cuda:12GB,cuda:8GB)"
     text = plan("llama-3.1-8b", "--fit", "--devices", devices).splitlines()
@@ -141,7 +151,10 @@ def test_metadata_of_ones_own(tmp_path: Path) -> None:
         ("qwen3-0.6b --devices tensor(cpu:0,cpu:1) -ts 1,2,3", "3 shares for 2 devices"),
         ("qwen3-0.6b --kv-type q9", "kv_type='q9' must be one or two of"),
         ("qwen3-0.6b --weights Q9", "weight type 'Q9' is not known"),
-        ("qwen3-0.6b --devices cuda:2GB --bandwidth 1,2", "--bandwidth 1,2: give GB/s"),
+        (
+            "qwen3-0.6b --devices cuda:2GB --bandwidth 1,2",
+            "--bandwidth 1,2: give one number above 0, or 1",
+        ),
         ("qwen3-0.6b --hparams x.json", "give a model or --hparams, not both"),
         ("--hparams x.json", "x.json: cannot be read as metadata"),
     ],

@@ -19,9 +19,9 @@ from runtime.backends.meta.expression import Device
 from runtime.backends.meta.graph_stages import cut_graph
 from runtime.backends.meta.infer import Layout, infer
 from runtime.backends.meta.stages import Stage
-from runtime.ops.cost import Seen, moves, page_nbytes
+from runtime.ops.cost import Seen, flops, moves, page_nbytes
 from runtime.ops.graph import Graph
-from runtime.ops.registry import find
+from runtime.ops.registry import Kind, find, kind_of
 from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
 from runtime.ops.tensor import LEAVES, Tensor
 
@@ -122,6 +122,29 @@ class StagePlan:
 
         A stretch ends with what is exchanged; nobody begins the next before all are there.
         """
+
+        def nbytes(node: Tensor, device: int) -> float:
+            return sum(
+                n * self._portion(node, x, device)
+                for x, n, written in moves(node, seen)
+                if x.base.op == "weight" or (x.base.op == "state" and not written)
+                or x.base.attrs.get("storage") == "slots"
+            )  # fmt: skip
+
+        return self._by_stretch(nbytes)
+
+    def multiplies(self) -> list[list[float]]:
+        """Weights that each device multiplies a token of a prompt with: [stretch][device]."""
+
+        def macs(node: Tensor, device: int) -> float:
+            inside = getattr(node.shape[0], "name", "") != "outputs"
+            if kind_of(node) is not Kind.CONTRACTION or not inside:
+                return 0.0
+            return flops(node, Seen()) / 2 * self._portion(node, node.inputs[1], device)
+
+        return self._by_stretch(macs)
+
+    def _by_stretch(self, cost: Callable[[Tensor, int], float]) -> list[list[float]]:
         whole = self.layout.whole if self.layout else {}
         at: dict[Tensor, int] = {}
         found: list[list[float]] = []
@@ -129,13 +152,9 @@ class StagePlan:
             at[node] = max((at[x] + (x in whole) for x in node.inputs), default=0)
             while len(found) <= at[node]:
                 found.append([0.0] * len(self.devices))
-            if node.op in LEAVES:
-                continue
-            for x, nbytes, written in moves(node, seen):
-                memory = x.base.attrs.get("storage")
-                if x.base.op == "weight" or memory == "slots" or (memory and not written):
-                    for device in range(len(self.devices)):
-                        found[at[node]][device] += nbytes * self._portion(node, x, device)
+            if node.op not in LEAVES:
+                for device in range(len(self.devices)):
+                    found[at[node]][device] += cost(node, device)
         return found
 
     def _portion(self, node: Tensor, x: Tensor, device: int) -> float:

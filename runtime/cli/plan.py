@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ Examples:
         type=click.IntRange(0), metavar="N")  # fmt: skip
 @option("--bandwidth", "GB/s that each device reads, one for all or one each; of the CPU it is "
         "measured.", _HOW, metavar="N,N,...")  # fmt: skip
+@option("--gmacs", "1e9 weights that each device multiplies per second, for the speed of prompts.",
+        _HOW, metavar="N,N,...")  # fmt: skip
 @option("--link", "GB/s between devices.", _HOW, type=float, metavar="N")
 @option("--fit", "Choose what was not given (shares, KV type, context) so that it fits.", _HOW,
         is_flag=True)  # fmt: skip
@@ -72,7 +75,10 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     file = _file(model if model is not None else model_option, options)
     given = _placement(file, options)
     chosen = fitted(given, _own_kv(options) is None) if options["fit"] else given
-    speed = chosen.speed(_bandwidths(chosen, options["bandwidth"]), options["link"])
+    link = options["link"] and options["link"] * 1e9
+    speed = chosen.speed(_bandwidths(chosen, options["bandwidth"]), link)
+    rates = _each(chosen, "--gmacs", options["gmacs"])
+    prompt = chosen.prompt_speed(lambda plan, device: rates.get(device))
     answer = text.answer(chosen, speed, [] if chosen.fits else list(would_fit(chosen)))
     if options["svg"]:
         from runtime.report.svg import draw
@@ -85,10 +91,10 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     if options["as_json"]:
         from runtime.report.data import as_data
 
-        click.echo(json.dumps(as_data(chosen, speed, answer), indent=1))
+        click.echo(json.dumps(as_data(chosen, speed, prompt, answer), indent=1))
         return
     parts = [answer, text.heading(chosen), text.devices_table(chosen)]
-    parts.append(text.speed_line(chosen, speed))
+    parts.append(text.speed_line(chosen, speed, prompt))
     if options["fit"]:
         parts.insert(1, text.changes(given, chosen))
     click.echo("\n\n".join([*parts, text.layers_text(chosen, options["verbose"])]))
@@ -156,16 +162,7 @@ def _bandwidths(placement: Any, given: str | None) -> Any:
     from runtime.backends.meta.planner import ON_CPU
     from runtime.cli.bandwidth import measured, remembered
 
-    known = {}
-    if given is not None:
-        try:
-            each = [float(part) * 1e9 for part in given.split(",")]
-        except ValueError:
-            each = []
-        devices = [d for d in placement.needs if d.kind not in ON_CPU] or [*placement.needs]
-        if len(each) not in (1, len(devices)) or not all(n > 0 for n in each):
-            raise Refused(f"--bandwidth {given}: give GB/s, one number or {len(devices)}")
-        known = dict(zip(devices, each * len(devices) if len(each) == 1 else each, strict=True))
+    known = _each(placement, "--bandwidth", given)
     here = [device for device in placement.needs if device.kind in ON_CPU]
 
     def of(plan: Any, device: Any) -> float | None:
@@ -180,6 +177,26 @@ def _bandwidths(placement: Any, given: str | None) -> Any:
         return found / sharing
 
     return of
+
+
+def _each(placement: Any, name: str, given: str | None) -> dict[Any, float]:
+    """What an option says of each device, or of each that is no CPU where there are any, times 1e9.
+
+    UsageError: neither one number above 0 nor as many as there are devices.
+    """
+    from runtime.backends.meta.planner import ON_CPU
+
+    if given is None:
+        return {}
+    devices = [d for d in placement.needs if d.kind not in ON_CPU] or [*placement.needs]
+    parts = given.split(",") * (1 if "," in given else len(devices))
+    try:
+        numbers = [float(part) * 1e9 for part in parts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(devices) or not all(0 < n < math.inf for n in numbers):
+        raise Refused(f"{name} {given}: give one number above 0, or {len(devices)}")
+    return dict(zip(devices, numbers, strict=True))
 
 
 def _write(path: str, content: str) -> None:

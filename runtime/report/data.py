@@ -9,7 +9,9 @@ from runtime.planning import Placement, Speed
 from runtime.report.layers import layers_of
 
 
-def as_data(placement: Placement, speed: Speed | None, answer: str) -> dict[str, Any]:
+def as_data(
+    placement: Placement, speed: Speed | None, prompt: float | None, answer: str
+) -> dict[str, Any]:
     """Everything that a plan says; bytes are plain numbers."""
     return {
         "answer": answer,
@@ -24,6 +26,7 @@ def as_data(placement: Placement, speed: Speed | None, answer: str) -> dict[str,
         "type_k": placement.kv_types[0],
         "type_v": placement.kv_types[1],
         "tokens_per_s": speed.tokens_per_s if speed else None,
+        "prompt_tokens_per_s": prompt,
         "memory": [
             {
                 "device": str(u.device), "weights": round(u.weights), "kv_cache": round(u.cache),

@@ -28,7 +28,7 @@ def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) ->
     """One line: whether it fits, with what; or what would. options: see `would_fit`."""
     kinds = "/".join(dict.fromkeys(placement.kv_types))
     if placement.fits:
-        fast = f", up to {rate(speed.tokens_per_s)} tokens/s" if speed else ""
+        fast = f", {_about(placement, speed)} tokens/s" if speed else ""
         return f"yes: {placement.context:,} tokens of context fit, KV cache in {kinds}{fast}"
     what = f"{placement.asked:,} tokens of context do" if placement.asked else "the model does"
     would = f"; there is room for {', or '.join(options)}" if options else ""
@@ -54,20 +54,26 @@ def changes(given: Placement, chosen: Placement) -> str:
     return f"options: {' '.join(found) or 'as given'}"
 
 
-def speed_line(placement: Placement, speed: Speed | None) -> str:
-    """What the speed is made of, or why it is not known."""
+def speed_line(placement: Placement, speed: Speed | None, prompt: float | None) -> str:
+    """What the speed is made of, or why it is not known; and of a prompt, where it is."""
     if not placement.context:
         return "speed: not known without a context"
+    more = f"; prompts up to {rate(prompt)} tokens/s" if prompt else ""
     if speed is None:
         unknown = next(str(d) for d in placement.needs if d.kind not in ON_CPU)
-        return f"speed: not known; --bandwidth says how many GB/s {unknown} reads"
+        return f"speed: not known; --bandwidth says how many GB/s {unknown} reads{more}"
     reading, exchanging = sum(speed.reading), sum(speed.exchanging)
     count = sum(len(plan.exchanges) for plan in placement.plans)
     exchanged = f", {1e3 * exchanging:.3g} ms for {count} exchanges" if count else ""
     return (
-        f"speed: up to {rate(speed.tokens_per_s)} tokens/s after {speed.context:,} tokens, each "
-        f"{1e3 * reading:.3g} ms of reading{exchanged}"
+        f"speed: {_about(placement, speed)} tokens/s after {speed.context:,} tokens, each "
+        f"{1e3 * reading:.3g} ms of reading{exchanged}{more}"
     )
+
+
+def _about(placement: Placement, speed: Speed) -> str:
+    here = all(device.kind in ON_CPU for device in placement.needs)
+    return f"{'about' if here else 'up to'} {rate(speed.tokens_per_s)}"
 
 
 def rate(tokens_per_s: float) -> str:

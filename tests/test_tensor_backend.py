@@ -238,6 +238,12 @@ def test_what_a_step_is_made_of(files: Callable[..., Path], monkeypatch, capsys)
     assert shown.count("VALIDATE: nothing is compared on tensor (cpu") == 1
 
 
+def test_embeddings_lie_in_memory_once(files: Callable[..., Path]):
+    with load_split(files("qwen3"), (1, 1)) as model:
+        first, second = (device.weights for device in model.backend._devices)
+        assert first._rows is second._rows and len(first._rows) == 1
+
+
 def test_loading_tells_how_far_it_is(files: Callable[..., Path]):
     told: list[tuple[int, int]] = []
     with load_split(

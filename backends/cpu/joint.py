@@ -27,7 +27,9 @@ class Joint:
     """Devices that each run their own graph of a step; their owner closes them."""
 
     def __init__(self, devices: Sequence[CpuBackend]) -> None:
-        self._devices = tuple(devices)
+        self._devices = first, *others = tuple(devices)
+        for device in others:
+            device.weights.share_rows(first.weights)
         self._group = TeamGroup([device.team for device in devices])
         self._rooms = [aligned(0)] * (len(devices) + 1)
 

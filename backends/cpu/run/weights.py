@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends import forks
 from runtime.backends.base import stored_tensor
 from runtime.backends.cpu.compile.library import Library
 from runtime.backends.cpu.run.cores import pinned
@@ -40,19 +41,31 @@ class WeightStore:
         self._file, self._library, self._team = file, library, team
         self.cores = team.cores[0]  # they write it first, so that it lies on their NUMA node
         self._made: dict[Hashable, np.ndarray] = {}
+        self._rows: dict[Hashable, np.ndarray] = {}  # "raw", of which steps look up few
+        self._reading = forks.lock()  # of those
         self._slab = self._room = aligned(0)
 
     def address(self, buffer: Buffer) -> int:
         """Where a weight lies in the form its buffer asks for."""
-        if buffer.content not in self._made:
-            assert buffer.tensor is not None, "a weight buffer has its tensor"
+        assert buffer.tensor is not None, "a weight buffer has its tensor"
+        if buffer.memory == "raw":
+            with self._reading:
+                return self._address(self._rows, buffer, buffer.tensor)
+        return self._address(self._made, buffer, buffer.tensor)
+
+    def _address(self, made: dict[Hashable, np.ndarray], buffer: Buffer, w: Tensor) -> int:
+        if buffer.content not in made:
             with pinned(self.cores):
-                self._made[buffer.content] = _MAKERS[buffer.memory](self, buffer.tensor)
-        return self._made[buffer.content].ctypes.data
+                made[buffer.content] = _MAKERS[buffer.memory](self, w)
+        return made[buffer.content].ctypes.data
+
+    def share_rows(self, other: WeightStore) -> None:
+        """Rows to look up lie in memory once, for this device and the other."""
+        self._rows, self._reading = other._rows, other._reading
 
     def nbytes(self) -> int:
         """Bytes of memory taken."""
-        return sum(a.nbytes for a in self._made.values())
+        return sum(a.nbytes for made in (self._made, self._rows) for a in made.values())
 
     def stored_nbytes(self, buffers: Iterable[Buffer]) -> int:
         """Bytes of the file that `load` reads for these buffers."""
@@ -102,7 +115,7 @@ class WeightStore:
 
     def _stored(self, w: Tensor) -> StoredRows:
         """Rows of a weight, those in memory where an embedding is the output matrix as well."""
-        raw = None if "cut" in w.attrs else self._made.get(("raw", w.content))
+        raw = None if "cut" in w.attrs else self._rows.get(("raw", w.content))
         return StoredRows(w, stored_tensor(self._file, w), raw)
 
     def _take(self, nbytes: int) -> np.ndarray:

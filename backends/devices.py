@@ -25,7 +25,7 @@ def open_backend(
     file: an open GGUF file. threads: of all devices together, by default one per core; of a NUMA
     node its own. OptionError names what cannot be used, and what is known.
     """
-    stages = chosen(devices, split_mode, tensor_split, main_device, _count)
+    stages = chosen(devices, split_mode, tensor_split, main_device, count)
     every = list(dict.fromkeys(device for stage in stages for device in stage.devices))
     kinds = sorted({device.kind for device in every})
     if kinds == ["null"]:
@@ -50,7 +50,7 @@ def names_mpi(expression: str) -> bool:
     return re.search(r"\bmpi\b", expression, re.IGNORECASE) is not None
 
 
-def _count(kind: str) -> int:
+def count(kind: str) -> int:
     """How many devices of a kind this machine has; of MPI, how many processes this run has."""
     if kind == "mpi":
         from runtime.backends.meta.processes import processes
@@ -64,7 +64,7 @@ def _count(kind: str) -> int:
 def _shares_of_all(expression: str, stage: Stage) -> list[float]:
     """Of all processes of this run, in order."""
     shares = {d.number: float(s) for d, s in zip(stage.devices, stage.shares, strict=True)}
-    size = _count("mpi")
+    size = count("mpi")
     if sorted(shares, key=str) != sorted(range(size), key=str):
         raise OptionError(
             f"devices={shown(expression)}: these are {len(shares)} processes with a share, and "

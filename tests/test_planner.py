@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from small_models import NOVEL, Sizes, write_model
 
+import runtime
 from runtime.backends.cpu.planner import Planner, options
 from runtime.backends.meta.choices import chosen
 from runtime.backends.meta.planner import plan_stages
@@ -86,6 +88,27 @@ def compare(file: object, devices: str) -> None:
         assert (plan.weights(device), plan.pages(device), plan.slots(device)) == (
             weights, pages, slots
         )  # fmt: skip
+
+
+def cpus(backend: Any) -> list[Any]:
+    """The CPU backends behind a device made of devices."""
+    inner = getattr(backend, "_devices", None)
+    return [backend] if inner is None else [cpu for each in inner for cpu in cpus(each)]
+
+
+@pytest.mark.parametrize(
+    "devices", ["cpu", "tensor(3*cpu:0,cpu:1)", "layers(cpu:0,tensor(cpu:1,cpu:2))"]
+)
+def test_bytes_are_those_that_backends_take(devices: str, hybrid_model: Path) -> None:
+    with runtime.load(hybrid_model, devices, context=64, sequences=1) as model:
+        model.eval([1, 2, 3], "last")
+        taken = [
+            (cpu.weights.nbytes(), sum(a.nbytes for a in cpu.memory._states.values()))
+            for cpu in cpus(model.backend)
+        ]
+        pages, slots = model.memory().pages, model.memory().slots
+        needs = Placement(Model(model.file), chosen(devices)).needs.values()
+    assert [(n.weights, n.page * pages + n.slot * slots) for n in needs] == taken
 
 
 @pytest.mark.parametrize("name", ["qwen3.5-35b-a3b", "gpt-oss-120b"])

@@ -27,7 +27,7 @@ from runtime.ops.tensor import LEAVES, Tensor
 
 PageBytes = Callable[[Tensor], float]  # of one page, or one slot, of a state leaf
 
-ON_CPU = ("cpu", "numa")
+ON_CPU = ("cpu", "numa", "mpi", "null", "reference")
 
 
 class Exchange(NamedTuple):

@@ -137,6 +137,7 @@ def _own_kv(options: dict[str, Any]) -> str | None:
 
 
 def _placement(file: Any, options: dict[str, Any]) -> Any:
+    from runtime.backends.devices import count
     from runtime.backends.meta.choices import chosen
     from runtime.errors import OptionError
     from runtime.planning import Model, Placement, by_memory, kv_types, memory_here
@@ -144,7 +145,7 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
     try:
         stages = chosen(
             options["devices"], options["split_mode"], options["tensor_split"],
-            options["main_device"],
+            options["main_device"], count,
         )  # fmt: skip
         kinds = kv_types(_own_kv(options) or "f16")
     except OptionError as error:

@@ -134,9 +134,7 @@ def _opened(
     file = open_file(path)
     for what, value in fingerprint(file).items():
         if value != first[what]:
-            raise OptionError(
-                f"its {what} ({value}) is another one than process 0's ({first[what]})"
-            )
+            raise OptionError(f"its {what} ({value}) is not that of process 0 ({first[what]})")
     return Rank(beside, file, *given)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -71,6 +73,7 @@ class Processes:
         self._mpi, self._comm = mpi, mpi.COMM_WORLD.Dup()
         self.rank, self.size = self._comm.rank, self._comm.size
         self.beside = self._comm.Split_type(mpi.COMM_TYPE_SHARED).size
+        _bear_notice()
         self.lost, self.status = "", 1  # why this run cannot go on; what it then exits with
         self.stop = False  # of the first process: it wishes the step under way to end early
         own = _machine(), os.getpid()
@@ -189,6 +192,14 @@ class Processes:
             return []
         found, _, _ = select.select([*self._watched], [], [], seconds)
         return [self._watched[file] for file in found]
+
+
+def _bear_notice() -> None:
+    """MPICH tells of a dead process by a signal that would end this one without a word."""
+    number = getattr(signal, "SIGUSR1", None)
+    here = threading.current_thread() is threading.main_thread()
+    if number is not None and here and signal.getsignal(number) is signal.SIG_DFL:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _machine() -> str:

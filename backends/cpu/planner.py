@@ -44,15 +44,16 @@ class Planner:
             self._plans[key] = make_plan(graph, self.options, guarded)
         return self._plans[key]
 
-    def weights_nbytes(self, read: Mapping[tuple[Tensor, int], Tensor]) -> int:
+    def weights_nbytes(self, read: Mapping[tuple[Tensor, int], Tensor], rows: bool = True) -> int:
         """Bytes of weights in the forms that the plan of a model's graph reads.
 
-        read: (node, number of an input) of the plain graph -> the weight that it is.
+        read: (node, number of an input) of the plain graph -> the weight that it is. rows: with
+        those of which rows are looked up, which devices that work together have once.
         """
         found = {}
         for (node, number), weight in read.items():
-            if kind_of(node) is not Kind.VIEW:
-                form = _form(node, number)
+            form = _form(node, number)
+            if kind_of(node) is not Kind.VIEW and (rows or form != "raw"):
                 found[form, weight.content] = _nbytes(form, weight)
         return sum(found.values())
 

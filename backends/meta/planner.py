@@ -70,7 +70,8 @@ class StagePlan:
             if x.base.op == "weight" and self._takes(node, n, device)
         }
         if self.devices[device].kind in ON_CPU:
-            return _CPU.weights_nbytes(read)
+            first = next(n for n, each in enumerate(self.devices) if each.kind in ON_CPU)
+            return _CPU.weights_nbytes(read, device == first)
         return sum({x.content: x.nbytes for x in read.values()}.values())
 
     def _local(self, node: Tensor, number: int, device: int) -> Tensor:

@@ -11,15 +11,17 @@ copies and views need no pattern: theirs follows from the kind.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from runtime.ops.errors import OpError
+from runtime.ops.moe import expert_sum
 from runtime.ops.registry import Kind, find
-from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, Unsplittable, split_of
+from runtime.ops.splits import MIRRORED, PARTIAL, Routed, Split, State, Unsplittable, split_of
 from runtime.ops.tensor import LEAVES, Shape, Tensor
 from runtime.ops.views import broadcast, permute, reshape, slice_
 
@@ -63,16 +65,11 @@ def links(node: Tensor, source: int, axis: int, target: int) -> tuple[tuple[int,
     """Axes of `target` that go with one of `source` (inputs by number, OUT), outermost first."""
     if node.op in LEAVES:
         return ()
-    view = find(node.op).kind is Kind.VIEW
-    found = (
-        (
-            number,
-            _through_view(node, source == OUT, axis, number)
-            if view
-            else _by_pattern(node, source, axis, target, number),
-        )
-        for number in range(_operand(node, target).ndim)
-    )
+    if find(node.op).kind is Kind.VIEW:
+        way = partial(_through_view, node, source == OUT, axis)
+    else:
+        way = partial(_by_pattern, node, source, axis, target)
+    found = ((number, way(number)) for number in range(_operand(node, target).ndim))
     return tuple((number, link) for number, link in found if link is not None)
 
 
@@ -103,7 +100,7 @@ def summands(node: Tensor, number: int, split: Split) -> list[State]:
     """States of all inputs where one is split along an axis that is summed over."""
     if not is_summed(node, number, split.axis):
         raise Unsplittable(f"{node.op} does not sum over axis {split.axis} of input {number}")
-    if any(len(owners) != 1 for owners, _ in split.runs):
+    if not _of_one_each(split):
         raise Unsplittable("summands of several owners would count several times")
     found = [_asked(node, number, split, other) for other in range(len(node.inputs))]
     found[number] = split
@@ -113,10 +110,12 @@ def summands(node: Tensor, number: int, split: Split) -> list[State]:
 def result(node: Tensor, states: Sequence[State]) -> State:
     """The state of what devices compute from inputs of these states; Unsplittable: nothing."""
     given = list(states)
-    partial = tuple(i for i, state in enumerate(given) if state is PARTIAL)
+    if any(isinstance(state, Routed) for state in given):
+        return routed(node, given)
+    sums = tuple(i for i, state in enumerate(given) if state is PARTIAL)
     splits = {i: state for i, state in enumerate(given) if isinstance(state, Split)}
-    if partial:
-        if not splits and _is_linear(node, partial):
+    if sums:
+        if not splits and _is_linear(node, sums):
             return PARTIAL
         raise Unsplittable(f"{node.op} of partial sums is no partial sum")
     for number, split in splits.items():
@@ -131,6 +130,31 @@ def result(node: Tensor, states: Sequence[State]) -> State:
     if splits:
         raise Unsplittable(f"{node.op} of inputs that are {', '.join(map(str, given))}")
     return MIRRORED
+
+
+def routed(node: Tensor, states: Sequence[State]) -> State:
+    """As `result`, where rows lie by expert: of inputs, or picked from weights split by expert.
+
+    What works row by row keeps them so; a sum over choices leaves out those of other devices.
+    """
+    op, given = find(node.op), [*states]
+    for number, by in op.picks.items():
+        if isinstance(split := given[number], Split) and split.axis == 0:
+            given[number] = Routed(node.inputs[by], split)
+    way, *more = {*given} - {MIRRORED} or {MIRRORED}
+    if not more and isinstance(way, Routed) and all(given[n] == way for n in op.picks):
+        if expert_sum.made(node) and given[1:] == [MIRRORED] and _of_one_each(way.experts):
+            return PARTIAL
+        if op.kind in _BY_ROW and node.ndim > 2:
+            return way
+    raise Unsplittable(f"{op.name} of inputs that are {', '.join(map(str, states))}")
+
+
+_BY_ROW = (Kind.ELEMENTWISE, Kind.ROWWISE, Kind.CONTRACTION)
+
+
+def _of_one_each(split: Split) -> bool:
+    return all(len(owners) == 1 for owners, _ in split.runs)
 
 
 def _is_linear(node: Tensor, partial: tuple[int, ...]) -> bool:
@@ -200,10 +224,8 @@ def pattern(node: Tensor) -> Pattern:
 
 def _aligned(shape: Shape, whole: Shape) -> tuple[Names, ...]:
     """Axes by their places from the last; what is repeated has no name."""
-    behind = range(len(whole) - len(shape), len(whole))
-    return tuple(
-        (f"a{at}",) if int(n) == int(whole[at]) else () for at, n in zip(behind, shape, strict=True)
-    )
+    behind = enumerate(whole[len(whole) - len(shape) :], len(whole) - len(shape))
+    return tuple((f"a{i}",) if n == m else () for (i, m), n in zip(behind, shape, strict=True))
 
 
 @cache
@@ -212,9 +234,7 @@ def _expanded(text: str, ndims: tuple[int, ...]) -> Pattern:
         left, _, right = choice.partition("->")
         given = [_tokens(part) for part in left.split(",")][: len(ndims) - 1]  # optional ones last
         operands = [*given, _tokens(right)]
-        if all(
-            "*" in tokens or len(tokens) == n for tokens, n in zip(operands, ndims, strict=True)
-        ):
+        if all("*" in of or len(of) == n for of, n in zip(operands, ndims, strict=True)):
             return _named(operands, ndims)
     raise OpError(f"pattern {text!r} does not fit operands of {ndims} axes")
 
@@ -231,18 +251,7 @@ def _named(operands: Sequence[Sequence[str]], ndims: tuple[int, ...]) -> Pattern
 
 
 def _tokens(text: str) -> list[str]:
-    spaced = text.replace("(", " ( ").replace(")", " ) ").split()
-    found: list[str] = []
-    inside = False
-    for word in spaced:
-        if word in "()":
-            inside = word == "("
-            found += [""] if inside else []
-        elif inside:
-            found[-1] = f"{found[-1]} {word}".strip()
-        else:
-            found.append(word)
-    return found
+    return [token.strip("()") for token in re.findall(r"\(.*?\)|\S+", text)]
 
 
 def _axes_of(token: str, stars: int) -> list[Names]:
@@ -297,9 +306,8 @@ def _through_view(node: Tensor, backward: bool, axis: int, number: int) -> Link 
         places = np.arange(int(target[number])) + start
         outside = (places < 0) | (places >= int(source[axis]))
         return Link(np.where(outside, -1, places)[:, None])
-    if broadcast.made(node) and int(x.shape[old]) != int(node.shape[new]):
-        return None
-    return _identity(target[number])
+    repeated = broadcast.made(node) and int(x.shape[old]) != int(node.shape[new])
+    return None if repeated else _identity(target[number])
 
 
 def _identity(n: int) -> Link:

@@ -54,6 +54,19 @@ def _joined(runs: Runs) -> Runs:
     return tuple(joined)
 
 
+def cut_of_cut(outer: Runs, inner: Runs) -> Runs:
+    """Stretches `inner` of what the stretches `outer` leave, in numbers of the whole."""
+    found = []
+    for start, stop in inner:
+        at = 0
+        for a, b in outer:
+            low, high = max(start, at), min(stop, at + b - a)
+            if low < high:
+                found.append((a + low - at, a + high - at))
+            at += b - a
+    return tuple(found)
+
+
 def cut_shape(shape: Shape, parts: Parts) -> Shape:
     """The shape that is left."""
     sizes = {axis: sum(stop - start for start, stop in runs) for axis, runs in parts}

@@ -1,10 +1,13 @@
-"""How a tensor lies on several devices: mirrored, partial, or split along one axis.
+"""How a tensor lies on several devices: mirrored, partial, split along one axis, or routed.
 
 A split says who owns which stretch of an axis, as RUNS: one period of (owners, length) and how
 often it repeats. A fused q|k|v projection of two devices is six runs; heads flattened with T tokens
 into rows are two runs repeated T times. A stretch may have several owners (a K head that two
 devices need) or none. Each device keeps its stretches one after another, in order, so the same op
 runs on what it has. `cut_array` and `join_arrays` are what all of this means.
+
+What experts make of tokens is ROUTED where whole experts are on one device each: rows lie with the
+device that has their expert, and that is known in the step alone.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 
 from runtime.ops.cuts import Runs
 from runtime.ops.errors import OpError
-from runtime.ops.tensor import Shape
+from runtime.ops.tensor import Shape, Tensor
 
 Owners = tuple[int, ...]  # devices by number, rising
 MOST_DEVICES = 63  # owners of a stretch are bits of an int64 where many are looked at
@@ -77,7 +80,21 @@ class Split(NamedTuple):
         return f"axis {self.axis}: {shown}{more}" + (f" x{self.repeat}" if self.repeat > 1 else "")
 
 
-State = Split | Whole
+class Routed(NamedTuple):
+    """Every device has room for all rows [token, choice, ...], those of its experts are right.
+
+    ids: [token, choice], the experts chosen. experts: their owners, along axis 0 of weights. What
+    other rows hold means nothing.
+    """
+
+    ids: Tensor
+    experts: Split
+
+    def __str__(self) -> str:
+        return f"by expert {self.experts}"
+
+
+State = Split | Routed | Whole
 
 
 def normal(axis: int, runs: Sequence[tuple[Owners, int]], repeat: int = 1) -> Split:
@@ -112,20 +129,16 @@ def _split_of(axis: int, content: bytes) -> Split:
     edges = np.flatnonzero(np.diff(masks)) + 1
     starts, ends = np.append(0, edges), np.append(edges, len(masks))
     runs = [
-        (_owners(int(masks[a])), int(b - a))
+        (owners_of(int(masks[a])), int(b - a))
         for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
         if b > a
     ]
     return normal(axis, runs)
 
 
-def _owners(mask: int) -> Owners:
+def owners_of(mask: int) -> Owners:
+    """The devices that are bits of a number."""
     return tuple(d for d in range(MOST_DEVICES) if mask >> d & 1)
-
-
-def even(axis: int, lengths: Sequence[int]) -> Split:
-    """One stretch for each device, of these lengths."""
-    return normal(axis, [((d,), n) for d, n in enumerate(lengths)])
 
 
 def local_shape(shape: Shape, state: State, device: int) -> Shape:

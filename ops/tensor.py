@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.ops.cached import cached_property
-from runtime.ops.cuts import Cut, Parts, canonical, cut_array, cut_shape, label
+from runtime.ops.cuts import Cut, Parts, Runs, canonical, cut_array, cut_of_cut, cut_shape, label
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import OpError
 
@@ -198,3 +198,16 @@ def constant(name: str, value: np.ndarray, cut: Cut | None = None) -> Tensor:
     dtype = F32 if value.dtype == np.float32 else I32
     value.setflags(write=False)
     return Tensor("constant", (), value.shape, dtype, MappingProxyType({"value": value}), name=name)
+
+
+def cut_leaf(leaf: Tensor, axis: int, runs: Runs) -> Tensor:
+    """A leaf that is these stretches of another one, which may be cut itself."""
+    if leaf.op == "constant":
+        return constant(f"{leaf.name}[{axis}]", leaf.attrs["value"], cut={axis: runs})
+    whole = leaf.attrs.get("whole", leaf.shape)
+    cut = dict(leaf.attrs.get("cut", ()))
+    cut[axis] = cut_of_cut(cut[axis], runs) if axis in cut else runs
+    if leaf.op == "state":
+        return state(leaf.name, whole, leaf.dtype, leaf.attrs["storage"], cut)
+    source = leaf.attrs.get("source", "")
+    return weight(stored_name(leaf), whole, leaf.dtype, cut, leaf.name, source)

@@ -10,20 +10,21 @@ from unittest.mock import patch
 import runtime
 from runtime import model as model_module
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.meta.tensor import TensorBackend
+from runtime.backends.meta.tensor import Split, TensorBackend, inferred
 from runtime.model import Model
 
 
 def load_split(
-    path: Path | None, shares: Sequence[float], threads: Sequence[int] = (), **given: Any
-) -> Model:
+    path: Path | None, shares: Sequence[float], threads: Sequence[int] = (),
+    divide: Split = inferred, **given: Any,
+) -> Model:  # fmt: skip
     """`runtime.load` on len(shares) devices, of one thread each unless said otherwise."""
 
     def opened(
         devices: str, file: Any, n_threads: int | None, activations: str, **split: Any
     ) -> TensorBackend:
         counts = threads or [1] * len(shares)
-        return TensorBackend([CpuBackend(file, n, activations) for n in counts], shares)
+        return TensorBackend([CpuBackend(file, n, activations) for n in counts], shares, divide)
 
     with patch.object(model_module, "open_backend", opened):
         return runtime.load(path, **given)

@@ -31,8 +31,9 @@ from runtime.models.step import Step
 from runtime.ops import Graph
 from runtime.ops.cuts import cut_array
 from runtime.ops.errors import OpError
-from runtime.ops.splits import State
-from runtime.ops.tensor import Tensor, stored_name
+from runtime.ops.splits import Routed, Split, State
+from runtime.ops.tensor import LEAVES, Tensor, stored_name
+from runtime.ops.views import slice_
 
 SHARES = st.lists(st.sampled_from([1.0, 1.0, 2.0, 3.0, 9.0, 0.05]), min_size=1, max_size=5)
 
@@ -86,15 +87,18 @@ def _beginning(of: str) -> Callable[..., Tensor]:
     return cut
 
 
-def _from_zero(right: Any, x: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    return right(x, axis, 0, stop - start)
+def _from_zero(right: Any, local: Any, x: Tensor, use: Split) -> Tensor | None:
+    size = use.local(local.device)
+    if x.op in LEAVES or not size:
+        return right(local, x, use)
+    return slice_(x, axis=use.axis, start=0, stop=size)
 
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "slices at places of the whole": (_Shard, "_attrs", _whole_slices),
     "weights cut at their beginning": (shard_module, "cut_leaf", _beginning("weight")),
     "states cut at their beginning": (shard_module, "cut_leaf", _beginning("state")),
-    "parts taken from the beginning": (shard_module, "slice_of", _from_zero),
+    "parts taken from the beginning": (_Shard, "_part", _from_zero),
 }
 
 
@@ -217,9 +221,16 @@ def _graph(file: object, tokens: int, outputs: int = 1, kv_type: str = "f16") ->
     )))  # fmt: skip
 
 
-def _decided(layout: Layout) -> list[tuple[str, State, tuple[State, ...], int]]:
+def _decided(layout: Layout) -> list[tuple[str, list[State], int]]:
     """Of each node, in order, how it lies and how it takes its inputs."""
-    return [(n.op, layout.states[n], layout.uses[n], layout.holders[n]) for n in layout.graph.nodes]
+
+    def plain(state: State) -> State:  # without the node that says which experts
+        return state.experts if isinstance(state, Routed) else state
+
+    return [
+        (n.op, [*map(plain, (layout.states[n], *layout.uses[n]))], layout.holders[n])
+        for n in layout.graph.nodes
+    ]
 
 
 def _numbered(graph: Graph) -> Graph:

@@ -23,7 +23,6 @@ from runtime.ops.splits import (
     Split,
     Unsplittable,
     cut_array,
-    even,
     join_arrays,
     local_shape,
     normal,
@@ -128,6 +127,11 @@ def test_of_a_shared_stretch_the_first_owner_counts():
     split = normal(0, [((0,), 1), ((1, 2), 2), ((2,), 1)])
     parts = [np.array([1]), np.array([2, 3]), np.array([20, 30, 4])]
     np.testing.assert_array_equal(join_arrays(parts, split), [1, 2, 3, 4])
+
+
+def even(axis: int, lengths: Sequence[int]) -> Split:
+    """One stretch for each device, of these lengths."""
+    return normal(axis, [((d,), n) for d, n in enumerate(lengths)])
 
 
 def test_devices_without_a_share_are_absent():

@@ -6,7 +6,8 @@ projections, to weights and caches, and sideways to whatever else takes part; al
 anchor's REGION. The smallest parts that can be told apart there (heads, groups of heads that share
 a K head, blocks of a quantised weight, units of a gated product) are found by following every unit
 of the axis through the region and joining those that an op keeps together. They are dealt out by
-bytes of weights. What is left over is mirrored, which is always right.
+bytes of weights. Where the experts of a mixture have too few parts inside, whole experts are parts.
+What is left over is mirrored, which is always right.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
+from operator import or_
 
 import numpy as np
 
 from runtime.backends.meta.region import Region
-from runtime.ops.axes import is_summed, needs, result, summands
+from runtime.ops.axes import is_summed, needs, result, routed, summands
 from runtime.ops.graph import Graph
-from runtime.ops.registry import Kind, find
-from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, Unsplittable, split_of
+from runtime.ops.registry import Kind, find, kind_of
+from runtime.ops.splits import MIRRORED, PARTIAL, Routed, Split, State, Unsplittable, split_of
 from runtime.ops.tensor import LEAVES, Tensor
 
 _UNIT = 32  # elements of an axis that stay together where there are plenty
 _FEW = 8  # parts a device, at least, for that
+Found = tuple[Sequence[State], State]  # how a node takes its inputs, and what it is then
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Layout:
     states: as computed, PARTIAL before it is summed; a weight that some uses cut is MIRRORED.
     uses: of each node the states in which it takes its inputs. holders: the devices that compute
     a node, as bits. whole: what is summed or gathered for those that take it whole, and its number
-    in order. why: of weights that are mirrored the reason.
+    in order. why: of weights that are mirrored, or of which experts stay whole, the reason.
     """
 
     graph: Graph
@@ -62,44 +66,82 @@ class Layout:
         return [x for x in self.whole if self.states[x] is not PARTIAL]
 
 
-def infer(graph: Graph, shares: Sequence[float]) -> Layout:
-    """The layout over len(shares) devices; shares are above 0, of the weights' bytes."""
+def infer(graph: Graph, shares: Sequence[float], across: bool | None = None) -> Layout:
+    """The layout over len(shares) devices; shares are above 0, of the weights' bytes.
+
+    across: whether experts stay whole, on one device each; None: where their insides are coarse.
+    """
     refused: dict[Tensor, str] = {}
     while True:
-        regions = _regions(graph, len(shares), refused) if len(shares) > 1 else []
-        layout = _layout(graph, len(shares), _dealt(regions, shares), regions, refused)
-        scattered = _scattered(layout, regions)
-        if not scattered:
+        regions = _regions(graph, shares, refused, across) if len(shares) > 1 else []
+        try:
+            layout = _layout(graph, len(shares), _dealt(regions, shares), regions, refused)
+        except Unsplittable:  # what experts make is wanted as it is
+            if across is False:
+                raise
+            return infer(graph, shares, False)
+        if not (scattered := _scattered(layout, regions)):
             return layout
         refused |= scattered
 
 
-def _regions(graph: Graph, devices: int, refused: dict[Tensor, str]) -> list[Region]:
+def _regions(
+    graph: Graph, shares: Sequence[float], refused: dict[Tensor, str], across: bool | None
+) -> list[Region]:
     """The regions of all anchors that are worth it, in the order of the anchors."""
     found: list[Region] = []
     taken: set[Tensor] = set()
     for node in graph.nodes:
-        reasons = [refused[node]] if node in refused else []
+        region = None
         for start, axis in () if node in refused else _starts(graph, node):
             try:
-                region = _grown(graph, node, start, axis, devices)
-                _check(region, node, taken)
+                region = _grown(graph, node, start, axis, len(shares), taken)
+                refused.pop(node, None)
+                break
             except Unsplittable as reason:
-                reasons.append(str(reason))
-                continue
+                refused.setdefault(node, str(reason))
+        experts = None if across is False else _experts(graph, node)
+        if experts and not taken & experts.labels.keys():
+            experts.why = _why_whole(region, shares, int(node.shape[1]), bool(across))
+            region = experts if experts.why else region
+        if region is not None:
             found.append(region)
             taken |= region.labels.keys() - region.whole
-            break
-        else:
-            if reasons:
-                refused[node] = reasons[0]
     return found
+
+
+def _experts(graph: Graph, node: Tensor) -> Region | None:
+    """All weights of the experts of which a node is the last product, an atom for each expert."""
+    for number, by in find(node.op).picks.items() if kind_of(node) is Kind.CONTRACTION else ():
+        users = [user for user in graph.users[node.inputs[by]] if find(user.op).picks]
+        if node is [user for user in users if kind_of(user) is Kind.CONTRACTION][-1]:
+            region = Region(graph, node, int(node.inputs[number].shape[0]), False)
+            for user in users:
+                for at in find(user.op).picks:
+                    region.labels[user.inputs[at]] = 0, np.arange(len(region.root))[:, None]
+                    region.summed[user] = at, user.inputs[at]
+            return region
+    return None
+
+
+def _why_whole(inside: Region | None, shares: Sequence[float], used: int, asked: bool) -> str:
+    """Why experts are better whole than split as in `inside`; empty: they are not.
+
+    A token does not use experts of all devices evenly. What the least device has of them is off by
+    about a standard deviation with one token, and by nothing with very many: we count with half.
+    """
+    if inside is None or asked:
+        return "whole experts: " + ("as asked" if asked else "there are no parts inside")
+    (bits,), costs, each = _dealt([inside], shares), inside.nbytes(), np.divide(shares, sum(shares))
+    late = max(costs[bits == 1 << d].sum() / n / costs.sum() for d, n in enumerate(each))
+    if late <= 1 + 0.5 * np.sqrt((1 / each.min() - 1) / used):
+        return ""
+    return f"whole experts: of {len(inside.classes())} parts a device has {late:.2f} of its share"
 
 
 def _starts(graph: Graph, node: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Axes that a region may begin with: what a node sums over, and rows of what is wanted."""
-    weights = [x.op == "weight" for x in node.inputs]
-    if not any(weights):
+    if not any(x.op == "weight" for x in node.inputs):
         return
     for number, x in enumerate(node.inputs):
         for axis in range(x.ndim):
@@ -109,8 +151,13 @@ def _starts(graph: Graph, node: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield node, node.ndim - 1
 
 
-def _grown(graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int) -> Region:
-    """Groups stay together where there are enough of them for all devices."""
+def _grown(
+    graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int, taken: set[Tensor]
+) -> Region:
+    """Groups stay together where there are enough of them for all devices.
+
+    Unsplittable unless it splits work that no other region has.
+    """
     n = int(start.shape[axis])
     unit = max(x.dtype.block for x in node.inputs if x.op == "weight") if start is not node else 1
     unit = unit if n % unit == 0 else n
@@ -121,19 +168,13 @@ def _grown(graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int) -
         region.grow(start, axis, np.arange(n) // unit)
         if len(region.classes()) >= devices:
             break
-    return region
-
-
-def _check(region: Region, node: Tensor, taken: set[Tensor]) -> None:
-    """Unsplittable unless it splits work that no other region has."""
     if taken & (region.labels.keys() - region.whole):
         raise Unsplittable("what it would split is split otherwise")
-    if node not in region.labels and not any(
-        weight not in region.anchor.inputs for weight, _ in region.weights()
-    ):
+    if node not in region.labels and {w for w, _ in region.weights()} <= {*node.inputs}:
         raise Unsplittable("its input is not computed in parts")
     if len(region.classes()) < 2:
         raise Unsplittable("it has no parts that could be told apart")
+    return region
 
 
 def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarray]:
@@ -151,10 +192,9 @@ def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarra
             owner = _by_group(groups, costs, ends, given, total)
         else:
             owner = _in_order(classes, costs, ends * total - given)
-        for atom, device in owner.items():
-            given[device:] += costs[atom]
         bits = np.zeros(len(region.root), np.int64)
         for atom, device in owner.items():
+            given[device:] += costs[atom]
             bits[atom] = 1 << device
         found.append(bits[region.root])
     return found
@@ -163,8 +203,7 @@ def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarra
 def _in_order(classes: Sequence[int], costs: np.ndarray, ends: np.ndarray) -> dict[int, int]:
     """Stretches of parts, one for each device; `ends`: where they should end, in bytes."""
     sums = np.append(0, np.cumsum(costs[list(classes)]))
-    cuts = [int(np.argmin(np.abs(sums - end))) for end in ends]
-    cuts = list(accumulate(cuts, max))
+    cuts = list(accumulate((int(np.argmin(np.abs(sums - end))) for end in ends), max))
     cuts[-1] = len(classes)
     return {atom: int(np.searchsorted(cuts, n, side="right")) for n, atom in enumerate(classes)}
 
@@ -184,9 +223,8 @@ def _by_group(
     found: dict[int, int] = {}
     for number, group in enumerate(groups):
         devices = np.flatnonzero(home == number)
-        size = costs[group].sum()
-        widths = (ends - starts)[devices]
-        inner = _in_order(group, costs, np.cumsum(widths) / widths.sum() * size)
+        widths = np.cumsum((ends - starts)[devices])
+        inner = _in_order(group, costs, widths / widths[-1] * costs[group].sum())
         found |= {atom: int(devices[n]) for atom, n in inner.items()}
     return found
 
@@ -204,11 +242,8 @@ def _layout(
             tensor: split_of(axis, np.bitwise_or.reduce(owners[atoms], 1))
             for tensor, (axis, atoms) in region.labels.items()
         }
-        splits |= {
-            t: s
-            for t, s in own.items()
-            if t not in region.whole and t.op not in ("weight", "constant")
-        }
+        fixed = {x for x in own if x.op in ("weight", "constant")}
+        splits |= {x: own[x] for x in own.keys() - region.whole - fixed}
         summed |= {node: (number, own[x]) for node, (number, x) in region.summed.items()}
     whole: set[Tensor] = set()  # what is summed or gathered for somebody
     while True:
@@ -220,7 +255,7 @@ def _layout(
     return Layout(
         graph, devices, found.states, found.uses, found.holders,
         {node: number for number, node in enumerate(order)},
-        _reasons(graph, found.uses, refused),
+        _reasons(graph, found.uses, refused, regions),
     )  # fmt: skip
 
 
@@ -239,13 +274,10 @@ class _Pass:
         self.holders: dict[Tensor, int] = {}
         self.whole = {*whole}
         for node in graph.nodes:
-            uses: Sequence[State]
-            state: State
             if node in summed:
-                uses, state = summands(node, *summed[node]), PARTIAL
+                uses, state = self._summed(node, *summed[node])
             elif node in splits:
-                split = splits[node]
-                uses, state = self._parts(node, split), split
+                uses, state = self._parts(node, splits[node])
             else:
                 uses, state = self._taken(node)
             self.uses[node], self.states[node] = tuple(uses), state
@@ -257,19 +289,34 @@ class _Pass:
         self.whole = {
             x for x in self.whole if self.states[x] is not MIRRORED and x.base.op != "state"
         }
+        if any(isinstance(self.states[x], Routed) for x in self.whole):
+            raise Unsplittable("rows by expert cannot be gathered")
 
-    def _parts(self, node: Tensor, split: Split) -> Sequence[State]:
+    def _rows(self, node: Tensor) -> list[State]:
+        """Inputs of which devices have rows by expert as they come, all others whole."""
+        found = [self.states[x] for x in node.inputs]
+        return [state if isinstance(state, Routed) else MIRRORED for state in found]
+
+    def _summed(self, node: Tensor, number: int, split: Split) -> Found:
+        """The states of the inputs where one is split along an axis that the result lacks."""
+        if number not in find(node.op).picks:
+            return summands(node, number, split), PARTIAL
+        uses = self._rows(node)
+        uses[number] = split
+        return uses, routed(node, uses)
+
+    def _parts(self, node: Tensor, split: Split) -> Found:
         """The states of inputs from which a node is computed in parts."""
         if node.op in LEAVES:
-            return []
+            return [], split
         if find(node.op).kind is Kind.VIEW:  # a slice is of what its other half is of
             given = [self.states[x] for x in node.inputs]
             with contextlib.suppress(Unsplittable):
                 if result(node, given) == split:
-                    return given
-        return needs(node, split)
+                    return given, split
+        return needs(node, split), split
 
-    def _taken(self, node: Tensor) -> tuple[Sequence[State], State]:
+    def _taken(self, node: Tensor) -> Found:
         """As the inputs come, if the op can; else it takes them whole."""
         given = [MIRRORED if x in self.whole else self.states[x] for x in node.inputs]
         partial = {i for i, state in enumerate(given) if state is PARTIAL}
@@ -281,46 +328,42 @@ class _Pass:
         try:
             return given, result(node, given) if given else MIRRORED
         except Unsplittable:
-            return [MIRRORED] * len(given), MIRRORED
+            return self._rows(node), result(node, self._rows(node))
 
     def _holders(self, node: Tensor, state: State, everybody: int) -> int:
+        state = state.experts if isinstance(state, Routed) else state
         if isinstance(state, Split):
             return int(np.bitwise_or.reduce(state.masks()))
         if state is MIRRORED:
             return everybody
-        found = 0
-        for x, use in zip(node.inputs, self.uses[node], strict=True):
-            if isinstance(use, Split):
-                found |= int(np.bitwise_or.reduce(use.masks()))
-            elif use is PARTIAL and x.op not in LEAVES:
-                found |= self.holders[x]
-        return found
+        given = zip(node.inputs, self.uses[node], strict=True)
+        return reduce(or_, (self._holders(x, use, 0) for x, use in given), 0)
 
 
 def _scattered(layout: Layout, regions: Sequence[Region]) -> dict[Tensor, str]:
     """Anchors for which a device would take several stretches of something computed whole."""
-    found = {}
-    for node, uses in layout.uses.items():
-        for x, use in zip(node.inputs, uses, strict=True):
-            if isinstance(use, Split) and layout.states[x] != use and x.op not in _CUT:
-                if all(len(use.cut(device)) < 2 for device in range(layout.devices)):
-                    continue
-                for region in regions:
-                    if node in region.labels or node in region.summed:
-                        found[region.anchor] = f"{x!r} would be taken in many pieces"
-    return found
+    return {
+        region.anchor: f"{x!r} would be taken in many pieces"
+        for node, uses in layout.uses.items()
+        for x, use in zip(node.inputs, uses, strict=True)
+        if isinstance(use, Split) and layout.states[x] != use and x.op not in _CUT
+        if any(len(use.cut(device)) > 1 for device in range(layout.devices))
+        for region in regions
+        if node in region.labels or node in region.summed
+    }
 
 
 _CUT = ("weight", "constant", "state")
 
 
 def _reasons(
-    graph: Graph, uses: Mapping[Tensor, tuple[State, ...]], refused: Mapping[Tensor, str]
-) -> dict[Tensor, str]:
-    found: dict[Tensor, str] = {}
-    for node in graph.nodes:
-        for x, use in zip(node.inputs, uses[node], strict=True):
-            if x.op == "weight" and use is MIRRORED:
-                reason = refused.get(node, f"{node.op} takes it whole")
-                found.setdefault(x, reason)
-    return found
+    graph: Graph, uses: Mapping[Tensor, tuple[State, ...]], refused: Mapping[Tensor, str],
+    regions: Sequence[Region],
+) -> dict[Tensor, str]:  # fmt: skip
+    mirrored = {
+        x: refused.get(node, f"{node.op} takes it whole")
+        for node in reversed(graph.nodes)  # what is said by the first
+        for x, use in zip(node.inputs, uses[node], strict=True)
+        if x.op == "weight" and use is MIRRORED
+    }
+    return mirrored | {w: r.why for r in regions if r.why for w, _ in r.weights()}

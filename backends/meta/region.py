@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from runtime.ops.axes import OUT, Link, is_summed, links
@@ -17,11 +15,12 @@ class Region:
 
     labels: tensor -> axis, and int64 [length, m], the atoms at each index (-1: none). whole: those
     that are computed whole all the same, of which each device takes a part. summed: products over
-    an axis that is split, and which. root: atom -> the least one that it is joined with.
+    an axis that is split, and which. root: atom -> the least one that it is joined with. why: of
+    experts that stay whole the reason.
     """
 
     def __init__(self, graph: Graph, anchor: Tensor, atoms: int, coarse: bool) -> None:
-        self.graph, self.anchor, self.coarse = graph, anchor, coarse
+        self.graph, self.anchor, self.coarse, self.why = graph, anchor, coarse, ""
         self.labels: dict[Tensor, tuple[int, np.ndarray]] = {}
         self.whole: set[Tensor] = set()
         self.summed: dict[Tensor, tuple[int, Tensor]] = {}
@@ -45,11 +44,9 @@ class Region:
                 raise Unsplittable(f"{node.op} ({node.name}) needs all of {x!r}")
             self._join(self.labels[x][1])  # what two devices have would count twice
 
-    def weights(self) -> Iterator[tuple[Tensor, np.ndarray]]:
+    def weights(self) -> list[tuple[Tensor, np.ndarray]]:
         """The weights that are cut, and the atoms at each index."""
-        for tensor, (_, atoms) in self.labels.items():
-            if tensor.op == "weight":
-                yield tensor, atoms
+        return [(x, atoms) for x, (_, atoms) in self.labels.items() if x.op == "weight"]
 
     def classes(self) -> list[int]:
         """One atom of each part, in order."""

@@ -9,11 +9,11 @@ import numpy as np
 
 from runtime.backends.meta.infer import Layout
 from runtime.ops.collective import all_gather, all_sum, with_all
-from runtime.ops.cuts import Runs
 from runtime.ops.graph import Graph
+from runtime.ops.moe import renumber
 from runtime.ops.registry import find
-from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
-from runtime.ops.tensor import LEAVES, Tensor, constant, state, stored_name, weight
+from runtime.ops.splits import MIRRORED, PARTIAL, Routed, Split, State, local_shape, owners_of
+from runtime.ops.tensor import LEAVES, Tensor, constant, cut_leaf
 from runtime.ops.views import broadcast, reshape, slice_
 
 
@@ -25,43 +25,21 @@ def shard(layout: Layout, device: int) -> Graph:
         local.add(node)
     outputs = [local.take(o, layout.kept(o)) for o in graph.outputs]
     wanted = [o for o in outputs if o is not None]
-    return Graph(with_all(wanted, local.collectives()), graph.name)
-
-
-def cut_leaf(leaf: Tensor, axis: int, runs: Runs) -> Tensor:
-    """A leaf that is these stretches of another one, which may be cut itself."""
-    if leaf.op == "constant":
-        return constant(f"{leaf.name}[{axis}]", leaf.attrs["value"], cut={axis: runs})
-    whole = leaf.attrs.get("whole", leaf.shape)
-    cut = dict(leaf.attrs.get("cut", ()))
-    cut[axis] = _within(cut[axis], runs) if axis in cut else runs
-    if leaf.op == "state":
-        return state(leaf.name, whole, leaf.dtype, leaf.attrs["storage"], cut)
-    source = leaf.attrs.get("source", "")
-    return weight(stored_name(leaf), whole, leaf.dtype, cut, leaf.name, source)
-
-
-def _within(outer: Runs, inner: Runs) -> Runs:
-    """Stretches `inner` of what the stretches `outer` leave, in numbers of the whole."""
-    found = []
-    for start, stop in inner:
-        at = 0
-        for a, b in outer:
-            low, high = max(start, at), min(stop, at + b - a)
-            if low < high:
-                found.append((a + low - at, a + high - at))
-            at += b - a
-    return tuple(found)
+    return Graph(with_all(wanted, [*local.whole.values()]), graph.name)
 
 
 class _Shard:
-    """The nodes of one device as they are made; None where it has no part of one."""
+    """The nodes of one device as they are made; None where it has no part of one.
+
+    whole: of nodes that are summed or gathered what comes of it, in order.
+    """
 
     def __init__(self, layout: Layout, device: int) -> None:
         self.layout, self.device = layout, device
         self._made: dict[Tensor, Tensor | None] = {}
-        self._whole: dict[Tensor, Tensor] = {}
+        self.whole: dict[Tensor, Tensor] = {}
         self._parts: dict[tuple[Tensor, State], Tensor | None] = {}
+        self._chosen: dict[Routed, Tensor] = {}
 
     def add(self, node: Tensor) -> None:
         """Make the node, and what is made of it for those that take it whole."""
@@ -73,21 +51,17 @@ class _Shard:
         else:
             self._made[node] = None
         if node in self.layout.whole:
-            self._whole[node] = self._collected(node)
-
-    def collectives(self) -> list[Tensor]:
-        """All of them, in order."""
-        return list(self._whole.values())
+            self.whole[node] = self._collected(node)
 
     def take(self, x: Tensor, use: State) -> Tensor | None:
         """A tensor as somebody takes it."""
         own = self.layout.states[x]
-        if x in self._whole and use is MIRRORED:
-            return self._whole[x]
+        if x in self.whole and use is MIRRORED:
+            return self.whole[x]
         if own == use:
             return self._made[x]
         assert isinstance(use, Split), f"{x!r} is {own}, and taken {use}"
-        return self._part(self._whole.get(x, self._made[x] or x), use)
+        return self._part(self.whole.get(x, self._made[x] or x), use)
 
     def _part(self, x: Tensor, use: Split) -> Tensor | None:
         """This device's stretches of a tensor that it has whole."""
@@ -99,12 +73,12 @@ class _Shard:
                 self._parts[x, use] = cut_leaf(x, use.axis, runs)
             else:
                 ((start, stop),) = runs
-                self._parts[x, use] = slice_of(x, use.axis, start, stop)
+                self._parts[x, use] = slice_(x, axis=use.axis, start=start, stop=stop)
         return self._parts[x, use]
 
     def _computed(self, node: Tensor) -> Tensor | None:
         uses = self.layout.uses[node]
-        first = devices_of(self.layout.holders[node])[0]
+        first = owners_of(self.layout.holders[node])[0]
         taken = [
             (x if self.device == first else None)  # what is added once
             if use is PARTIAL and x.op in LEAVES
@@ -114,7 +88,21 @@ class _Shard:
         given = [x for x in taken if x is not None]
         if len(given) < len(taken):  # of a sum, addends that others have
             return given[0]
+        ways = [s for s in (self.layout.states[node], *uses) if isinstance(s, Routed)]
+        for way in ways[:1]:
+            picked, own = {node.inputs[by] for by in find(node.op).picks.values()}, self._own(way)
+            given = [own if x in picked else y for x, y in zip(node.inputs, given, strict=True)]
+            given += [] if isinstance(self.layout.states[node], Routed) else [own]
         return find(node.op)(*given, name=node.name, **self._attrs(node))
+
+    def _own(self, way: Routed) -> Tensor:
+        """The experts chosen, by their numbers here."""
+        if way not in self._chosen:
+            here = way.experts.masks() >> self.device & 1
+            numbers = np.where(here, np.cumsum(here) - 1, -1).astype(np.int32)
+            ids, table = self.take(way.ids, MIRRORED) or way.ids, constant("experts here", numbers)
+            self._chosen[way] = renumber(ids, table, name=f"{way.ids.name} here")
+        return self._chosen[way]
 
     def _attrs(self, node: Tensor) -> dict[str, Any]:
         attrs = dict(node.attrs)
@@ -139,18 +127,7 @@ class _Shard:
             return all_gather(
                 *given, axis=own.axis, runs=own.runs, repeat=own.repeat, dtype=node.dtype, **common
             )
-        bits = layout.holders[node]
-        return all_sum(*given, holders=devices_of(bits), **common)
-
-
-def devices_of(bits: int) -> tuple[int, ...]:
-    """The devices that are bits of a number."""
-    return tuple(d for d in range(bits.bit_length()) if bits >> d & 1)
-
-
-def slice_of(x: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    """A stretch of an axis."""
-    return slice_(x, axis=axis, start=start, stop=stop)
+        return all_sum(*given, holders=owners_of(layout.holders[node]), **common)
 
 
 def shards(layout: Layout) -> Sequence[Graph]:

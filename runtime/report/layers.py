@@ -9,7 +9,7 @@ from typing import NamedTuple
 from runtime.backends.meta.planner import PageBytes, StagePlan
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, kind_of
-from runtime.ops.splits import MIRRORED, Split, State
+from runtime.ops.splits import MIRRORED, Routed, Split, State
 from runtime.ops.tensor import LEAVES, Tensor
 from runtime.planning import Placement
 
@@ -208,7 +208,8 @@ def _what(leaf: Tensor) -> str:
 def _part(plan: StagePlan, what: str, x: Tensor, state: State, nbytes: float) -> Part:
     plain = Part(what, _short(x.name), x.dtype.name, nbytes, nbytes)
     if not isinstance(state, Split):
-        return plain._replace(axis="" if state is MIRRORED else "partial")
+        routed = "by expert" if isinstance(state, Routed) else "partial"
+        return plain._replace(axis="" if state is MIRRORED else routed)
     storage = x.attrs.get("storage", x.ndim)
     names = _AXES.get((storage, x.ndim), _AXES.get(storage)) if x.op in ("weight", "state") else ()
     axis = names[state.axis] if names else f"axis {state.axis}"

@@ -81,6 +81,7 @@ def _end_with(beside: Processes) -> None:
             return
         sys.stdout.flush()
         sys.stderr.flush()
+        beside.leave()
         os._exit(beside.status)  # the end of MPI would wait for all
 
     atexit.register(end)

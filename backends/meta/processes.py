@@ -23,7 +23,7 @@ import numpy as np
 from runtime.backends.meta.messages import packed, unpacked
 from runtime.ops.errors import BackendError, OptionError
 
-_SPIN, _NAP, _LONG_NAP = 0.02, 0.0002, 0.005  # seconds
+_SPIN, _NAP, _LONG_NAP, _LEAVE = 0.02, 0.0002, 0.005, 0.1  # seconds
 _TOLD, _ANSWERED, _FAILED, _EXCHANGED = 1, 2, 3, 4  # tags
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -141,9 +141,16 @@ class Processes:
         self.lost = self.lost or why
         return BackendError(self.lost)
 
+    def leave(self) -> None:
+        """The first process has said why this run cannot go on: the others need not."""
+        requests = [self._send(np.empty(0, np.uint8), rank, _FAILED) for rank in self._others()]
+        until = time.monotonic() + _LEAVE
+        while not self._mpi.Request.Testall(requests) and time.monotonic() < until:
+            _yield()
+
     def speaks(self) -> bool:
-        """Whether this is the first of the processes that are known to be there."""
-        return set(range(self.rank)) <= set(self._ended())
+        """Whether this is the first of the processes that are known to be there, and none spoke."""
+        return set(range(self.rank)) <= set(self._ended()) and not self._comm.Iprobe(0, _FAILED)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]

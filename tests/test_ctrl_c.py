@@ -16,7 +16,7 @@ import os, signal, sys, threading, time
 import numpy as np
 import runtime
 
-model = runtime.load(sys.argv[1])
+model = runtime.load(sys.argv[1], devices=sys.argv[2])
 session, ids = model.session(), np.random.default_rng(0).integers(0, 1000, 500).tolist()
 session.eval(ids[:3], "none")
 for _ in range(2):
@@ -48,13 +48,14 @@ assert np.array_equal(session.eval(ids[3:], "last"), right)
 
 @pytest.mark.sweep
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent otherwise there")
+@pytest.mark.parametrize("devices", ["cpu", "layers(cpu:0,cpu:1)", "tensor(cpu:0,cpu:1)"])
 @pytest.mark.parametrize("preset", ["qwen3-0.6b", "qwen35-0.8b"])
-def test_a_step_is_left_at_once(tmp_path: Path, preset: str):
+def test_a_step_is_left_at_once(tmp_path: Path, preset: str, devices: str):
     path = tmp_path / "m.gguf"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     make = [sys.executable, str(ROOT / "scripts" / "make_random_model.py"), preset, "Q4_0"]
     subprocess.run([*make, str(path), "--layers", "8"], check=True, env=environment)
-    command = [sys.executable, "-c", SCRIPT, str(path)]
+    command = [sys.executable, "-c", SCRIPT, str(path), devices]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in done.stdout.splitlines():

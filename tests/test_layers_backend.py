@@ -342,6 +342,28 @@ def test_threads_end(path: Path, closed: bool):
     assert len(stage_threads()) == before
 
 
+def test_threads_that_cannot_start(path: Path, one: Model, monkeypatch: pytest.MonkeyPatch):
+    start, started = threading.Thread.start, []
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "runtime-stage-1":
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with load_layered(path, [1, 1], context=128) as model, model.session() as session:
+        session.eval(IDS[:5], "none")
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        for _ in range(2):
+            with pytest.raises(BackendError, match=r"a thread for each of 2 stages .*ulimit"):
+                session.eval(IDS[5:100], "last")
+        monkeypatch.undo()
+        assert session.tokens == IDS[:5]
+        monkeypatch.setattr(batch, "_STAGED", 8)
+        np.testing.assert_array_equal(session.eval(IDS[5:100]), one.eval(IDS[:100])[5:])
+    assert not any(thread.is_alive() for thread in started)
+
+
 def test_a_closed_backend_starts_again(path: Path):
     backend = LayersBackend([ReferenceBackend(), ReferenceBackend()])
     backend.close()

@@ -24,7 +24,7 @@ Run = Callable[[Program, Mapping[str, np.ndarray]], Sequence[np.ndarray]]
 
 class LayersBackend:
     """See backends/base.py. `shares`: how much of weights and state each device has, in numbers
-    that are compared with one another; one with 0 has none. OptionError: no share is above 0.
+    that are compared with one another, one above 0 among them; a device with 0 has nothing.
     """
 
     def __init__(self, devices: Sequence[Backend], shares: Sequence[float] | None = None) -> None:

@@ -45,7 +45,7 @@ class Engine:
         progress: bool | Progress | None,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
-        self._staged = backend if isinstance(backend, Staged) else None
+        self._staged = backend if isinstance(backend, Staged) and backend.stages > 1 else None
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
         self.lock = forks.lock()

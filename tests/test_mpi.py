@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import needs_demo
-from mpi_runs import ROOT, MpiRun, mpiexec
+from mpi_runs import ROOT, MpiRun, launcher, mpiexec
 from mpi_script import answers
 from small_models import NOVEL, Sizes, write_model
 
@@ -223,6 +225,21 @@ print("as it was")
 def test_an_interrupted_step_leaves_all_processes_as_they_were(small_model: Path):
     code, out, err = mpiexec(2, "-c", INTERRUPTED, str(small_model))
     assert (code, out) == (0, "as it was\n"), err
+
+
+@pytest.mark.slow
+def test_hosts_that_are_network_namespaces():
+    launcher()
+    name = f"runtime-test-{os.getpid()}"
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
+        pytest.skip("there can be no network namespaces here")
+    subprocess.run(["ip", "netns", "del", name], check=True)
+    script = ["bash", str(ROOT / "scripts" / "check_mpi.sh")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same bits" in done.stdout and done.stdout.count("killed: all ended") == 2
 
 
 EXCHANGED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.backends.meta.expression import Device
-from runtime.backends.meta.planner import ON_CPU, StagePlan, arena_nbytes, plan_stages
+from runtime.backends.meta.planner import ON_CPU, StagePlan, plan_stages, planned
 from runtime.backends.meta.stages import Stage
 from runtime.engine.batch import UBATCH
 from runtime.errors import OptionError
@@ -31,9 +32,11 @@ SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
 LATENCY, CPU_LATENCY = 10e-6, 3e-6  # seconds of an exchange over a link, or through memory
 LINK = 16e9  # bytes per second between devices that are no CPUs, where nothing is said
-REACHED = 0.82  # of measured bandwidth, by decoding on CPUs
+MEETING = 1.5e-6  # seconds of a row of a CPU's plan beside its work: all threads meet
 
-# Of a device in a stage: bytes it reads per second, or weights it multiplies per second.
+# Of a device in a stage: bytes of a weight or state that it reads per second, and weights that it
+# multiplies per second.
+Bandwidth = Callable[[StagePlan, Device, Tensor], float | None]
 Rate = Callable[[StagePlan, Device], float | None]
 
 
@@ -99,11 +102,11 @@ class Model:
         return self.architecture.graph(one_token(self.architecture))
 
     @cached_property
-    def activations(self) -> int:
-        """Bytes of those of a long prompt's step."""
+    def planned(self) -> tuple[int, int]:
+        """Bytes of activations of a long prompt's step on a CPU, and the rows of its plan."""
         a = self.architecture
         step = Step.capacity(UBATCH, 1, 1, 1, 1, a.layers, ("f16", "f16"), a.positions_per_token)
-        return arena_nbytes(a.graph(step))
+        return planned(a.graph(step))
 
     def plans(self, stages: tuple[Stage, ...]) -> list[StagePlan]:
         """Who has what, stage by stage."""
@@ -137,7 +140,7 @@ class Placement:
         found: dict[Device, Need] = {}
         for plan in self.plans:
             for n, device in enumerate(plan.devices):
-                fixed = (self.model.activations, 0 if device.kind in ON_CPU else OVERHEAD)
+                fixed = (self.model.planned[0], 0 if device.kind in ON_CPU else OVERHEAD)
                 before = found.get(device, Need(0, 0, 0, *fixed))
                 found[device] = before._replace(
                     weights=before.weights + plan.weights(n), slot=before.slot + plan.slots(n),
@@ -203,18 +206,23 @@ class Placement:
             need.overhead,
         )  # fmt: skip
 
-    def speed(self, bandwidth: Rate, link: float | None = None) -> Speed | None:
+    def speed(self, bandwidth: Bandwidth, link: float | None = None) -> Speed | None:
         """Of decoding in the middle of the context; None where a bandwidth is not known."""
         middle = max(1, min(self.context, 8192) // 2)
         seen = Seen(lengths=(middle,), page_nbytes=self.page_nbytes)
         reading, exchanging = [], []
         for plan in self.plans:
-            found = [bandwidth(plan, device) for device in plan.devices]
-            if not all(found):
+
+            def pace(device: Device, x: Tensor, plan: StagePlan = plan) -> float:
+                return 1 / (bandwidth(plan, device, x) or math.nan)
+
+            seconds = float(np.array(plan.reads(seen, pace)).max(1).sum())
+            if math.isnan(seconds):
                 return None
-            reached = [REACHED if device.kind in ON_CPU else 1.0 for device in plan.devices]
-            times = np.array(plan.reads(seen)) / np.array(found) / reached
-            reading.append(float(times.max(1).sum()))
+            if any(device.kind in ON_CPU for device in plan.devices):
+                part = len(plan.graph.nodes) / len(self.model.graph.nodes)
+                seconds += MEETING * self.model.planned[1] * min(1.0, part)
+            reading.append(seconds)
             exchanging.append(sum(_seconds(plan, x.tensor.nbytes, link) for x in plan.exchanges))
         return Speed(middle, tuple(reading), tuple(exchanging))
 

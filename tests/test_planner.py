@@ -218,17 +218,17 @@ def test_fit_takes_a_smaller_cache_for_a_context_that_was_asked_for() -> None:
 
 
 def test_speed_is_bytes_over_bandwidth_and_exchanges() -> None:
-    one = placed("llama-3.1-8b", "cuda:24GB", asked=4096).speed(lambda plan, device: 900e9)
+    one = placed("llama-3.1-8b", "cuda:24GB", asked=4096).speed(lambda plan, device, x: 900e9)
     two = placed("llama-3.1-8b", "tensor(cuda:0:24GB,cuda:1:24GB)", asked=4096)
-    both = two.speed(lambda plan, device: 900e9)
+    both = two.speed(lambda plan, device, x: 900e9)
     assert one is not None and both is not None
     read = of_token(two.model.graph, 2048).nbytes
     assert one.tokens_per_s == pytest.approx(900e9 / read)
     assert both.reading[0] == pytest.approx(one.reading[0] / 2, rel=0.02)
     assert both.exchanging[0] > 64 * 10e-6
-    slow = two.speed(lambda plan, device: 900e9, link=1e9)
+    slow = two.speed(lambda plan, device, x: 900e9, link=1e9)
     assert slow is not None and slow.tokens_per_s < both.tokens_per_s
-    assert two.speed(lambda plan, device: None) is None
+    assert two.speed(lambda plan, device, x: None) is None
 
 
 @pytest.mark.parametrize("devices", range(1, 9))

@@ -26,6 +26,7 @@ from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
 from runtime.ops.tensor import LEAVES, Tensor
 
 PageBytes = Callable[[Tensor], float]  # of one page, or one slot, of a state leaf
+Pace = Callable[[Device, Tensor], float]  # of a byte of a weight or state on a device
 
 ON_CPU = ("cpu", "numa", "mpi", "null", "reference")
 
@@ -118,21 +119,22 @@ class StagePlan:
         """Bytes of one slot of recurrent state."""
         return self._memory(device, ("slots",), page_nbytes)
 
-    def reads(self, seen: Seen) -> list[list[float]]:
-        """Bytes that each device reads of weights and cache, and moves of state: [stretch][device].
+    def reads(self, seen: Seen, pace: Pace = lambda device, x: 1.0) -> list[list[float]]:
+        """Bytes that each device reads of weights and cache, and moves of state, each byte times
+        its pace: [stretch][device].
 
         A stretch ends with what is exchanged; nobody begins the next before all are there.
         """
 
-        def nbytes(node: Tensor, device: int) -> float:
+        def cost(node: Tensor, device: int) -> float:
             return sum(
-                n * self._portion(node, x, device)
-                for x, n, written in moves(node, seen)
+                nbytes * self._portion(node, x, device) * pace(self.devices[device], x.base)
+                for x, nbytes, written in moves(node, seen)
                 if x.base.op == "weight" or (x.base.op == "state" and not written)
                 or x.base.attrs.get("storage") == "slots"
             )  # fmt: skip
 
-        return self._by_stretch(nbytes)
+        return self._by_stretch(cost)
 
     def multiplies(self) -> list[list[float]]:
         """Weights that each device multiplies a token of a prompt with: [stretch][device]."""
@@ -211,7 +213,7 @@ def plan_stages(graph: Graph, stages: Sequence[Stage]) -> list[StagePlan]:
     return found
 
 
-def arena_nbytes(graph: Graph) -> int:
-    """Bytes of activations and scratch of a step on one device: the most that a part takes."""
+def planned(graph: Graph) -> tuple[int, int]:
+    """Bytes of activations and scratch of a step on one CPU, and how often its threads meet."""
     plan = _CPU.plan(graph)
-    return plan.arena_nbytes + plan.scratch_nbytes
+    return plan.arena_nbytes + plan.scratch_nbytes, len(plan.instructions)

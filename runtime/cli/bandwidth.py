@@ -7,18 +7,23 @@ import json
 from pathlib import Path
 
 
-def measured(threads: int) -> float:
-    """Bytes per second that `threads` threads read, measured now (1 GiB) and remembered."""
-    from runtime.backends.cpu.run.bandwidth import read_bandwidth
+def measured(threads: int, dtype: str = "") -> float:
+    """Bytes per second that `threads` threads read, measured now and remembered.
 
-    found = read_bandwidth(threads)
-    _keep(threads, found)
+    dtype: of weights of that type, in products with one token; else of memory (1 GiB).
+    """
+    from runtime.backends.cpu.run.bandwidth import read_bandwidth
+    from runtime.backends.cpu.run.decoding import decode_rate
+    from runtime.ops.dtypes import DTYPES
+
+    found = decode_rate(DTYPES[dtype], threads) if dtype else read_bandwidth(threads)
+    _keep(_key(threads, dtype), found)
     return found
 
 
-def remembered(threads: int) -> float | None:
+def remembered(threads: int, dtype: str = "") -> float | None:
     """The last measurement on this processor; None when there is none."""
-    found = _all().get(_key(threads))
+    found = _all().get(_key(threads, dtype))
     return float(found) if isinstance(found, int | float) and found > 0 else None
 
 
@@ -29,10 +34,10 @@ def file() -> Path:
     return cache_dir() / "bandwidth.json"
 
 
-def _key(threads: int) -> str:
+def _key(threads: int, dtype: str) -> str:
     from runtime.backends.cpu.run.cores import cpu_name
 
-    return f"{cpu_name()}, {threads} threads"
+    return f"{cpu_name()}, {threads} threads" + f", {dtype}" * bool(dtype)
 
 
 def _all() -> dict[str, float]:
@@ -43,10 +48,10 @@ def _all() -> dict[str, float]:
     return found if isinstance(found, dict) else {}
 
 
-def _keep(threads: int, found: float) -> None:
+def _keep(key: str, found: float) -> None:
     """Write the measurement; a folder that cannot be written to is no fault of the command."""
     from runtime.backends.plan.entries import replace
 
-    text = json.dumps({**_all(), _key(threads): found}, indent=1)
+    text = json.dumps({**_all(), key: found}, indent=1)
     with contextlib.suppress(OSError):
         replace(file(), text.encode())

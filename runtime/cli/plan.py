@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -165,19 +167,34 @@ def _bandwidths(placement: Any, given: str | None) -> Any:
 
     known = _each(placement, "--bandwidth", given)
     here = [device for device in placement.needs if device.kind in ON_CPU]
+    types = _large_types(placement.model.file)
 
-    def of(plan: Any, device: Any) -> float | None:
+    @cache
+    def of_cpu(threads: int, dtype: str) -> float:
+        found = remembered(threads, dtype)
+        if found is None:
+            what = f"{dtype} weights are" if dtype else "memory is"
+            note(f"measuring how fast {what} read, once for this machine ...")
+            found = measured(threads, dtype)
+        return found
+
+    def of(plan: Any, device: Any, x: Any) -> float | None:
         if device in known or device.kind not in ON_CPU:
             return known.get(device)
         sharing = sum(d.kind in ON_CPU for d in plan.devices)
         threads = max(1, physical_cores() // len(here)) * sharing
-        found = remembered(threads)
-        if found is None:
-            note("measuring memory bandwidth, once for this machine ...")
-            found = measured(threads)
-        return found / sharing
+        of_type = x.op == "weight" and x.dtype.name in types
+        return of_cpu(threads, x.dtype.name if of_type else "") / sharing
 
     return of
+
+
+def _large_types(file: Any) -> set[str]:
+    """Types of matrices that hold more than 2 % of the weights."""
+    sizes: Counter[str] = Counter()
+    for tensor in file.tensors.values():
+        sizes[tensor.dtype.name] += tensor.nbytes
+    return {name for name, nbytes in sizes.items() if nbytes > 0.02 * sizes.total()}
 
 
 def _each(placement: Any, name: str, given: str | None) -> dict[Any, float]:

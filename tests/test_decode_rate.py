@@ -19,6 +19,8 @@ def test_rates_of_types_are_remembered_apart(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("runtime.backends.cpu.run.decoding.decode_rate", lambda d, n: 5e9 + n)
     monkeypatch.setattr("runtime.backends.cpu.run.bandwidth.read_bandwidth", lambda n: 7e9 + n)
     assert bandwidth.remembered(2, "q8_0") is None
-    assert bandwidth.measured(2, "q8_0") == 5e9 + 2 and bandwidth.measured(2) == 7e9 + 2
+    assert bandwidth.measured(2) == 7e9 + 2 and bandwidth.measured(2, "q8_0") == 5e9 + 2
     assert bandwidth.remembered(2, "q8_0") == 5e9 + 2 and bandwidth.remembered(2) == 7e9 + 2
     assert bandwidth.remembered(1, "q8_0") is None
+    bandwidth.measured(2)  # as `runtime devices -b` does: types are measured anew
+    assert bandwidth.remembered(2, "q8_0") is None

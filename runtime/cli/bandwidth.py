@@ -49,9 +49,13 @@ def _all() -> dict[str, float]:
 
 
 def _keep(key: str, found: float) -> None:
-    """Write the measurement; a folder that cannot be written to is no fault of the command."""
+    """Write the measurement; after one of memory those of types are made anew.
+
+    A folder that cannot be written to is no fault of the command.
+    """
     from runtime.backends.plan.entries import replace
 
-    text = json.dumps({**_all(), key: found}, indent=1)
+    others = {name: n for name, n in _all().items() if not name.startswith(f"{key}, ")}
+    text = json.dumps({**others, key: found}, indent=1)
     with contextlib.suppress(OSError):
         replace(file(), text.encode())

@@ -297,6 +297,24 @@ def expert_sum(
     return out.values[:live].copy()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_expert_bias_of_experts_that_are_elsewhere(rng, isa):
+    """Rows of those may hold anything, but nothing outside of the biases is read."""
+    k, n = 3, 37
+    y, bias = (rng.standard_normal(s).astype(np.float32) for s in ((ROWS * k, n), (4, n)))
+    ids = rng.integers(-1, 4, (ROWS, k)).astype(np.int32)
+    here = ids[:LIVE].ravel() >= 0
+    wanted = y[: LIVE * k] + bias[ids[:LIVE].ravel()]
+    for threads in THREADS:
+        out = Fenced(ROWS * k, n)
+        run(
+            Kernel.of("expert_bias"), isa, threads, y=Fenced.of(y), bias=Fenced.of(bias),
+            ids=Fenced.of(ids), out=out, live=LIVE * k, n=n, y_stride=n, out_stride=n,
+        )  # fmt: skip
+        assert out.strays(LIVE * k) == 0
+        assert np.array_equal(out.values[: LIVE * k][here], wanted[here])
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (2, 16), (3, 37), (8, 160)])
 def test_expert_sum(rng, k, n, residual):

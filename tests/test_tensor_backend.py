@@ -111,10 +111,9 @@ def every_kind_of_step(model: Model) -> Iterator[np.ndarray]:
     yield first.eval([9])
     first.rewind(20)
     yield first.eval(IDS[:20])
-    others = [model.session() for _ in range(13)]
-    rows = model.step(
-        [(s, IDS[n : 2 * n + 1]) for n, s in enumerate([*others, first, second, third])]
-    )
+    others = [model.session() for _ in range(61)]
+    many = enumerate([*others, first, second, third])
+    rows = model.step([(s, IDS[n % 20 : n % 20 + 1 + n % 9]) for n, s in many])
     yield from rows
     for session in (first, second, third, *others):
         session.close()

@@ -179,6 +179,18 @@ def test_waiting_for_another_thread():
     assert seen[-1] >= KEEP, f"two threads beside one: {np.round(seen, 3)}"
 
 
+def test_a_sum_over_two_devices(monkeypatch: pytest.MonkeyPatch):
+    """4 KiB of each, from when both have written it to when both have the sum: 3 µs at most."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "scripts")
+    from bench_all_sum import microseconds
+
+    seen = []
+    while not seen or (seen[-1] > 3 and len(seen) < ATTEMPTS):
+        alone = microseconds([1, 1], 1024, False, False)
+        seen.append(microseconds([1, 1], 1024, False, True) - alone)
+    assert seen[-1] <= 3, f"microseconds: {np.round(seen, 2)}"
+
+
 def test_warm_start_loads_and_never_compiles():
     """The kernels of this file are on disk by now: finding them is cheap."""
     start = time.perf_counter()

@@ -160,6 +160,14 @@ def law_of_devices(path: Path) -> None:
             assert error <= 1e-10, f"logits differ by {error:.1e}"
 
 
+def law_of_stages(path: Path) -> None:
+    """law: layers on several devices change no bits"""
+    with load(path) as model:
+        want = steps(model)
+    with load(path, devices="layers(cpu:0,cpu:1,cpu:2)", threads=3) as model:
+        same(steps(model), want)
+
+
 def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -167,7 +175,7 @@ def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
 
 CHECKS: tuple[Check, ...] = (
     validate, any_order_of_threads, fused_is_plain, law_of_cuts, law_of_batches, law_of_forks,
-    law_of_rewinds, law_of_devices,
+    law_of_rewinds, law_of_devices, law_of_stages,
 )  # fmt: skip
 
 

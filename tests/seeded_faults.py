@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from fault_checks import (
     law_of_devices,
     law_of_forks,
     law_of_rewinds,
+    law_of_stages,
     red,
     validate,
     write_models,
@@ -55,6 +57,8 @@ from runtime.backends.cpu.run import exchange, weights
 from runtime.backends.cpu.run import program as programs
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.cpu.run.weights import WeightStore
+from runtime.backends.meta import layers
+from runtime.backends.meta.layers import LayersBackend
 from runtime.backends.meta.tensor import TensorBackend
 from runtime.backends.passes import fuse_attention, fuse_delta, fuse_ffn, fuse_sums
 from runtime.backends.plan import lowering
@@ -130,6 +134,10 @@ def _short_lives(uses: Any) -> Any:
 
 def _first_left_out(parts: Any) -> Any:
     return lambda self, leaf: list(parts(self, leaf))[1:]
+
+
+def _first_not_copied(copy_pages: Any) -> Any:
+    return lambda self, leaves, *rows: copy_pages(self, leaves[1:], *rows)
 
 
 def _rows_merged(schedule: Any) -> Any:
@@ -433,6 +441,11 @@ FAULTS = [
     }),
     *faults("devices", "windowed", law_of_devices, {
         "pages of a device not copied": put(TensorBackend, "_parts", _first_left_out),
+    }),
+    *faults("devices", "hybrid", law_of_stages, {
+        "pages of a stage not copied": put(LayersBackend, "copy_pages", _first_not_copied),
+        "a step's results written over by the next":
+            put(layers, "np", lambda _: SimpleNamespace(array=lambda x: x)),
     }),
 ]  # fmt: skip
 

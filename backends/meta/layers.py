@@ -97,8 +97,7 @@ class LayersBackend:
 
     def abort(self) -> None:
         """See backends/base.py."""
-        for device in self._devices:
-            device.abort()
+        _abort(self._devices)
 
     def close(self) -> None:
         """Close all devices, those without a share too."""
@@ -192,9 +191,8 @@ def _joined(cut: StagedGraph, plans: Sequence[Plan]) -> Plan:
     """Plans of stages behind one another, for who looks at them."""
     ends: dict[str, tuple[Ref, Tensor]] = {}
     for stage, plan in zip(cut.stages, plans, strict=True):
-        ends |= zip(
-            stage.results, zip(plan.outputs, plan.output_tensors, strict=True), strict=False
-        )
+        made = zip(plan.outputs, plan.output_tensors, strict=True)
+        ends |= zip(stage.results, made, strict=False)  # none where nodes are run one by one
     outputs = [ends[name] for name in cut.outputs if name in ends]
     return Plan(
         plans[0].name, [one for plan in plans for one in plan.instructions],

@@ -52,6 +52,7 @@ from fault_seeds import (
     times,
 )
 
+from runtime import ops
 from runtime.backends.cpu.rules.moe import HEADER
 from runtime.backends.cpu.run import exchange, weights
 from runtime.backends.cpu.run import program as programs
@@ -59,6 +60,7 @@ from runtime.backends.cpu.run.program import Program
 from runtime.backends.cpu.run.weights import WeightStore
 from runtime.backends.meta import layers
 from runtime.backends.meta.layers import LayersBackend
+from runtime.backends.meta.shard import _Shard
 from runtime.backends.meta.tensor import TensorBackend
 from runtime.backends.passes import fuse_attention, fuse_delta, fuse_ffn, fuse_sums
 from runtime.backends.plan import lowering
@@ -138,6 +140,17 @@ def _first_left_out(parts: Any) -> Any:
 
 def _first_not_copied(copy_pages: Any) -> Any:
     return lambda self, leaves, *rows: copy_pages(self, leaves[1:], *rows)
+
+
+def _own_reversed(own: Any) -> Any:
+    def faulty(self: Any, way: Any) -> Any:
+        made = own(self, way)
+        ids, numbers = made.inputs
+        value = numbers.attrs["value"]
+        value = np.where(value >= 0, value.max() - value, -1).astype(np.int32)
+        return made.with_(inputs=(ids, ops.constant(numbers.name, value)))
+
+    return faulty
 
 
 def _rows_merged(schedule: Any) -> Any:
@@ -441,6 +454,8 @@ FAULTS = [
     }),
     *faults("devices", "windowed", law_of_devices, {
         "pages of a device not copied": put(TensorBackend, "_parts", _first_left_out),
+        "rows of other devices' experts added": argument("expert_sum", ids=number(0)),
+        "experts of a device in another order": put(_Shard, "_own", _own_reversed),
     }),
     *faults("devices", "hybrid", law_of_stages, {
         "pages of a stage not copied": put(LayersBackend, "copy_pages", _first_not_copied),

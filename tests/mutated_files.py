@@ -31,6 +31,7 @@ from vocabularies import byte_pairs
 
 IDS = (1, 5, 9, 3, 40, 7)
 MODELS = (Sizes("llama", vocabulary=300), Sizes("qwen35", layers=2, vocabulary=300))
+EXACT: dict[str, Any] = {"kv_type": "f32", "activations": "f32", "threads": 1}
 QUANTISED = ("Q8_0", "Q4_0", "F16", "F32")
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 NUMBERS = (0, 1, -1, 2, 3, 7, 31, 32, 64, 255, 1 << 16, (1 << 24) + 1, (1 << 31) - 1, 1 << 31,
@@ -258,9 +259,7 @@ def _evaluate(path: Path, seed: int, compiled: list[str]) -> str:
         if what != "loading weights":
             compiled.append(what)
 
-    with runtime.load(
-        path, kv_type="f32", activations="f32", threads=1, progress=note, **options
-    ) as model:
+    with runtime.load(path, progress=note, **EXACT, **options) as model:
         ids = [i % model.vocab_size for i in IDS]
         got = model.eval(ids)
         text = model.tokenizer.encode("hello world 12") if seed % 3 == 0 else ids

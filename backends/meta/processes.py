@@ -23,7 +23,7 @@ import numpy as np
 from runtime.backends.meta.messages import packed, unpacked
 from runtime.ops.errors import BackendError, OptionError
 
-_SPIN, _NAP, _LONG_NAP, _LEAVE = 0.02, 0.0002, 0.005, 0.1  # seconds
+_SPIN, _SHORT_NAP, _NAP, _LONG_NAP, _LEAVE = 0.02, 0.00005, 0.0002, 0.005, 0.1  # seconds
 _TOLD, _ANSWERED, _FAILED, _EXCHANGED = 1, 2, 3, 4  # tags
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID")
@@ -75,6 +75,7 @@ class Processes:
         self.beside = self._comm.Split_type(mpi.COMM_TYPE_SHARED).size
         _bear_notice()
         self.lost, self.status = "", 1  # why this run cannot go on; what it then exits with
+        self.crowded = False  # whoever waits is in the way of whoever works
         self.stop = False  # of the first process: it wishes the step under way to end early
         own = _machine(), os.getpid()
         self._watched = {}  # open files that can be read once a process has ended
@@ -176,7 +177,7 @@ class Processes:
                 now = time.monotonic()
                 since = since or now
                 if now - since < _SPIN:
-                    _yield()
+                    time.sleep(_SHORT_NAP) if self.crowded else _yield()
                 else:
                     self._nap(min(_LONG_NAP, max(_NAP, (now - since) / 50)))
         except self._mpi.Exception as error:

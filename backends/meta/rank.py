@@ -14,6 +14,7 @@ import numpy as np
 from runtime.backends.base import Progress
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.run.apart import Apart, Meeting, memory_of
+from runtime.backends.cpu.run.cores import physical_cores, processors
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.meta.parts import SplitGraphs, cut_of
 from runtime.backends.meta.processes import Processes
@@ -34,10 +35,9 @@ class Rank:
         shares: Sequence[float],
     ) -> None:  # fmt: skip
         if threads is None:
-            from runtime.backends.cpu.run.cores import physical_cores
-
             threads = max(1, physical_cores() // beside.beside)
         self.device, self.split = CpuBackend(file, threads, activations), SplitGraphs(shares)
+        beside.crowded = threads * beside.beside > processors()
         self.programs: dict[str, tuple[Program, Apart]] = {}
         self._beside = beside
         self._meeting = Meeting(threads, self.device.team.abort)

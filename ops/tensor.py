@@ -209,5 +209,6 @@ def cut_leaf(leaf: Tensor, axis: int, runs: Runs) -> Tensor:
     cut[axis] = cut_of_cut(cut[axis], runs) if axis in cut else runs
     if leaf.op == "state":
         return state(leaf.name, whole, leaf.dtype, leaf.attrs["storage"], cut)
-    source = leaf.attrs.get("source", "")
-    return weight(stored_name(leaf), whole, leaf.dtype, cut, leaf.name, source)
+    source, stored = leaf.attrs.get("source", ""), stored_name(leaf)
+    _, of, part = leaf.name.partition(f"{stored}:")
+    return weight(stored, whole, leaf.dtype, cut, part if of else "", source)

@@ -15,6 +15,7 @@ from small_models import Sizes, write_model
 from split_parts import Unsound
 from stored_tensors import Stored, file_of
 from tensor_models import load_split
+from test_dialects import DIALECTS, File
 
 import runtime
 from runtime import ops
@@ -192,7 +193,9 @@ PROMPT = [(7 * n + 3) % 80 for n in range(45)]
 
 
 def across(graph: Graph, shares: Sequence[float]) -> list[Graph]:
-    return list(shards(infer(graph, shares, True)))
+    layout = infer(graph, shares, True)
+    assert any("whole experts" in reason for reason in layout.why.values())
+    return list(shards(layout))
 
 
 def error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -239,6 +242,27 @@ def test_quantised(files: Callable[..., Path], name: str):
         with load_split(files(name, "Q8_0"), shares, **given) as model:
             for found, want in zip(_steps(model), wanted, strict=True):
                 assert error(found, want) <= 1e-6
+
+
+SCALED = (
+    "nvfp4 experts", "nvfp4 biases", "fused experts with scales", "nvfp4 qwen3next",
+    "one scale for all experts, biases", "ollama gptoss",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scales_of_experts_and_matrices_in_one(tmp_path: Path, name: str):
+    """The ids that choose a scale are those of all experts, whoever has them."""
+    size, plainly, change = DIALECTS[name]
+    file = File.of(size)
+    plainly(file)
+    change(file)
+    path = file.write(tmp_path / "m.gguf")
+    with runtime.load(path, threads=2, **EXACT) as model:
+        wanted = _steps(model)
+    with load_split(path, (1, 2, 1), divide=across, **EXACT) as model:
+        for found, want in zip(_steps(model), wanted, strict=True):
+            assert error(found, want) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["gptoss", "qwen35moe", "qwen3moe", "qwen3next"])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
 LATENCY, CPU_LATENCY = 10e-6, 3e-6  # seconds of an exchange over a link, or through memory
 LINK = 16e9  # bytes per second between devices that are no CPUs, where nothing is said
+_TRIES = 3  # of other shares
 MEETING = 1.5e-6  # seconds of a row of a CPU's plan beside its work: all threads meet
 
 # Of a device in a stage: bytes of a weight or state that it reads per second, and weights that it
@@ -272,31 +274,53 @@ def kv_types(text: str) -> tuple[str, str]:
 def by_memory(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """The same stages with shares by the memory that devices have, where all of it is known."""
     rooms = [[_room(device) for device in stage.devices] for stage in stages]
-    if not all(map(all, rooms)):
-        return stages
-    totals = list(map(sum, rooms))
-    return tuple(
-        replace(
-            stage, share=Fraction(total, sum(totals)),
-            shares=tuple(Fraction(room, total) for room in row),
-        )
-        for stage, row, total in zip(stages, rooms, totals, strict=True)
-    )  # fmt: skip
+    return _shared(stages, rooms) if all(map(all, rooms)) else stages
 
 
-def _room(device: Device) -> int:
+def _room(device: Device) -> float:
     """Bytes that a model may take there; 0 where that is not known."""
-    if device.nbytes is None:
-        return 0
-    return max(1, device.nbytes - (0 if device.kind in ON_CPU else OVERHEAD))
+    overhead = 0 if device.kind in ON_CPU else OVERHEAD
+    return max(1, device.nbytes - overhead) if device.nbytes else 0
 
 
-def fitted(given: Placement, free_kv: bool) -> Placement:
-    """A placement that fits, if there is one: with smaller KV types where those were not given."""
-    if given.fits or not free_kv:
-        return given
-    tried = [replace(given, kv_types=(kind, kind)) for kind in SMALLER_KV]
-    return next((t for t in tried if t.fits), given)
+def _shared(stages: tuple[Stage, ...], parts: Sequence[Sequence[float]]) -> tuple[Stage, ...]:
+    """The same stages with shares like these parts, in whole percent."""
+    return tuple(
+        replace(stage, share=share, shares=tuple(_percent(row)))
+        for stage, share, row in zip(stages, _percent(list(map(sum, parts))), parts, strict=True)
+    )
+
+
+def _percent(parts: Sequence[float]) -> list[Fraction]:
+    """Parts of 1 in whole percent, none of them 0, that add up to it."""
+    ends = np.rint(100 * np.cumsum(parts) / sum(parts)).astype(int).tolist()
+    found = [max(1, stop - start) for start, stop in pairwise([0, *ends])]
+    return [Fraction(n, sum(found)) for n in found]
+
+
+def fitted(given: Placement, free_kv: bool, free_shares: bool) -> Placement:
+    """The placement of most context by other shares; or smaller KV types, where it does not fit."""
+    best = _balanced(given) if free_shares else given
+    if best.fits or not free_kv:
+        return best
+    tried = [replace(best, kv_types=(kind, kind)) for kind in SMALLER_KV]
+    return next((t for t in tried if t.fits), best)
+
+
+def _balanced(given: Placement) -> Placement:
+    """With shares that fill all devices about alike, found in a few tries."""
+    best = given
+    for _ in range(_TRIES if all(device.nbytes for device in given.needs) else 0):
+        parts = [
+            [
+                float(stage.share * share) * (device.nbytes or 0) / given.usage(device).nbytes
+                for device, share in zip(stage.devices, stage.shares, strict=True)
+            ]
+            for stage in given.stages
+        ]
+        given = replace(given, stages=_shared(given.stages, parts))
+        best = max(best, given, key=lambda each: each.most)
+    return best
 
 
 def would_fit(given: Placement) -> Iterator[str]:

@@ -101,7 +101,9 @@ def test_prompts_have_a_speed_where_products_have_one() -> None:
 def test_fit_says_which_options_it_chose() -> None:
     devices = "tensor(cuda:12GB,cuda:8GB)"
     text = plan("llama-3.1-8b", "--fit", "--devices", devices).splitlines()
-    assert re.match(r"options: -c \d+ --tensor-split 60\.\d,39\.\d", text[2])
+    assert re.match(
+        r'options: -c \d+ --devices "tensor\(\d+\*cuda:0:12GB,\d+\*cuda:1:8GB\)"', text[2]
+    )
     text = plan("llama-3.1-8b", "--fit", "-c", "65536", "--devices", "cuda:12GB").splitlines()
     assert text[0].startswith("yes: 65,536") and text[2] == "options: -ctk q8_0 -ctv q8_0"
 

@@ -19,9 +19,11 @@ from runtime.gguf.reader import open_gguf
 from runtime.models import outline
 from runtime.models.registry import build, one_token
 from runtime.ops.cost import Seen, page_nbytes
+from runtime.ops.dtypes import F16, F32
+from runtime.ops.elementwise import add
 from runtime.ops.graph import Graph, rewrite
-from runtime.ops.tensor import Tensor, step_input
-from runtime.planning import OVERHEAD, Model, Placement, by_memory, fitted, kv_types, would_fit
+from runtime.ops.tensor import Tensor, step_input, weight
+from runtime.planning import Model, Placement, by_memory, fitted, kv_types, would_fit
 from runtime.traffic import of_token
 
 GB = 10**9
@@ -38,6 +40,16 @@ def without_collectives(graph: Graph) -> Graph:
 
     found = rewrite(graph, {"all_sum": replaced, "all_gather": replaced})
     return Graph((*found.outputs, *dict.fromkeys(partial)), graph.name)
+
+
+def test_weights_that_are_widened_count_as_float32() -> None:
+    x, bias = step_input("x", (1, 8), F32), weight("b", (8,), F16)
+    node = add(x, bias)
+    assert (
+        PLANNER.weights_nbytes({(node, 1): bias})
+        == 4 * 8
+        == planned_nbytes(Graph((node,)), True)[0]
+    )
 
 
 def planned_nbytes(graph: Graph, rows: bool) -> tuple[int, int, int]:
@@ -187,12 +199,21 @@ def test_memory_of_this_machine_is_shared_by_its_devices() -> None:
 
 def test_shares_follow_memory_where_none_are_given() -> None:
     (stage,) = by_memory(chosen("tensor(cuda:24GB,cuda:16GB)"))
-    rooms = [24 * GB - OVERHEAD, 16 * GB - OVERHEAD]
-    assert list(stage.shares) == [Fraction(room, sum(rooms)) for room in rooms]
+    assert stage.shares == (Fraction(60, 100), Fraction(40, 100))
     stages = by_memory(chosen("layers(cuda:24GB,tensor(cuda:8GB,cuda:8GB))"))
-    assert [round(float(s.share), 2) for s in stages] == [0.61, 0.39]
+    assert [s.share for s in stages] == [Fraction(61, 100), Fraction(39, 100)]
+    tiny = by_memory(chosen("tensor(cuda:99TB,cuda:1GB)"))[0].shares
+    assert tiny == (Fraction(100, 101), Fraction(1, 101))
     unknown = chosen("tensor(cuda:24GB,cuda)")
     assert by_memory(unknown) == unknown
+
+
+def test_fit_finds_shares_that_fill_all_devices() -> None:
+    stages = by_memory(chosen("tensor(cuda:24GB,cuda:8GB)"))
+    given = Placement(Model(outline.read(outline.known()["qwen3.5-27b"])), stages)
+    found = fitted(given, free_kv=True, free_shares=True)
+    assert found.most > 1.1 * given.most
+    assert fitted(given, free_kv=True, free_shares=False) == given
 
 
 def test_what_would_fit_does_fit() -> None:
@@ -209,9 +230,9 @@ def test_what_would_fit_does_fit() -> None:
 def test_fit_takes_a_smaller_cache_for_a_context_that_was_asked_for() -> None:
     most = placed("llama-3.1-8b", "cuda:12GB").most
     given = placed("llama-3.1-8b", "cuda:12GB", asked=most + 1024)
-    found = fitted(given, free_kv=True)
+    found = fitted(given, free_kv=True, free_shares=True)
     assert found.kv_types == ("q8_0", "q8_0") and found.fits
-    assert fitted(given, free_kv=False) == given
+    assert fitted(given, free_kv=False, free_shares=True) == given
     texts = list(would_fit(given))
     assert texts[0] == f"{most:,} tokens of context"
     assert texts[1] == f"{most + 1024:,} tokens with a q8_0 cache"

@@ -76,7 +76,9 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
 
     file = _file(model if model is not None else model_option, options)
     given = _placement(file, options)
-    chosen = fitted(given, _own_kv(options) is None) if options["fit"] else given
+    chosen = given
+    if options["fit"]:
+        chosen = fitted(given, _own_kv(options) is None, _no_shares(options))
     link = options["link"] and options["link"] * 1e9
     speed = chosen.speed(_bandwidths(chosen, options["bandwidth"]), link)
     rates = _each(chosen, "--gmacs", options["gmacs"])
@@ -138,6 +140,10 @@ def _own_kv(options: dict[str, Any]) -> str | None:
     return kv_type({**options, "kv_type": options["kv_type"] or "f16"})
 
 
+def _no_shares(options: dict[str, Any]) -> bool:
+    return options["tensor_split"] is None and "*" not in options["devices"]
+
+
 def _placement(file: Any, options: dict[str, Any]) -> Any:
     from runtime.backends.devices import count
     from runtime.backends.meta.choices import chosen
@@ -152,7 +158,7 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
         kinds = kv_types(_own_kv(options) or "f16")
     except OptionError as error:
         raise Refused(str(error)) from None
-    if options["tensor_split"] is None and "*" not in options["devices"]:
+    if _no_shares(options):
         stages = by_memory(stages)
     return Placement(
         Model(file), stages, kinds, options["context"], options["sequences"], memory_here()

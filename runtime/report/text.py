@@ -48,9 +48,8 @@ def changes(given: Placement, chosen: Placement) -> str:
     if chosen.kv_types != given.kv_types:
         k, v = chosen.kv_types
         found.append(f"-ctk {k} -ctv {v}")
-    outer = chosen.stages[0].shares if len(chosen.stages) == 1 else [s.share for s in chosen.stages]
-    if len(outer) > 1:
-        found.append("--tensor-split " + ",".join(f"{100 * float(share):.3g}" for share in outer))
+    if len(chosen.needs) > 1:
+        found.append(f'--devices "{text(chosen.stages)}"')
     return f"options: {' '.join(found) or 'as given'}"
 
 

@@ -136,11 +136,16 @@ class RandomGraph:
         k_pages = ops.kv_write(k, self._state(pages, "k"), self.slots, which="k", kv="f32")
         v_pages = ops.kv_write(v, self._state(pages, "v"), self.slots, which="v", kv="f32")
         sinks = [self._weight((keys * ratio,))] if self.rng.random() < 0.3 else []
-        return ops.merge_heads(ops.attention(
+        merged = ops.merge_heads(ops.attention(
             ops.rope(q, self.angles, style="normal"), k_pages, v_pages, self.table,
             self.sequences, self.places, *sinks, scale=0.5,
             window=int(self.rng.integers(0, 2)) * 6,
         ))  # fmt: skip
+        if self.rng.random() < 0.7:
+            return merged
+        half = int(merged.shape[1]) // 2
+        start = int(self.rng.integers(half))  # some heads, and parts of them
+        return self._project(ops.slice_(merged, axis=1, start=start, stop=start + half), 6)
 
     def op_conv(self) -> Tensor:
         x = self._flat()

@@ -231,7 +231,7 @@ def _by_group(
 
 def _layout(
     graph: Graph, devices: int, dealt: Sequence[np.ndarray], regions: Sequence[Region],
-    refused: Mapping[Tensor, str],
+    refused: dict[Tensor, str],
 ) -> Layout:  # fmt: skip
     everybody = (1 << devices) - 1
     splits: dict[Tensor, Split] = {}
@@ -242,8 +242,15 @@ def _layout(
             tensor: split_of(axis, np.bitwise_or.reduce(owners[atoms], 1))
             for tensor, (axis, atoms) in region.labels.items()
         }
-        fixed = {x for x in own if x.op in ("weight", "constant")}
-        splits |= {x: own[x] for x in own.keys() - region.whole - fixed}
+        fixed = {x for x in own if x.op in ("weight", "constant")} | region.whole
+        made = {x: split for x, split in own.items() if x not in fixed}
+        try:
+            for x in (x for x in made if x.op not in LEAVES):
+                needs(x, made[x])
+        except Unsplittable as reason:  # dealt out so it cannot be computed; it stays whole
+            refused[region.anchor] = str(reason)
+            continue
+        splits |= made
         summed |= {node: (number, own[x]) for node, (number, x) in region.summed.items()}
     whole: set[Tensor] = set()  # what is summed or gathered for somebody
     while True:

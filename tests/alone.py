@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Files, and single tests of others.
 ALONE = frozenset({
-    "test_cli_terminal", "test_ctrl_c", "test_executor", "test_forks", "test_interrupts",
-    "test_interrupts_while_loading", "test_package", "test_speed", "test_team_group",
+    "test_ctrl_c", "test_executor", "test_forks", "test_help_is_cheap", "test_import_is_cheap",
+    "test_interrupts", "test_speed", "test_team_group",
 })  # fmt: skip
 
 

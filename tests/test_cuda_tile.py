@@ -11,8 +11,15 @@ from runtime.backends.cuda import layouts
 PACK = {"Q8_0": layouts.pack_q8_0, "Q4_0": layouts.pack_q4_0}
 
 
-@pytest.mark.parametrize("format", PACK)
-@pytest.mark.parametrize("shape", [(130, 70, 3), (9, 129, 5)])
+SHAPES = ((130, 70, 3), (9, 129, 5))
+CASES = [
+    pytest.param(format, shape, marks=() if one == other else pytest.mark.sweep)
+    for one, format in enumerate(PACK)
+    for other, shape in enumerate(SHAPES)
+]
+
+
+@pytest.mark.parametrize(("format", "shape"), CASES)
 def test_tile_is_the_product(rng, format: str, shape: tuple[int, int, int]):
     rows, columns, n = shape
     weights = random_blocks(rng, format, rows, n)

@@ -69,8 +69,8 @@ def test_a_150k_vocabulary_is_ready_quickly():
 @pytest.mark.parametrize("unit", ["The quick brown fox. ", "a", " ", "你好", "12", "\n", "=-"])
 def test_a_long_text_takes_seconds(path, unit):
     tokenizer = opened(path)
-    text = unit * (300_000 // len(unit))
-    assert _seconds(lambda: tokenizer.encode(text)) < 20
+    text = unit * (100_000 // len(unit))
+    assert _seconds(lambda: tokenizer.encode(text)) < 5  # 0.1 s on a quiet machine
 
 
 @functools.cache

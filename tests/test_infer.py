@@ -38,8 +38,8 @@ from runtime.ops.views import slice_
 SHARES = st.lists(st.sampled_from([1.0, 1.0, 2.0, 3.0, 9.0, 0.05]), min_size=1, max_size=5)
 
 
-def _check_random(made: RandomGraph, shares: list[float]) -> Layout:
-    layout = infer(made.graph, shares)
+def _check_random(made: RandomGraph, shares: list[float], across: bool | None = None) -> Layout:
+    layout = infer(made.graph, shares, across)
     whole, after = made.whole()
     memory = Memory(len(shares), lambda leaf: made.values[leaf.name])
 
@@ -67,9 +67,9 @@ def _check_random(made: RandomGraph, shares: list[float]) -> Layout:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 1 << 30), st.integers(10, 30), SHARES)
-def test_random_graphs(seed: int, size: int, shares: list[float]):
-    _check_random(RandomGraph(seed, size), shares)
+@given(st.integers(0, 1 << 30), st.integers(10, 30), SHARES, st.sampled_from([None, True, False]))
+def test_random_graphs(seed: int, size: int, shares: list[float], across: bool | None):
+    _check_random(RandomGraph(seed, size), shares, across)
 
 
 # Wrong parts: each must turn random graphs red.

@@ -163,8 +163,9 @@ class Placement:
 
     @cached_property
     def most(self) -> int:
-        """Tokens of context that fit, 0 where the model itself does not."""
-        pages = self.trained // PAGE * self.sequences + self.sequences
+        """Tokens of context that fit, up to those trained or asked for; 0: not even the model."""
+        wanted = max(self.trained, self.asked or 0)
+        pages = -(-wanted // PAGE) * self.sequences
         for devices, room in self.rooms():
             needs = [self.needs[device] for device in devices]
             left = room - sum(n.fixed + n.slot * self.slots for n in needs)
@@ -172,19 +173,23 @@ class Placement:
                 return 0
             if each := sum(n.page for n in needs):
                 pages = min(pages, int(left // each))
-        return min(self.trained, pages // self.sequences * PAGE)
+        return min(wanted, pages // self.sequences * PAGE)
 
     @property
     def context(self) -> int:
         """Tokens of context that are planned for."""
-        return self.asked or self.most
+        return self.asked or min(self.most, self.trained)
 
     @property
     def fits(self) -> bool:
         """Whether there is room for the context asked for, or for any."""
-        if self.asked is None or self.asked <= self.trained:
-            return 0 < self.context <= self.most
-        return all(sum(self.usage(d).nbytes for d in ds) <= room for ds, room in self.rooms())
+        return 0 < self.context <= self.most
+
+    @property
+    def unknown(self) -> list[Device]:
+        """Devices of unknown memory."""
+        known = {device for devices, _ in self.rooms() for device in devices}
+        return [device for device in self.needs if device not in known]
 
     def rooms(self) -> Iterator[tuple[tuple[Device, ...], float]]:
         """Devices that share a memory, and its bytes; what is not known is left out.

@@ -39,6 +39,11 @@ def refused(*arguments: str) -> str:
             "llama-3.1-70b -c 32768 -ctk q4_0 -ctv q4_0 --devices tensor(cuda:16GB,cuda:16GB)",
             r"no: 32,768 tokens .* do not fit.*room for 32,768 tokens with weights of Q2_K",
         ),
+        ("qwen3-0.6b --devices cuda:100MB", r"no: the model does not fit.*no type is small enough"),
+        (
+            "qwen3-0.6b --devices cuda",
+            r"not known: 40,960 tokens .* 5\.\d\d GB of cuda, whose memory",
+        ),
         (
             "Qwen3.5-27B.gguf --devices tensor(cuda:24GB,cuda:24GB)",
             r"yes: 262,144 tokens of context fit",

@@ -12,10 +12,10 @@ from runtime.report.layers import layers_of
 def as_data(
     placement: Placement, speed: Speed | None, prompt: float | None, answer: str
 ) -> dict[str, Any]:
-    """Everything that a plan says; bytes are plain numbers."""
+    """Everything that a plan says; bytes are plain numbers. fits: None where it is not known."""
     return {
         "answer": answer,
-        "fits": placement.fits,
+        "fits": None if placement.unknown and placement.fits else placement.fits,
         "model": str(placement.model.file.get("general.name") or placement.model.file.path.stem),
         "model_size": placement.model.file.tensors_nbytes,
         "devices": text(placement.stages),

@@ -27,12 +27,19 @@ def amount(nbytes: float) -> str:
 def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) -> str:
     """One line: whether it fits, with what; or what would. options: see `would_fit`."""
     kinds = "/".join(dict.fromkeys(placement.kv_types))
+    if placement.unknown and placement.fits:
+        first = placement.unknown[0]
+        return (
+            f"not known: {placement.context:,} tokens of context, KV cache in {kinds}, take "
+            f"{amount(placement.usage(first).nbytes)} of {first}, whose memory is to be given, as "
+            f"in {first}:24GB"
+        )
     if placement.fits:
         fast = f", {_about(placement, speed)} tokens/s" if speed else ""
         return f"yes: {placement.context:,} tokens of context fit, KV cache in {kinds}{fast}"
     what = f"{placement.asked:,} tokens of context do" if placement.asked else "the model does"
-    would = f"; there is room for {', or '.join(options)}" if options else ""
-    return f"no: {what} not fit, KV cache in {kinds} ({_short_of(placement)}){would}"
+    would = f"there is room for {', or '.join(options)}" if options else "no type is small enough"
+    return f"no: {what} not fit, KV cache in {kinds} ({_short_of(placement)}); {would}"
 
 
 def heading(placement: Placement) -> str:

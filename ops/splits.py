@@ -5,9 +5,6 @@ often it repeats. A fused q|k|v projection of two devices is six runs; heads fla
 into rows are two runs repeated T times. A stretch may have several owners (a K head that two
 devices need) or none. Each device keeps its stretches one after another, in order, so the same op
 runs on what it has. `cut_array` and `join_arrays` are what all of this means.
-
-What experts make of tokens is ROUTED where whole experts are on one device each: rows lie with the
-device that has their expert, and that is known in the step alone.
 """
 
 from __future__ import annotations
@@ -81,10 +78,10 @@ class Split(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """Every device has room for all rows [token, choice, ...], those of its experts are right.
+    """Every device has room for all rows [token, choice, ...]; those of its experts are right.
 
-    ids: [token, choice], the experts chosen. experts: their owners, along axis 0 of weights. What
-    other rows hold means nothing.
+    ids: [token, choice], the experts chosen, known in the step alone. experts: their owners, along
+    axis 0 of weights. What other rows hold means nothing.
     """
 
     ids: Tensor

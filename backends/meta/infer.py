@@ -39,8 +39,8 @@ class Layout:
 
     states: as computed, PARTIAL before it is summed; a weight that some uses cut is MIRRORED.
     uses: of each node the states in which it takes its inputs. holders: the devices that compute
-    a node, as bits. whole: what is summed or gathered for those that take it whole, and its number
-    in order. why: of weights that are mirrored, or of which experts stay whole, the reason.
+    it, as bits. whole: what is summed or gathered, and its number in order. why: of weights that
+    are mirrored, or of which experts stay whole, the reason.
     """
 
     graph: Graph
@@ -89,8 +89,7 @@ def _regions(
     graph: Graph, shares: Sequence[float], refused: dict[Tensor, str], across: bool | None
 ) -> list[Region]:
     """The regions of all anchors that are worth it, in the order of the anchors."""
-    found: list[Region] = []
-    taken: set[Tensor] = set()
+    found, taken = list[Region](), set[Tensor]()
     for node in graph.nodes:
         region = None
         for start, axis in () if node in refused else _starts(graph, node):
@@ -258,10 +257,9 @@ def _layout(
         if found.whole == whole:
             break
         whole = found.whole
-    order = [node for node in graph.nodes if node in whole]
     return Layout(
         graph, devices, found.states, found.uses, found.holders,
-        {node: number for number, node in enumerate(order)},
+        {x: number for number, x in enumerate(x for x in graph.nodes if x in whole)},
         _reasons(graph, found.uses, refused, regions),
     )  # fmt: skip
 

@@ -19,13 +19,12 @@ from runtime.ops.views import broadcast, reshape, slice_
 
 def shard(layout: Layout, device: int) -> Graph:
     """What `device` computes; every device has the same collectives in the same order."""
-    graph = layout.graph
     local = _Shard(layout, device)
-    for node in graph.nodes:
+    for node in layout.graph.nodes:
         local.add(node)
-    outputs = [local.take(o, layout.kept(o)) for o in graph.outputs]
+    outputs = [local.take(o, layout.kept(o)) for o in layout.graph.outputs]
     wanted = [o for o in outputs if o is not None]
-    return Graph(with_all(wanted, [*local.whole.values()]), graph.name)
+    return Graph(with_all(wanted, [*local.whole.values()]), layout.graph.name)
 
 
 class _Shard:
@@ -78,9 +77,8 @@ class _Shard:
 
     def _computed(self, node: Tensor) -> Tensor | None:
         uses = self.layout.uses[node]
-        first = owners_of(self.layout.holders[node])[0]
         taken = [
-            (x if self.device == first else None)  # what is added once
+            (x if owners_of(self.layout.holders[node])[0] == self.device else None)  # added once
             if use is PARTIAL and x.op in LEAVES
             else self.take(x, use)
             for x, use in zip(node.inputs, uses, strict=True)

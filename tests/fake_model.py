@@ -129,7 +129,7 @@ class CommandLine:
 
         self._monkeypatch.setattr(runtime, "load", load, raising=False)
         for name in ("measured", "remembered"):
-            self._monkeypatch.setattr(f"runtime.cli.bandwidth.{name}", lambda threads: 2e9)
+            self._monkeypatch.setattr(f"runtime.cli.bandwidth.{name}", lambda *_: 2e9)
         result = CliRunner().invoke(main, [str(a) for a in args], input=stdin)
         result.loaded = loaded
         return result

@@ -251,7 +251,7 @@ def _named(operands: Sequence[Sequence[str]], ndims: tuple[int, ...]) -> Pattern
 
 
 def _tokens(text: str) -> list[str]:
-    return [token.strip("()") for token in re.findall(r"\(.*?\)|\S+", text)]
+    return [token.strip("()") for token in re.findall(r"\([^)]*\)|\S+", text)]
 
 
 def _axes_of(token: str, stars: int) -> list[Names]:

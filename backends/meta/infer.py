@@ -75,7 +75,8 @@ def infer(graph: Graph, shares: Sequence[float], across: bool | None = None) -> 
     while True:
         regions = _regions(graph, shares, refused, across) if len(shares) > 1 else []
         try:
-            layout = _layout(graph, len(shares), _dealt(regions, shares), regions, refused)
+            dealt = _dealt(regions, _beside(graph, regions, shares))
+            layout = _layout(graph, len(shares), dealt, regions, refused)
         except Unsplittable:  # what experts make is wanted as it is
             if across is False:
                 raise
@@ -174,6 +175,20 @@ def _grown(
     if len(region.classes()) < 2:
         raise Unsplittable("it has no parts that could be told apart")
     return region
+
+
+def _beside(graph: Graph, regions: Sequence[Region], shares: Sequence[float]) -> list[float]:
+    """The shares of what is split that make these of all bytes, with what everybody has.
+
+    Not less than half of what was asked for: of a small model everybody has a lot.
+    """
+    split = sum(region.nbytes().sum() for region in regions)
+    cut = {x for region in regions for x, _ in region.weights()}
+    cut -= {x for x in cut if any(kind_of(user) is Kind.GATHER for user in graph.users[x])}
+    mirrored = sum(x.nbytes for x in graph.leaves("weight") if x not in cut)
+    total = split + len(shares) * mirrored
+    each = [share / sum(shares) for share in shares]
+    return [max(n * total - mirrored, n * split / 2) or n for n in each]
 
 
 def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarray]:

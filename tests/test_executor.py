@@ -174,13 +174,15 @@ def test_a_second_signal_does_not_let_two_plans_run_at_once(alarm, monkeypatch):
 
 def test_an_interrupt_beside_the_end_of_a_run_is_heard():
     """One that comes when the lock is held already, and before the next line."""
-    run = executor.LongRun(lambda *_: None, np.zeros(64, np.int64), 1, {})
+    waiting = threading.Event()  # the run does not end before somebody waits for it
+    run = executor.LongRun(lambda *_: waiting.wait(10), np.zeros(64, np.int64), 1, {})
 
     class Lock:
         def __init__(self, lock: Any) -> None:
             self.lock, self.raised, self.release = lock, False, lock.release
 
         def acquire(self, timeout: float) -> bool:
+            waiting.set()
             got = self.lock.acquire(timeout=timeout)
             if got and not self.raised:
                 self.raised = True

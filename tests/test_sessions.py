@@ -54,8 +54,9 @@ def whole(model: Model, prompt: list[int]) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def nothing_leaks(model: Model) -> Iterator[None]:
     yield
-    gc.collect()
     pools = model._engine.pools
+    if free(model) != (pools.pages.count, pools.slots.count):
+        gc.collect()  # an error that was expected holds sessions by its traceback
     assert free(model) == (pools.pages.count, pools.slots.count)
 
 

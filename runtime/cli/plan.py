@@ -180,7 +180,7 @@ def _bandwidths(placement: Any, given: str | None) -> Any:
         found = remembered(threads, dtype)
         if found is None:
             what = f"{dtype} weights are" if dtype else "memory is"
-            note(f"measuring how fast {what} read, once for this machine ...")
+            note(f"measuring how fast {what} read, once a day ...")
             found = measured(threads, dtype)
         return found
 

@@ -100,7 +100,7 @@ def _bandwidth() -> float | None:
     known = remembered(threads)
     if known is not None:
         return known
-    note("measuring memory bandwidth, once for this machine ...")
+    note("measuring memory bandwidth, once a day ...")
     try:
         return measured(threads)
     except Error:

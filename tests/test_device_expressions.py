@@ -230,7 +230,10 @@ def test_a_list_is_split_as_the_options_say(options: dict, want: str):
 @pytest.mark.parametrize(
     ("devices", "options", "want"),
     [
-        ("cpu", {"split_mode": "tensor"}, "cpu"),
+        ("cpu", {"split_mode": "layer"}, "cpu"),
+        ("layers(cpu:0,cpu:1,cpu:0)", {}, "layers(cpu:0,cpu:1,cpu:0)"),
+        ("tensor(layers(cpu:0,cpu:1),layers(cpu:1,cpu:0))", {}, "tensor(cpu:0,cpu:1)"),
+        ("tensor(cuda,cuda)", {}, "tensor(cuda:0,cuda:1)"),
         ("cpu:1", {"split_mode": "none", "main_device": 0}, "cpu:1"),
         ("cpu", {"main_device": 0}, "cpu"),
         ("tensor(cpu:0,cpu:1)", {"tensor_split": "3,1"}, "tensor(3*cpu:0,cpu:1)"),
@@ -271,10 +274,24 @@ def test_options_beside_other_expressions(devices: str, options: dict, want: str
         ("cpu:0,cpu:1", {"tensor_split": "3,1", "split_mode": "none"}, "tensor_split: with split_"),
         ("cpu:0,cpu:1", {"main_device": 1}, "main_device=1 is for split_mode='none'"),
         ("cpu:0,cpu:1", {"main_device": 2, "split_mode": "none"}, "main_device=2: the list has 2 "),
+        ("cpu:0,cpu:1", {"tensor_split": [10**400, 1]}, r"tensor_split=.*: a share is at most"),
+        ("cpu", {"split_mode": "tensor"}, "split_mode='tensor': nothing to split over one device"),
+        ("8*cuda:24GB", {}, r"devices=.*: 8\* is a share of the work, and there is one device: "
+         r"write cuda:24GB 8 times, as tensor\(cuda:24GB,cuda:24GB,...\)"),
+        ("tensor(8*cuda:0:24GB)", {}, "devices=.* write cuda:24GB 8 times"),
+        ("layers(cpu:0,tensor(2*cpu))", {}, r"devices=.* write cpu 2 times, as tensor\(cpu,cpu\)$"),
+        ("0.5*cpu", {}, r"devices=.*: 0.5\* is a share of the work, .*: leave it out"),
+        ("tensor(2*numa)", {}, "devices=.*: numa:N is N devices"),
+        ("tensor(cpu:0,cpu:1,3*cpu:0)", {}, "devices=.*: cpu:0 stands twice in one group: for two "
+         "devices write cpu,cpu"),
+        ("cuda:0:24GB,cuda:0:24GB", {}, "devices=.*: cuda:0:24GB stands twice .* cuda:24GB,cuda:"),
+        ("cpu:0,cpu:1,cpu:0", {"split_mode": "tensor"}, "devices=.*: cpu:0 stands twice"),
+        ("layers(cpu:1,tensor(numa:2,numa:2))", {}, "devices=.*: numa:0/2 stands twice .*: leave"),
+        ("reference,reference", {}, "devices=.*: reference stands twice"),
         ("cpu", {"main_device": 1}, "main_device=1: the list has 1 device, the first of which is"),
     ],
-    ids=str,
-)
+    ids=lambda given: str(given)[:40],
+)  # fmt: skip
 def test_options_that_do_not_go_together(devices: str, options: dict, says: str):
     with pytest.raises(OptionError, match=f"^{says}") as caught:
         chosen(devices, **options)

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from runtime.backends.meta.expression import Group, Node, parse, share
+from runtime.backends.meta.expression import Device, Group, Node, Several, parse, share, times
 from runtime.backends.meta.stages import Counts, Stage, one, spread, stages
 from runtime.ops.errors import OptionError, shown
 
 SPLIT_MODES = {"none": "", "layer": "layers", "tensor": "tensor"}
 
 Shares = str | Sequence[float]
+
+_ONE = "nothing to split over one device; name several, such as devices='cpu:0,cpu:1'"
+_MOST_SHARE = 10**18
 
 
 def chosen(
@@ -27,13 +30,18 @@ def chosen(
     share for each device, or member of the outermost group, as "3,1" or numbers. counts: see
     `stages`. OptionError, naming the option, for what does not go together.
     """
-    tree = spread(parse(devices), counts)
+    named = parse(devices)
+    _check_lone(devices, named)
+    tree = spread(named, counts)
     mode = None if split_mode is None else _mode(split_mode)
     if mode is not None and isinstance(tree, Group) and tree.kind:
         raise OptionError(
             f"split_mode={split_mode!r} is for a list of devices, and devices={shown(devices)} is "
             f"split by {tree.kind}(...) already: leave one of them out"
         )
+    _check_twice(devices, tree, mode)
+    if mode == "tensor" and isinstance(tree, Device):
+        raise OptionError(f"split_mode='tensor': {_ONE}")
     if tensor_split is not None:
         if mode == "":
             raise OptionError("tensor_split: with split_mode='none' one device has everything")
@@ -43,6 +51,52 @@ def chosen(
     elif mode is not None and isinstance(tree, Group):
         tree = replace(tree, kind=mode)
     return stages(tree)
+
+
+def _check_lone(devices: str, node: Node) -> None:
+    """OptionError for a share of the work where one device has all of it: a count is meant."""
+    if not isinstance(node, Group):
+        return
+    for own, member in node.members:
+        _check_lone(devices, member)
+        if len(node.members) > 1 or own in (0, 1) or isinstance(member, Group):
+            continue
+        if isinstance(member, Several):
+            instead = f"{member.kind}:N is N devices"
+        else:
+            plain = _unnumbered(member)
+            several = f"tensor({plain},{plain}{',...' * (own != 2)})"
+            instead = f"write {plain} {times(own, '')[:-1]} times, as {several}"
+            instead = instead if own.denominator == 1 else "leave it out"
+        raise OptionError(
+            f"devices={shown(devices)}: {times(own, '')} is a share of the work, and there is one "
+            f"device: {instead}"
+        )
+
+
+def _check_twice(devices: str, node: Node, mode: str | None = None) -> None:
+    """OptionError for a device twice among those of a tensor group, or next to itself in layers."""
+    if not isinstance(node, Group):
+        return
+    before: list[tuple[str, int | None, int | None]] = []
+    for _, member in node.members:
+        _check_twice(devices, member)
+        if not isinstance(member, Device) or (member.number is None and member.kind != "reference"):
+            before.append(("", None, None))
+            continue
+        this = member.kind, member.number, member.of
+        if this in (before if "tensor" in (node.kind, mode) else before[-1:]):
+            plain = _unnumbered(member)
+            hint = f"for two devices write {plain},{plain}"
+            raise OptionError(
+                f"devices={shown(devices)}: {member} stands twice in one group: "
+                + (hint if member.kind in ("cpu", "cuda") else "leave one out")
+            )
+        before.append(this)
+
+
+def _unnumbered(device: Device) -> Device:
+    return replace(device, number=None, of=None)
 
 
 def _mode(split_mode: str) -> str:
@@ -60,10 +114,7 @@ def _shared(tree: Node, tensor_split: Shares) -> Group:
     """The outermost group with these shares."""
     shares = _shares(tensor_split)
     if not isinstance(tree, Group) or len(tree.members) == 1:
-        raise OptionError(
-            f"tensor_split={shown(tensor_split)}: nothing to split over one device; name several, "
-            "such as devices='cpu:0,cpu:1'"
-        )
+        raise OptionError(f"tensor_split={shown(tensor_split)}: {_ONE}")
     nodes = [node for _, node in tree.members]
     if len(shares) != len(nodes):
         raise OptionError(
@@ -83,12 +134,16 @@ def _shared(tree: Node, tensor_split: Shares) -> Group:
 
 
 def _shares(tensor_split: Shares) -> list[Fraction]:
+    parts: Sequence[object] = tensor_split
+    if isinstance(tensor_split, str):
+        parts = [part.strip() for part in re.split("[,/:;]", tensor_split)]
     try:
-        if isinstance(tensor_split, str):
-            return [share(part.strip()) for part in re.split("[,/:;]", tensor_split)]
-        return [share(part) for part in tensor_split]
+        found = [share(part) for part in parts]
     except ValueError as error:
         raise OptionError(f"tensor_split={shown(tensor_split)}: {error}") from None
+    if max(found, default=0) > _MOST_SHARE:
+        raise OptionError(f"tensor_split={shown(tensor_split)}: a share is at most 10**18")
+    return found
 
 
 def _main(tree: Node, mode: str | None, number: int) -> Node:

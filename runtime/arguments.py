@@ -99,6 +99,9 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if path is not None and not isinstance(path, str | os.PathLike):
         raise wrong("path", path, "the path of a .gguf file, as text or Path")
+    named = options["devices"]
+    if isinstance(named, list | tuple) and named and all(isinstance(n, str) for n in named):
+        options = {**options, "devices": ",".join(named)}
     for name in _TEXTS:
         if not isinstance(options[name], str):
             raise wrong(name, options[name], "text")

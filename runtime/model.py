@@ -40,7 +40,7 @@ _GRAPH_TOKENS = 1 << 20  # of a graph to look at: far more than a step has
 
 def load(
     path: str | os.PathLike[str] | None = None,
-    devices: str = "cpu",
+    devices: str | Sequence[str] = "cpu",
     kv_type: str = "f16",
     context: int | None = None,
     threads: int | None = None,
@@ -53,10 +53,11 @@ def load(
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
-    devices: "cpu"; "cpu:0,cpu:1", virtual devices that share out the cores; "numa", one for each
-    NUMA node; "tensor(...)" and "layers(...)" of these, nested at will, with shares as "3*cpu:0";
-    "reference" or "null". split_mode: of a list of devices, "layer" (the default), "tensor", or
-    "none": the one of number `main_device` alone. tensor_split: a share for each, "3,1" or [3, 1].
+    devices: "cpu"; "cpu:0,cpu:1" or a list of them, virtual devices that share out the cores;
+    "numa", one for each NUMA node; "tensor(...)" and "layers(...)" of these, nested at will, with
+    shares as "3*cpu:0"; "reference" or "null". split_mode: of a list of devices, "layer" (the
+    default), "tensor", or "none": the one of number `main_device` alone. tensor_split: a share for
+    each, "3,1" or [3, 1].
     kv_type: such as f32, f16, bf16 or q8_0, or two for K and V apart ("q8_0,f16"). context: tokens
     of one sequence (default: what the file was trained for, or what fits). threads: of all devices,
     default one per core. activations: "int8", or "f32" to keep them in float for every weight
@@ -74,7 +75,7 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
     }  # fmt: skip
     given = check_load(path, given)
-    if names_mpi(devices):
+    if names_mpi(given["devices"]):
         from runtime.backends.meta.mpi import take_part
 
         take_part(open_gguf)

@@ -28,6 +28,8 @@ pytestmark = needs_demo
         ({"kv_type": 3}, "kv_type=3 must be text such as 'f16'"),
         ({"kv_type": ("f16", 8)}, "kv_type="),
         ({"devices": None}, "devices=None must be text"),
+        ({"devices": []}, "devices=[] must be text"),
+        ({"devices": ["cpu", 1]}, "devices=['cpu', 1] must be text"),
         ({"split_mode": 1}, "split_mode=1 must be none, layer or tensor"),
         ({"tensor_split": 3}, "tensor_split=3 must be shares, such as '3,1'"),
         ({"tensor_split": {"a": 1}}, "tensor_split={'a': 1} must be shares"),
@@ -57,6 +59,11 @@ def test_paths_and_pairs_and_numpy_numbers_are_taken():
         sequences=1,
     ) as model:
         assert model.kv_types == ("q8_0", "f16") and model.context == 64
+
+
+def test_a_list_of_devices_is_taken():
+    with runtime.load(DEMO, devices=["null", "null"], context=64, sequences=1) as model:
+        assert model.backend.name == "null (2 devices)"
 
 
 def test_a_file_with_a_vocabulary_alone(tmp_path: Path):

@@ -24,7 +24,10 @@ from small_models import NOVEL, Sizes, write_model
 import runtime
 from runtime.backends.meta import processes
 from runtime.backends.meta.messages import packed, unpacked
+from runtime.backends.meta.rank import fingerprint
 from runtime.errors import OptionError
+from runtime.gguf.reader import open_gguf
+from runtime.model import demo_path
 
 pytestmark = needs_demo
 
@@ -144,6 +147,25 @@ def test_a_mistake_is_said_once(args: tuple[str, ...], says: str):
     code, out, err = mpiexec(2, *RUN, *args)
     assert code in (1, 2) and out == ""
     assert err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
+def test_other_weights_are_another_file(tmp_path: Path):
+    path, begins = tmp_path / "model.gguf", open_gguf(demo_path()).tensors.values()
+    shutil.copyfile(demo_path(), path)
+    want = fingerprint(open_gguf(path))
+    assert want == fingerprint(open_gguf(demo_path()))
+    places = [tensor.offset + at for tensor in begins for at in (0, tensor.nbytes - 1)]
+    for place in (*places[:4], *places[-4:], places[-1] // 2):
+        with path.open("r+b") as file:
+            file.seek(place)
+            byte = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([byte ^ 1]))
+        assert fingerprint(open_gguf(path))["file"] != want["file"]
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([byte]))
+    assert fingerprint(open_gguf(path)) == want
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.backends.meta.expression import Device
 from runtime.backends.meta.planner import ON_CPU, StagePlan, plan_stages, planned
-from runtime.backends.meta.stages import Stage
+from runtime.backends.meta.stages import Stage, text
 from runtime.engine.batch import UBATCH
 from runtime.errors import OptionError
 from runtime.memory.budget import LEAST_SLOTS, SHARE, available_memory
@@ -33,7 +33,8 @@ SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
 LATENCY, CPU_LATENCY = 10e-6, 3e-6  # seconds of an exchange over a link, or through memory
 LINK = 16e9  # bytes per second between devices that are no CPUs, where nothing is said
-_TRIES = 3  # of other shares
+_TRIES = 3  # of shares by what is used
+_STEP = 4  # percent that move from one device to another, at first
 MEETING = 1.5e-6  # seconds of a row of a CPU's plan beside its work: all threads meet
 
 # Of a device in a stage: bytes of a weight or state that it reads per second, and weights that it
@@ -205,9 +206,10 @@ class Placement:
             weights = sum(self.needs[device].weights for device in here)
             yield here, weights + SHARE * (self.free - weights)
 
-    def usage(self, device: Device) -> Usage:
-        """Bytes of a device with the context planned for."""
-        need, pages = self.needs[device], -(-self.context // PAGE) * self.sequences
+    def usage(self, device: Device, context: int | None = None) -> Usage:
+        """Bytes of a device with that context, by default the one planned for."""
+        tokens = self.context if context is None else context
+        need, pages = self.needs[device], -(-tokens // PAGE) * self.sequences
         return Usage(
             device, need.weights, need.page * pages, need.slot * self.slots, need.activations,
             need.overhead,
@@ -304,28 +306,80 @@ def _percent(parts: Sequence[float]) -> list[Fraction]:
 
 
 def fitted(given: Placement, free_kv: bool, free_shares: bool) -> Placement:
-    """The placement of most context by other shares; or smaller KV types, where it does not fit."""
-    best = _balanced(given) if free_shares else given
+    """The placement of most context by other shares, of fewer devices too; or smaller KV types,
+    where it does not fit."""
+    best = given
+    if free_shares and _known(given):
+        best = balanced(max([given, *_fewer(given)], key=_room_for))
     if best.fits or not free_kv:
         return best
     tried = [replace(best, kv_types=(kind, kind)) for kind in SMALLER_KV]
     return next((t for t in tried if t.fits), best)
 
 
-def _balanced(given: Placement) -> Placement:
-    """With shares that fill all devices about alike, found in a few tries."""
+def balanced(given: Placement) -> Placement:
+    """With shares of most context, found in a few tries: first those that fill all devices about
+    alike, then some of what the fullest has goes to the emptiest."""
+    if len(given.needs) == 1 or not _known(given):
+        return given
     best = given
-    for _ in range(_TRIES if all(device.nbytes for device in given.needs) else 0):
-        parts = [
-            [
-                float(stage.share * share) * (device.nbytes or 0) / given.usage(device).nbytes
-                for device, share in zip(stage.devices, stage.shares, strict=True)
-            ]
-            for stage in given.stages
-        ]
-        given = replace(given, stages=_shared(given.stages, parts))
-        best = max(best, given, key=lambda each: each.most)
+    for _ in range(_TRIES):
+        given = _scaled(given, {d: (d.nbytes or 0) / u for d, u in _used(given).items()})
+        best = max(best, given, key=_room_for)
+    step = _STEP
+    while step >= 1 and not best.most >= max(best.trained, best.asked or 0):
+        filled = {d: u / (d.nbytes or 1) for d, u in _used(best).items()}
+        part = {d: 100 * float(sum(s.share * _share(s, d) for s in best.stages)) for d in filled}
+        most, least = max(filled, key=filled.__getitem__), min(filled, key=filled.__getitem__)
+        moved = {most: max(0.01, 1 - step / part[most]), least: 1 + step / part[least]}
+        tried = _scaled(best, moved)
+        if _room_for(tried) > _room_for(best):
+            best = tried
+        else:
+            step //= 2
     return best
+
+
+def _known(given: Placement) -> bool:
+    return all(device.nbytes for device in given.needs)
+
+
+def _used(given: Placement) -> dict[Device, float]:
+    """Bytes on each device with as much context as fits."""
+    return {device: given.usage(device, given.most).nbytes for device in given.needs}
+
+
+def _room_for(given: Placement) -> tuple[int, float]:
+    """Tokens that fit; of placements where none do, the one that lacks least is the largest."""
+    return given.most, -max(u / (d.nbytes or 1) for d, u in _used(given).items())
+
+
+def _share(stage: Stage, device: Device) -> Fraction:
+    at = dict(zip(stage.devices, stage.shares, strict=True))
+    return at.get(device, Fraction(0))
+
+
+def _scaled(given: Placement, by: Mapping[Device, float]) -> Placement:
+    """The shares of devices times these numbers."""
+    parts = [
+        [float(s.share * _share(s, d)) * by.get(d, 1) for d in s.devices] for s in given.stages
+    ]
+    return replace(given, stages=_shared(given.stages, parts))
+
+
+def _fewer(given: Placement) -> Iterator[Placement]:
+    """By memory on all devices, then without the smallest, without the smallest two, and so on."""
+    devices = sorted(given.needs, key=lambda d: d.nbytes or 0)
+    for n in range(len(devices)):
+        left = {*devices[n:]}
+        if sum(device.nbytes or 0 for device in left) < given.model.file.tensors_nbytes:
+            return
+        stages = tuple(
+            replace(stage, devices=kept, shares=(Fraction(1, len(kept)),) * len(kept))
+            for stage in given.stages
+            if (kept := tuple(d for d in stage.devices if d in left))
+        )
+        yield replace(given, stages=by_memory(stages))
 
 
 def would_fit(given: Placement) -> Iterator[str]:
@@ -348,7 +402,10 @@ def would_fit(given: Placement) -> Iterator[str]:
             smaller = replace(given, model=Model(file))
             if smaller.fits:
                 yield f"{smaller.context:,} tokens with weights of {weights}"
-                return
+                break
+    fewer = max([given, *_fewer(given)], key=_room_for) if _known(given) else given
+    if fewer.most > given.most:
+        yield f"{min(fewer.most, fewer.context):,} tokens on {text(fewer.stages)}"
 
 
 def _saves(kind: str, than: Sequence[str]) -> bool:

@@ -24,7 +24,7 @@ from runtime.ops.dtypes import F16, F32
 from runtime.ops.elementwise import add
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.tensor import Tensor, step_input, weight
-from runtime.planning import Model, Placement, by_memory, fitted, kv_types, would_fit
+from runtime.planning import Model, Placement, balanced, by_memory, fitted, kv_types, would_fit
 from runtime.traffic import of_token
 
 GB = 10**9
@@ -218,6 +218,21 @@ def test_fit_finds_shares_that_fill_all_devices() -> None:
     by_room = replace(given, stages=by_memory(chosen("tensor(cuda:24GB,cuda:8GB)")))
     assert found.most > 0.95 * by_room.most
     assert fitted(given, free_kv=True, free_shares=False) == given
+
+
+@pytest.mark.parametrize("second", (1, 2, 4, 8))
+def test_a_second_device_never_makes_it_worse(second: int) -> None:
+    stages = by_memory(chosen(f"tensor(cuda:24GB,cuda:{second}GB)"))
+    given = Placement(Model(outline.read(outline.known()["qwen3.5-27b"])), stages)
+    found = fitted(given, free_kv=False, free_shares=True)
+    assert found.fits and found.most >= placed("qwen3.5-27b", "cuda:24GB").most
+    assert len(found.needs) == (1 if second == 1 else 2)
+    if second == 1:
+        assert not balanced(given).fits
+        assert [*would_fit(given)][-1] == f"{found.most:,} tokens on cuda:0:24GB"
+    for first in (80, 85, 90, 93, 96) if second > 1 else ():
+        other = chosen(f"tensor({first}*cuda:24GB,{100 - first}*cuda:{second}GB)")
+        assert found.most >= replace(given, stages=other).most
 
 
 def test_what_would_fit_does_fit() -> None:

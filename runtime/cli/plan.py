@@ -148,7 +148,7 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
     from runtime.backends.devices import count
     from runtime.backends.meta.choices import chosen
     from runtime.errors import OptionError
-    from runtime.planning import Model, Placement, by_memory, kv_types, memory_here
+    from runtime.planning import Model, Placement, balanced, by_memory, kv_types, memory_here
 
     try:
         stages = chosen(
@@ -158,11 +158,12 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
         kinds = kv_types(_own_kv(options) or "f16")
     except OptionError as error:
         raise Refused(str(error)) from None
-    if _no_shares(options):
-        stages = by_memory(stages)
-    return Placement(
-        Model(file), stages, kinds, options["context"], options["sequences"], memory_here()
-    )
+    free = _no_shares(options)
+    placement = Placement(
+        Model(file), by_memory(stages) if free else stages, kinds, options["context"],
+        options["sequences"], memory_here(),
+    )  # fmt: skip
+    return balanced(placement) if free else placement
 
 
 def _bandwidths(placement: Any, given: str | None) -> Any:

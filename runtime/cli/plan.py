@@ -45,8 +45,9 @@ Examples:
         metavar="TYPE")  # fmt: skip
 @option("-ctk --cache-type-k", "Type of K alone.", _WHAT, metavar="TYPE")
 @option("-ctv --cache-type-v", "Type of V alone.", _WHAT, metavar="TYPE")
-@option("--devices", "Devices with their memory: cuda:24GB, tensor(cuda:24GB,cuda:16GB), ...",
-        _HOW, default="cpu", metavar="EXPR", show_default=True)  # fmt: skip
+@option("--devices", "Devices with their memory: cuda:24GB, tensor(cuda:24GB,cuda:16GB), ...; or "
+        "of this machine: cpu, numa, or two processes of MPI, tensor(mpi:2).", _HOW,
+        default="cpu", metavar="EXPR", show_default=True)  # fmt: skip
 @option("-sm --split-mode", "How to split over a bare list of devices: none, layer or tensor.",
         _HOW, metavar="MODE")  # fmt: skip
 @option("-ts --tensor-split", "Shares of the devices, such as 3,1 (default: by memory).", _HOW,

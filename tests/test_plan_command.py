@@ -7,6 +7,7 @@ import re
 import shlex
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -139,6 +140,28 @@ def test_metadata_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_text(outline.known()["qwen3-0.6b"].read_text())
     assert plan("--hparams", str(path), "--devices", "cuda:2GB").startswith("yes: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("m.json", {"qwen3.block_count": None}, "m.json: .* qwen3.block_count is missing; add it$"),
+        ("m.json", {"qwen3.vocab_size": None}, "m.json: .* qwen3.vocab_size is missing; add it$"),
+        ("m.json", {"general.architecture": None}, "m.json: metadata key .* missing; add"),
+        ("config.json", {"general.architecture": None, "model_type": "qwen3"},
+         "config.json: a config.json of Hugging Face: .* add GGUF's keys"),
+        ("m.json", {"qwen3.attention.head_count_kv": [8] * 3},
+         "head_count_kv is a list of 3 for 28 layers"),
+        ("m.yaml", {}, "m.yaml: metadata alone is a .json or .toml file"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_metadata_of_ones_own(
+    tmp_path: Path, name: str, changed: dict[str, Any], message: str
+) -> None:
+    values = json.loads(outline.known()["qwen3-0.6b"].read_text()) | changed
+    path = tmp_path / name
+    path.write_text(json.dumps({key: v for key, v in values.items() if v is not None}))
+    assert re.search(message, refused("--hparams", str(path)))
 
 
 @pytest.mark.parametrize(

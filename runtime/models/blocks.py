@@ -46,6 +46,12 @@ class AttentionSizes(NamedTuple):
         """
         heads = keys.count("attention.head_count", holes=holes)
         kv_heads = keys.count("attention.head_count_kv", heads, holes=holes)
+        listed, layers = len(keys.counts("attention.head_count_kv")), keys.count("block_count")
+        if listed > 1 and listed not in (layers, keys.layers()):
+            raise ModelError(
+                f"{keys.source}: {keys.architecture}.attention.head_count_kv is a list of {listed} "
+                f"for {layers} layers: the metadata contradicts itself"
+            )
         if heads % kv_heads:
             raise ModelError(
                 f"{keys.source}: {heads} heads do not divide into {kv_heads} KV heads: the "

@@ -108,9 +108,10 @@ class Keys:
         self.read.add(key)
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if value is None:
+            by_hand = self.source.endswith((".json", ".toml"))
+            advice = "add it" if by_hand else "convert the model again with a current converter"
             raise ModelError(
-                f"{self.source}: metadata key {self.architecture}.{key} is missing; "
-                "convert the model again with a current converter"
+                f"{self.source}: metadata key {self.architecture}.{key} is missing; {advice}"
             )
         return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 

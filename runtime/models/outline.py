@@ -32,6 +32,7 @@ from runtime.ops.dtypes import F32, DType, nbytes_for
 
 FOLDER = Path(__file__).parent.parent / "data" / "hparams"
 _VERSION = 3  # of GGUF
+_CONFIG = ("architectures", "model_type")  # keys of Hugging Face's config.json
 
 
 class OutlinedTensor(NamedTuple):
@@ -91,16 +92,25 @@ def find(text: str) -> tuple[Path, str | None] | None:
 def read(path: Path, weights: str | None = None) -> GGUFFile:
     """The model of a .json or .toml file, of the type of weights given or else its own.
 
-    FileError for a file that cannot be read, ModelError for metadata of no model.
+    FileError for a file that cannot be read or has other keys, ModelError for metadata of no model.
     """
+    kind = path.suffix.lower()
+    if kind not in (".json", ".toml"):
+        raise FileError(f"{path}: metadata alone is a .json or .toml file")
     try:
-        load = tomllib.loads if path.suffix == ".toml" else json.loads
+        load = tomllib.loads if kind == ".toml" else json.loads
         values = load(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise FileError(f"{path}: cannot be read as metadata: {error}") from None
     if not isinstance(values, dict):
         raise FileError(f"{path}: metadata is a table of keys and values")
     flat = _flat(values.get("metadata", values))
+    if "general.architecture" not in flat:
+        config = "" if flat.keys().isdisjoint(_CONFIG) else "a config.json of Hugging Face: "
+        raise FileError(
+            f"{path}: {config}metadata key general.architecture is missing; add GGUF's keys, such "
+            "as general.architecture, llama.block_count and llama.vocab_size"
+        )
     own, optional = flat.pop("weights", "Q4_K_M"), flat.pop("tensors", [])
     return outline(path, flat, str(weights or own), tuple(map(str, optional)))
 

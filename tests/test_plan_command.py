@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from small_models import NOVEL, write_model
+from tensor_models import load_split
 
+from runtime.backends.meta.idle import tell
 from runtime.cli import main
 from runtime.models import outline
 
@@ -140,6 +142,37 @@ def test_metadata_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_text(outline.known()["qwen3-0.6b"].read_text())
     assert plan("--hparams", str(path), "--devices", "cuda:2GB").startswith("yes: ")
+
+
+def test_a_split_that_achieves_nothing_is_said(tmp_path: Path) -> None:
+    keys = json.loads(outline.known()["qwen3-0.6b"].read_text())
+    one = {"qwen3.attention.head_count": 1, "qwen3.attention.head_count_kv": 1}
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({**keys, **one, "qwen3.feed_forward_length": 256}))
+    two = ("--hparams", str(path), "--weights", "Q4_K_M", "--devices", TWO)
+    said = plan(*two).splitlines()[1]
+    assert said == (
+        "nothing of qwen3 is split over 2 devices: blk.0.attn_output.weight: it has no parts that "
+        "could be told apart"
+    )
+    data = json.loads(plan(*two, "--json"))
+    assert data["without_part"] == [said]
+    whole = data["layers"][1]["ops"][1]["reads"][0]
+    assert (whole["name"], whole["why"]) == ("attn_q", "its input is not computed in parts")
+    assert "mirrored (its input is not" in plan(*two, "-v") and "(its input" not in plan(*two)
+    many = "tensor(" + ",".join(f"cpu:{n}" for n in range(16)) + ")"
+    assert re.match(
+        "qwen3 has no part for 4 of 16 devices", plan("--devices", many).splitlines()[1]
+    )
+    assert plan("--devices", "tensor(cpu:0,cpu:1)").splitlines()[1] == ""
+
+
+def test_a_split_without_parts_is_said_once_when_loaded(capsys) -> None:
+    tell.cache_clear()
+    for _ in range(2):
+        load_split(None, [1] * 16).close()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the model has no part for 4 of 16 devices (number 3, 7, 11 and so on)")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from runtime.ops.splits import MIRRORED, PARTIAL, Routed, Split, State, Unsplitt
 from runtime.ops.tensor import LEAVES, Tensor
 
 _UNIT = 32  # elements of an axis that stay together where there are plenty
+FOLLOWS = "its input is not computed in parts"  # which something else is the reason of
 _FEW = 8  # parts a device, at least, for that
 Found = tuple[Sequence[State], State]  # how a node takes its inputs, and what it is then
 
@@ -171,7 +172,7 @@ def _grown(
     if taken & (region.labels.keys() - region.whole):
         raise Unsplittable("what it would split is split otherwise")
     if node not in region.labels and {w for w, _ in region.weights()} <= {*node.inputs}:
-        raise Unsplittable("its input is not computed in parts")
+        raise Unsplittable(FOLLOWS)
     if len(region.classes()) < 2:
         raise Unsplittable("it has no parts that could be told apart")
     return region

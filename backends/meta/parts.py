@@ -15,12 +15,16 @@ from runtime.ops.tensor import Tensor
 Split = Callable[[Graph, Sequence[float]], Sequence[Graph]]  # graph, shares -> of each device its
 
 
-def inferred(graph: Graph, shares: Sequence[float]) -> list[Graph]:
-    """The graphs of devices with these shares of it."""
+def inferred(graph: Graph, shares: Sequence[float], told: bool = True) -> list[Graph]:
+    """The graphs of devices with these shares of it; told: what has no part is said on stderr."""
+    from runtime.backends.meta.idle import idle, tell
     from runtime.backends.meta.infer import infer
     from runtime.backends.meta.shard import shards
 
-    return list(shards(infer(graph, shares)))
+    layout = infer(graph, shares)
+    if told:
+        tell(idle(layout, "the model"))
+    return list(shards(layout))
 
 
 class SplitGraphs:

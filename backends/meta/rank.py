@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.run.apart import Apart, Meeting, memory_of
 from runtime.backends.cpu.run.cores import physical_cores, processors
 from runtime.backends.cpu.run.program import Program
-from runtime.backends.meta.parts import SplitGraphs, cut_of
+from runtime.backends.meta.parts import SplitGraphs, cut_of, inferred
 from runtime.backends.meta.processes import Processes
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import Parts, cut_array
@@ -38,7 +38,8 @@ class Rank:
     ) -> None:  # fmt: skip
         if threads is None:
             threads = max(1, physical_cores() // beside.beside)
-        self.device, self.split = CpuBackend(file, threads, activations), SplitGraphs(shares)
+        self.device = CpuBackend(file, threads, activations)
+        self.split = SplitGraphs(shares, partial(inferred, told=beside.rank == 0))
         beside.crowded = threads * beside.beside > processors()
         self.programs: dict[str, tuple[Program, Apart]] = {}
         self._beside = beside

@@ -61,7 +61,9 @@ Examples:
 @option("--link", "GB/s between devices.", _HOW, type=float, metavar="N")
 @option("--fit", "Choose what was not given (shares, KV type, context) so that it fits.", _HOW,
         is_flag=True)  # fmt: skip
-@option("-v --verbose", "Every op of each layer.", _SHOWN, is_flag=True)
+@option(
+    "-v --verbose", "Every op of each layer, and why weights are mirrored.", _SHOWN, is_flag=True
+)
 @option("--svg", "Draw the plan.", _SHOWN, metavar="FILE")
 @option("--dot", "Write the graph for Graphviz.", _SHOWN, metavar="FILE")
 @option("--json as_json", "Everything as JSON.", _SHOWN, is_flag=True)
@@ -98,6 +100,7 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
 
         click.echo(json.dumps(as_data(chosen, speed, prompt, answer), indent=1))
         return
+    answer = "\n".join([answer, *text.without_part(chosen)])
     parts = [answer, text.heading(chosen), text.devices_table(chosen)]
     parts.append(text.speed_line(chosen, speed, prompt))
     if options["fit"]:

@@ -7,6 +7,7 @@ from typing import Any
 from runtime.backends.meta.stages import text
 from runtime.planning import Placement, Speed
 from runtime.report.layers import layers_of
+from runtime.report.text import without_part
 
 
 def as_data(
@@ -15,6 +16,7 @@ def as_data(
     """Everything that a plan says; bytes are plain numbers. fits: None where it is not known."""
     return {
         "answer": answer,
+        "without_part": without_part(placement),
         "fits": None if placement.unknown and placement.fits else placement.fits,
         "model": str(placement.model.file.get("general.name") or placement.model.file.path.stem),
         "model_size": placement.model.file.tensors_nbytes,

@@ -30,7 +30,8 @@ class Part(NamedTuple):
 
     nbytes, most: of the whole, in the layer where it is smallest and where it is largest. axis:
     along which it is split; sizes: what each device has; () where nothing is split. shared:
-    whether several devices have the same of it.
+    whether several devices have the same of it. why: of a weight that is mirrored, or of experts
+    that stay whole, the reason.
     """
 
     what: str
@@ -41,6 +42,7 @@ class Part(NamedTuple):
     axis: str = ""
     sizes: tuple[int, ...] = ()
     shared: bool = False
+    why: str = ""
 
 
 class Row(NamedTuple):
@@ -206,7 +208,8 @@ def _what(leaf: Tensor) -> str:
 
 
 def _part(plan: StagePlan, what: str, x: Tensor, state: State, nbytes: float) -> Part:
-    plain = Part(what, _short(x.name), x.dtype.name, nbytes, nbytes)
+    why = plan.layout.why.get(x, "") if plan.layout else ""
+    plain = Part(what, _short(x.name), x.dtype.name, nbytes, nbytes, why=why)
     if not isinstance(state, Split):
         routed = "by expert" if isinstance(state, Routed) else "partial"
         return plain._replace(axis="" if state is MIRRORED else routed)

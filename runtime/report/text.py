@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from runtime.backends.meta.idle import idle
 from runtime.backends.meta.planner import ON_CPU
 from runtime.backends.meta.stages import text
 from runtime.cli.facts import model_name, type_name
@@ -40,6 +41,12 @@ def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) ->
     what = f"{placement.asked:,} tokens of context do" if placement.asked else "the model does"
     would = f"there is room for {', or '.join(options)}" if options else "no type is small enough"
     return f"no: {what} not fit, KV cache in {kinds} ({_short_of(placement)}); {would}"
+
+
+def without_part(placement: Placement) -> list[str]:
+    """A line for each stage of which some devices have no part, and why."""
+    name = str(placement.model.file.get("general.architecture"))
+    return [text for plan in placement.plans if plan.layout and (text := idle(plan.layout, name))]
 
 
 def heading(placement: Placement) -> str:
@@ -153,7 +160,8 @@ def _lines(row: Row, every_op: bool) -> Iterator[tuple[str, ...]]:
     for n, part in enumerate(row.reads):
         unit = "" if part.what == "weight" else f" a {part.what}"
         first = (row.op, name) if n == 0 else ("", "")
-        yield *first, f"{part.name} {part.dtype}", _split(part), _amounts(part) + unit
+        why = f" ({part.why})" if part.why and every_op else ""
+        yield *first, f"{part.name} {part.dtype}", _split(part) + why, _amounts(part) + unit
     if row.exchange:
         yield "", f"= {row.exchange}", "", f"over all devices: {amount(row.nbytes)}", ""
 

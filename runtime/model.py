@@ -55,9 +55,9 @@ def load(
 
     devices: "cpu"; "cpu:0,cpu:1" or a list of them, virtual devices that share out the cores;
     "numa", one for each NUMA node; "tensor(...)" and "layers(...)" of these, nested at will, with
-    shares as "3*cpu:0"; "reference" or "null". split_mode: of a list of devices, "layer" (the
-    default), "tensor", or "none": the one of number `main_device` alone. tensor_split: a share for
-    each, "3,1" or [3, 1].
+    shares as "3*cpu:0"; "tensor(mpi)", the processes that mpiexec started; "reference" or "null".
+    split_mode: of a list of devices, "layer" (the default), "tensor", or "none": the one of number
+    `main_device` alone. tensor_split: a share for each, "3,1" or [3, 1].
     kv_type: such as f32, f16, bf16 or q8_0, or two for K and V apart ("q8_0,f16"). context: tokens
     of one sequence (default: what the file was trained for, or what fits). threads: of all devices,
     default one per core. activations: "int8", or "f32" to keep them in float for every weight

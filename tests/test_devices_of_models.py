@@ -96,3 +96,14 @@ def test_what_cannot_be_used_is_one_line(given: dict[str, Any], says: str):
         runtime.load(DEMO, **given)
     assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
     assert isinstance(caught.value, OptionError) or "context" in given
+
+
+@pytest.mark.parametrize("stages", [4, 6])
+def test_stages_that_begin_inside_a_layer_are_told(
+    stages: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("DEBUG", "1")
+    devices = ",".join(["cpu"] * stages)
+    with runtime.load(devices=devices, context=64, sequences=1, threads=1):
+        said = f"{stages} stages for 4 layers: some begin inside a layer\n"
+        assert capsys.readouterr().err.count(said) == (stages > 4)

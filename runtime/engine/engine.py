@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import abc, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
@@ -51,6 +52,10 @@ class Engine:
         self.lock = forks.lock()
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self._closed = False
+        layers = architecture.p.layers
+        if self._staged and self._staged.stages > layers and debug() >= 1:
+            said = f"{self._staged.stages} stages for {layers} layers: some begin inside a layer"
+            print(said, file=sys.stderr)
         page, slot = state_nbytes(backend, architecture, kv_types)
         weights, trained = file.tensors_nbytes, architecture.p.context
         size = choose(context, trained, sequences, page, weights, slot)

@@ -167,6 +167,26 @@ def test_a_split_that_achieves_nothing_is_said(tmp_path: Path) -> None:
     assert plan("--devices", "tensor(cpu:0,cpu:1)").splitlines()[1] == ""
 
 
+def test_all_ways_in_which_layers_alike_are_split() -> None:
+    path = ("qwen3-0.6b", "--devices", "tensor(cuda:0:8GB,cuda:1:8GB,cuda:2:8GB)")
+    text, data = plan(*path), json.loads(plan(*path, "--json"))
+    assert "columns 896 + 1,280 + 896 or 928 + 1,216 + 928  " in text
+    reads = {read["name"]: read for op in data["layers"][1]["ops"] for read in op["reads"]}
+    down, cache = reads["ffn_down"], reads["k"]
+    assert (down["sizes"], down["others"]) == ([896, 1280, 896], [[928, 1216, 928]])
+    assert (cache["sizes"], cache["others"]) == ([3, 2, 3], [])
+
+
+def test_footnotes_are_of_what_is_there() -> None:
+    cpus, cudas = "tensor(cpu:0,cpu:1)", "tensor(cuda:0:8GB,cuda:1:8GB)"
+    assert plan("qwen3-0.6b", "--devices", cpus).splitlines()[-1].startswith("mirrored: emb")
+    assert "mirrored: " not in plan("qwen3-0.6b", "--devices", cudas)
+    many = "tensor(" + ",".join(f"cuda:{n}:8GB" for n in range(16)) + ")"
+    (note,) = [x for x in plan("qwen3-0.6b", "--devices", many).splitlines() if x[:4] == "some"]
+    assert note.startswith("some on several: ")
+    assert "some on several" not in plan("qwen3-0.6b", "--devices", cudas)
+
+
 def test_a_split_without_parts_is_said_once_when_loaded(capsys) -> None:
     tell.cache_clear()
     for _ in range(2):

@@ -31,7 +31,7 @@ class Part(NamedTuple):
     nbytes, most: of the whole, in the layer where it is smallest and where it is largest. axis:
     along which it is split; sizes: what each device has; () where nothing is split. shared:
     whether several devices have the same of it. why: of a weight that is mirrored, or of experts
-    that stay whole, the reason.
+    that stay whole, the reason. others: sizes of other layers, where they are not these.
     """
 
     what: str
@@ -43,6 +43,7 @@ class Part(NamedTuple):
     sizes: tuple[int, ...] = ()
     shared: bool = False
     why: str = ""
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 class Row(NamedTuple):
@@ -98,7 +99,7 @@ def spans(numbers: Sequence[int], most: int = 3) -> str:
 def layers_of(placement: Placement) -> list[Layers]:
     """All layers in order of their first one; alike are those of equal ops and splits.
 
-    Sizes that rounding makes differ a little between layers are those of the first.
+    What each device has may differ between them: of heads that do not come out even.
     """
     found: dict[object, Layers] = {}
     for stage, plan in enumerate(placement.plans):
@@ -122,7 +123,7 @@ def _alike(row: Row) -> object:
 
 def _both(a: Layers, b: Layers) -> Layers:
     rows = tuple(
-        x._replace(reads=tuple(map(_joined, x.reads, y.reads)))
+        x._replace(result=_joined(x.result, y.result), reads=tuple(map(_joined, x.reads, y.reads)))
         for x, y in zip(a.rows, b.rows, strict=True)
     )
     return a._replace(numbers=a.numbers + b.numbers, rows=rows, weights=a.weights + b.weights)
@@ -130,7 +131,10 @@ def _both(a: Layers, b: Layers) -> Layers:
 
 def _joined(a: Part, b: Part) -> Part:
     kinds = "/".join(dict.fromkeys([*a.dtype.split("/"), b.dtype]))
-    return a._replace(dtype=kinds, nbytes=min(a.nbytes, b.nbytes), most=max(a.most, b.most))
+    sizes = tuple(dict.fromkeys([a.sizes, *a.others, b.sizes]))
+    return a._replace(
+        dtype=kinds, nbytes=min(a.nbytes, b.nbytes), most=max(a.most, b.most), others=sizes[1:]
+    )
 
 
 def _blocks(plan: StagePlan, page_nbytes: PageBytes) -> Iterator[tuple[str, int | None, list[Row]]]:

@@ -14,6 +14,14 @@ from runtime.planning import Placement, Speed, Usage
 from runtime.report.layers import Layers, Part, Row, layers_of
 
 _BAR = 16  # characters
+_SHOWN = 3  # ways in which layers alike are split
+_SHARED, _MIRRORED = " (some on several)", "mirrored"
+_NOTES = {
+    _SHARED: "some on several: what parts on several devices need, such as a K head of many Q "
+    "heads, is on each of them",
+    _MIRRORED: "mirrored: embeddings lie once in memory for all CPU devices, and are counted with "
+    "the first of them",
+}
 
 
 def amount(nbytes: float) -> str:
@@ -126,9 +134,14 @@ def layers_text(placement: Placement, every_op: bool = False) -> str:
     found = [g for g in layers_of(placement) if every_op or any(r.reads for r in g.rows)]
     split = any(plan.layout for plan in placement.plans)
     columns = (0, 1, 2, 3, 4) if split else (0, 1, 2, 4)
-    return "\n\n".join(
-        f"{_title(placement, group)}\n{_ops(group, every_op, columns)}" for group in found
-    )
+    tables = [f"{_title(placement, group)}\n{_ops(group, every_op, columns)}" for group in found]
+    here = any(p.layout and sum(d.kind in ON_CPU for d in p.devices) > 1 for p in placement.plans)
+    noted = [
+        text
+        for what, text in _NOTES.items()
+        if (what == _SHARED or here) and any(what in table for table in tables)
+    ]
+    return "\n\n".join([*tables, *noted])
 
 
 def _title(placement: Placement, group: Layers) -> str:
@@ -173,6 +186,7 @@ def _amounts(part: Part) -> str:
 
 def _split(part: Part) -> str:
     if not part.sizes:
-        return part.axis or "mirrored"
-    sizes = " + ".join(f"{n:,}" for n in part.sizes)
-    return f"{part.axis} {sizes}{' (some on several)' if part.shared else ''}"
+        return part.axis or _MIRRORED
+    ways = [" + ".join(f"{n:,}" for n in sizes) for sizes in (part.sizes, *part.others)]
+    more = " and so on" * (len(ways) > _SHOWN) + _SHARED * part.shared
+    return f"{part.axis} {' or '.join(ways[:_SHOWN])}{more}"

@@ -157,6 +157,11 @@ class Placement:
         return int(self.model.architecture.p.context)
 
     @property
+    def wanted(self) -> int:
+        """Tokens of context that are enough: those trained or asked for."""
+        return max(self.trained, self.asked or 0)
+
+    @property
     def slots(self) -> int:
         """Slots of recurrent state that there must be."""
         any_state = any(need.slot for need in self.needs.values())
@@ -165,8 +170,7 @@ class Placement:
     @cached_property
     def most(self) -> int:
         """Tokens of context that fit, up to those trained or asked for; 0: not even the model."""
-        wanted = max(self.trained, self.asked or 0)
-        pages = -(-wanted // PAGE) * self.sequences
+        pages = -(-self.wanted // PAGE) * self.sequences
         for devices, room in self.rooms():
             needs = [self.needs[device] for device in devices]
             left = room - sum(n.fixed + n.slot * self.slots for n in needs)
@@ -174,7 +178,7 @@ class Placement:
                 return 0
             if each := sum(n.page for n in needs):
                 pages = min(pages, int(left // each))
-        return min(wanted, pages // self.sequences * PAGE)
+        return min(self.wanted, pages // self.sequences * PAGE)
 
     @property
     def context(self) -> int:
@@ -233,7 +237,18 @@ class Placement:
                 seconds += MEETING * self.model.planned[1] * min(1.0, part)
             reading.append(seconds)
             exchanging.append(sum(_seconds(plan, x.tensor.nbytes, link) for x in plan.exchanges))
+        for n, nbytes in enumerate(self.hand_overs, 1):
+            devices = self.plans[n - 1].devices + self.plans[n].devices
+            here = all(device.kind in ON_CPU for device in devices)
+            exchanging[n] += (CPU_LATENCY if here else LATENCY) + nbytes / (link or LINK)
         return Speed(middle, tuple(reading), tuple(exchanging))
+
+    @property
+    def hand_overs(self) -> list[int]:
+        """Bytes that each stage but the first gets from those before, for a token."""
+        own = {x.name for x in self.model.graph.leaves("input")}
+        inputs = [plan.graph.leaves("input") for plan in self.plans[1:]]
+        return [sum(x.nbytes for x in each if x.name not in own) for each in inputs]
 
     def prompt_speed(self, macs: Rate) -> float | None:
         """Tokens per second of a prompt by its products alone; None where a rate is not known."""
@@ -309,7 +324,7 @@ def fitted(given: Placement, free_kv: bool, free_shares: bool) -> Placement:
     """The placement of most context by other shares, of fewer devices too; or smaller KV types,
     where it does not fit."""
     best = given
-    if free_shares and _known(given):
+    if free_shares and _known(given) and given.most < given.wanted:
         best = balanced(max([given, *_fewer(given)], key=_room_for))
     if best.fits or not free_kv:
         return best
@@ -320,14 +335,14 @@ def fitted(given: Placement, free_kv: bool, free_shares: bool) -> Placement:
 def balanced(given: Placement) -> Placement:
     """With shares of most context, found in a few tries: first those that fill all devices about
     alike, then some of what the fullest has goes to the emptiest."""
-    if len(given.needs) == 1 or not _known(given):
+    if len(given.needs) == 1 or not _known(given) or given.most >= given.wanted:
         return given
     best = given
     for _ in range(_TRIES):
         given = _scaled(given, {d: (d.nbytes or 0) / u for d, u in _used(given).items()})
         best = max(best, given, key=_room_for)
     step = _STEP
-    while step >= 1 and not best.most >= max(best.trained, best.asked or 0):
+    while step >= 1 and best.most < best.wanted:
         filled = {d: u / (d.nbytes or 1) for d, u in _used(best).items()}
         part = {d: 100 * float(sum(s.share * _share(s, d) for s in best.stages)) for d in filled}
         most, least = max(filled, key=filled.__getitem__), min(filled, key=filled.__getitem__)
@@ -384,8 +399,6 @@ def _fewer(given: Placement) -> Iterator[Placement]:
 
 def would_fit(given: Placement) -> Iterator[str]:
     """What there would be room for, the smallest change first, in words."""
-    from runtime.models.outline import of_file
-
     if given.most:
         yield f"{given.most:,} tokens of context"
     for kind in SMALLER_KV:
@@ -395,17 +408,26 @@ def would_fit(given: Placement) -> Iterator[str]:
             yield f"{tokens:,} tokens with a {kind} cache"
             if smaller.fits:
                 break
-    room = sum(room for _, room in given.rooms())
-    for weights in SMALLER_WEIGHTS:
-        file = of_file(given.model.file, weights)
-        if file.tensors_nbytes < min(room, given.model.file.tensors_nbytes):
-            smaller = replace(given, model=Model(file))
-            if smaller.fits:
-                yield f"{smaller.context:,} tokens with weights of {weights}"
-                break
+    yield from _smaller_weights(given)
     fewer = max([given, *_fewer(given)], key=_room_for) if _known(given) else given
     if fewer.most > given.most:
         yield f"{min(fewer.most, fewer.context):,} tokens on {text(fewer.stages)}"
+
+
+def _smaller_weights(given: Placement) -> Iterator[str]:
+    """The largest type of weights that fits, if need be with the smallest cache."""
+    from runtime.models.outline import of_file
+
+    room = min(sum(room for _, room in given.rooms()), given.model.file.tensors_nbytes)
+    files = {weights: of_file(given.model.file, weights) for weights in SMALLER_WEIGHTS}
+    models = {w: Model(file) for w, file in files.items() if file.tensors_nbytes < room}
+    for kind in (None, SMALLER_KV[-1]):
+        for weights, model in models.items():
+            smaller = replace(given, model=model, kv_types=(kind, kind) if kind else given.kv_types)
+            if smaller.fits:
+                cache = f" and a {kind} cache" if kind else ""
+                yield f"{smaller.context:,} tokens with weights of {weights}{cache}"
+                return
 
 
 def _saves(kind: str, than: Sequence[str]) -> bool:

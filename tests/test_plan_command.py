@@ -40,8 +40,10 @@ def refused(*arguments: str) -> str:
         ("qwen3-0.6b --devices cuda:100MB", r"no: the model does not fit.*no type is small enough"),
         (
             "qwen3-0.6b --devices cuda",
-            r"not known: 40,960 tokens .* 5\.\d\d GB of cuda, whose memory",
+            r"not known, as the memory of cuda is not: write cuda:24GB; 40,960 .* 5\.\d\d GB of it",
         ),
+        ("qwen3-0.6b --devices cuda:24", r"not known, .* cuda:24 is not: write cuda:24GB; "),
+        ("qwen3-0.6b --devices cuda:1", r"not known, .* cuda:1 is not: write cuda:1:24GB; "),
         (
             "Qwen3.5-27B.gguf --devices tensor(cuda:24GB,cuda:24GB)",
             r"yes: 262,144 tokens of context fit",
@@ -105,6 +107,39 @@ def test_fit_says_which_options_it_chose() -> None:
     )
     text = plan("llama-3.1-8b", "--fit", "-c", "65536", "--devices", "cuda:12GB").splitlines()
     assert text[0].startswith("yes: 65,536") and text[2] == "options: -ctk q8_0 -ctv q8_0"
+
+
+def test_fit_says_what_would_fit_where_nothing_does() -> None:
+    text = plan("llama-3.1-70b", "--fit", "-c", "32768", "--devices", "tensor(cuda:16GB,cuda:16GB)")
+    first, note, _, chosen, *_ = text.splitlines()
+    assert first.endswith("there is room for 32,768 tokens with weights of Q2_K and a q4_0 cache")
+    assert note == "planned by size: caches of q4_0 do not run yet"
+    assert chosen == "options: none that were left free make it fit"
+
+
+def test_caches_that_run_have_no_note() -> None:
+    arguments = ("qwen3-0.6b", "--devices", "cuda:24GB", "-ctk", "q8_0", "-ctv", "q8_0")
+    assert "do not run" not in plan(*arguments)
+    assert "caches of q5_1 do not run yet" in plan(*arguments[:-1], "q5_1").splitlines()[1]
+
+
+def test_shares_are_shown_in_numbers_that_can_be_given_again() -> None:
+    shares = ("-ts", "23463129088,0.0000001")
+    text = plan("qwen3-0.6b", "--devices", "tensor(cuda:2GB,cuda:2GB)", *shares)
+    assert "on tensor(1000*cuda:0:2GB,cuda:1:2GB)" in text
+    text = plan(
+        "qwen3-0.6b", "--devices", "tensor(cuda:2GB,cuda:2GB)", "-ts", "23463129088,7000000000"
+    )
+    assert "on tensor(77*cuda:0:2GB,23*cuda:1:2GB)" in text
+
+
+def test_each_device_may_have_a_bandwidth_and_stages_hand_over() -> None:
+    two = ("llama-3.1-8b", "--devices", "layers(cuda:24GB,cpu)", "-c", "4096", "--json")
+    fast, slow = (json.loads(plan(*two, "--bandwidth", b)) for b in ("500,40", "500,20"))
+    assert fast["tokens_per_s"] > 1.5 * slow["tokens_per_s"]
+    far = json.loads(plan(*two, "--bandwidth", "500,40", "--link", "0.001"))
+    over = [stage["exchanging_s"] for stage in far["stages"]]
+    assert over == [0, pytest.approx(4096 * 4 / 1e6 + 10e-6)]
 
 
 def test_json_has_everything() -> None:
@@ -229,6 +264,7 @@ def test_mistakes_in_metadata_of_ones_own(
             "qwen3-0.6b --devices cuda:2GB --bandwidth 1,2",
             "--bandwidth 1,2: give one number above 0, or 1",
         ),
+        ("qwen3-0.6b --link 0", "--link 0: give a number above 0"),
         ("qwen3-0.6b --hparams x.json", "give a model or --hparams, not both"),
         ("--hparams x.json", "x.json: cannot be read as metadata"),
     ],

@@ -82,7 +82,9 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     chosen = given
     if options["fit"]:
         chosen = fitted(given, _own_kv(options) is None, _no_shares(options))
-    link = options["link"] and options["link"] * 1e9
+    link = None if options["link"] is None else 1e9 * options["link"]
+    if link is not None and not 0 < link < math.inf:
+        raise Refused(f"--link {options['link']:g}: give a number above 0")
     speed = chosen.speed(_bandwidths(chosen, options["bandwidth"]), link)
     rates = _each(chosen, "--gmacs", options["gmacs"])
     prompt = chosen.prompt_speed(lambda plan, device: rates.get(device))
@@ -100,8 +102,8 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
 
         click.echo(json.dumps(as_data(chosen, speed, prompt, answer), indent=1))
         return
-    answer = "\n".join([answer, *text.without_part(chosen)])
-    parts = [answer, text.heading(chosen), text.devices_table(chosen)]
+    first = "\n".join([answer, *text.caches_to_come(answer), *text.without_part(chosen)])
+    parts = [first, text.heading(chosen), text.devices_table(chosen)]
     parts.append(text.speed_line(chosen, speed, prompt))
     if options["fit"]:
         parts.insert(1, text.changes(given, chosen))
@@ -211,7 +213,7 @@ def _large_types(file: Any) -> set[str]:
 def _each(placement: Any, name: str, given: str | None) -> dict[Any, float]:
     """What an option says of each device, or of each that is no CPU where there are any, times 1e9.
 
-    UsageError: neither one number above 0 nor as many as there are devices.
+    UsageError: neither one number above 0 nor as many as there are devices, or such devices.
     """
     from runtime.backends.meta.planner import ON_CPU
 
@@ -219,6 +221,8 @@ def _each(placement: Any, name: str, given: str | None) -> dict[Any, float]:
         return {}
     devices = [d for d in placement.needs if d.kind not in ON_CPU] or [*placement.needs]
     parts = given.split(",") * (1 if "," in given else len(devices))
+    if len(parts) == len(placement.needs):
+        devices = [*placement.needs]
     try:
         numbers = [float(part) * 1e9 for part in parts]
     except ValueError:

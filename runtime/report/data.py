@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.meta.stages import text
 from runtime.planning import Placement, Speed
 from runtime.report.layers import layers_of
-from runtime.report.text import without_part
+from runtime.report.text import expression, without_part
 
 
 def as_data(
@@ -20,7 +19,7 @@ def as_data(
         "fits": None if placement.unknown and placement.fits else placement.fits,
         "model": str(placement.model.file.get("general.name") or placement.model.file.path.stem),
         "model_size": placement.model.file.tensors_nbytes,
-        "devices": text(placement.stages),
+        "devices": expression(placement.stages),
         "context": placement.context,
         "context_that_fits": placement.most,
         "context_length": placement.trained,

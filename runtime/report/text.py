@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
 
+from runtime.backends.meta.expression import Device
 from runtime.backends.meta.idle import idle
 from runtime.backends.meta.planner import ON_CPU
-from runtime.backends.meta.stages import text
+from runtime.backends.meta.stages import Stage, text
 from runtime.cli.facts import model_name, type_name
 from runtime.cli.output import bar, table
-from runtime.planning import Placement, Speed, Usage
+from runtime.ops.kv_formats import KV_FORMATS
+from runtime.planning import KV_TYPES, Placement, Speed, Usage
 from runtime.report.layers import Layers, Part, Row, layers_of
 
 _BAR = 16  # characters
@@ -22,6 +26,7 @@ _NOTES = {
     _MIRRORED: "mirrored: embeddings lie once in memory for all CPU devices, and are counted with "
     "the first of them",
 }
+_MOST_NUMBER = 8  # from here on a device's number was meant as its memory
 
 
 def amount(nbytes: float) -> str:
@@ -39,9 +44,9 @@ def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) ->
     if placement.unknown and placement.fits:
         first = placement.unknown[0]
         return (
-            f"not known: {placement.context:,} tokens of context, KV cache in {kinds}, take "
-            f"{amount(placement.usage(first).nbytes)} of {first}, whose memory is to be given, as "
-            f"in {first}:24GB"
+            f"not known, as the memory of {first} is not: write {_with_memory(first)}; "
+            f"{placement.context:,} tokens of context, KV cache in {kinds}, take "
+            f"{amount(placement.usage(first).nbytes)} of it"
         )
     if placement.fits:
         fast = f", {_about(placement, speed)} tokens/s" if speed else ""
@@ -57,11 +62,37 @@ def without_part(placement: Placement) -> list[str]:
     return [text for plan in placement.plans if plan.layout and (text := idle(plan.layout, name))]
 
 
+def _with_memory(device: Device) -> str:
+    """How its memory may have been meant: nobody has a device of number 24."""
+    meant = device.number is not None and device.number >= _MOST_NUMBER
+    return f"{device.kind}:{device.number}GB" if meant else f"{device}:24GB"
+
+
+def caches_to_come(first_line: str) -> list[str]:
+    """A line for cache types that an answer names and that do not run yet."""
+    found = [kind for kind in KV_TYPES if kind not in KV_FORMATS and kind in first_line]
+    return [f"planned by size: caches of {', '.join(found)} do not run yet"] if found else []
+
+
+def expression(stages: Sequence[Stage]) -> str:
+    """Stages as an expression, with shares in thousandths at most."""
+    return text(
+        [
+            replace(stage, share=_rounded(stage.share), shares=tuple(map(_rounded, stage.shares)))
+            for stage in stages
+        ]
+    )
+
+
+def _rounded(share: Fraction) -> Fraction:
+    return share if share.denominator < 1000 else Fraction(max(1, round(1000 * share)), 1000)
+
+
 def heading(placement: Placement) -> str:
     """The model and its devices."""
     file = placement.model.file
     kind, nbytes = file.get("weights") or type_name(file), amount(file.tensors_nbytes)
-    return f"{model_name(file)}, {kind}, {nbytes} of weights, on {text(placement.stages)}"
+    return f"{model_name(file)}, {kind}, {nbytes} of weights, on {expression(placement.stages)}"
 
 
 def changes(given: Placement, chosen: Placement) -> str:
@@ -70,8 +101,10 @@ def changes(given: Placement, chosen: Placement) -> str:
     if chosen.kv_types != given.kv_types:
         k, v = chosen.kv_types
         found.append(f"-ctk {k} -ctv {v}")
-    if len(chosen.needs) > 1:
-        found.append(f'--devices "{text(chosen.stages)}"')
+    if not chosen.fits:
+        return "options: none that were left free make it fit"
+    if len(given.needs) > 1:
+        found.append(f'--devices "{expression(chosen.stages)}"')
     return f"options: {' '.join(found) or 'as given'}"
 
 
@@ -84,7 +117,7 @@ def speed_line(placement: Placement, speed: Speed | None, prompt: float | None) 
         unknown = next(str(d) for d in placement.needs if d.kind not in ON_CPU)
         return f"speed: not known; --bandwidth says how many GB/s {unknown} reads{more}"
     reading, exchanging = sum(speed.reading), sum(speed.exchanging)
-    count = sum(len(plan.exchanges) for plan in placement.plans)
+    count = sum(len(plan.exchanges) for plan in placement.plans) + len(placement.hand_overs)
     exchanged = f", {1e3 * exchanging:.3g} ms for {count} exchanges" if count else ""
     return (
         f"speed: {_about(placement, speed)} tokens/s after {speed.context:,} tokens, each "

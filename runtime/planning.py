@@ -33,6 +33,7 @@ SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
 LATENCY, CPU_LATENCY = 10e-6, 3e-6  # seconds of an exchange over a link, or through memory
 LINK = 16e9  # bytes per second between devices that are no CPUs, where nothing is said
+CHECKS = {"reference": "computes slowly, to compare with", "null": "computes nothing"}
 _TRIES = 3  # of shares by what is used
 _STEP = 4  # percent that move from one device to another, at first
 MEETING = 1.5e-6  # seconds of a row of a CPU's plan beside its work: all threads meet
@@ -220,7 +221,11 @@ class Placement:
         )  # fmt: skip
 
     def speed(self, bandwidth: Bandwidth, link: float | None = None) -> Speed | None:
-        """Of decoding in the middle of the context; None where a bandwidth is not known."""
+        """Of decoding in the middle of the context; None where a bandwidth is not known, and of
+        devices that are for tests.
+        """
+        if any(device.kind in CHECKS for device in self.needs):
+            return None
         middle = max(1, min(self.context, 8192) // 2)
         seen = Seen(lengths=(middle,), page_nbytes=self.page_nbytes)
         reading, exchanging = [], []

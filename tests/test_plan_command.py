@@ -222,6 +222,20 @@ def test_footnotes_are_of_what_is_there() -> None:
     assert "some on several" not in plan("qwen3-0.6b", "--devices", cudas)
 
 
+@pytest.mark.parametrize("device", ["reference", "null"])
+def test_devices_for_tests_have_no_speed(device: str) -> None:
+    text = plan("--devices", device)
+    assert f"speed: not predicted: {device} computes" in text and "tokens/s" not in text
+    assert json.loads(plan("--devices", device, "--json"))["tokens_per_s"] is None
+
+
+def test_too_full_is_not_full() -> None:
+    two = ("llama-3.1-8b", "--devices", "tensor(cuda:0:8GB,cuda:1:3GB)", "-ts", "1,1")
+    full, over = plan(*two).splitlines()[6:8]
+    assert re.search(r"█ \d+\.\d MB too much$", over) and "too much" not in full
+    assert "too much" not in plan("llama-3.1-8b", "--devices", "tensor(cuda:0:8GB,cuda:1:8GB)")
+
+
 def test_a_split_without_parts_is_said_once_when_loaded(capsys) -> None:
     tell.cache_clear()
     for _ in range(2):

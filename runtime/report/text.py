@@ -14,7 +14,7 @@ from runtime.backends.meta.stages import Stage, text
 from runtime.cli.facts import model_name, type_name
 from runtime.cli.output import bar, table
 from runtime.ops.kv_formats import KV_FORMATS
-from runtime.planning import KV_TYPES, Placement, Speed, Usage
+from runtime.planning import CHECKS, KV_TYPES, Placement, Speed
 from runtime.report.layers import Layers, Part, Row, layers_of
 
 _BAR = 16  # characters
@@ -113,6 +113,9 @@ def speed_line(placement: Placement, speed: Speed | None, prompt: float | None) 
     if not placement.context:
         return "speed: not known without a context"
     more = f"; prompts up to {rate(prompt)} tokens/s" if prompt else ""
+    for device in placement.needs:
+        if device.kind in CHECKS:
+            return f"speed: not predicted: {device} {CHECKS[device.kind]}"
     if speed is None:
         unknown = next(str(d) for d in placement.needs if d.kind not in ON_CPU)
         return f"speed: not known; --bandwidth says how many GB/s {unknown} reads{more}"
@@ -146,19 +149,23 @@ def _short_of(placement: Placement) -> str:
 
 def devices_table(placement: Placement) -> str:
     """Bytes on each device, and the memory that it has or shares."""
-    rooms = {device: (len(ds), room) for ds, room in placement.rooms() for device in ds}
+    rooms = {device: (ds, room) for ds, room in placement.rooms() for device in ds}
     rows = [
-        _device_row(placement.usage(device), *rooms.get(device, (1, None)))
-        for device in placement.needs
+        _device_row(placement, device, *rooms.get(device, ((), None))) for device in placement.needs
     ]
     header = ("device", "weights", "KV cache", "state", "activations", "other", "total", "of", "")
     return table(rows, header, right="weights,KV cache,state,activations,other,total,of")
 
 
-def _device_row(usage: Usage, sharing: int, room: float | None) -> tuple[str, ...]:
+def _device_row(
+    placement: Placement, device: Device, sharing: Sequence[Device], room: float | None
+) -> tuple[str, ...]:
+    usage = placement.usage(device)
     shown = [amount(n) if n else "-" for n in usage.parts]
     drawn = bar(usage.nbytes / room, _BAR) if room else ""
-    of = amount(room) + " shared" * (sharing > 1) if room else "?"
+    if room and (over := sum(placement.usage(d).nbytes for d in sharing) - room) > 0:
+        drawn += f" {amount(over)} too much"
+    of = amount(room) + " shared" * (len(sharing) > 1) if room else "?"
     return str(usage.device), *shown, amount(usage.nbytes), of, drawn
 
 

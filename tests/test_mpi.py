@@ -260,7 +260,9 @@ def test_hosts_that_are_network_namespaces():
         pytest.skip("there can be no network namespaces here")
     subprocess.run(["ip", "netns", "del", name], check=True)
     script = ["bash", str(ROOT / "scripts" / "check_mpi.sh")]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=200)
+    # the launcher and Python of this environment, whether it is activated or not
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(script, capture_output=True, text=True, timeout=200, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same bits" in done.stdout and done.stdout.count("killed: all ended") == 2
 

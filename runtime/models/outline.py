@@ -58,12 +58,14 @@ class OutlinedTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class _Asked(Weights):
-    """Weights that are there once they are asked for; whether, `patterns` say."""
+    """Weights that are there once they are asked for; whether, `names` and `patterns` say."""
 
+    names: frozenset[str] = frozenset()
     patterns: tuple[str, ...] = ()
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors or any(fnmatchcase(name, p) for p in self.patterns)
+        known = name in self.tensors or name in self.names
+        return known or any(fnmatchcase(name, p) for p in self.patterns)
 
     def __call__(self, name: str, *shape: int) -> Any:
         assert isinstance(self.tensors, dict), "made below"
@@ -131,7 +133,9 @@ def outline(
 ) -> GGUFFile:
     """The file that such metadata, and such a type of weights, would be of."""
     name, source = str(metadata.get("general.architecture")), str(path)
-    keys, asked = Keys(metadata, name, source), _Asked({}, source, patterns=optional)
+    patterns = tuple(text for text in optional if set(text) & set("*?["))
+    names = frozenset(optional) - {*patterns}  # a file has hundreds
+    keys, asked = Keys(metadata, name, source), _Asked({}, source, names=names, patterns=patterns)
     words = metadata.get("tokenizer.ggml.tokens", ())
     model = reader(name, source)(keys, asked, keys.count("vocab_size", len(words) or None))
     model.graph(one_token(model))

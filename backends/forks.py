@@ -1,7 +1,8 @@
-"""Locks that a fork does not leave held.
+"""What a fork must not leave behind: locks that are held, and threads that are not there.
 
 `os.fork` copies a process with the one thread that called it. A lock that another thread held at
-that moment stays locked in the child for ever, so a model that is used in the child would hang.
+that moment stays locked in the child for ever, and who waits for another thread waits in vain: a
+model that is used in the child would hang.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 _locks: weakref.WeakSet[Any] = weakref.WeakSet()
 _awaited: weakref.WeakSet[Any] = weakref.WeakSet()
+_threaded: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def lock() -> Any:
@@ -36,6 +38,11 @@ def awaited_lock() -> Any:
     return made
 
 
+def forgets(owner: Any) -> None:
+    """While it lives, `owner.forget()` is called in forked children: its threads are not there."""
+    _threaded.add(owner)
+
+
 def _before_fork() -> None:
     for each in list(_awaited):
         each.acquire()
@@ -51,6 +58,8 @@ def _after_fork_in_child() -> None:
     for each in list(_locks):
         if not each._is_owned():
             each._at_fork_reinit()  # as the standard library does with its own
+    for owner in list(_threaded):
+        owner.forget()
 
 
 if hasattr(os, "register_at_fork"):

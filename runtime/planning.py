@@ -17,7 +17,7 @@ from runtime.backends.meta.planner import ON_CPU, StagePlan, plan_stages, planne
 from runtime.backends.meta.stages import Stage, text
 from runtime.engine.batch import UBATCH
 from runtime.errors import OptionError
-from runtime.memory.budget import LEAST_SLOTS, SHARE, available_memory
+from runtime.memory.budget import LEAST_SLOTS, SHARE
 from runtime.models.registry import build, one_token
 from runtime.models.step import Step
 from runtime.ops import PAGE
@@ -441,8 +441,3 @@ def _saves(kind: str, than: Sequence[str]) -> bool:
 
 def _bits(kind: str) -> float:
     return 8 * DTYPES[kind].nbytes / DTYPES[kind].block
-
-
-def memory_here() -> int | None:
-    """Bytes of this machine's memory that programs can take."""
-    return available_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,16 @@ def metadata(size: Sizes) -> dict[str, Any]:
             "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64,
         }  # fmt: skip
     return found
+
+
+def model_files(folder: Path, sizes: Mapping[str, Sizes]) -> Callable[..., Path]:
+    """A function of the name of some sizes and a type: the file of that model, written once."""
+
+    def made(name: str, kind: str = "F32") -> Path:
+        path = folder / f"{name}-{kind}.gguf"
+        return path if path.exists() else write_model(path, sizes[name], kind)
+
+    return made
 
 
 def write_model(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lockstep import run_together
-from small_models import Sizes, write_model
+from small_models import Sizes, model_files
 from split_parts import Unsound
 from stored_tensors import Stored, file_of
 from tensor_models import load_split
@@ -204,13 +204,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    folder = tmp_path_factory.mktemp("across")
-
-    def made(name: str, kind: str = "F32") -> Path:
-        path = folder / f"{name}-{kind}.gguf"
-        return path if path.exists() else write_model(path, SIZES[name], kind)
-
-    return made
+    return model_files(tmp_path_factory.mktemp("across"), SIZES)
 
 
 def _steps(model: runtime.Model) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from alarms import AlarmError
-from small_models import NOVEL, Sizes, write_model
+from small_models import NOVEL, Sizes, model_files
 from tensor_models import load_split
 
 import runtime
@@ -52,13 +52,7 @@ def greedy(model: Model, ids: list[int], count: int) -> tuple[np.ndarray, list[i
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    folder = tmp_path_factory.mktemp("split")
-
-    def made(name: str, kind: str = "F32") -> Path:
-        path = folder / f"{name}-{kind}.gguf"
-        return path if path.exists() else write_model(path, SIZES[name], kind)
-
-    return made
+    return model_files(tmp_path_factory.mktemp("split"), SIZES)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -28,8 +28,8 @@ from runtime.ops.registry import Kind, find, kind_of
 from runtime.ops.splits import MIRRORED, PARTIAL, Routed, Split, State, Unsplittable, split_of
 from runtime.ops.tensor import LEAVES, Tensor
 
-_UNIT = 32  # elements of an axis that stay together where there are plenty
 FOLLOWS = "its input is not computed in parts"  # which something else is the reason of
+_UNIT = 32  # elements of an axis that stay together where there are plenty
 _FEW = 8  # parts a device, at least, for that
 Found = tuple[Sequence[State], State]  # how a node takes its inputs, and what it is then
 
@@ -133,7 +133,7 @@ def _why_whole(inside: Region | None, shares: Sequence[float], used: int, asked:
     """
     if inside is None or asked:
         return "whole experts: " + ("as asked" if asked else "there are no parts inside")
-    (bits,), costs, each = _dealt([inside], shares), inside.nbytes(), np.divide(shares, sum(shares))
+    (bits,), costs, each = _dealt([inside], shares), inside.nbytes, np.divide(shares, sum(shares))
     late = max(costs[bits == 1 << d].sum() / n / costs.sum() for d, n in enumerate(each))
     if late <= 1 + 0.5 * np.sqrt((1 / each.min() - 1) / used):
         return ""
@@ -183,7 +183,7 @@ def _beside(graph: Graph, regions: Sequence[Region], shares: Sequence[float]) ->
 
     Not less than half of what was asked for: of a small model everybody has a lot.
     """
-    split = sum(region.nbytes().sum() for region in regions)
+    split = sum(region.nbytes.sum() for region in regions)
     cut = {x for region in regions for x, _ in region.weights()}
     cut -= {x for x in cut if any(kind_of(user) is Kind.GATHER for user in graph.users[x])}
     mirrored = sum(x.nbytes for x in graph.leaves("weight") if x not in cut)
@@ -200,7 +200,7 @@ def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarra
     ends = np.array(list(accumulate(shares))) / sum(shares)
     given, total, found = np.zeros(len(shares)), 0.0, []
     for region in regions:
-        costs = region.nbytes()
+        costs = region.nbytes
         classes, groups = region.classes(), region.groups()
         total += costs.sum()
         if 0 < len(groups) < len(shares):

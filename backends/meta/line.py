@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends import forks
 from runtime.ops.errors import BackendError
 
 _HEAR, _AGAIN = 0.05, 0.001  # seconds between two looks at signals, and at the end of an abort
-
-_lines: weakref.WeakSet[Line] = weakref.WeakSet()
 
 
 class Step:
@@ -74,7 +73,7 @@ class Line:
         self._under_way: deque[Step] = deque()
         self._queues: list[SimpleQueue[Step | None]] | None = None
         self._end: weakref.finalize[Any, Any] | None = None
-        _lines.add(self)
+        forks.forgets(self)
 
     def through(self, steps: Iterable[Step]) -> Iterator[Step]:
         """These steps in order, each when it has ended; as many more as there are stages are asked
@@ -174,12 +173,3 @@ def _end(
     for thread in threads:
         if thread.ident is not None and thread is not threading.current_thread():
             thread.join()
-
-
-def _after_fork() -> None:
-    for line in list(_lines):
-        line.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

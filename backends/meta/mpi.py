@@ -3,7 +3,7 @@
     mpiexec -n 2 runtime run MODEL --devices "tensor(mpi)"
 
 All processes begin alike. Process 0 goes on as with any other device; the others open the same
-file, load their part of the weights and do as they are told (see `_Rank`) until it ends: then they
+file, load their part of the weights and do as they are told (see `Rank`) until it ends: then they
 end. What is added up is sent to everybody and added in the order of the processes, so the bits do
 not depend on the MPI library.
 """
@@ -193,9 +193,8 @@ class MpiBackend:
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """See `Planner.distinct_sizes`; of any device."""
-        device, graphs = self._rank.device, self._rank.split.of(graph)
-        distinct = {n for each in graphs for n in device.distinct_sizes(each, sizes)}
-        return [n for n in sizes if n in distinct]
+        alike = itertools.repeat(self._rank.device)
+        return self._rank.split.distinct_sizes(graph, sizes, alike)
 
     def abort(self) -> None:
         """See backends/base.py: where the processes meet next."""

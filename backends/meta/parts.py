@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from runtime.backends.base import Planner
 from runtime.backends.passes.fuse_collectives import fuse_residuals
 from runtime.backends.passes.prepare import choose_rows
 from runtime.ops.cuts import Parts, cut_array
@@ -47,6 +48,14 @@ class SplitGraphs:
             for name in dict.fromkeys(name for each in found for name in each):
                 self._states.setdefault(name, [each.get(name) for each in found])
         return self._graphs[key]
+
+    def distinct_sizes(
+        self, graph: Graph, sizes: Sequence[int], devices: Iterable[Planner]
+    ) -> list[int]:
+        """See `Planner.distinct_sizes`; of any of the devices."""
+        pairs = zip(devices, self.of(graph), strict=False)
+        distinct = {n for device, each in pairs for n in device.distinct_sizes(each, sizes)}
+        return [n for n in sizes if n in distinct]
 
     def states(self, leaf: Tensor) -> list[Tensor | None]:
         """Of each device its part of a state leaf; None: it has none.

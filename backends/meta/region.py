@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.ops.axes import OUT, Link, is_summed, links
+from runtime.ops.cached import cached_property
 from runtime.ops.graph import Graph
 from runtime.ops.splits import Unsplittable
 from runtime.ops.tensor import LEAVES, Tensor
@@ -52,8 +53,9 @@ class Region:
         """One atom of each part, in order."""
         return np.unique(self.root).tolist()
 
+    @cached_property
     def nbytes(self) -> np.ndarray:
-        """float64 [atoms]: bytes of weights of each part, at its first atom."""
+        """float64 [atoms]: bytes of weights of each part, at its first atom; once it is grown."""
         found = np.zeros(len(self.root))
         for tensor, atoms in self.weights():
             each = tensor.nbytes / max(1, len(atoms))
@@ -112,7 +114,7 @@ class Region:
             raise Unsplittable(f"{tensor!r} is wanted whole")
 
     def _use(self, user: Tensor, number: int, axis: int) -> None:
-        found = list(links(user, number, axis, OUT))
+        found = links(user, number, axis, OUT)
         if found:
             at, link = min(found, key=lambda pair: self._joins(user.inputs[number], pair[1]))
             back = next(other for n, other in links(user, OUT, at, number) if n == axis)

@@ -65,9 +65,7 @@ class TensorBackend:
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """See `Planner.distinct_sizes`; of any device."""
-        found = zip(self._devices, self.graphs(graph), strict=True)
-        distinct = {n for device, each in found for n in device.distinct_sizes(each, sizes)}
-        return [n for n in sizes if n in distinct]
+        return self._split.distinct_sizes(graph, sizes, self._devices)
 
     def abort(self) -> None:
         """See backends/base.py."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from runtime.units import in_units
+
 _FULL, _EIGHTHS = "█", " ▏▎▍▌▋▊▉"
 
 
@@ -39,20 +41,12 @@ def is_terminal(stream: Any) -> bool:
 
 def size(nbytes: float) -> str:
     """Bytes as a person reads them: "358.78 MiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
+    return in_units(nbytes, 1024, ("B", "KiB", "MiB", "GiB"), (0, 2, 2, 2))
 
 
 def count(n: float) -> str:
     """A large number as a person reads it: "596.05 M"."""
-    for unit in ("", "K", "M"):
-        if abs(n) < 1000:
-            return f"{n:.0f}" if not unit else f"{n:.2f} {unit}"
-        n /= 1000
-    return f"{n:.2f} B"
+    return in_units(n, 1000, ("", "K", "M", "B"), (0, 2, 2, 2))
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: str = "") -> str:

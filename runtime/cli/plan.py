@@ -154,7 +154,8 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
     from runtime.backends.devices import count
     from runtime.backends.meta.choices import chosen
     from runtime.errors import OptionError
-    from runtime.planning import Model, Placement, balanced, by_memory, kv_types, memory_here
+    from runtime.memory.budget import available_memory
+    from runtime.planning import Model, Placement, balanced, by_memory, kv_types
 
     try:
         stages = chosen(
@@ -167,7 +168,7 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
     free = _no_shares(options)
     placement = Placement(
         Model(file), by_memory(stages) if free else stages, kinds, options["context"],
-        options["sequences"], memory_here(),
+        options["sequences"], available_memory(),
     )  # fmt: skip
     return balanced(placement) if free else placement
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from runtime.errors import MemoryLimitError
 from runtime.ops import PAGE
+from runtime.units import in_units
 
 SLOTS_PER_SEQUENCE = 20  # its state, its checkpoints, and room for snapshots and forks of it
 _SPARE_PAGES = 16  # of a sequence: its snapshots and forks each have a last page of their own
@@ -128,8 +129,4 @@ def _slots(sequences: int, budget: int, slot_nbytes: int) -> int:
 
 def gib(nbytes: float) -> str:
     """Bytes as a person reads them."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.2f} GiB"
+    return in_units(nbytes, 1024, ("bytes", "KiB", "MiB", "GiB"), (0, 1, 1, 2))

@@ -16,6 +16,7 @@ from runtime.cli.output import bar, table
 from runtime.ops.kv_formats import KV_FORMATS
 from runtime.planning import CHECKS, KV_TYPES, Placement, Speed
 from runtime.report.layers import Layers, Part, Row, layers_of
+from runtime.units import in_units
 
 _BAR = 16  # characters
 _SHOWN = 3  # ways in which layers alike are split
@@ -31,11 +32,7 @@ _MOST_NUMBER = 8  # from here on a device's number was meant as its memory
 
 def amount(nbytes: float) -> str:
     """Bytes in powers of 1000, as memory of devices is sold: "16.53 GB"."""
-    for unit in ("B", "KB", "MB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
+    return in_units(nbytes, 1000, ("B", "KB", "MB", "GB"), (0, 1, 1, 2))
 
 
 def answer(placement: Placement, speed: Speed | None, options: Sequence[str]) -> str:

@@ -50,6 +50,7 @@ class ThreadTeam:
         self._end: weakref.finalize | None = None
         self._last: LongRun | None = None
         _teams.add(self)
+        forks.forgets(self)
 
     def run(self, table: int, n_rows: int, profile: int = 0, long: bool = False) -> None:
         """Run the plan of `n_rows` rows at address `table`; returns when all threads are done.
@@ -248,13 +249,3 @@ def _end(entry: Any, control: np.ndarray, threads: list[threading.Thread], proce
 def _close_all() -> None:
     for team in list(_teams):
         team.close()
-
-
-def _after_fork() -> None:
-    # A fork copies no threads: none must be waited for.
-    for team in list(_teams):
-        team.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,1 @@
+"""Quantised model files: which type each tensor gets, importance matrices, and the writing."""

@@ -1,0 +1,134 @@
+"""Sixteen blocks side by side: lane i of a vector belongs to block i, vector j to its element j.
+
+So what is chosen for each block, scales and codes, is chosen for sixteen without adding up lanes.
+Blocks lie behind one another in rows; a group at the end has its last block several times, and
+stores only those that there are. Quantisers round as ggml does on x86-64: products and sums apart.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from . import emit as e
+from . import simd as s
+from .rows import helper
+
+LANES = e.LANES
+_WIDE = {"bytes": e.i8, "halves": e.i16, "words": e.i32}
+
+
+def room(nbytes):
+    """() -> address of `nbytes` of the thread's own memory, at a cache line."""
+
+    @s.operation(s.i64)
+    def address(b):
+        with b.goto_entry_block():
+            slot = b.alloca(ir.ArrayType(e.i8, nbytes))
+            slot.align = 64
+            return b.ptrtoint(slot, e.i64)
+
+    return address
+
+
+def _transposed(b, vectors):
+    """16 vectors of 16: element i of vector j becomes element j of vector i."""
+    half = e.LANES // 2
+    low = [lane // 2 + lane % 2 * e.LANES for lane in range(e.LANES)]
+    high = [lane + half for lane in low]
+    picked = [ir.Constant(e.wide(e.i32), lanes) for lanes in (low, high)]
+    for _ in range(4):  # a shuffle of cards: each deals one bit of the place to the other side
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [b.shuffle_vector(x, y, lanes) for x, y in pairs for lanes in picked]
+    return vectors
+
+
+def loader(size, periodic=False):
+    """(source, block, n_blocks, target, n_columns): 16 blocks of `size` floats, element by element.
+
+    n_blocks: behind the last one comes the last one. periodic: source is one row, of all rows.
+    """
+
+    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64)
+    def load(b, source, block, n_blocks, target, n_columns):
+        last, nbytes = b.sub(n_blocks, e.number(1)), e.number(4 * size)
+        rows = []
+        for lane in range(LANES):
+            at = e.offset(b, block, lane)
+            at = b.mul(b.select(b.icmp_signed("<", at, last), at, last), nbytes)
+            if periodic:
+                at = b.urem(at, b.mul(n_columns, e.number(4)))
+            rows.append(b.add(source, at))
+        for first in range(0, size, LANES):
+            values = [e.load(b, e.offset(b, at, 4 * first), e.wide(e.f32), 4) for at in rows]
+            for j, column in enumerate(_transposed(b, values), first):
+                e.store(b, column, e.offset(b, target, 64 * j), 64)
+
+    return load
+
+
+def _scatterer(kind):
+    @s.operation(s.void, s.i64, s.i32x16, s.i64, s.i64)
+    def scatter(b, address, value, stride, n):
+        for lane in range(LANES):
+            with b.if_then(b.icmp_signed("<", e.number(lane), n), likely=True):
+                one = b.extract_element(value, ir.Constant(e.i32, lane))
+                at = b.add(address, b.mul(stride, e.number(lane)))
+                e.store(b, b.trunc(one, kind) if kind != e.i32 else one, at, 1)
+
+    return scatter
+
+
+# (address, lanes, stride, n): the low bits of the first n lanes, `stride` bytes apart
+scatter_bytes, scatter_halves, scatter_words = map(_scatterer, _WIDE.values())
+
+
+@s.operation(s.i32x16, s.i64)
+def load_ints(b, address):
+    """16 int32."""
+    return e.load(b, address, e.wide(e.i32), 64)
+
+
+@s.operation(s.void, s.i64, s.i32x16)
+def store_ints(b, address, value):
+    """16 int32."""
+    e.store(b, value, address, 64)
+
+
+@s.operation(s.i32x16, s.i32x16, s.i64)
+def shifted(b, value, n):
+    """Lanes shifted n bits up."""
+    return b.shl(value, e.splat(b, b.trunc(n, e.i32)))
+
+
+@s.operation(s.i32x16, s.i32x16, s.i64)
+def dropped(b, value, n):
+    """Lanes without their lowest n bits."""
+    return b.lshr(value, e.splat(b, b.trunc(n, e.i32)))
+
+
+absolute = s.operation(s.f32x16, s.f32x16)(e.absolute)
+floats = s.operation(s.f32x16, s.i32x16)(lambda b, x: b.sitofp(x, e.wide(e.f32)))
+truncated = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.fptosi(x, e.wide(e.i32)))
+bits_of = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.bitcast(x, e.wide(e.i32)))
+
+
+@s.operation(s.i32x16, s.f32x16)
+def half_bits(b, x):
+    """float16, to the nearest even, in the low bits."""
+    return b.zext(e.float_to_half(b, x, s.HALVES), e.wide(e.i32))
+
+
+@s.operation(s.i32x16, s.f32x16)
+def half_away(b, x):
+    """The nearest whole number, halves away from zero; |x| < 2^31."""
+    whole = b.fptosi(x, e.wide(e.i32))
+    far = b.fcmp_ordered(">=", e.absolute(b, b.fsub(x, b.sitofp(whole, x.type))), e.floats(0.5))
+    one = b.or_(b.ashr(b.bitcast(x, e.wide(e.i32)), e.ints(31)), e.ints(1))  # with the sign of x
+    return b.add(whole, b.select(far, one, e.ints(0)))
+
+
+@helper
+def inverse(d):
+    """1 / d, and 0 where d is 0 or so small that 1 / d is none."""
+    one = s.splat(s.f32(1))
+    return s.select(absolute(d) > s.splat(s.f32(3e-39)), one / d, s.splat(s.f32(0)))

@@ -33,6 +33,7 @@ from runtime.ops.kv_formats import KV_FORMATS
 from runtime.session import Session
 
 if TYPE_CHECKING:
+    from runtime.quality.perplexity import OnWindow, Perplexity
     from runtime.text.tokenizer import Tokenizer
 
 _GRAPH_TOKENS = 1 << 20  # of a graph to look at: far more than a step has
@@ -197,6 +198,25 @@ class Model(TextModel):
         if session.model is not self:
             raise OptionError("a session can only be evaluated by the model that made it")
         return session
+
+    def perplexity(
+        self, text: str | Iterable[int] | None = None, *, window: int | None = None,
+        windows: int | None = None, kl_base: str | os.PathLike[str] | None = None,
+        kl: str | os.PathLike[str] | None = None, on_window: OnWindow | None = None,
+    ) -> Perplexity:  # fmt: skip
+        """Perplexity of a text (or of ids) as llama-perplexity defines it, with its error.
+
+        The text is cut into windows of `window` tokens (512), read each by itself, and scored on
+        the second half of each; `windows`: the first so many, default all. kl_base: write the
+        log-probabilities to this file, in llama-perplexity's format. kl: compare with such a file
+        of another model, on its text; `.kl` then holds the divergence. on_window: called with what
+        is known after each window.
+        Raises OptionError for a text shorter than two windows and for a base of another
+        vocabulary, text or window; FileError for one that is damaged or cannot be written.
+        """
+        from runtime.quality.perplexity import perplexity
+
+        return perplexity(self, text, window, windows, kl_base, kl, on_window)
 
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""

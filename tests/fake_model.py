@@ -13,6 +13,7 @@ import runtime
 from runtime.cli import main
 from runtime.errors import MemoryLimitError
 from runtime.gguf.reader import open_gguf
+from runtime.quality.perplexity import Perplexity
 from runtime.text.sampling import Token
 
 DEMO = Path(runtime.__file__).parent / "data" / "demo.gguf"
@@ -101,6 +102,9 @@ class FakeModel:
         if sum(len(m["content"]) for m in messages) + room > self.context:
             raise MemoryLimitError("the messages do not fit")
         return self.generate([dict(m) for m in messages], **options)
+
+    def perplexity(self, text, **options):
+        return Perplexity(8.0, 0.5, 4, 512, 1020)
 
     def warmup(self, progress):
         self.warmed = True

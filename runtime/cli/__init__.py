@@ -28,6 +28,7 @@ COMMANDS = {
     "run": "Answer a prompt, talk, or continue a text.",
     "chat": "Talk with a model.",
     "bench": "Measure prompt and decode speed, in llama-bench's columns.",
+    "perplexity": "Measure how well a model predicts a text; compare with a base.",
     "inspect": "Show what is in a model file, and the memory it needs.",
     "plan": "Say whether a model fits on some devices, and how it is split.",
     "devices": "Show the processor, its instruction sets, and memory.",

@@ -1,0 +1,175 @@
+"""`runtime perplexity`: how well a model predicts a text, and how far it is from another model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.model_path import load, model_argument, model_option
+from runtime.cli.options import device_arguments, kv_type, precision_options
+from runtime.cli.output import is_terminal, note, pairs, table
+from runtime.cli.parsing import Command, option
+
+if TYPE_CHECKING:
+    from runtime.quality.divergence import Divergence, Estimate
+    from runtime.quality.perplexity import OnWindow, Perplexity, Soon
+
+_TEXT, _BASE = "Text", "Comparison"
+
+
+@click.command(
+    "perplexity",
+    cls=Command,
+    epilog="""\b
+Examples:
+  runtime perplexity model.gguf -f wiki.test.raw
+  runtime perplexity model-f16.gguf -f wiki.test.raw --kl-base base.kld
+  runtime perplexity model-q4_k_m.gguf --kl base.kld
+  runtime perplexity model-f16.gguf --kl base.kld -ctk q8_0 -ctv q8_0
+""",
+)
+@click.argument("model", required=False)
+@model_option
+@option("-f --file", "The text, UTF-8; - is stdin (stories that come with the package).", _TEXT,
+        metavar="FILE")  # fmt: skip
+@option("-c --context window | --ctx-size", "Tokens of a window (512, or as the base has).", _TEXT,
+        type=click.IntRange(3), metavar="N")  # fmt: skip
+@option("--chunks", "The first N windows alone; -1 all (-1).", _TEXT, default=-1,
+        type=click.IntRange(-1), metavar="N")  # fmt: skip
+@option("--kl-base | --kl-divergence-base --save-all-logits", "Write the model's "
+        "log-probabilities, to compare others with; llama-perplexity reads the file, too.",
+        _BASE, metavar="FILE")  # fmt: skip
+@option("--kl", "Compare with such a file, on its text.", _BASE, metavar="FILE")
+@option("--kl-divergence", "As llama-perplexity has it: --kl-base is read, not written.", _BASE,
+        is_flag=True)  # fmt: skip
+@option("--json as_json", "Everything as JSON.", "Output", is_flag=True)
+@option("-q --quiet", "Nothing on stderr.", "Output", is_flag=True)
+@option("-t --threads", "Threads of all devices together (default: one per core).", "Model",
+        type=click.IntRange(1), metavar="N")  # fmt: skip
+@precision_options
+def command(
+    model: str | None, model_option: str | None, file: str | None, window: int | None,
+    chunks: int, kl_base: str | None, kl: str | None, **options: Any,
+) -> None:  # fmt: skip
+    """Measure how well a model predicts a text: the exponential of its mean surprise by a token.
+
+    The text is cut into windows, and the second half of each is scored, as llama-perplexity does
+    it. With a base file also: how far the model's predictions are from those that the base was
+    written with (Kullback-Leibler divergence, agreement on the most probable token).
+    """
+    from runtime.quality.windows import SIZE
+
+    if options["kl_divergence"]:
+        if kl is not None or kl_base is None:
+            raise click.UsageError("--kl-divergence needs --kl-divergence-base FILE, and no --kl")
+        kl, kl_base = kl_base, None
+    if kl is not None and kl_base is not None:
+        raise click.UsageError("--kl compares with a base and --kl-base writes one: give one")
+    path, quiet = model_argument(model, model_option), options["quiet"]
+    text = None if kl is not None and file is None else text_of(file, quiet)
+    context = (window or SIZE) if kl is None else _base_size(kl)
+    loaded = load(
+        path, context=context, threads=options["threads"], kv_type=kv_type(options),
+        activations=options["activations"], progress=not quiet, **device_arguments(options),
+    )  # fmt: skip
+    with closing(loaded), _running(quiet) as on_window:
+        found = loaded.perplexity(
+            text, window=window, windows=None if chunks < 0 else chunks, kl_base=kl_base, kl=kl,
+            on_window=on_window,
+        )  # fmt: skip
+    click.echo(_as_json(loaded, found) if options["as_json"] else _report(found))
+    if kl_base is not None:
+        note(f"wrote {kl_base}", quiet)
+
+
+def text_of(file: str | None, quiet: bool = False) -> str:
+    """The text of -f, or the one that comes with the package."""
+    from runtime.quality.windows import bundled_text, plain
+
+    if file is None:
+        note("no -f: the text is that of runtime/data/demo-heldout.txt", quiet)
+        return bundled_text()
+    return plain(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+
+
+def _base_size(path: str) -> int:
+    """Tokens of a window of a base file."""
+    from runtime.quality.base import BaseFile
+
+    with BaseFile(path) as base:
+        return base.size
+
+
+@contextmanager
+def _running(quiet: bool) -> Iterator[OnWindow | None]:
+    """A bar with what is known so far; where stderr is no terminal, llama-perplexity's line."""
+    if quiet:
+        yield None
+    elif is_terminal(sys.stderr):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), Remaining())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("")
+            yield lambda soon: bar.update(
+                task, completed=soon.done, total=soon.total, description=_so_far(soon)
+            )
+    else:
+        yield lambda soon: click.echo(
+            f"[{soon.done}]{soon.perplexity.value:.4f}" + ",\n"[soon.done == soon.total],
+            nl=False, err=True,
+        )  # fmt: skip
+
+
+def _so_far(soon: Soon) -> str:
+    kld = "" if soon.kld is None else f"  KLD {_estimate(soon.kld, 6)}"
+    return f"perplexity {_estimate(soon.perplexity, 4)}{kld}"
+
+
+def _as_json(model: Any, found: Perplexity) -> str:
+    from runtime.quality.divergence import as_data
+
+    about = {"model": str(model.file.path), "type_k": model.kv_types[0],
+             "type_v": model.kv_types[1]}  # fmt: skip
+    return json.dumps(about | {"perplexity": as_data(found)}, indent=1)
+
+
+def _report(found: Perplexity) -> str:
+    value = _estimate((found.value, found.error), 4)
+    how = f"{found.windows} windows of {found.window} tokens, {found.tokens} of them scored"
+    first = f"perplexity {value} ({how})"
+    return first if found.kl is None else f"{first}\n\n{_compared(found.kl)}"
+
+
+def _compared(kl: Divergence) -> str:
+    rows = [("mean", _estimate(kl.kld.mean, 6), _estimate(kl.change.mean.scaled(100), 3))]
+    middle = [
+        ("median" if percent == 50 else f"{percent:g} %", kld, kl.change.percentiles[percent])
+        for percent, kld in kl.kld.percentiles.items()
+    ]
+    for name, kld, change in (
+        ("maximum", kl.kld.maximum, kl.change.maximum), *middle,
+        ("minimum", kl.kld.minimum, kl.change.minimum),
+    ):  # fmt: skip
+        rows.append((name, f"{kld:.6f}", f"{100 * change:.3f}"))
+    columns = ("", "KL divergence", "change of probability, %")
+    lines = [
+        ("base", f"perplexity {_estimate(kl.base, 4)}"),
+        ("ratio", f"{_estimate(kl.ratio, 6)}, its logarithm {_estimate(kl.log_ratio, 6)}"),
+        ("difference", f"{_estimate(kl.difference, 4)}, correlation {kl.correlation:.2%}"),
+        ("change", f"{_estimate(kl.rms.scaled(100), 3)} % of probability (root mean square)"),
+        ("same top", f"{_estimate(kl.same_top.scaled(100), 3)} %"),
+    ]
+    return f"{pairs(lines)}\n\n{table(rows, columns, right=','.join(columns[1:2]))}"
+
+
+def _estimate(found: Estimate | tuple[float, float], digits: int) -> str:
+    return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"

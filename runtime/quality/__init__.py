@@ -1,0 +1,1 @@
+"""How good a model's predictions are: perplexity, and divergence from another model's."""

@@ -25,7 +25,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need 
 from random_presets import PRESETS, Preset, Slot
 
 from runtime.gguf import open_gguf
-from runtime.gguf.mixes import more_bits
 from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.ops import dtypes as dt
 from runtime.ops.blocks import BLOCK_FORMATS
@@ -33,22 +32,15 @@ from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.errors import Error
 from runtime.ops.quant_blocks import struct_of
 from runtime.ops.quants import dequantize
+from runtime.quantise.choose import Wishes, choose
+from runtime.quantise.mixes import MIXES, Facts, mix_of
 
 POOL_BYTES = 8 << 20  # random data per type and row length; tensors take pieces of it
 PIECE_BYTES = 1 << 20
 
 
-# file type -> (type of most matrices, type of attn_v and ffn_down where a mix spends more bits)
-MIXES = {"Q4_K_M": (dt.Q4_K, dt.Q6_K), "Q5_K_M": (dt.Q5_K, dt.Q6_K)}
-MXFP4_MOE = "MXFP4_MOE"  # experts MXFP4, all other matrices Q8_0
 PLAIN_ROLES = ("norm", "rope", "router", "small", "bias", "decay", "pace")  # float32 in every file
 PLAIN = ("f32", "f16", "bf16")
-# llama_ftype numbers, for `general.file_type`; others are left out
-FILE_TYPES = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10,
-    "Q4_K": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
-    "BF16": 32, "MXFP4_MOE": 38,
-}  # fmt: skip
 WEIGHT_TYPES = [
     name.upper()
     for name, dtype in DTYPES.items()
@@ -62,17 +54,12 @@ _MINIMUM = {
 }  # fmt: skip
 
 
-def slot_type(slot: Slot, file_type: str, layers: int, output: DType | None) -> DType:
-    """The type llama-quantize gives this tensor in a file of this type."""
-    if slot.role in PLAIN_ROLES:
-        return dt.F32
-    if file_type == MXFP4_MOE:
-        given = output if slot.role == "output" else None
-        return dt.MXFP4 if len(slot.shape) == 3 else given or dt.Q8_0
-    base, better = MIXES.get(file_type) or (DTYPES[file_type.lower()],) * 2
-    if slot.role == "output":
-        return output or (base if base.name in (*PLAIN, "q8_0") else dt.Q6_K)
-    return better if slot.role == "more_bits" and more_bits(slot.layer, layers) else base
+def types_of(preset: Preset, file_type: str, output: str | None = None) -> dict[str, DType]:
+    """The type that llama-quantize gives each tensor, by name, in a file of this type."""
+    slots = {s.name: NewTensor(s.name, s.shape, dt.F32, tuple) for s in preset.tensors(preset)}
+    facts = Facts.of(metadata_of(preset, "", file_type))
+    wishes = Wishes(output=output, embedding=output if preset.tied else None)
+    return {c.name: c.dtype for c in choose(slots, file_type, facts, wishes, plain=True)}
 
 
 def set_scale(blocks: np.ndarray, dtype: DType, scale: np.ndarray) -> None:
@@ -191,8 +178,8 @@ def metadata_of(preset: Preset, name: str, file_type: str) -> dict[str, Any]:
         "general.name": f"random {name}",
         "general.quantization_version": 2,
     }
-    if file_type in FILE_TYPES:
-        general["general.file_type"] = FILE_TYPES[file_type]
+    if number := mix_of(file_type, plain=True).file_type:
+        general["general.file_type"] = number
     return general | {f"{preset.architecture}.{key}": value for key, value in values.items()}
 
 
@@ -258,7 +245,9 @@ Real models compute the same way, so speeds carry over; the text does not: it is
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.argument("preset", type=click.Choice(list(PRESETS)))
-@click.argument("type", type=click.Choice([*MIXES, MXFP4_MOE, *WEIGHT_TYPES], case_sensitive=False))
+@click.argument(
+    "type", type=click.Choice(dict.fromkeys([*MIXES, *WEIGHT_TYPES]), case_sensitive=False)
+)
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Number of layers (default: the preset's).")
 @click.option("--vocab-size", type=click.IntRange(1), help="Tokens (default: the preset's).")
@@ -291,14 +280,11 @@ def main(
     """
     row = PRESETS[preset]
     row = replace(row, layers=layers or row.layers, vocab=vocab_size or row.vocab)
-    output = DTYPES[output_type.lower()] if output_type else None
     try:
         tokenizer, vocab = vocabulary_of(vocab_from, row)
         row = replace(row, vocab=vocab)
-        tensors = [
-            new_tensor(slot, slot_type(slot, type, row.layers, output), row, seed)
-            for slot in row.tensors(row)
-        ]
+        types = types_of(row, type, output_type)
+        tensors = [new_tensor(slot, types[slot.name], row, seed) for slot in row.tensors(row)]
         write_with_progress(out, metadata_of(row, preset, type) | tokenizer, tensors)
     except Error as error:
         raise click.ClickException(str(error)) from error

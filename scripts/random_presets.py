@@ -58,12 +58,11 @@ class Preset:
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of the model; `role` decides its type and values, `layer` its place in a mix."""
+    """A tensor of the model; `role` decides its values."""
 
     name: str
     shape: tuple[int, ...]
-    role: str  # norm, matrix, more_bits, output, rope, router, small, bias, decay, pace
-    layer: int = 0
+    role: str  # norm, matrix, output, rope, router, small, bias, decay, pace
 
 
 Row = tuple[str, tuple[int, ...], str]  # name inside a layer, shape, role
@@ -86,7 +85,7 @@ def attention_rows(p: Preset, gated: bool = False) -> list[Row]:
     return [
         ("attn_q.weight", (2 * q if gated else q, p.hidden), "matrix"),
         ("attn_k.weight", (kv, p.hidden), "matrix"),
-        ("attn_v.weight", (kv, p.hidden), "more_bits"),
+        ("attn_v.weight", (kv, p.hidden), "matrix"),
         ("attn_output.weight", (p.hidden, q), "matrix"),
     ]
 
@@ -101,7 +100,7 @@ def ffn_rows(p: Preset) -> list[Row]:
     return [
         ("ffn_gate.weight", (p.ff, p.hidden), "matrix"),
         ("ffn_up.weight", (p.ff, p.hidden), "matrix"),
-        ("ffn_down.weight", (p.hidden, p.ff), "more_bits"),
+        ("ffn_down.weight", (p.hidden, p.ff), "matrix"),
     ]
 
 
@@ -111,14 +110,14 @@ def expert_rows(p: Preset, e: Experts) -> list[Row]:
         ("ffn_gate_inp.weight", (e.count, p.hidden), "router"),
         ("ffn_gate_exps.weight", (e.count, e.inner, p.hidden), "matrix"),
         ("ffn_up_exps.weight", (e.count, e.inner, p.hidden), "matrix"),
-        ("ffn_down_exps.weight", (e.count, p.hidden, e.inner), "more_bits"),
+        ("ffn_down_exps.weight", (e.count, p.hidden, e.inner), "matrix"),
     ]
     if e.shared:
         rows += [
             ("ffn_gate_inp_shexp.weight", (p.hidden,), "router"),
             ("ffn_gate_shexp.weight", (e.shared, p.hidden), "matrix"),
             ("ffn_up_shexp.weight", (e.shared, p.hidden), "matrix"),
-            ("ffn_down_shexp.weight", (p.hidden, e.shared), "more_bits"),
+            ("ffn_down_shexp.weight", (p.hidden, e.shared), "matrix"),
         ]
     return rows
 
@@ -131,7 +130,7 @@ def delta_rows(p: Preset, d: Delta) -> list[Row]:
     if p.architecture != "qwen3next":
         gates = {"ssm_alpha": d.heads, "ssm_beta": d.heads}
     return [
-        ("attn_qkv.weight", (channels, p.hidden), "more_bits"),
+        ("attn_qkv.weight", (channels, p.hidden), "matrix"),
         ("attn_gate.weight", (values, p.hidden), "matrix"),
         ("ssm_conv1d.weight", (channels, d.taps), "small"),
         ("ssm_dt.bias", (d.heads,), "pace"),
@@ -184,7 +183,7 @@ def gpt_oss_tensors(p: Preset) -> list[Slot]:
 
 def layer_slots(rows: list[Row], layers: range | tuple[int, ...]) -> list[Slot]:
     """The same rows in each of some layers."""
-    return [Slot(f"blk.{i}.{name}", shape, role, i) for i in layers for name, shape, role in rows]
+    return [Slot(f"blk.{i}.{name}", shape, role) for i in layers for name, shape, role in rows]
 
 
 _SECTIONS = {"rope.dimension_sections": [11, 11, 10, 0]}

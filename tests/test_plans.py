@@ -212,8 +212,9 @@ def qwen3next_80b(monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.syspath_prepend(SCRIPTS)
     script, presets = (importlib.import_module(n) for n in ("make_random_model", "random_presets"))
     preset, tensors = presets.PRESETS["qwen3next-80b"], {}
+    types = script.types_of(preset, "Q4_K_M")
     for slot in preset.tensors(preset):
-        dtype = script.slot_type(slot, "Q4_K_M", preset.layers, None)
+        dtype = types[slot.name]
         nbytes = nbytes_for(dtype, slot.shape)
         tensors[slot.name] = SimpleNamespace(shape=slot.shape, dtype=dtype, nbytes=nbytes)
     keys = script.metadata_of(preset, "80b", "Q4_K_M")

@@ -3,7 +3,7 @@
 The values are GGUF's metadata keys with their values (nested tables are joined with dots), and
 beside them
 
-    weights   the type of the weights: "Q4_K_M", "Q8_0", ... (see runtime/gguf/mixes.py)
+    weights   the type of the weights: "Q4_K_M", "Q8_0", ... (see runtime/quantise/mixes.py)
     tensors   patterns of the tensors that such a file may have or not, and has: "output.weight"
 
 `<architecture>.vocab_size` says the rows of the embedding. Which tensors there are, and of what
@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.errors import FileError, ModelError
-from runtime.gguf import mixes
 from runtime.gguf.reader import GGUFFile
 from runtime.models.keys import Keys
 from runtime.models.registry import one_token, reader
 from runtime.models.weights import Weights
 from runtime.ops.dtypes import F32, DType, nbytes_for
+from runtime.quantise.choose import choose
+from runtime.quantise.mixes import Facts
 
 FOLDER = Path(__file__).parent.parent / "data" / "hparams"
 _VERSION = 3  # of GGUF
@@ -139,10 +140,10 @@ def outline(
     words = metadata.get("tokenizer.ggml.tokens", ())
     model = reader(name, source)(keys, asked, keys.count("vocab_size", len(words) or None))
     model.graph(one_token(model))
-    shapes = {n: _stored(t.shape) for n, t in asked.tensors.items()}
-    found = mixes.types(shapes, weights, model.p.layers)
+    stored = {n: OutlinedTensor(n, _stored(t.shape), F32) for n, t in asked.tensors.items()}
+    chosen = {c.name: c.dtype for c in choose(stored, weights, Facts.of(metadata), plain=True)}
     try:
-        tensors = {n: OutlinedTensor(n, shape, found[n]) for n, shape in shapes.items()}
+        tensors = {n: t._replace(dtype=chosen[n]) for n, t in stored.items()}
         nbytes = sum(t.nbytes for t in tensors.values())
     except ValueError as error:
         raise ModelError(f"{source}: {error}") from None

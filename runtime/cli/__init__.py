@@ -31,6 +31,7 @@ COMMANDS = {
     "perplexity": "Measure how well a model predicts a text; compare with a base.",
     "inspect": "Show what is in a model file, and the memory it needs.",
     "plan": "Say whether a model fits on some devices, and how it is split.",
+    "imatrix": "Collect an importance matrix for a quantiser.",
     "devices": "Show the processor, its instruction sets, and memory.",
     "warmup": "Compile the kernels a model needs, once for this machine.",
 }

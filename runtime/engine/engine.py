@@ -37,7 +37,8 @@ _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts t
 class Engine:
     """Weights, memory and programs of one model on its device.
 
-    `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free.
+    `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free;
+    `staged` is the backend where steps go through several stages of it.
     """
 
     def __init__(
@@ -46,15 +47,15 @@ class Engine:
         progress: bool | Progress | None,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
-        self._staged = backend if isinstance(backend, Staged) and backend.stages > 1 else None
+        self.staged = backend if isinstance(backend, Staged) and backend.stages > 1 else None
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
         self.lock = forks.lock()
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self._closed = False
         layers = architecture.p.layers
-        if self._staged and self._staged.stages > layers and debug() >= 1:
-            said = f"{self._staged.stages} stages for {layers} layers: some begin inside a layer"
+        if self.staged and self.staged.stages > layers and debug() >= 1:
+            said = f"{self.staged.stages} stages for {layers} layers: some begin inside a layer"
             print(said, file=sys.stderr)
         page, slot = state_nbytes(backend, architecture, kv_types)
         weights, trained = file.tensors_nbytes, architecture.p.context
@@ -219,11 +220,11 @@ class Engine:
         """
 
         stream, most = None, self.most_tokens
-        if self._staged is not None and ahead and not inspected():
+        if self.staged is not None and ahead and not inspected():
             tokens = size_of(advances)[0]
-            each = staged_step(tokens, self._staged.stages, most)
+            each = staged_step(tokens, self.staged.stages, most)
             if tokens > each:
-                stream, most = self._staged.stream, each
+                stream, most = self.staged.stream, each
         batches = cut(advances, most, self.most_rows)
         if stream is None:
             for batch in batches:

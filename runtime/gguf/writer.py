@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,13 +60,20 @@ def write_gguf(
     numpy scalars and arrays (their own types) and sequences of these. The file appears at `path`
     only when it is whole. FileError when it cannot be written.
     """
+    with appearing(path) as file:
+        file.write(_header(metadata, tensors))
+        for tensor in tensors:
+            _write_data(file, tensor, progress)
+
+
+@contextmanager
+def appearing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write, which appears at `path` when it is whole; FileError when it cannot be."""
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:
         with partial.open("wb") as file:
-            file.write(_header(metadata, tensors))
-            for tensor in tensors:
-                _write_data(file, tensor, progress)
+            yield file
         partial.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -1,10 +1,11 @@
 """Importance matrix files: of each weight's input, the sum of the squares seen in each column.
 
-Both formats of llama.cpp are read, GGUF and the older .dat; GGUF is written.
+Both formats of llama.cpp are read and written, GGUF and the older .dat.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.gguf.reader import GGUFFile, open_gguf
-from runtime.gguf.writer import NewTensor, write_gguf
+from runtime.gguf.writer import NewTensor, appearing, write_gguf
 from runtime.ops.dtypes import F32
 from runtime.ops.errors import FileError
 
@@ -93,6 +94,29 @@ def write(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
                 data = values.astype("<f4")
                 tensors.append(NewTensor.of(name + ending, shape, F32, data))
     write_gguf(path, metadata, tensors)
+
+
+def write_dat(path: str | os.PathLike[str], imatrix: Imatrix) -> None:
+    """Write the older format, which has the means of squares alone; entries without rows are left
+    out.
+
+    FileError when the file cannot be written; it appears only when it is whole.
+    """
+    found = {n: e for n, e in sorted(imatrix.entries.items()) if e.counts.any()}
+    pieces = [struct.pack("<i", len(found))]
+    for name, entry in found.items():
+        calls = math.ceil(entry.counts.max() / max(1, imatrix.chunk_tokens))
+        values = (entry.mean_squares * np.float32(calls)).astype("<f4")
+        pieces += [_counted(name), struct.pack("<ii", calls, values.size), values.tobytes()]
+    text = imatrix.datasets[-1] if imatrix.datasets else ""
+    pieces += [struct.pack("<i", imatrix.chunks), _counted(text)]
+    with appearing(path) as file:
+        file.write(b"".join(pieces))
+
+
+def _counted(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<i", len(raw)) + raw
 
 
 def _from_gguf(file: GGUFFile) -> Imatrix:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.generation import Generation as Generation
     from runtime.model import Model as Model
     from runtime.model import load as load
+    from runtime.quantise.job import quantize as quantize
     from runtime.session import Session as Session
     from runtime.session import Snapshot as Snapshot
     from runtime.text.sampling import Sampling as Sampling
@@ -38,6 +39,7 @@ _NAMES = {
     ),
     "runtime.generation": ("Generation",),
     "runtime.model": ("Model", "load"),
+    "runtime.quantise.job": ("quantize",),
     "runtime.session": ("Session", "Snapshot"),
     "runtime.text.sampling": ("Sampling", "Token"),
     "runtime.text.tokenizer": ("Tokenizer",),
@@ -46,7 +48,7 @@ _LAZY = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     *("BackendError", "Error", "FileError", "Generation", "MemoryLimitError", "Model"),
     *("ModelError", "OpError", "OptionError", "Sampling", "Session", "Snapshot", "TextError"),
-    *("Token", "Tokenizer", "__version__", "load"),
+    *("Token", "Tokenizer", "__version__", "load", "quantize"),
 ]
 
 

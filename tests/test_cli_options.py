@@ -114,7 +114,9 @@ class TestFlags:
         assert result.exit_code == 0, result.stderr
         assert result.loaded[0][1][option] == value
 
-    @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("devices", "imatrix")])
+    @pytest.mark.parametrize(
+        "name", [n for n in COMMANDS if n not in ("devices", "imatrix", "quantize")]
+    )
     @pytest.mark.parametrize("option", ["-m", "--model"])
     def test_the_model_may_be_an_option(self, invoke, name, option):
         more = ("-p", "1", "-n", "0", "-r", "1") if name == "bench" else ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,12 @@ class Header(NamedTuple):
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+
+
+class Stored(NamedTuple):
+    """A metadata value as a file has it: the number of its type, then its bytes."""
+
+    raw: memoryview
 
 
 def quoted(name: str) -> str:
@@ -129,9 +136,18 @@ def parse_header(head: Head) -> Header:
     version = _read_version(cursor)
     n_tensors = cursor.count(_MIN_TENSOR_BYTES, "the number of tensors")
     n_keys = cursor.count(_MIN_KEY_BYTES, "the number of metadata keys")
-    metadata = _read_metadata(cursor, n_keys)
+    metadata = {key: value for key, value, _ in _read_metadata(cursor, n_keys)}
     rows = [_read_tensor_row(cursor) for _ in range(n_tensors)]
     return Header(version, metadata, _place_tensors(cursor, rows, _alignment(cursor, metadata)))
+
+
+def stored_metadata(head: Head) -> dict[str, Stored]:
+    """The metadata of the GGUF file that begins with `head`, as it is stored."""
+    cursor = Cursor(head)
+    _read_version(cursor)
+    cursor.unpack("Q", "the number of tensors")
+    n_keys = cursor.count(_MIN_KEY_BYTES, "the number of metadata keys")
+    return {key: Stored(raw) for key, _, raw in _read_metadata(cursor, n_keys)}
 
 
 def _read_version(cursor: Cursor) -> int:
@@ -154,15 +170,17 @@ def _read_version(cursor: Cursor) -> int:
     )
 
 
-def _read_metadata(cursor: Cursor, n_keys: int) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
+def _read_metadata(cursor: Cursor, n_keys: int) -> Iterator[tuple[str, Any, memoryview]]:
+    """(key, value, its bytes behind its type number)."""
+    seen: set[str] = set()
     for _ in range(n_keys):
         key = cursor.name("a metadata key")
-        if key in metadata:
+        if key in seen:
             raise cursor.error(f"metadata key {quoted(key)} occurs twice")
-        kind = cursor.unpack("I", "a value type")
-        metadata[key] = _read_value(cursor, kind, f"the value of {quoted(key)}", 0)
-    return metadata
+        seen.add(key)
+        start, kind = cursor.position, cursor.unpack("I", "a value type")
+        value = _read_value(cursor, kind, f"the value of {quoted(key)}", 0)
+        yield key, value, cursor.buffer[start : cursor.position]
 
 
 def _read_value(cursor: Cursor, kind: int, what: str, depth: int) -> Any:

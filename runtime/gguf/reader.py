@@ -19,7 +19,7 @@ from runtime.ops.dtypes import MXFP4, DType
 from runtime.ops.errors import FileError
 from runtime.ops.quants import dequantize
 
-from .header import Header, TensorInfo, parse_header, quoted
+from .header import Header, Stored, TensorInfo, parse_header, quoted, stored_metadata
 from .source import Head, Source
 
 _PART_NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -121,6 +121,10 @@ class GGUFFile:
                 "what model this is; convert it again with a current converter"
             )
         return name
+
+    def stored_metadata(self) -> dict[str, Stored]:
+        """The metadata as it is stored, for `write_gguf`, which keeps every number's type."""
+        return stored_metadata(Head(Source(self.path)))
 
     @property
     def tensors_nbytes(self) -> int:

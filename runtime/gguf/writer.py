@@ -15,6 +15,7 @@ import numpy as np
 from runtime.ops.dtypes import DType, nbytes_for
 from runtime.ops.errors import FileError
 
+from .header import Stored
 from .strings import StringArray
 
 ALIGNMENT = 32
@@ -57,8 +58,8 @@ def write_gguf(
     """Write a model file; `progress(n)` is called after every n bytes of tensor data.
 
     Metadata values may be str, bytes, bool, int and float (stored in 32 bits where they fit),
-    numpy scalars and arrays (their own types) and sequences of these. The file appears at `path`
-    only when it is whole. FileError when it cannot be written.
+    numpy scalars and arrays (their own types), sequences of these, and what a file has `Stored`.
+    The file appears at `path` only when it is whole. FileError when it cannot be written.
     """
     with appearing(path) as file:
         file.write(_header(metadata, tensors))
@@ -72,6 +73,8 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")
         with partial.open("wb") as file:
             yield file
         partial.replace(path)
@@ -87,8 +90,12 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:
     pieces = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():
-        kind, body = _encode(value)
-        pieces += [_string(key), struct.pack("<I", kind), body]
+        pieces.append(_string(key))
+        if isinstance(value, Stored):
+            pieces.append(bytes(value.raw))
+        else:
+            kind, body = _encode(value)
+            pieces += [struct.pack("<I", kind), body]
     offset = 0
     for tensor in tensors:
         dims = tensor.shape[::-1]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from runtime.ops.dtypes import DTYPES, DType
+from runtime.ops.dtypes import DTYPES, DType, nbytes_for
 from runtime.ops.errors import OptionError, shown
 
 from .mixes import Counter, Facts, Mix, fitting, layer_of, mix_of
@@ -42,6 +42,11 @@ class Choice(NamedTuple):
     dtype: DType
     wanted: DType | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of its data in the new file."""
+        return nbytes_for(self.dtype, self.shape)
+
 
 @dataclass(frozen=True)
 class Wishes:
@@ -58,11 +63,15 @@ class Wishes:
     keep_output: bool = False
 
 
+NONE = Wishes()
+
+
 def choose(
-    tensors: Mapping[str, Stored], mix_name: str, model: Facts, wishes: Wishes = Wishes(),
+    tensors: Mapping[str, Stored], mix_name: str, model: Facts, wishes: Wishes = NONE,
     has_imatrix: bool = False, plain: bool = False,
 ) -> list[Choice]:  # fmt: skip
     """The tensors of the new file in its order: those outside of blocks, then by block and name.
+    A matrix of one row becomes the vector that it is.
 
     mix_name: as for `mix_of`, as is `plain`; or "COPY". OptionError for a name, type or pattern
     that cannot be used.
@@ -71,12 +80,15 @@ def choose(
     copied = mix_name.upper() == _COPY
     chooser = _Chooser(mix_of("F32" if copied else mix_name, plain), model, wishes, names,
                        has_imatrix)  # fmt: skip
-    return [
-        Choice(name, tensor.shape, tensor.dtype)
-        if copied or not chooser.is_quantised(name, tensor.shape)
-        else chooser.choice(name, tensor.shape)
-        for name, tensor in ((name, tensors[name]) for name in names)
-    ]
+    found = []
+    for name in names:
+        shape = tensors[name].shape
+        if copied or not chooser.is_quantised(name, shape):
+            shape = shape[1:] if len(shape) == 2 and shape[0] == 1 else shape
+            found.append(Choice(name, shape, tensors[name].dtype))
+        else:
+            found.append(chooser.choice(name, shape))
+    return found
 
 
 def needs_imatrix(choices: Sequence[Choice], mix_name: str) -> Choice | None:
@@ -108,7 +120,7 @@ class _Chooser:
         self._embedding = weight_type(wishes.embedding) if wishes.embedding else None
 
     def is_quantised(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor's type changes at all. A matrix of one row is a vector."""
+        """Whether a tensor's type changes at all."""
         if name == _OUTPUT and self._wishes.keep_output:
             return False
         matrix = any(n > 1 for n in shape[:-1])

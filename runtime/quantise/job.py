@@ -1,0 +1,177 @@
+"""A file to be quantised: what is read, what each tensor becomes, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.arguments import whole
+from runtime.errors import FileError, OptionError
+from runtime.gguf.reader import GGUFFile, open_gguf
+from runtime.progress import Progress
+
+from .choose import NONE, Choice, Wishes, choose, needs_imatrix
+from .imatrix_file import Imatrix, read
+from .mixes import Facts, mix_of
+
+_VERSION = 2  # of the block formats: general.quantization_version
+_TYPE = "general.file_type"
+_MOST_TEXT = 127  # bytes of a path that llama-quantize keeps
+
+
+@dataclass(frozen=True)
+class Job:
+    """Attributes: the open file, the tensors of the new one in their order, the metadata that is
+    added, the importance of columns by tensor, and what a user should know (`notes`)."""
+
+    file: GGUFFile
+    choices: Sequence[Choice]
+    metadata: Mapping[str, Any]
+    importance: Mapping[str, np.ndarray]
+    notes: Sequence[str] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors of the new file."""
+        return sum(c.nbytes for c in self.choices)
+
+    def write(
+        self, path: str | os.PathLike[str], threads: int | None = None,
+        progress: bool | Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Write the new file: see `write_quantised`."""
+        from .write import write_quantised
+
+        write_quantised(
+            self.file, path, self.choices, self.metadata, self.importance, threads, progress
+        )
+
+
+def plan(
+    src: str | os.PathLike[str], type: str, wishes: Wishes = NONE,
+    imatrix: str | os.PathLike[str] | None = None, allow_requantize: bool = False,
+    is_dry: bool = False,
+) -> Job:  # fmt: skip
+    """What quantising the file `src` to the mix `type` does; nothing is written.
+
+    is_dry: what would stop the writing is a note. Else OptionError: a tensor is quantised already,
+    or its type needs an importance matrix. FileError: the file, or the imatrix, cannot be used.
+    """
+    file = open_gguf(src)
+    found = read(imatrix) if imatrix is not None else None
+    choices = choose(file.tensors, type, Facts.of(file.metadata), wishes, found is not None)
+    notes = []
+    metadata: dict[str, Any] = {"general.quantization_version": _VERSION}
+    if type.upper() != "COPY":
+        metadata[_TYPE] = mix_of(type).file_type
+    elif _TYPE in file.metadata:
+        metadata[_TYPE] = file.metadata[_TYPE]
+    importance: dict[str, np.ndarray] = {}
+    if imatrix is not None and found is not None:
+        importance = _importance(file, Path(imatrix), found)
+        metadata |= _origin(imatrix, found)
+        bare = [c.name for c in _changed(file, choices) if c.name not in importance]
+        if bare:
+            notes.append(f"without data in the importance matrix: {_list(bare)}")
+    for problem in (_missing(choices, type, importance), _requantised(file, choices)):
+        if problem and (is_dry or (problem.startswith("tensor") and allow_requantize)):
+            notes.append(problem)
+        elif problem:
+            raise OptionError(f"{file.path}: {problem}")
+    return Job(file, choices, metadata, importance, notes)
+
+
+def quantize(
+    src: str | os.PathLike[str], dst: str | os.PathLike[str], type: str, *,
+    imatrix: str | os.PathLike[str] | None = None,
+    tensor_types: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+    output_tensor_type: str | None = None, token_embedding_type: str | None = None,
+    pure: bool = False, leave_output_tensor: bool = False, allow_requantize: bool = False,
+    threads: int | None = None, progress: bool | Progress | None = None,
+) -> Job:  # fmt: skip
+    """Write the model file `src` to `dst` with weights of a type or mix: "Q4_K_M", "Q8_0", "F16".
+
+    Types per tensor are those that llama-quantize chooses. imatrix: a file of column importance.
+    tensor_types: patterns (regular expressions, searched for in names) with their types, before
+    the mix; the first that is found counts. pure: the mix's base type everywhere.
+    allow_requantize: also read weights that are quantised already. progress: True for a bar,
+    False for none, None for one if it lasts, or a function (done, total, what).
+
+    OptionError for a type or option that cannot be used, FileError where a file cannot be read or
+    written. `dst` appears only when it is whole.
+    """
+    pairs = tensor_types.items() if isinstance(tensor_types, Mapping) else tensor_types
+    wishes = Wishes(
+        tuple(pairs), output_tensor_type, token_embedding_type, pure, leave_output_tensor
+    )
+    job = plan(src, type, wishes, imatrix, allow_requantize)
+    job.write(dst, None if threads is None else whole("threads", threads, 1), progress)
+    return job
+
+
+def _changed(file: GGUFFile, choices: Sequence[Choice]) -> list[Choice]:
+    return [c for c in choices if c.dtype is not file.tensors[c.name].dtype]
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _missing(choices: Sequence[Choice], type: str, have: Mapping[str, Any]) -> str:
+    needy = needs_imatrix([c for c in choices if c.name not in have], type)
+    if needy is None:
+        return ""
+    return (
+        f"{needy.dtype.name.upper()}, which {needy.name} gets, is of no use without an importance "
+        "matrix: make one with `runtime imatrix` and give it with --imatrix"
+    )
+
+
+def _requantised(file: GGUFFile, choices: Sequence[Choice]) -> str:
+    names = [c.name for c in _changed(file, choices) if file.tensors[c.name].dtype.is_blocked]
+    if not names:
+        return ""
+    return (
+        f"tensor {names[0]} is {file.tensors[names[0]].dtype} already ({len(names)} in all): "
+        "quantising again costs quality; take the F16, BF16 or F32 file, or --allow-requantize"
+    )
+
+
+def _importance(file: GGUFFile, path: Path, imatrix: Imatrix) -> dict[str, np.ndarray]:
+    """float32 [matrices, columns] by tensor; FileError: an imatrix of another model."""
+    found = {}
+    for name, entry in imatrix.entries.items():
+        tensor = file.tensors.get(name)
+        if tensor is None:
+            continue
+        shape = int(np.prod(tensor.shape[:-2], dtype=int)), tensor.shape[-1]
+        if entry.squares.size != shape[0] * shape[1]:
+            raise FileError(
+                f"{path}: this importance matrix is of another model: {name} has "
+                f"{entry.squares.size} values there, and {shape[0]} x {shape[1]} columns in "
+                f"{file.path}"
+            )
+        found[name] = entry.mean_squares.reshape(shape)
+    if 2 * len(found) < len(imatrix.entries):
+        absent = next(name for name in imatrix.entries if name not in found)
+        raise FileError(
+            f"{path}: this importance matrix is of another model: only {len(found)} of its "
+            f"{len(imatrix.entries)} names are in {file.path}, {absent} is not"
+        )
+    return found
+
+
+def _origin(path: str | os.PathLike[str], imatrix: Imatrix) -> dict[str, Any]:
+    """Where the importance matrix comes from, in the keys that llama-quantize writes."""
+    texts = {"file": os.fspath(path)} | dict(zip(("dataset",), imatrix.datasets, strict=False))
+    cut = {key: os.fsencode(text)[:_MOST_TEXT] for key, text in texts.items()}
+    counts = {"entries_count": len(imatrix.entries)}
+    if imatrix.chunks > 0:
+        counts["chunks_count"] = imatrix.chunks
+    return {f"quantize.imatrix.{key}": value for key, value in (cut | counts).items()}

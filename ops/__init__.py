@@ -6,7 +6,7 @@ are found here under the name of their reference, whichever file declares them.
 
 from typing import TYPE_CHECKING
 
-from runtime.ops import delta, elementwise, moe, norm, rows, views  # noqa: F401  declare ops
+from runtime.ops import delta, elementwise, moe, norm, rotation, rows, views  # noqa: F401  declare ops
 from runtime.ops.attention import attention
 from runtime.ops.cost import Cost, Seen
 from runtime.ops.dtypes import DTYPES, DType

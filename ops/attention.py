@@ -13,6 +13,7 @@ from runtime.ops.cost import Seen
 from runtime.ops.dtypes import I32, DType
 from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 from runtime.ops.registry import Arg, Case, Kind, need, op
+from runtime.ops.rotation import hadamard
 from runtime.ops.tensor import Shape, Tensor
 
 
@@ -58,7 +59,7 @@ def kv_write(
 
 def _attention_shape(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, sequences: Tensor, places: Tensor,
-    *sinks: Tensor, scale: float, window: int = 0, softcap: float = 0.0,
+    *sinks: Tensor, scale: float, window: int = 0, softcap: float = 0.0, rotation: int = 0,
 ) -> Shape:  # fmt: skip
     need(q.ndim == 3 and k.ndim == 4 and v.ndim == 4, "needs q [T, heads, d] and pages of k, v")
     need(q.shape[1] % k.shape[2] == 0, f"{q.shape[1]} heads over {k.shape[2]} KV heads")
@@ -122,11 +123,13 @@ def _flops(node: Tensor, seen: Seen) -> float:
 def attention(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, block_table: np.ndarray, sequences: np.ndarray,
     places: np.ndarray, *sinks: np.ndarray, scale: float, window: int = 0, softcap: float = 0.0,
+    rotation: int = 0,
 ) -> np.ndarray:  # fmt: skip
     """softmax(scale * q k^T) v for each token over places 0..its own (Vaswani et al. 2017).
 
     `window` > 0 limits it to the last `window` places; `softcap` bounds scores by
     cap * tanh(score / cap); `sinks` [heads] adds one logit per head to the denominator.
+    `rotation`: v is rotated by `hadamard` in blocks of so many dims; the result is rotated back.
     """
     group = q.shape[1] // k.shape[2]
     out = np.empty((*q.shape[:2], v.shape[3]), np.result_type(q, v))
@@ -141,4 +144,4 @@ def attention(
             scores = np.concatenate([scores, sinks[0][:, None]], 1)
         e = np.exp(scores - scores.max(1, keepdims=True))
         out[t] = np.einsum("hn,nhd->hd", (e / e.sum(1, keepdims=True))[:, : len(seen)], values)
-    return out
+    return hadamard.reference(out, block=rotation) if rotation else out

@@ -51,6 +51,7 @@ def load(
     split_mode: str | None = None,
     tensor_split: str | Sequence[float] | None = None,
     main_device: int | None = None,
+    cache_rotation: bool = True,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -62,7 +63,8 @@ def load(
     kv_type: such as f32, f16, bf16 or q8_0, or two for K and V apart ("q8_0,f16"). context: tokens
     of one sequence (default: what the file was trained for, or what fits). threads: of all devices,
     default one per core. activations: "int8", or "f32" to keep them in float for every weight
-    type. sequences: full contexts the cache has room for, memory allowing.
+    type. sequences: full contexts the cache has room for, memory allowing. cache_rotation: K and V
+    of quantised types are rotated before they are rounded, which loses less.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -74,6 +76,7 @@ def load(
         "devices": devices, "kv_type": kv_type, "context": context, "threads": threads,
         "activations": activations, "sequences": sequences, "progress": progress,
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
+        "cache_rotation": cache_rotation,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):
@@ -96,14 +99,16 @@ class Model(TextModel):
     def __init__(
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
-        progress: bool | Progress | None, **split: Any,
+        progress: bool | Progress | None, cache_rotation: bool = True, **split: Any,
     ) -> None:  # fmt: skip
         self.file, self.kv_types = file, parse_kv_type(kv_type)
+        self.cache_rotation = cache_rotation
         architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations, **split)
         self._engine = Engine(
-            file, self.backend, architecture, self.kv_types, context, sequences, progress
-        )
+            file, self.backend, architecture, self.kv_types, context, sequences, progress,
+            cache_rotation,
+        )  # fmt: skip
 
     @property
     def context(self) -> int:

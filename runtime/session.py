@@ -177,6 +177,7 @@ def _foreign(theirs: Model, ours: Model) -> str:
     for what, a, b in (
         ("model", theirs.file.path, ours.file.path),
         ("kv_type", ",".join(theirs.kv_types), ",".join(ours.kv_types)),
+        ("cache_rotation", theirs.cache_rotation, ours.cache_rotation),
         ("device", theirs.backend.name, ours.backend.name),
     ):
         if a != b:

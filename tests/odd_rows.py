@@ -255,6 +255,22 @@ def _rope(style: str) -> Callable[..., Odd]:
     return make
 
 
+def _hadamard(n: int, isa: str) -> Odd:
+    """Blocks of 64 and what is left: every size in turn."""
+    x, heads = Numbers(n)(LIVE, 3, n), 3
+
+    def call(threads: int) -> np.ndarray:
+        out = Fenced(ROWS, heads * n)
+        run(
+            Kernel.of("hadamard"), isa, threads, x=Fenced.like(x), out=out, live=LIVE,
+            n_heads=heads, head_dim=n, x_stride=heads * n, x_head_stride=n, block=64,
+        )  # fmt: skip
+        assert out.strays(LIVE) == 0
+        return out.values[:LIVE].reshape(x.shape).copy()
+
+    return Odd(call, reference("hadamard", x, block=64))
+
+
 def _l2_norm(n: int, isa: str) -> Odd:
     x, heads = Numbers(n)(LIVE, 2, n), 2
 
@@ -487,6 +503,7 @@ CASES: dict[str, Callable[[int, str], Odd]] = {
     "copy-together": _copy(False),
     "rope-neox": _rope("neox"),
     "rope-normal": _rope("normal"),
+    "hadamard": _hadamard,
     "l2_norm": _l2_norm,
     "short_conv-4": _conv("short_conv", 4),
     "short_conv-3": _conv("short_conv", 3),

@@ -203,6 +203,20 @@ def rope_angles(positions: Array, inv_freq: Array, *components: Array, magnitude
 
 
 @oracle
+def hadamard(x: Array, *, block: int) -> Array:
+    """Signs by the parity of common bits; behind whole blocks one for each bit of the rest."""
+    n, rest = divmod(x.shape[-1], block)
+    sizes = [block] * n + [1 << bit for bit in reversed(range(16)) if rest >> bit & 1]
+    parts = np.split(x, np.cumsum(sizes)[:-1], -1)
+    for part, size in zip(parts, sizes, strict=True):
+        old = part.copy()
+        for j in range(size):
+            signs = [(-1) ** (i & j).bit_count() for i in range(size)]
+            part[..., j] = (old * signs).sum(-1) / math.sqrt(size)
+    return np.concatenate(parts, -1)
+
+
+@oracle
 def reshape(x: Array, *, shape: tuple[int, ...]) -> Array:
     flat = [x[at] for at in np.ndindex(x.shape)]
     return _each(x, lambda at: flat[int(np.ravel_multi_index(at, shape))], shape)

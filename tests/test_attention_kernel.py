@@ -40,6 +40,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     spread: float = 1.0  # scores of about this size
+    rotation: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class Case:
         sinks = (a["sinks"].astype(np.float64),) if self.sinks else ()
         return attention.reference(
             *wide, a["block_table"], a["sequences"], a["places"], *sinks, scale=self.scale,
-            window=self.window, softcap=self.softcap,
+            window=self.window, softcap=self.softcap, rotation=self.rotation,
         )  # fmt: skip
 
     def tiles(self, most: int = 8) -> np.ndarray:
@@ -106,7 +107,7 @@ class Case:
             n_kv_heads=self.kv_heads, k_dim=self.k_dim, v_dim=self.v_dim, scale=float(self.scale),
             window=self.window, softcap=float(self.softcap),
             sinks=Fenced.of(a["sinks"][None]) if self.sinks else 0, scratch=scratch,
-            scratch_bytes=nbytes,
+            scratch_bytes=nbytes, rotation=self.rotation,
         )  # fmt: skip
         assert out.strays(tokens) == 0, "wrote between two tokens"
         assert scratch.strays(n_threads) == 0, "wrote past its scratch"
@@ -153,6 +154,11 @@ def of_sizes(k_dim: int, v_dim: int, kind: str, **more: Any) -> Case:
 def test_head_sizes(k_dim: int, v_dim: int, kind: str) -> None:
     check(of_sizes(k_dim, v_dim, kind))
     check(of_sizes(k_dim, v_dim, kind, spans=((70, 1),)))
+
+
+@pytest.mark.parametrize("dim, block", [(64, 64), (100, 64), (128, 32), (14, 8)])
+def test_results_rotated_back(dim: int, block: int) -> None:
+    check(of_sizes(dim, dim, "q8_0", rotation=block))
 
 
 SHORT = ((5, 4), (40, 3))

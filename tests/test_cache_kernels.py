@@ -174,13 +174,18 @@ def test_qkv_post(rng, style, dim, half, norm):
     check_qkv_post(rng, style, dim, half, norm)
 
 
+@pytest.mark.parametrize("dim, block", [(64, 64), (100, 64), (14, 8), (1024, 512), (2, 2)])
+def test_qkv_post_rotates_quantised_heads(rng, dim, block):
+    check_qkv_post(rng, "neox", dim, dim // 2, True, block)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 def test_qkv_post_of_every_remainder(rng, norm):
     for dim in range(1, 65):
         check_qkv_post(rng, "neox", dim, dim // 2, norm)
 
 
-def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
+def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool, block: int = 0) -> None:
     heads, kv_heads = 6, 2
     types = ("q8_0", "f16") if style == "neox" else ("f32", "f32")
     q, k, v = (rng.standard_normal((6, h, dim)).astype(np.float32) for h in (heads, 2, 2))
@@ -204,7 +209,7 @@ def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
             k_pages=memory[0], v_pages=memory[1], kv_slots=Fenced.of(SLOTS), n_heads=heads,
             n_kv_heads=kv_heads, head_dim=dim,
             k_page_bytes=kv_heads * block_nbytes(types[0], dim),
-            v_page_bytes=kv_heads * block_nbytes(types[1], dim),
+            v_page_bytes=kv_heads * block_nbytes(types[1], dim), k_rotation=block, v_rotation=0,
         )  # fmt: skip
         assert out.strays(6) == 0
         pages = zip(memory, types, "kv", strict=True)
@@ -215,7 +220,8 @@ def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool) -> None:
         y = normed(x, w) if norm else x.astype(np.float64)
         if style == "none":
             return y
-        return OPS["rope"].reference(y, angles.astype(np.float64), style=style)
+        y = OPS["rope"].reference(y, angles.astype(np.float64), style=style)
+        return OPS["hadamard"].reference(y, block=block) if block else y
 
     new_q, new_k, new_v = post(1)
     np.testing.assert_allclose(new_q.reshape(q.shape), wanted(q, weights[0]), rtol=2e-6, atol=2e-6)

@@ -194,6 +194,7 @@ class TestRun:
             "threads": 2,
             "kv_type": "q8_0",
             "activations": "f32",
+            "cache_rotation": True,
             "devices": "cpu",
             "progress": True,
         }

@@ -105,6 +105,8 @@ class TestFlags:
             (("--cache-type-v", "q8_0"), "kv_type", "f16,q8_0"),
             (("-ctk", "q8_0", "-ctv", "q8_0"), "kv_type", "q8_0"),
             (("--kv-type", "f32,bf16", "-ctv", "f16"), "kv_type", "f32,f16"),
+            ((), "cache_rotation", True),
+            (("--no-cache-rotation",), "cache_rotation", False),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )

@@ -10,8 +10,10 @@ from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
+from runtime.backends.passes.rotate_cache import rotate_cache
 from runtime.backends.reference import ReferenceBackend
-from runtime.ops.dtypes import DTYPES, F32
+from runtime.ops.dtypes import F32
+from runtime.ops.kv_formats import kv_format
 
 HIDDEN, HEADS, KV_HEADS, DIM, TOKENS, PAGES = 64, 4, 2, 64, 6, 3
 EPS, SECTIONS = 1e-6, (4, 2, 2, 0)
@@ -43,8 +45,11 @@ def tokens() -> ops.Dim:
     return ops.Dim("tokens", TOKENS)
 
 
-def gated_attention(*, norm: bool = True, rope: bool = True) -> ops.Graph:
-    """Qwen3.5's full attention: query and gate of each head in one projection, M-RoPE."""
+def gated_attention(*, norm: bool = True, rope: bool = True, kv: str = "f32") -> ops.Graph:
+    """Qwen3.5's full attention: query and gate of each head in one projection, M-RoPE.
+
+    Rotated where the cache type asks for it.
+    """
     t = tokens()
     x = ops.step_input("x", (t, HIDDEN), F32)
     both = ops.reshape(ops.matmul(x, w("q")), shape=(t, HEADS, 2 * DIM))
@@ -64,8 +69,8 @@ def gated_attention(*, norm: bool = True, rope: bool = True) -> ops.Graph:
     kv_slots = ops.step_input("kv_slots", (t,))
     pages = {
         which: ops.kv_write(
-            y, ops.state(which, (PAGES, ops.PAGE, KV_HEADS, DIM), DTYPES["f32"]), kv_slots,
-            which=which, kv="f32",
+            y, ops.state(which, (PAGES, ops.PAGE, KV_HEADS, DIM), kv_format(kv).dtype), kv_slots,
+            which=which, kv=kv,
         )
         for which, y in kinds.items()
     }  # fmt: skip
@@ -75,7 +80,7 @@ def gated_attention(*, norm: bool = True, rope: bool = True) -> ops.Graph:
     )  # fmt: skip
     opened = ops.mul(y, ops.sigmoid(gate))
     out = ops.add(x, ops.matmul(ops.merge_heads(opened), w("out")))
-    return ops.Graph((out,))
+    return rotate_cache(ops.Graph((out,)))
 
 
 def gated_norm() -> ops.Graph:
@@ -130,6 +135,7 @@ GRAPHS = {
     "attention": (gated_attention(), "sigmoid_gate_pack"),
     "attention without norm": (gated_attention(norm=False), "sigmoid_gate_pack"),
     "attention without rope": (gated_attention(norm=False, rope=False), "sigmoid_gate_pack"),
+    "rotated attention": (gated_attention(kv="q8_0"), "sigmoid_gate_pack"),
     "norm": (gated_norm(), "gated_norm_pack"),
     "clamped": (clamped_ffn(), "swiglu_pack"),
 }
@@ -139,7 +145,8 @@ GRAPHS = {
 @pytest.mark.parametrize("graph, fused", GRAPHS.values(), ids=GRAPHS)
 def test_fused_has_the_bits_of_plain_ops(graph: ops.Graph, fused: str, live: int):
     assert fused in kernels(graph)
-    assert not {"sigmoid", "silu", "mul", "rms_norm", "rope", "swiglu_oai"} & set(kernels(graph))
+    plain = {"sigmoid", "silu", "mul", "rms_norm", "rope", "swiglu_oai", "hadamard"}
+    assert not plain & set(kernels(graph))
     found = run(graph, live, threads=2)
     np.testing.assert_array_equal(found, run(graph, live, threads=1, fuse=False))
     reference = ReferenceBackend(FILE).program(graph)

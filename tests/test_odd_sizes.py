@@ -13,11 +13,11 @@ LENGTHS = range(1, 65)
 # What models run most, and one of each way to end a row; the sweep takes all on all processors.
 DEFAULT = (
     "add", "swiglu", "softmax", "rms_norm", "gather_rows", "copy-apart", "rope-neox", "rope-normal",
-    "conv_post-4", "short_conv-3", "gated_delta", "expert_sum", "router-softmax", "pack-1",
-    "pack-8", "rms_norm_pack-4", "swiglu_pack-4", "pack_rows-4",
+    "hadamard", "conv_post-4", "short_conv-3", "gated_delta", "expert_sum", "router-softmax",
+    "pack-1", "pack-8", "rms_norm_pack-4", "swiglu_pack-4", "pack_rows-4",
     "all_sum-more", "all_sum_once", "put_stretch",
 )  # fmt: skip
-WITHOUT_FMA = ("softmax", "rope-neox", "gated_delta", "pack-8")
+WITHOUT_FMA = ("softmax", "rope-neox", "hadamard", "gated_delta", "pack-8")
 # Whole blocks alone (quantised rows, heads of whole units), pages, no rows at all, several teams.
 ELSEWHERE = {
     "executor", "lead_teams", "meet",

@@ -231,7 +231,7 @@ def test_plan_of_an_80b_model_takes_no_memory(qwen3next_80b: Model):
     assert memory.page == 12 * 2 * (2 * ops.PAGE * 256 * 34 // 32)  # K and V of 2 heads, q8_0
     assert memory.state == 36 * 4 * (32 * 128 * 128 + 3 * 8192)
     assert memory.weights == file.tensors_nbytes == 48_483_058_688
-    for tokens, rows, moved, arena in ((1, 531, 0, 620 << 10), (512, 767, 3, 68 << 20)):
+    for tokens, rows, moved, arena in ((1, 531, 0, 620 << 10), (512, 768, 3, 68 << 20)):
         plan = _plan(model, tokens, 1)
         assert (len(plan.instructions), plan.copies()) == (rows, moved)
         assert arena * 0.9 < plan.arena_nbytes <= arena

@@ -35,11 +35,12 @@ MOST = 1000  # combinations of a case that are tried one by one; beyond that som
 ALLOWED = {
     "add": "0 1 2 ~01", "attention": "1 &", "broadcast": "0 1 2 ~0", "copy": "0 1 2 3 ~0",
     "expert_bias": "0 1 2 ~01", "expert_sum": "0 1 +01 +11 +21 ~0 ~1", "gated_delta": "1 &",
-    "get_rows": "0 1", "kv_write": "2", "l2_norm": "0 1", "matmul": "0 1 2 +01 +02 +11 ~0",
-    "matmul_id": "2 +01 +02 +12 ~0", "mul": "0 1 ~0 ~1", "normalize": "0", "permute": "0 1 2 ~0",
-    "renumber": "0 1", "reshape": "0 1 2 3 ~0", "rms_norm": "0 1", "rope": "0 1", "rope_angles": "",
-    "row_scale": "0 1 2 ~0 ~1", "scale": "0 1 ~0", "select_rows": "0 1 2 ~0", "short_conv": "1",
-    "sigmoid": "0 1", "silu": "0 1", "slice": "0 1 2 ~0 &", "softmax": "0", "softplus": "0 1",
+    "get_rows": "0 1", "hadamard": "0 1", "kv_write": "2", "l2_norm": "0 1",
+    "matmul": "0 1 2 +01 +02 +11 ~0", "matmul_id": "2 +01 +02 +12 ~0", "mul": "0 1 ~0 ~1",
+    "normalize": "0", "permute": "0 1 2 ~0", "renumber": "0 1", "reshape": "0 1 2 3 ~0",
+    "rms_norm": "0 1", "rope": "0 1", "rope_angles": "", "row_scale": "0 1 2 ~0 ~1",
+    "scale": "0 1 ~0", "select_rows": "0 1 2 ~0", "short_conv": "1", "sigmoid": "0 1",
+    "silu": "0 1", "slice": "0 1 2 ~0 &", "softmax": "0", "softplus": "0 1",
     "swiglu_oai": "0 1", "take": "0", "top_k": "0",
 }  # fmt: skip
 
@@ -147,8 +148,8 @@ def test_what_the_rules_allow_is_sound(name: str, table: dict[str, Tally]):
 # Refusals of one split, the other inputs whole: nobody could make use of what devices compute then.
 
 SIMPLE = (Kind.ELEMENTWISE, Kind.ROWWISE, Kind.CONTRACTION, Kind.REDUCTION, Kind.VIEW, Kind.COPY)
-# Rules keep tokens and choices of experts whole where nothing is gained: inputs by number.
-WHOLE = {("matmul_id", 2), ("take", 1), *(("rope_angles", i) for i in range(3))}
+# Rules keep heads, tokens and choices of experts whole where nothing is gained: inputs by number.
+WHOLE = {("hadamard", 0), ("matmul_id", 2), ("take", 1), *(("rope_angles", i) for i in range(3))}
 NONE_REFUSED = ("broadcast", "copy", "permute", "scale", "sigmoid", "silu", "slice", "softplus")
 
 
@@ -167,7 +168,7 @@ def test_what_the_rules_refuse_nobody_could_do(name: str):
                     if _is_proper(split) and (name, number) not in WHOLE:
                         tried += 1
                         assert not _of_use(probe, states), f"{probe.node!r} of {states}"
-    assert tried or name in (*NONE_REFUSED, "rope_angles")
+    assert tried or name in (*NONE_REFUSED, "hadamard", "rope_angles")
 
 
 def _is_proper(split: Split) -> bool:

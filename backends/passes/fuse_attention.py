@@ -11,6 +11,7 @@ from runtime.ops.graph import Graph, rewrite
 from runtime.ops.norm import rms_norm
 from runtime.ops.registry import Kind, Op, fused
 from runtime.ops.rope import rope
+from runtime.ops.rotation import hadamard
 from runtime.ops.tensor import Tensor
 from runtime.ops.views import reshape
 
@@ -19,26 +20,33 @@ sigmoid_gate_pack = fused("sigmoid_gate_pack", kind=Kind.ROWWISE)
 
 
 class _Head(NamedTuple):
-    """A projection on its way to attention: optional norm, optional rope, then the cache."""
+    """A projection on its way to attention: perhaps norm, rope and rotation, then the cache."""
 
     source: Tensor
     norm: Tensor | None = None
     eps: float = 0.0
     angles: Tensor | None = None
     style: str = "none"
+    rotation: int = 0
 
 
 def _head(x: Tensor) -> _Head:
     angles, style, norm, eps = None, "none", None, 0.0
+    x, rotation = _unrotated(x)
     if rope.made(x):
         x, angles, style = x.inputs[0], x.inputs[1], x.attrs["style"]
     if rms_norm.made(x):
         (x, norm), eps = x.inputs, x.attrs["eps"]
-    return _Head(x, norm, eps, angles, style)
+    return _Head(x, norm, eps, angles, style, rotation)
+
+
+def _unrotated(x: Tensor) -> tuple[Tensor, int]:
+    """What is rotated, and in which blocks; a tensor that is not: itself, 0."""
+    return (x.inputs[0], x.attrs["block"]) if hadamard.made(x) else (x, 0)
 
 
 def fuse_qkv(graph: Graph, options: Options) -> Graph:
-    """Norm and rope of q and k, and both cache writes, in one instruction before attention.
+    """Norm, rope and rotation of q and k, and both cache writes, in one instruction.
 
     Heads for which its kernel has no room are left to the plain ops.
     """
@@ -48,8 +56,8 @@ def fuse_qkv(graph: Graph, options: Options) -> Graph:
         if not (kv_write.made(k) and kv_write.made(v)) or k.inputs[2] is not v.inputs[2]:
             return plain
         query, key = _head(q), _head(k.inputs[0])
-        same = (query.angles, query.style, query.eps) == (key.angles, key.style, key.eps)
-        if not same or k.inputs[0].shape[2] != v.inputs[0].shape[2]:
+        value, v_rotation = _unrotated(v.inputs[0])
+        if query[2:] != key[2:] or k.inputs[0].shape[2] != v.inputs[0].shape[2]:
             return plain
         if k.inputs[0].shape[2] > options.max_head_dim:
             return plain
@@ -57,14 +65,26 @@ def fuse_qkv(graph: Graph, options: Options) -> Graph:
             return plain
         optional = {"angles": query.angles, "q_norm": query.norm, "k_norm": key.norm}
         present = {name: x for name, x in optional.items() if x is not None}
-        inputs = (query.source, key.source, v.inputs[0], k.inputs[1], v.inputs[1], k.inputs[2])
+        inputs = (query.source, key.source, value, k.inputs[1], v.inputs[1], k.inputs[2])
         post = node_of(
             qkv_post, (*inputs, *present.values()), q, optional=tuple(present),
             style=query.style, eps=query.eps, k_type=k.dtype.name, v_type=v.dtype.name,
+            k_rotation=key.rotation, v_rotation=v_rotation,
         )  # fmt: skip
         return node.with_(inputs=(post, k.inputs[1], v.inputs[1], *rest))
 
     return rewrite(graph, {attention: attend})
+
+
+def fuse_rotation(graph: Graph, options: Options) -> Graph:
+    """The result of attention rotated back, by attention itself."""
+
+    def back(node: Tensor, y: Tensor) -> Tensor:
+        if not attention.made(y) or not only_user(graph, node.inputs[0]):
+            return node.with_(inputs=(y,))
+        return node_of(attention, y.inputs, node, **y.attrs, rotation=node.attrs["block"])
+
+    return rewrite(graph, {hadamard: back})
 
 
 def gated_heads(graph: Graph, node: Tensor, x: Tensor, gate_op: Op) -> tuple[Tensor, Tensor] | None:

@@ -126,13 +126,16 @@ def _qkv_post(
 ) -> Array:  # fmt: skip
     attrs, found = node.attrs, dict(zip(node.attrs["optional"], rest, strict=True))
 
+    def rotated(x: Array, block: int) -> Array:
+        return ops.hadamard.reference(x, block=block) if block else x
+
     def turned(x: Array, norm: str) -> Array:
         x = _norm(node, x, found[norm]) if norm in found else x
-        if "angles" not in found:
-            return x
-        return ops.rope.reference(x, found["angles"], style=attrs["style"])
+        if "angles" in found:
+            x = ops.rope.reference(x, found["angles"], style=attrs["style"])
+        return rotated(x, attrs["k_rotation"])
 
-    k = turned(k, "k_norm")
+    k, v = turned(k, "k_norm"), rotated(v, attrs["v_rotation"])
     ops.kv_write.reference(k, k_pages, kv_slots, which="k", kv=attrs["k_type"])
     ops.kv_write.reference(v, v_pages, kv_slots, which="v", kv=attrs["v_type"])
     return turned(q, "q_norm")

@@ -16,7 +16,7 @@ import click
 from runtime.cli.bench_plan import UBATCH, Numbers, Pair, Setting, Test, settings, tests
 from runtime.cli.bench_result import Result
 from runtime.cli.model_path import load, model_file
-from runtime.cli.options import device_arguments, precision_options
+from runtime.cli.options import device_arguments, precision_arguments, precision_options
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
 
@@ -102,7 +102,7 @@ def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Sett
 def _results(
     wanted: Sequence[Setting], chosen: Sequence[Test], options: dict[str, Any]
 ) -> Iterator[Result]:
-    load = {"activations": options["activations"], **device_arguments(options)}
+    load = precision_arguments(options)
     load["context"] = max(test.n_depth + test.tokens for test in chosen)
     with _Loader(load) as loader:
         for setting in wanted:

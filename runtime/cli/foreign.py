@@ -65,6 +65,7 @@ _NOTHING = "{name} has no effect here"
 _SPLIT = "{name} has no effect here: it is an option of the commands that run a model, and of plan"
 
 _ACCEPTED = (
+    ("--no-cache-rotation", 0, "{name} has no effect here: it is an option of what runs a model"),
     ("-dev --devices --device -sm --split-mode -ts --tensor-split", 1, _SPLIT),
     ("-mg --main-device --main-gpu", 1, _SPLIT),
     ("-ngl --gpu-layers --n-gpu-layers -ncmoe --n-cpu-moe -ncffn --n-cpu-ffn", 1, _ON_CPU),

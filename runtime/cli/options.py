@@ -27,6 +27,8 @@ _PRECISION_OPTIONS = (
            "apart, such as q8_0,f16.", _MODEL, default="f16", metavar="TYPE", show_default=True),
     option("-ctk --cache-type-k", "Type of K alone.", _MODEL, metavar="TYPE"),
     option("-ctv --cache-type-v", "Type of V alone.", _MODEL, metavar="TYPE"),
+    option("--no-cache-rotation cache_rotation", "Keep quantised K and V as they are; rotated, as "
+           "they are by default, they lose less.", _MODEL, flag_value=False, default=True),
     option("--activations", "Precision of activations against quantised weights.", _MODEL,
            type=click.Choice(["int8", "f32"]), default="int8", show_default=True),
     option("-dev --devices | --device", "cpu; or several, as 'cpu:0,cpu:1' or numa, or with the "
@@ -145,8 +147,14 @@ def _named(names: str, field: str) -> str:
 
 def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from the values of `model_options`."""
-    found = {name: options[name] for name in ("context", "threads", "activations")}
-    return found | device_arguments(options) | {"kv_type": kv_type(options), "progress": not quiet}
+    found = {name: options[name] for name in ("context", "threads")} | precision_arguments(options)
+    return found | {"kv_type": kv_type(options), "progress": not quiet}
+
+
+def precision_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `runtime.load` from `precision_options`, but the types of the cache."""
+    found = {name: options[name] for name in ("activations", "cache_rotation")}
+    return found | device_arguments(options)
 
 
 def device_arguments(options: dict[str, Any]) -> dict[str, Any]:

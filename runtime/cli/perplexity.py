@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from runtime.cli.model_path import load, model_argument, model_option
-from runtime.cli.options import device_arguments, kv_type, precision_options
+from runtime.cli.options import kv_type, precision_arguments, precision_options
 from runtime.cli.output import is_terminal, note, pairs, table
 from runtime.cli.parsing import Command, option
 
@@ -76,7 +76,7 @@ def command(
     context = (window or SIZE) if kl is None else _base_size(kl)
     loaded = load(
         path, context=context, threads=options["threads"], kv_type=kv_type(options),
-        activations=options["activations"], progress=not quiet, **device_arguments(options),
+        progress=not quiet, **precision_arguments(options),
     )  # fmt: skip
     with closing(loaded), _running(quiet) as on_window:
         found = loaded.perplexity(

@@ -44,7 +44,7 @@ class Engine:
     def __init__(
         self, file: GGUFFile, backend: Backend, architecture: Architecture,
         kv_types: tuple[str, str], context: int | None, sequences: int,
-        progress: bool | Progress | None,
+        progress: bool | Progress | None, cache_rotation: bool = True,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
         self.staged = backend if isinstance(backend, Staged) and backend.stages > 1 else None
@@ -62,7 +62,7 @@ class Engine:
         size = choose(context, trained, sequences, page, weights, slot)
         self.context, self.vocabulary = size.context, architecture.p.vocabulary
         self.memory = Memory(weights, page, slot, size.pages, size.slots)
-        self.graphs = StepGraphs(architecture, kv_types, size)
+        self.graphs = StepGraphs(architecture, kv_types, size, cache_rotation)
         self.most_tokens, self.most_rows = _limits(file, self.vocabulary)
         step = self.graphs.inputs(1, 1)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))

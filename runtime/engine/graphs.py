@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from runtime.backends.base import Backend
+from runtime.backends.passes.rotate_cache import rotate_cache
 from runtime.engine.batch import UBATCH
 from runtime.memory.budget import CacheSize
 from runtime.models.registry import Architecture
@@ -18,6 +19,7 @@ class StepGraphs(NamedTuple):
     architecture: Architecture
     kv_types: tuple[str, str]
     size: CacheSize
+    cache_rotation: bool = True
 
     def inputs(self, tokens: int, outputs: int, vectors: bool = False) -> Step:
         """The inputs of a step with room for so many tokens and rows of logits.
@@ -31,8 +33,9 @@ class StepGraphs(NamedTuple):
         )  # fmt: skip
 
     def graph(self, tokens: int, outputs: int, vectors: bool = False) -> Graph:
-        """The plain graph of such a step."""
-        return self.architecture.graph(self.inputs(tokens, outputs, vectors))
+        """The plain graph of such a step, with what a quantised cache asks for."""
+        graph = self.architecture.graph(self.inputs(tokens, outputs, vectors))
+        return rotate_cache(graph) if self.cache_rotation else graph
 
     def warm(self, backend: Backend) -> list[Graph]:
         """Graphs that between them use every kernel this model can need."""

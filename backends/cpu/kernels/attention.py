@@ -27,6 +27,7 @@ from . import simd as s
 from .attention_block import Block, begin_block, exp2_negative, row_peaks, tanh
 from .attention_passes import output_pass, row_passes, scores_pass
 from .kv_planes import padded
+from .rotation import rotating
 from .rows import helper
 
 _LOG2_E = e.single(1 / math.log(2))
@@ -183,12 +184,12 @@ def begin_item(
 @constants(k_type=KV_FORMATS, v_type=KV_FORMATS)
 def build_attention(k_type, v_type):
     """softmax(scale q k) v over the pages of each sequence: (tile x KV heads x rows) dealt out."""
-    step = page_step(k_type, v_type)
+    step, rotate = page_step(k_type, v_type), rotating(v_type)
 
     def attention(
         q, q_stride, q_head_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, block_table,
         block_table_stride, tiles, n_tiles, places, out, out_stride, n_heads, n_kv_heads, k_dim,
-        v_dim, scale, window, softcap, sinks, scratch, scratch_bytes, thread, n_threads,
+        v_dim, scale, window, softcap, sinks, rotation, scratch, scratch_bytes, thread, n_threads,
     ):  # fmt: skip
         count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
         limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
@@ -228,6 +229,8 @@ def build_attention(k_type, v_type):
                         ahead = 0  # one block asks for the next page, for all
                     page += 1
                 for i in range(rows):
-                    end_row(blocks + i // _ROWS * block_bytes, i % _ROWS, k_dims, v_dim)
+                    block = blocks + i // _ROWS * block_bytes
+                    end_row(block, i % _ROWS, k_dims, v_dim)
+                    rotate(s.load_i64(block + _TARGETS + i % _ROWS * 8), v_dim, rotation)
 
     return attention

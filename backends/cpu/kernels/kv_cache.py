@@ -1,7 +1,8 @@
 """Rows of k and v into the pages of the cache, alone or with the norm and rope before it.
 
-Parallel over (token x head). A head is normed and rotated on the stack, then stored rounded, 32
-dims at a time; kv_planes.py says what and where.
+Parallel over (token x head). A head is normed, turned by its rope and perhaps rotated for its
+cache type (rotation.py) on the stack, then stored rounded, 32 dims at a time; kv_planes.py says
+what and where.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from . import emit as e
 from . import simd as s
 from .kv_planes import padded, store_group
 from .rope import ROTATE
+from .rotation import rotating
 from .rows import helper, inverse_rms, share
 
 
@@ -79,7 +81,7 @@ def normed(x, w, eps, out, d):
 
 
 @helper
-def unrotated(x, angles, out, half):
+def unturned(x, angles, out, half):
     """No rope: the head stays as it is."""
 
 
@@ -87,18 +89,18 @@ def unrotated(x, angles, out, half):
 def build_qkv_post(style, k_type, v_type):
     """Norm and rope of q and k, and k and v to the pages: parallel over (token x head of any)."""
     put_k, put_v = _store(k_type, "k"), _store(v_type, "v")
-    rotate = ROTATE.get(style, unrotated)
+    turn, rotate_k, rotate_v = ROTATE.get(style, unturned), rotating(k_type), rotating(v_type)
 
     def qkv_post(
         q, k, v, q_stride, q_head_stride, k_stride, v_stride, q_norm, k_norm, eps, angles, half,
         q_out, q_out_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, kv_slots, live, n_heads,
-        n_kv_heads, head_dim, thread, n_threads,
+        n_kv_heads, head_dim, k_rotation, v_rotation, thread, n_threads,
     ):  # fmt: skip
         room, epsilon, heads = stage(), s.float_of(eps), n_heads + 2 * n_kv_heads
         first, last = share(s.load_i64(live) * heads, thread, n_threads)
         for item in range(first, last):
             row, head = item // heads, item % heads
-            turn, slot = angles + row * half * 8, s.load_i32(kv_slots + row * 4)
+            angle, slot = angles + row * half * 8, s.load_i32(kv_slots + row * 4)
             page, place = slot // PAGE, slot % PAGE
             kv_head, is_k = (head - n_heads) % n_kv_heads, head >= n_heads
             if head < n_heads + n_kv_heads:
@@ -109,12 +111,18 @@ def build_qkv_post(style, k_type, v_type):
                     source = k + (row * k_stride + kv_head * head_dim) * 4
                     target, weights = room, k_norm
                 normed(source, weights, epsilon, target, head_dim)
-                rotate(target, turn, target, half)
+                turn(target, angle, target, half)
+                rotate_k(target, head_dim, k_rotation)
                 if is_k:
                     block = k_pages + page * k_page_bytes + k_page_bytes // n_kv_heads * kv_head
                     put_k(room, block, place, head_dim)
             else:
                 block = v_pages + page * v_page_bytes + v_page_bytes // n_kv_heads * kv_head
-                put_v(v + (row * v_stride + kv_head * head_dim) * 4, block, place, head_dim)
+                source = v + (row * v_stride + kv_head * head_dim) * 4
+                if v_rotation > 0:
+                    normed(source, 0, epsilon, room, head_dim)
+                    source = room
+                    rotate_v(source, head_dim, v_rotation)
+                put_v(source, block, place, head_dim)
 
     return qkv_post

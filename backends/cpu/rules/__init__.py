@@ -9,6 +9,7 @@ from runtime.backends.cpu.rules import (  # noqa: F401  they register
     moe,
     norm,
     rope,
+    rotation,
     rows,
 )
 from runtime.backends.cpu.rules.registry import RULES

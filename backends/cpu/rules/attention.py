@@ -24,7 +24,7 @@ def kv_write(lowering: Lowering, node: Tensor) -> None:
 
 @lowers("qkv_post")
 def qkv_post(lowering: Lowering, node: Tensor) -> None:
-    """Norm and rope of q and k, q to memory, k and v to their pages."""
+    """Norm, rope and rotation of q and k, q to memory, k and v to their pages."""
     q, k, v, k_pages, v_pages, kv_slots, *rest = node.inputs
     if k.shape[2] != v.shape[2]:
         raise Declined("head sizes of k and v differ")
@@ -46,6 +46,7 @@ def qkv_post(lowering: Lowering, node: Tensor) -> None:
         v_pages=Out(lowering.state(v_pages), True), k_page_bytes=page_nbytes(k_pages),
         v_page_bytes=page_nbytes(v_pages), kv_slots=lowering.read(kv_slots), live=live,
         n_heads=int(q.shape[1]), n_kv_heads=int(k.shape[1]), head_dim=int(q.shape[2]),
+        k_rotation=attrs["k_rotation"], v_rotation=attrs["v_rotation"],
     )  # fmt: skip
 
 
@@ -67,5 +68,6 @@ def attention(lowering: Lowering, node: Tensor) -> None:
         scale=float_bits(node.attrs["scale"]), window=node.attrs.get("window", 0),
         softcap=float_bits(node.attrs.get("softcap", 0.0)),
         sinks=lowering.weight(sinks[0], "vector") if sinks else 0,
+        rotation=node.attrs.get("rotation", 0),
         scratch=Out(lowering.scratch(scratch)), scratch_bytes=scratch,
     )  # fmt: skip

@@ -129,7 +129,7 @@ def test_importance_is_of_each_matrix(
     job = runtime.quantize(model, tmp_path / "q.gguf", "Q8_0", imatrix=path, progress=False)
     assert [n for n, _ in given] == [rows] * experts
     np.testing.assert_array_equal([w for _, w in given], [*squares[:-1] / 2, np.ones(columns)])
-    assert "without data in the importance matrix: token_embd.weight, blk.0." in job.notes[0]
+    assert "without data in the importance matrix: blk.0." in job.notes[0]
     found = open_gguf(tmp_path / "q.gguf").metadata
     keys = [key for key in found if key.startswith("quantize.imatrix.")]
     assert keys == [
@@ -154,10 +154,12 @@ def test_an_imatrix_of_another_model_is_refused(model: Path, tmp_path: Path) -> 
 def test_what_cannot_be_done_is_refused(model: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
     runtime.quantize(model, first, "Q8_0", progress=False)
-    with pytest.raises(OptionError, match=r"token_embd.weight is q8_0 already \(\d+ in all\)"):
+    with pytest.raises(
+        OptionError, match=r"token_embd.weight is q8_0 already \(\d+ in all\).*; take"
+    ):
         runtime.quantize(first, second, "F32")
     job = runtime.quantize(first, second, "F32", allow_requantize=True, progress=False)
-    assert "costs quality" in job.notes[0]
+    assert job.notes[0].endswith("costs quality")
     np.testing.assert_array_equal(
         numbers(open_gguf(first), "token_embd.weight"),
         numbers(open_gguf(second), "token_embd.weight"),

@@ -87,6 +87,9 @@ def test_layers_of_80_have_better_values() -> None:
 
 
 def test_heads_are_those_of_the_first_layer() -> None:
+    shapes, name = shapes_of("qwen3"), "blk.0.attn_v.weight"
+    for sharing, dtype in ((3, "q3_k"), (4, "q4_k")):
+        assert types(shapes, "Q2_K", facts_of("qwen3")._replace(sharing=sharing))[name] == dtype
     metadata = {"general.architecture": "a", "a.attention.head_count": 8, "a.block_count": 2}
     assert Facts.of(metadata | {"a.attention.head_count_kv": [0, 2]}).sharing == 0
     assert Facts.of(metadata | {"a.attention.head_count_kv": [2, 0]}).sharing == 4

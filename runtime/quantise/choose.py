@@ -17,7 +17,7 @@ from runtime.ops.errors import OptionError, shown
 from .mixes import Counter, Facts, Mix, fitting, layer_of, mix_of
 
 _KEPT = re.compile(r"_norm\.weight|ffn_gate_inp\.weight|ssm_conv1d|\.position_embd|\.patch_embd")
-_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+OUTER = _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _COPY = "COPY"
 _NEEDY = ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")  # garbage without an imatrix
 
@@ -94,9 +94,7 @@ def choose(
 def needs_imatrix(choices: Sequence[Choice], mix_name: str) -> Choice | None:
     """The first tensor whose type is of no use without an importance matrix."""
     needy = (*_NEEDY, "q2_k") if mix_name.upper() == "Q2_K_S" else _NEEDY
-    return next(
-        (c for c in choices if c.dtype.name in needy and c.name not in (_EMBEDDING, _OUTPUT)), None
-    )
+    return next((c for c in choices if c.dtype.name in needy and c.name not in OUTER), None)
 
 
 def weight_type(name: str) -> DType:

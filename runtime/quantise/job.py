@@ -15,12 +15,13 @@ from runtime.errors import FileError, OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.progress import Progress
 
-from .choose import NONE, Choice, Wishes, choose, needs_imatrix
+from .choose import NONE, OUTER, Choice, Wishes, choose, needs_imatrix
 from .imatrix_file import Imatrix, read
 from .mixes import Facts, mix_of
 
 _VERSION = 2  # of the block formats: general.quantization_version
 _TYPE = "general.file_type"
+_BETTER = "take the F16, BF16 or F32 file, or --allow-requantize"
 _MOST_TEXT = 127  # bytes of a path that llama-quantize keeps
 
 
@@ -75,14 +76,15 @@ def plan(
     if imatrix is not None and found is not None:
         importance = _importance(file, Path(imatrix), found)
         metadata |= _origin(imatrix, found)
-        bare = [c.name for c in _changed(file, choices) if c.name not in importance]
+        bare = [c.name for c in _changed(file, choices) if c.name not in {*importance, *OUTER}]
         if bare:
             notes.append(f"without data in the importance matrix: {_list(bare)}")
-    for problem in (_missing(choices, type, importance), _requantised(file, choices)):
-        if problem and (is_dry or (problem.startswith("tensor") and allow_requantize)):
-            notes.append(problem)
-        elif problem:
-            raise OptionError(f"{file.path}: {problem}")
+    missing, again = _missing(choices, type, importance), _requantised(file, choices)
+    if missing and not is_dry:
+        raise OptionError(f"{file.path}: {missing}")
+    if again and not (is_dry or allow_requantize):
+        raise OptionError(f"{file.path}: {again}; {_BETTER}")
+    notes += filter(None, (missing, again))
     return Job(file, choices, metadata, importance, notes)
 
 
@@ -139,7 +141,7 @@ def _requantised(file: GGUFFile, choices: Sequence[Choice]) -> str:
         return ""
     return (
         f"tensor {names[0]} is {file.tensors[names[0]].dtype} already ({len(names)} in all): "
-        "quantising again costs quality; take the F16, BF16 or F32 file, or --allow-requantize"
+        "quantising again costs quality"
     )
 
 

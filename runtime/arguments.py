@@ -91,14 +91,25 @@ def check_function(name: str, value: Any, of: str) -> None:
         raise wrong(name, value, f"a function of {of}")
 
 
+def check_path(name: str, value: Any) -> None:
+    """OptionError for what is neither None nor a str or os.PathLike."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise wrong(name, value, "the path of a .gguf file, as text or Path")
+
+
+def check_progress(value: Any) -> None:
+    """OptionError for a `progress` that is not None, True, False or a function."""
+    if value is not None and not isinstance(value, bool) and not callable(value):
+        raise wrong("progress", value, "True, False or a function of (done, total, what)")
+
+
 def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `load` as plain values; OptionError for a type one cannot have.
 
     path: a str or os.PathLike, or None. options: the other arguments of `load` by name; what a
     text or number may say is checked where it is used.
     """
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise wrong("path", path, "the path of a .gguf file, as text or Path")
+    check_path("path", path)
     named = options["devices"]
     if isinstance(named, list | tuple) and named and all(isinstance(n, str) for n in named):
         options = {**options, "devices": ",".join(named)}
@@ -121,9 +132,7 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(kv_type, str) and not pair:
         raise wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
     plain["cache_rotation"] = flag("cache_rotation", options["cache_rotation"])
-    progress = options["progress"]
-    if progress is not None and not isinstance(progress, bool) and not callable(progress):
-        raise wrong("progress", progress, "True, False or a function of (done, total, what)")
+    check_progress(options["progress"])
     return {**options, **plain}
 
 

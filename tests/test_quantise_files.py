@@ -166,8 +166,6 @@ def test_what_cannot_be_done_is_refused(model: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(FileError, match="this is the file that is read"):
         runtime.quantize(model, model, "Q8_0")
-    with pytest.raises(OptionError, match="threads"):
-        runtime.quantize(model, second, "Q8_0", threads=0)
     with pytest.raises(OptionError, match="'i32' is not known"):
         runtime.quantize(model, second, "Q8_0", tensor_types={"attn": "i32"})
     weight = NewTensor.of("blk.0.attn_q.weight", (2, 256), F32, np.ones(512, "<f4"))
@@ -183,6 +181,21 @@ def test_what_cannot_be_done_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"tensor w\.weight: row 1, column 3"):
         runtime.quantize(first, tmp_path / "c.gguf", "Q8_0")
     assert not (tmp_path / "c.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"src": 3}, {"dst": None}, {"imatrix": 1.5}, {"type": 15}, {"threads": 0}, {"pure": "yes"},
+        {"output_tensor_type": 8}, {"progress": 3}, {"tensor_types": 3}, {"tensor_types": "a=q8_0"},
+        {"tensor_types": [("a", 8)]}, {"allow_requantize": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_a_wrong_kind_are_named(tmp_path: Path, options: dict[str, object]) -> None:
+    given = {"src": tmp_path / "a", "dst": tmp_path / "b", "type": "Q8_0"} | options
+    with pytest.raises(OptionError, match=f"{next(iter(options))}="):
+        runtime.quantize(**given)
 
 
 @pytest.mark.parametrize(

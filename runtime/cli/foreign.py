@@ -98,6 +98,7 @@ _ACCEPTED = (
         "{name}: a full conversation forgets its oldest messages",
     ),
     ("-mli --multiline-input", 0, '{name}: begin and end a message of several lines with """'),
+    ("--max-buffer-size", 1, "{name} has no effect: memory does not grow with the file"),
     ("-v --verbose --log-verbose", 0, f"{{name}}: {_SHOWN}"),
     ("-lv --verbosity --log-verbosity --log-file", 1, f"{{name}} has no effect: {_SHOWN}"),
 )
@@ -130,6 +131,8 @@ _REFUSED = (
     ("--prompt-cache -lcs --lookup-cache-static -lcd --lookup-cache-dynamic", 1,
      "{name} is not supported: /save and /load keep a conversation"),
     ("--override-kv", 1, "{name} is not supported: what the file says is what is run"),
+    ("--keep-split", 0, "{name} is not supported: the new model is one file"),
+    ("--prune-layers --include-weights --exclude-weights", 1, _NOT_HERE),
     ("--adaptive-target --adaptive-decay", 1, _NOT_HERE),
     ("--sampler-seq --sampling-seq", 1, "{name} is not supported: name them with --samplers"),
     ("--in-prefix --in-suffix -bf --binary-file -ptc --print-token-count --rpc -rpc", 1,

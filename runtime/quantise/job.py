@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arguments import whole
+from runtime.arguments import check_path, check_progress, flag, listed, whole, wrong
 from runtime.errors import FileError, OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.progress import Progress
@@ -107,13 +107,30 @@ def quantize(
     OptionError for a type or option that cannot be used, FileError where a file cannot be read or
     written. `dst` appears only when it is whole.
     """
-    pairs = tensor_types.items() if isinstance(tensor_types, Mapping) else tensor_types
+    for name, path in (("src", src or 0), ("dst", dst or 0), ("imatrix", imatrix)):
+        check_path(name, path)
+    for name, text in (("type", type), ("output_tensor_type", output_tensor_type or ""),
+                       ("token_embedding_type", token_embedding_type or "")):  # fmt: skip
+        if not isinstance(text, str):
+            raise wrong(name, text, "text, such as 'Q8_0'")
+    check_progress(progress)
     wishes = Wishes(
-        tuple(pairs), output_tensor_type, token_embedding_type, pure, leave_output_tensor
-    )
-    job = plan(src, type, wishes, imatrix, allow_requantize)
-    job.write(dst, None if threads is None else whole("threads", threads, 1), progress)
+        _pairs(tensor_types), output_tensor_type, token_embedding_type, flag("pure", pure),
+        flag("leave_output_tensor", leave_output_tensor),
+    )  # fmt: skip
+    threads = None if threads is None else whole("threads", threads, 1)
+    job = plan(src, type, wishes, imatrix, flag("allow_requantize", allow_requantize))
+    job.write(dst, threads, progress)
     return job
+
+
+def _pairs(given: Any) -> list[tuple[str, str]]:
+    """Patterns with their types; OptionError for what is none."""
+    legal = "a dict or pairs of a pattern and a type, as text"
+    pairs = [*given.items()] if isinstance(given, Mapping) else listed("tensor_types", given, legal)
+    if any(not isinstance(p, tuple | list) or [*map(type, p)] != [str, str] for p in pairs):
+        raise wrong("tensor_types", given, legal)
+    return [(pattern, dtype) for pattern, dtype in pairs]
 
 
 def _changed(file: GGUFFile, choices: Sequence[Choice]) -> list[Choice]:

@@ -13,6 +13,7 @@ if not (Path(__file__).parent / "ops").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from runtime.conversion.convert import convert as convert
     from runtime.errors import BackendError as BackendError
     from runtime.errors import Error as Error
     from runtime.errors import FileError as FileError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # module -> names of it that users need; imported on first use so that `import runtime` stays cheap
 _NAMES = {
+    "runtime.conversion.convert": ("convert",),
     "runtime.errors": (
         *("BackendError", "Error", "FileError", "MemoryLimitError", "ModelError", "OpError"),
         *("OptionError", "TextError"),
@@ -48,7 +50,7 @@ _LAZY = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     *("BackendError", "Error", "FileError", "Generation", "MemoryLimitError", "Model"),
     *("ModelError", "OpError", "OptionError", "Sampling", "Session", "Snapshot", "TextError"),
-    *("Token", "Tokenizer", "__version__", "load", "quantize"),
+    *("Token", "Tokenizer", "__version__", "convert", "load", "quantize"),
 ]
 
 

@@ -117,7 +117,7 @@ class TestFlags:
         assert result.loaded[0][1][option] == value
 
     @pytest.mark.parametrize(
-        "name", [n for n in COMMANDS if n not in ("devices", "imatrix", "quantize")]
+        "name", [n for n in COMMANDS if n not in ("convert", "devices", "imatrix", "quantize")]
     )
     @pytest.mark.parametrize("option", ["-m", "--model"])
     def test_the_model_may_be_an_option(self, invoke, name, option):

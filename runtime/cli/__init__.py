@@ -32,6 +32,7 @@ COMMANDS = {
     "quantize": "Write a model's file with smaller weights.",
     "inspect": "Show what is in a model file, and the memory it needs.",
     "plan": "Say whether a model fits on some devices, and how it is split.",
+    "convert": "Write a Hugging Face checkpoint as a GGUF file.",
     "imatrix": "Collect an importance matrix for a quantiser.",
     "devices": "Show the processor, its instruction sets, and memory.",
     "warmup": "Compile the kernels a model needs, once for this machine.",

@@ -28,8 +28,8 @@ class FakeTokenizer:
 class FakeSession:
     """Remembers what was evaluated; every evaluation takes a moment."""
 
-    def __init__(self, log):
-        self.tokens, self._log = [], log
+    def __init__(self, model):
+        self.model, self.tokens, self._log = model, [], model.evals
 
     def __len__(self):
         return len(self.tokens)
@@ -110,7 +110,7 @@ class FakeModel:
         self.warmed = True
 
     def session(self):
-        return FakeSession(self.evals)
+        return FakeSession(self)
 
     def close(self):
         self.closed = True

@@ -37,6 +37,10 @@ def names(of):
     return [n for p in command(of).params if isinstance(p, click.Option) for n in p.opts]
 
 
+# commands that load no model, or more than one
+NOT_OF_A_MODEL = {"compare", "convert", "devices", "imatrix", "quantize"}
+
+
 @needs_demo
 class TestFlags:
     @pytest.mark.parametrize(
@@ -116,9 +120,7 @@ class TestFlags:
         assert result.exit_code == 0, result.stderr
         assert result.loaded[0][1][option] == value
 
-    @pytest.mark.parametrize(
-        "name", [n for n in COMMANDS if n not in ("convert", "devices", "imatrix", "quantize")]
-    )
+    @pytest.mark.parametrize("name", sorted({*COMMANDS} - NOT_OF_A_MODEL))
     @pytest.mark.parametrize("option", ["-m", "--model"])
     def test_the_model_may_be_an_option(self, invoke, name, option):
         more = ("-p", "1", "-n", "0", "-r", "1") if name == "bench" else ()

@@ -19,7 +19,7 @@ from runtime.errors import FileError, OptionError
 from runtime.quality import rows
 from runtime.quality.base import BaseFile, BaseWriter, encoded
 from runtime.quality.divergence import divergence, mean
-from runtime.quality.windows import Windows, plain
+from runtime.quality.windows import Windows
 
 HELD_OUT = DEMO.with_name("demo-heldout.txt")
 IDS = np.random.default_rng(1).integers(0, 80, 700).tolist()
@@ -244,7 +244,7 @@ class TestBesideLlamaPerplexity:
 
     @pytest.mark.parametrize("name", PEER)
     def test_perplexity(self, run, name, tmp_path):
-        text, base = plain(HELD_OUT.read_bytes()), tmp_path / "a.base"
+        text, base = HELD_OUT.read_text(encoding="utf-8"), tmp_path / "a.base"
         found = run(name, text=text, window=128, windows=20, kl_base=base)
         assert found[:2] == pytest.approx(PEER[name], rel=2e-6)
         if name != "llama":
@@ -259,7 +259,9 @@ class TestBesideLlamaPerplexity:
     def test_statistics(self, run, tmp_path):
         """Of llama compared with a base of qwen3: no two alike, all figures far from 0."""
         base = tmp_path / "q.base"
-        run("qwen3", text=plain(HELD_OUT.read_bytes()), window=128, windows=20, kl_base=base)
+        run(
+            "qwen3", text=HELD_OUT.read_text(encoding="utf-8"), window=128, windows=20, kl_base=base
+        )
         kl = run("llama", kl=base).kl
         near = {"rel": 2e-5, "abs": 6e-6}
         assert kl.base == pytest.approx((60118.946234, 5087.121608), **near)

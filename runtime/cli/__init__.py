@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "bench": "Measure prompt and decode speed, in llama-bench's columns.",
     "perplexity": "Measure how well a model predicts a text; compare with a base.",
+    "compare": "Show what cache or weight types cost in quality and give in speed.",
     "quantize": "Write a model's file with smaller weights.",
     "inspect": "Show what is in a model file, and the memory it needs.",
     "plan": "Say whether a model fits on some devices, and how it is split.",

@@ -173,20 +173,24 @@ def _measure(result: Result, repetitions: int, warmup: bool) -> list[float]:
 
 def _time(result: Result, test: Test, random: Any) -> float:
     """Seconds of one repetition in a fresh session."""
-    model = result.model
-    with model.session() as session:
+    with result.model.session() as session:
         if test.n_depth:
-            session.eval(_random_tokens(random, model, test.n_depth), logits="last")
-        ids = _random_tokens(random, model, test.tokens)
-        pieces = list(_pieces(ids, test, result.setting))
-        start = time.perf_counter()
-        for piece, logits in pieces:
-            session.eval(piece, logits=logits)
-        return time.perf_counter() - start
+            session.eval(random_tokens(random, result.model, test.n_depth), logits="last")
+        return timed(session, test, result.setting, random)
 
 
-def _random_tokens(random: Any, model: Any, n: int) -> list[int]:
+def random_tokens(random: Any, model: Any, n: int) -> list[int]:
+    """n token ids by a numpy generator."""
     return random.integers(0, model.vocab_size, n).tolist()
+
+
+def timed(session: Any, test: Test, setting: Setting, random: Any) -> float:
+    """Seconds that the tokens of a test take after those of a session."""
+    pieces = list(_pieces(random_tokens(random, session.model, test.tokens), test, setting))
+    start = time.perf_counter()
+    for piece, logits in pieces:
+        session.eval(piece, logits=logits)
+    return time.perf_counter() - start
 
 
 def _pieces(ids: list[int], test: Test, setting: Setting) -> Iterator[tuple[list[int], str]]:

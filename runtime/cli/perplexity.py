@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +14,7 @@ from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import kv_type, precision_arguments, precision_options
 from runtime.cli.output import is_terminal, note, pairs, table
 from runtime.cli.parsing import Command, option
+from runtime.cli.prompt import text_of
 
 if TYPE_CHECKING:
     from runtime.quality.divergence import Divergence, Estimate
@@ -72,7 +72,7 @@ def command(
     if kl is not None and kl_base is not None:
         raise click.UsageError("--kl compares with a base and --kl-base writes one: give one")
     path, quiet = model_argument(model, model_option), options["quiet"]
-    text = None if kl is not None and file is None else text_of(file, quiet)
+    text = None if kl is not None and file is None else measured_text(file, quiet)
     context = (window or SIZE) if kl is None else _base_size(kl)
     loaded = load(
         path, context=context, threads=options["threads"], kv_type=kv_type(options),
@@ -88,14 +88,14 @@ def command(
         note(f"wrote {kl_base}", quiet)
 
 
-def text_of(file: str | None, quiet: bool = False) -> str:
+def measured_text(file: str | None, quiet: bool = False) -> str:
     """The text of -f, or the one that comes with the package."""
-    from runtime.quality.windows import bundled_text, plain
+    from runtime.quality.windows import bundled_text
 
     if file is None:
         note("no -f: the text is that of runtime/data/demo-heldout.txt", quiet)
         return bundled_text()
-    return plain(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes())
+    return text_of(file)
 
 
 def _base_size(path: str) -> int:

@@ -25,7 +25,7 @@ def given_prompt(options: dict[str, Any], words: Sequence[str], piped: bool) -> 
     if (prompt is not None) + (file is not None) + bool(words) > 1:
         raise click.UsageError("the prompt is given twice: use one of --prompt, --file and words")
     prompt = " ".join(words) if words else prompt
-    if "-" in (prompt, file):
+    if prompt == "-":
         return _stdin()
     if file is not None:
         return text_of(file)
@@ -48,7 +48,9 @@ def at_terminal() -> bool:
 
 
 def text_of(file: str) -> str:
-    """A text file, whatever bytes are in it."""
+    """A text file, whatever bytes are in it; - is stdin."""
+    if file == "-":
+        return _stdin()
     return Path(file).read_bytes().decode("utf-8", "replace")
 
 

@@ -42,8 +42,8 @@ class Soon(NamedTuple):
 
     done: int
     total: int
-    perplexity: Estimate
-    kld: Estimate | None
+    perplexity: Estimate = Estimate(0.0, 0.0)
+    kld: Estimate | None = None
 
 
 OnWindow = Callable[[Soon], Any]

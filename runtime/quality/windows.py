@@ -74,7 +74,10 @@ def bos_of(model: Model) -> int | None:
 
 
 def ids_of(model: Model, text: Any) -> list[int]:
-    """Tokens of a text, special ones taken as plain text; or ids, as they are."""
+    """Tokens of a text, special ones taken as plain text; or ids, as they are.
+
+    One newline at the end of a text, which files have, does not count.
+    """
     if not isinstance(text, str):
         ids = token_ids(text)
         outside = next((i for i in ids if not 0 <= i < model.vocab_size), None)
@@ -85,15 +88,11 @@ def ids_of(model: Model, text: Any) -> list[int]:
         return ids
     if not model.tokenizer.has_text:
         raise TextError(f"{model.file.path}: the file has no vocabulary: give token ids")
-    return model.tokenizer.encode(text, parse_special=False)
+    return model.tokenizer.encode(text.removesuffix("\n"), parse_special=False)
 
 
 def bundled_text() -> str:
     """Stories and questions that the bundled model was not trained on, without its chat marks."""
-    stored = (Path(__file__).parent.parent / "data" / "demo-heldout.txt").read_bytes()
-    return re.sub(r"<\|im_\w+\|>(user\n|assistant\n|)|<\|endoftext\|>", "", plain(stored))
-
-
-def plain(stored: bytes) -> str:
-    """The text that a file of UTF-8 holds, without the newline at its end."""
-    return stored.decode("utf-8", "replace").removesuffix("\n")
+    path = Path(__file__).parent.parent / "data" / "demo-heldout.txt"
+    marks = r"<\|im_\w+\|>(user\n|assistant\n|)|<\|endoftext\|>"
+    return re.sub(marks, "", path.read_text(encoding="utf-8"))

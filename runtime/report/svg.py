@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
 from runtime.backends.meta.planner import StagePlan
@@ -11,14 +10,15 @@ from runtime.ops.registry import Kind, kind_of
 from runtime.ops.splits import PARTIAL, Split
 from runtime.ops.tensor import Tensor
 from runtime.planning import Placement
+from runtime.report.drawing import LINE, MARGIN, Drawing
 from runtime.report.layers import Layers, Row, layers_of
 from runtime.report.text import amount, heading
 
 _COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#d4a017", "#9c755f")
 _PARTS = ("weights", "KV cache", "state", "activations", "other")
 _FADE = (1.0, 0.66, 0.5, 0.36, 0.22)  # of each part's colour
-_MIRRORED, _LINE, _TEXT, _SUM = "#e4e6ea", "#9aa1ab", "#22262c", "#c4262e"
-_BOX_W, _BOX_H, _GAP_X, _GAP_Y, _MARGIN = 118, 34, 16, 20, 24
+_MIRRORED, _SUM = "#e4e6ea", "#c4262e"
+_BOX_W, _BOX_H, _GAP_X, _GAP_Y = 118, 34, 16, 20
 _CHAR, _LABEL = 6.2, 48  # widths of a character of a box, and of what is said beside one
 
 
@@ -30,46 +30,13 @@ class _Box(NamedTuple):
     y: float
 
 
-class _Drawing:
-    """Elements of an SVG, and the room they take."""
-
-    def __init__(self) -> None:
-        self.parts: list[str] = []
-        self.width = self.height = 0.0
-
-    def rect(self, x: float, y: float, w: float, h: float, fill: str, more: str = "") -> None:
-        self.parts.append(
-            f'<rect x="{x:.4g}" y="{y:.4g}" width="{w:.4g}" height="{h:.4g}" fill="{fill}" {more}/>'
-        )
-        self.width, self.height = max(self.width, x + w), max(self.height, y + h)
-
-    def text(self, x: float, y: float, text: str, size: int = 11, more: str = "") -> None:
-        self.parts.append(
-            f'<text x="{x:.4g}" y="{y:.4g}" font-size="{size}" {more}>{escape(text)}</text>'
-        )
-        self.height = max(self.height, y + 4)
-
-    def path(self, d: str, more: str) -> None:
-        self.parts.append(f'<path d="{d}" fill="none" {more}/>')
-
-    def svg(self) -> str:
-        w, h = self.width + _MARGIN, self.height + _MARGIN
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{w:.0f}" height="{h:.0f}" '
-            f'viewBox="0 0 {w:.0f} {h:.0f}" font-family="Helvetica, Arial, sans-serif" '
-            f'fill="{_TEXT}">\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
-            + "\n".join(self.parts)
-            + "\n</svg>\n"
-        )
-
-
 def draw(placement: Placement, answer: str) -> str:
     """The picture, SVG; `answer` is its first line."""
-    out = _Drawing()
-    out.text(_MARGIN, 34, heading(placement), 17, 'font-weight="bold"')
-    out.text(_MARGIN, 56, answer, 13)
+    out = Drawing()
+    out.text(MARGIN, 34, heading(placement), 17, 'font-weight="bold"')
+    out.text(MARGIN, 56, answer, 13)
     bottom = _legend(out, placement, _bars(out, placement, 76))
-    x, top = float(_MARGIN), bottom + 26
+    x, top = float(MARGIN), bottom + 26
     colours = _colours(placement)
     for group in layers_of(placement):
         if any(row.reads or row.exchange for row in group.rows):
@@ -82,18 +49,18 @@ def _colours(placement: Placement) -> dict[object, str]:
     return {d: _COLOURS[n % len(_COLOURS)] for n, d in enumerate(placement.needs)}
 
 
-def _bars(out: _Drawing, placement: Placement, y: float) -> float:
+def _bars(out: Drawing, placement: Placement, y: float) -> float:
     """A bar of memory for each device, as long as its room; where the next thing may begin."""
     usages = [placement.usage(device) for device in placement.needs]
     rooms = {ds[0]: room for ds, room in placement.rooms() if len(ds) == 1}
     longest = max([u.nbytes for u in usages] + [rooms.get(u.device, 0) for u in usages])
-    left, length = _MARGIN + 110.0, 560.0
+    left, length = MARGIN + 110.0, 560.0
     for usage in usages:
         colour, x = _colours(placement)[usage.device], left
-        out.text(_MARGIN, y + 14, str(usage.device), 12)
+        out.text(MARGIN, y + 14, str(usage.device), 12)
         room = rooms.get(usage.device)
         if room:
-            more = f'stroke="{_LINE}" rx="2"'
+            more = f'stroke="{LINE}" rx="2"'
             out.rect(left, y, length * room / longest, 20, "#f6f7f9", more)
         for nbytes, fade in zip(usage.parts, _FADE, strict=True):
             w = length * nbytes / longest
@@ -105,14 +72,14 @@ def _bars(out: _Drawing, placement: Placement, y: float) -> float:
     return y
 
 
-def _legend(out: _Drawing, placement: Placement, y: float) -> float:
+def _legend(out: Drawing, placement: Placement, y: float) -> float:
     """What the shades and the colours mean."""
-    x = float(_MARGIN + 110)
+    x = float(MARGIN + 110)
     for name, fade in zip(_PARTS, _FADE, strict=True):
         out.rect(x, y, 14, 12, "#555b66", f'fill-opacity="{fade}"')
         out.text(x + 19, y + 10, name)
         x += 36 + _CHAR * len(name)
-    y, x = y + 26, float(_MARGIN)
+    y, x = y + 26, float(MARGIN)
     entries = [(str(device), colour) for device, colour in _colours(placement).items()]
     for name, colour in [*entries, ("on every device", _MIRRORED)]:
         out.rect(x, y, 14, 12, colour)
@@ -126,13 +93,13 @@ def _legend(out: _Drawing, placement: Placement, y: float) -> float:
     return y + 12
 
 
-def _mark(out: _Drawing, x: float, y: float, sign: str) -> None:
+def _mark(out: Drawing, x: float, y: float, sign: str) -> None:
     out.parts.append(f'<circle cx="{x:.4g}" cy="{y:.4g}" r="9" fill="{_SUM}"/>')
     out.text(x, y + 4, sign, 12, 'fill="#ffffff" text-anchor="middle" font-weight="bold"')
 
 
 def _layer(
-    out: _Drawing, group: Layers, plan: StagePlan, colours: Sequence[str], left: float, top: float
+    out: Drawing, group: Layers, plan: StagePlan, colours: Sequence[str], left: float, top: float
 ) -> float:
     """A column of boxes from top to bottom; the right edge."""
     boxes, edges = _placed(group, left + 12, top + 58)
@@ -144,7 +111,7 @@ def _layer(
         lines[-1] += f" on {plan.devices[0]}"
     right = max(right, left + 24 + 6.6 * max(map(len, lines)))
     bottom = max(box.y for box in boxes.values()) + _BOX_H + 14
-    frame = f'stroke="{_LINE}" stroke-width="0.8" rx="6"'
+    frame = f'stroke="{LINE}" stroke-width="0.8" rx="6"'
     out.rect(left, top, right - left, bottom - top, "#fbfbfc", frame)
     for n, line in enumerate(lines):
         bold = 'font-weight="bold"' if n == 0 else ""
@@ -154,7 +121,7 @@ def _layer(
     for box in boxes.values():
         if _from_outside(box.row, boxes):
             x, y = box.x + _BOX_W - 14, box.y
-            out.path(f"M{x:.1f} {y - 12:.1f} L{x:.1f} {y:.1f}", f'stroke="{_LINE}" '
+            out.path(f"M{x:.1f} {y - 12:.1f} L{x:.1f} {y:.1f}", f'stroke="{LINE}" '
                      'stroke-width="1.1" stroke-dasharray="3 2"')  # fmt: skip
         _box(out, box, plan, colours)
     return right
@@ -206,7 +173,7 @@ def _from_outside(row: Row, inside: Mapping[Tensor, _Box]) -> bool:
     return any(x not in inside and kind_of(x) is not Kind.LEAF and x.ndim == 2 for x in sources)
 
 
-def _edge(out: _Drawing, a: _Box, b: _Box, boxes: Sequence[_Box]) -> None:
+def _edge(out: Drawing, a: _Box, b: _Box, boxes: Sequence[_Box]) -> None:
     """A line from one box down to another, round those between."""
     x1, y1, x2, y2 = a.x + _BOX_W / 2, a.y + _BOX_H, b.x + _BOX_W / 2, b.y
     between = [
@@ -215,7 +182,7 @@ def _edge(out: _Drawing, a: _Box, b: _Box, boxes: Sequence[_Box]) -> None:
     ]  # fmt: skip
     if between:
         between = [box for box in boxes if y1 < box.y < y2 - _BOX_H]
-    style = f'stroke="{_LINE}" stroke-width="1.1"'
+    style = f'stroke="{LINE}" stroke-width="1.1"'
     if not between:
         bend = (y2 - y1) / 2
         out.path(f"M{x1:.4g} {y1:.4g} C{x1:.4g} {y1 + bend:.4g} {x2:.4g} {y2 - bend:.4g} "
@@ -230,7 +197,7 @@ def _edge(out: _Drawing, a: _Box, b: _Box, boxes: Sequence[_Box]) -> None:
     )
 
 
-def _box(out: _Drawing, box: _Box, plan: StagePlan, colours: Sequence[str]) -> None:
+def _box(out: Drawing, box: _Box, plan: StagePlan, colours: Sequence[str]) -> None:
     """A node: its result in the devices' colours, its name, what it reads and who has that."""
     row, state = box.row, plan.state(box.row.node)
     alone = len(colours) == 1
@@ -244,7 +211,7 @@ def _box(out: _Drawing, box: _Box, plan: StagePlan, colours: Sequence[str]) -> N
     if read and read.sizes:
         parts = [(c, n / sum(read.sizes)) for c, n in zip(colours, read.sizes, strict=True)]
         _stripe(out, box, parts, (_BOX_H - 4, 4), strong)
-    edge = _SUM if state is PARTIAL else _LINE
+    edge = _SUM if state is PARTIAL else LINE
     out.rect(box.x, box.y, _BOX_W, _BOX_H, "none", f'stroke="{edge}" stroke-width="0.9" rx="2"')
     out.text(box.x + 6, box.y + 17, _cut(row.name or row.op), 11)
     cache = " cache" if read and read.what == "page" else ""
@@ -257,7 +224,7 @@ def _box(out: _Drawing, box: _Box, plan: StagePlan, colours: Sequence[str]) -> N
 
 
 def _stripe(
-    out: _Drawing, box: _Box, parts: Sequence[tuple[str, float]], at: tuple[float, float], more: str
+    out: Drawing, box: _Box, parts: Sequence[tuple[str, float]], at: tuple[float, float], more: str
 ) -> None:
     """Colours side by side over the width of a box, from a height on."""
     x = box.x

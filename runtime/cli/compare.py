@@ -1,0 +1,232 @@
+"""`runtime compare`: what cache or weight types cost in quality, and what they give in speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli import bench
+from runtime.cli.bench_plan import UBATCH, Numbers, Setting, Test, tests
+from runtime.cli.bench_result import deviation
+from runtime.cli.model_path import load, model_file, model_option
+from runtime.cli.options import kv_type, precision_arguments, precision_options
+from runtime.cli.output import note
+from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.perplexity import measured_text
+from runtime.progress import reporter
+
+if TYPE_CHECKING:
+    from runtime.quality.divergence import Estimate
+    from runtime.quality.sweep import Row, Variant
+
+_WHAT, _TEXT, _SPEED, _OUTPUT = "What is compared", "Text", "Speed", "Output"
+_DEPTHS = (0, 4096, 16384)
+
+
+@click.command(
+    "compare",
+    cls=Command,
+    epilog="""\b
+Examples:
+  runtime compare model.gguf --sweep cache
+  runtime compare model.gguf --sweep cache --types f16,q8_0,q8_0/q4_0 --no-speed
+  runtime compare model-f16.gguf --sweep types --types Q8_0,Q4_K_M,Q4_0
+  runtime compare model-f16.gguf --files model-q8_0.gguf model-q4_k_m.gguf
+  runtime compare model.gguf --sweep cache -f wiki.test.raw --svg caches.svg -o csv
+""",
+)
+@click.argument("models", nargs=-1, metavar="[MODEL] [FILE]...")
+@model_option
+@option("--sweep", "cache: a model with caches of several types, against f32; types: files of one "
+        "model, against the first.", _WHAT, type=click.Choice(["cache", "types"]),
+        metavar="cache|types")  # fmt: skip
+@option("--types", "Which cache types (all), K/V for K and V apart, such as q8_0/q4_0; or the "
+        "weight types that MODEL is quantised to.", _WHAT, multiple=True,
+        metavar="TYPE,...")  # fmt: skip
+@option("--files", "The files to compare with MODEL. May be repeated.", _WHAT, multiple=True,
+        metavar="FILE...")  # fmt: skip
+@option("--imatrix", "Importance matrix for weight types that are made.", _WHAT,
+        metavar="FILE")  # fmt: skip
+@option("--rotation", "both: quantised caches also plain, that is not rotated.", _WHAT,
+        type=click.Choice(["both"]), metavar="both")  # fmt: skip
+@option("-f --file", "The text, UTF-8; - is stdin (stories that come with the package).", _TEXT,
+        metavar="FILE")  # fmt: skip
+@option("-c --context window | --ctx-size", "Tokens of a window.", _TEXT, type=click.IntRange(3),
+        default=512, show_default=True, metavar="N")  # fmt: skip
+@option("--chunks", "The first N windows alone; -1 all.", _TEXT, default=8, show_default=True,
+        type=click.IntRange(-1), metavar="N")  # fmt: skip
+@option("--no-speed", "Quality alone.", _SPEED, is_flag=True)
+@option("-d --depths | --n-depth", "Tokens in the cache before what is timed (0,4096,16384, those "
+        "that fit).", _SPEED, type=Numbers(0), metavar="N,...")  # fmt: skip
+@option("-p --n-prompt", "Tokens of the prompt that is timed.", _SPEED, default=512,
+        type=click.IntRange(0), show_default=True, metavar="N")  # fmt: skip
+@option("-n --n-gen", "Tokens that are decoded one by one.", _SPEED, default=32,
+        type=click.IntRange(0), show_default=True, metavar="N")  # fmt: skip
+@option("-r --repetitions", "Times each is timed.", _SPEED, type=click.IntRange(1), default=3,
+        show_default=True, metavar="N")  # fmt: skip
+@option("-o --output", "Format of the table: md, json or csv.", _OUTPUT, default="md",
+        type=click.Choice(["md", "json", "csv"]), show_default=True, metavar="FORMAT")  # fmt: skip
+@option("--svg", "Draw divergence against bytes, and the speeds.", _OUTPUT, metavar="FILE")
+@option("-q --quiet", "Nothing on stderr.", _OUTPUT, is_flag=True)
+@option("-t --threads", "Threads of all devices together (default: one per core).", "Model",
+        type=click.IntRange(1), metavar="N")  # fmt: skip
+@precision_options
+def command(models: tuple[str, ...], model_option: str | None, **options: Any) -> None:
+    """Show in one table what cache types or quantised files cost and give.
+
+    Of each: bytes, perplexity of a text, divergence of its predictions from those of the base,
+    and how fast prompts and answers are with so many tokens in the cache.
+    """
+    from runtime.backends.cpu.run.cores import physical_cores
+    from runtime.cli import facts
+    from runtime.gguf.reader import open_gguf
+    from runtime.model import demo_path
+    from runtime.report.sweep import FORMATS, Table
+
+    given = [model_option] if model_option is not None else []
+    paths = [str(model_file(path)) for path in (*given, *models)] or [str(demo_path())]
+    paths[1:1] = [str(model_file(path)) for path in options["files"]]
+    made = options["sweep"] == "types" and bool(options["types"])
+    kind = options["sweep"] or ("types" if len(paths) > 1 else "cache")
+    if (kind == "cache") != (len(paths) == 1 and not made):
+        raise click.UsageError(
+            "--sweep cache compares caches of one MODEL; --sweep types needs --files or --types, "
+            "which are made of MODEL"
+        )
+    file, quiet = open_gguf(paths[0]), options["quiet"]
+    timed = [] if options["no_speed"] else _tests(file, options)
+    context = max([options["window"], *(test.n_depth + test.tokens for test in timed)])
+    loaded = partial(_loaded, options, context)
+    with TemporaryDirectory() as folder:
+        if kind == "cache":
+            variants = _caches(file, options, partial(loaded, paths[0]))
+        else:
+            weights = partial(loaded, kv_type=kv_type(options))
+            variants = _weights(paths, options, weights, folder)
+        rows = _rows(variants, timed, options)
+    threads = options["threads"] or physical_cores()
+    table = Table(facts.model_type(file), kind, rows, threads)
+    click.echo(FORMATS[options["output"]](table))
+    if options["svg"]:
+        from runtime.report.sweep_svg import draw
+
+        Path(options["svg"]).write_text(draw(table), encoding="utf-8")
+        note(f"wrote {options['svg']}", quiet)
+
+
+def _rows(variants: Sequence[Variant], timed: Sequence[Test], options: dict[str, Any]) -> list[Row]:
+    from runtime.quality.sweep import sweep
+
+    text = measured_text(options["file"], options["quiet"])
+    count = None if options["chunks"] < 0 else options["chunks"]
+    speeds = partial(_speeds, timed, options["repetitions"])
+    with reporter(not options["quiet"]) as report:
+        return [*sweep(variants, text, options["window"], count, speeds, len(timed), report)]
+
+
+def _tests(file: Any, options: dict[str, Any]) -> list[Test]:
+    """What is timed, by depth; by default at the depths that the model was trained for."""
+    from runtime.cli.summary import trained_context
+
+    prompt, answer, depths = options["n_prompt"], options["n_gen"], options["depths"]
+    if depths is None:
+        trained = trained_context(file) or 0
+        depths = [d for d in _DEPTHS if not d or d + max(prompt, answer) <= trained]
+    return tests([prompt], [answer], [], sorted(set(depths)))
+
+
+def _loaded(options: dict[str, Any], context: int, path: str, **given: Any) -> Any:
+    """A model to measure; its cache has room for a few windows, or for one sequence that deep."""
+    arguments = precision_arguments(options) | given
+    return load(path, context=context, threads=options["threads"], sequences=2, **arguments)
+
+
+def _caches(file: Any, options: dict[str, Any], loaded: Callable[..., Any]) -> list[Variant]:
+    """Caches of the types asked for, after that of the base; UsageError for an unknown one."""
+    from runtime.cli import facts
+    from runtime.errors import OptionError
+    from runtime.model import parse_kv_type
+    from runtime.ops.kv_formats import KV_FORMATS, PAGE
+    from runtime.quality.sweep import Variant
+
+    try:
+        pairs = [parse_kv_type(name.replace("/", ",")) for name in _names(options) or KV_FORMATS]
+    except OptionError as error:
+        raise Refused(f"--types: {error}") from None
+    found = []
+    rotations = (options["cache_rotation"], *((False,) if options["rotation"] else ()))
+    nbytes = {kind: facts.memory(file, kind).page / PAGE / 2 for kind in KV_FORMATS}
+    for k, v in dict.fromkeys([("f32", "f32"), *pairs]):
+        size, name = nbytes[k] + nbytes[v], k if k == v else f"{k}/{v}"
+        rotated = any(KV_FORMATS[kind].shared for kind in (k, v))
+        for rotation in dict.fromkeys(rotations if rotated else rotations[:1]):
+            shown = f"{name} plain" if options["rotation"] and rotated > rotation else name
+            load = partial(loaded, kv_type=f"{k},{v}", cache_rotation=rotation)
+            found.append(Variant(shown, size, 16 * size / nbytes["f32"], load))
+    return found
+
+
+def _weights(
+    paths: Sequence[str], options: dict[str, Any], loaded: Callable[..., Any], folder: str
+) -> list[Variant]:
+    """The base, then its files of other types and what is made of it, the largest first."""
+    from runtime.cli import facts
+    from runtime.gguf.reader import open_gguf
+    from runtime.quality.sweep import Variant
+    from runtime.quantise.job import plan
+
+    files = [open_gguf(path) for path in paths]
+    names = [facts.type_name(file) for file in files]
+    if len(set(names)) < len(names):
+        names = [file.path.stem for file in files]
+    sizes = [(file.tensors_nbytes, facts.n_params(file)) for file in files]
+    loads = [partial(loaded, path) for path in paths]
+    for kind in _names(options):
+        job = plan(paths[0], kind, imatrix=options["imatrix"])
+        names.append(kind.upper())
+        sizes.append((job.nbytes, sizes[0][1]))
+        loads.append(partial(_made, job, Path(folder) / f"{kind}.gguf", options["threads"], loaded))
+    found = [
+        Variant(name, nbytes, 8 * nbytes / n_params, load)
+        for name, (nbytes, n_params), load in zip(names, sizes, loads, strict=True)
+    ]
+    return [found[0], *sorted(found[1:], key=lambda variant: -variant.nbytes)]
+
+
+def _made(job: Any, path: Path, threads: int | None, loaded: Callable[..., Any]) -> Any:
+    """A model whose file is made for it, and is gone once it is loaded."""
+    job.write(path, threads)
+    try:
+        return loaded(str(path))
+    finally:
+        path.unlink()
+
+
+def _names(options: dict[str, Any]) -> list[str]:
+    return [name.strip() for listed in options["types"] for name in listed.split(",")]
+
+
+def _speeds(timed: Sequence[Test], repetitions: int, model: Any) -> Iterator[tuple[str, Estimate]]:
+    """Tokens/s of each test, by its name; one sequence grows from depth to depth."""
+    import numpy as np
+
+    from runtime.quality.divergence import Estimate
+
+    random, setting = np.random.default_rng(1), Setting(None, 2048, UBATCH, "", "", None)
+    with model.session() as session:
+        for test in timed:
+            missing = test.n_depth - len(session)
+            if missing:
+                session.eval(bench.random_tokens(random, model, missing), logits="none")
+            with session.snapshot() as before:
+                found = []
+                for _ in range(1 + repetitions):  # the first is for what is done once
+                    found.append(test.tokens / bench.timed(session, test, setting, random))
+                    session.restore(before)
+            yield test.name, Estimate(fmean(found[1:]), deviation(found[1:]))

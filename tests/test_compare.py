@@ -1,0 +1,174 @@
+"""`runtime compare`: sweeps of cache and weight types, as table and picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fake_model import DEMO, needs_demo
+
+import runtime
+from runtime.cli import main
+from runtime.errors import OptionError
+from runtime.quality.divergence import PERCENTILES, Divergence, Estimate, Spread
+from runtime.quality.perplexity import Perplexity
+from runtime.quality.sweep import Row, Variant, sweep
+from runtime.quality.windows import bundled_text
+from runtime.report.sweep import Table
+from runtime.report.sweep_svg import draw
+
+SVG = "{http://www.w3.org/2000/svg}"
+QUICK = ("-p", "8", "-n", "2", "-r", "1", "--chunks", "2", "-c", "64", "-q")
+
+
+def compare(*args):
+    return CliRunner().invoke(main, ["compare", *map(str, args)])
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@needs_demo
+class TestCaches:
+    def test_table_and_picture(self, tmp_path):
+        picture = tmp_path / "a.svg"
+        done = compare(*QUICK, "--types", "f16,q8_0/f16", "-d", "0,32", "--svg", picture)
+        assert done.exit_code == 0, done.stderr
+        first, empty, header, rule, *rows = done.stdout.splitlines()
+        assert "KLD from f32, 2 windows of 64 tokens, 62 of them scored" in first and not empty
+        assert cells(header) == [
+            *("cache", "bytes/token", "bits", "perplexity", "mean KLD", "99 % KLD", "same top, %"),
+            *("pp8", "tg2", "pp8 @ d32", "tg2 @ d32"),
+        ]
+        assert len({len(line) for line in (header, rule, *rows)}) == 1
+        found = [cells(row) for row in rows]
+        assert [row[:3] for row in found] == [
+            ["f32", "4.00 KiB", "32.00"], ["f16", "2.00 KiB", "16.00"],
+            ["q8_0/f16", "1.53 KiB", "12.25"],
+        ]  # fmt: skip
+        assert found[0][4] == "base"
+        klds = [float(row[4].split()[0]) for row in found[1:]]
+        assert abs(klds[0]) < klds[1] / 2 < 1e-3
+        texts = [x.text for x in ElementTree.parse(picture).iter(f"{SVG}text")]
+        assert {"f16", "q8_0/f16", "f32", "depth 32"} <= set(texts)
+
+    def test_numbers(self):
+        done = compare(*QUICK, "--types", "q8_0", "--no-speed", "-o", "csv", "--rotation", "both")
+        base, rotated, plain = csv.DictReader(io.StringIO(done.stdout))
+        assert (base["name"], base["kld"], base["bits"]) == ("f32", "", "32.0")
+        assert (rotated["name"], plain["name"]) == ("q8_0", "q8_0 plain")
+        assert rotated["bits"] == plain["bits"] == "8.5"
+        assert 0 < float(rotated["kld"]) != float(plain["kld"]) > 0
+        done = compare(*QUICK, "--types", "q8_0", "-o", "json")
+        data = json.loads(done.stdout)
+        row = data["rows"][1]
+        assert row["perplexity"]["kl"]["kld"]["mean"]["value"] == float(rotated["kld"])
+        assert row["speeds"]["tg2"]["value"] > 0 and data["sweep"] == "cache"
+
+    def test_the_bundled_text_has_no_chat_marks(self):
+        text = bundled_text()
+        assert len(text) > 50_000 and "<|" not in text and "assistant\n" not in text
+
+
+@needs_demo
+class TestWeights:
+    def test_made_of_the_model(self):
+        done = compare(*QUICK, "--sweep", "types", "--types", "Q8_0", "--no-speed", "-o", "csv")
+        assert done.exit_code == 0, done.stderr
+        base, made = csv.DictReader(io.StringIO(done.stdout))
+        assert (base["name"], made["name"]) == ("F16", "Q8_0")
+        assert 0.5 < float(made["bytes"]) / float(base["bytes"]) < 0.6
+        assert 1e-6 < float(made["kld"]) < 0.1
+
+    def test_files(self, golden):
+        paths = [golden / "qwen3" / f"model-{kind}.gguf" for kind in ("f32", "Q4_0", "Q8_0")]
+        args = (paths[0], "--files", *paths[1:], *QUICK, "--no-speed", "-o", "csv")
+        rows = [*csv.DictReader(io.StringIO(compare(*args).stdout))]
+        assert [row["name"] for row in rows] == ["all F32", "Q8_0", "Q4_0"]
+        assert float(rows[1]["kld"]) < float(rows[2]["kld"])
+
+
+@needs_demo
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--types", "q9"), "--types: kv_type='q9' must be one of f32"),
+        (("--sweep", "types"), "--sweep types needs --files or --types"),
+        (("--sweep", "cache", "--files", DEMO), "--sweep cache compares caches of one MODEL"),
+        (("--sweep", "types", "--types", "Q9"), "Q9"),
+        (("-f", "none.txt"), "none.txt: No such file"),
+        (("-c", "9000", "--types", "f16"), "two windows of 9000 take 18000"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(args, said):
+    done = compare(*QUICK, *args)
+    assert done.exit_code != 0 and not done.stdout
+    assert done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_divergence_is_from_the_first(small_model, tmp_path):
+    """As `perplexity` has it with a base file; and another model is refused."""
+
+    def load(kv_type="f32"):
+        return runtime.load(small_model, kv_type=kv_type, context=64)
+
+    ids = np.random.default_rng(1).integers(0, 80, 400).tolist()
+    with load() as model:
+        model.perplexity(ids, window=32, kl_base=tmp_path / "a.base")
+    with load(kv_type="q8_0") as model:
+        expected = model.perplexity(kl=tmp_path / "a.base")
+    seen = []
+    variants = [
+        Variant("f32", 4, 32, load),
+        Variant("q8_0", 1, 8, lambda: load(kv_type="q8_0")),
+    ]
+    rows = [*sweep(variants, ids, 32, None, progress=lambda *call: seen.append(call))]
+    assert rows[0].perplexity.kl is None and rows[1].perplexity[:5] == expected[:5]
+    kld = rows[1].perplexity.kl.kld.mean.value
+    assert kld == pytest.approx(expected.kl.kld.mean.value, abs=1e-5) and kld > 0
+    assert seen[-1] == (12, 12, "q8_0") and len(seen) == 24
+    other = Variant("other", 1, 8, lambda: _larger(load()))
+    with pytest.raises(OptionError, match="other has another vocabulary"):
+        [*sweep([variants[0], other], ids, 32, None)]
+
+
+def _larger(model):
+    """A model as if of another vocabulary."""
+    model._engine.vocabulary += 1
+    return model
+
+
+class TestPicture:
+    @staticmethod
+    def row(name, nbytes, kld):
+        spread = Spread(Estimate(kld, kld / 9), kld, dict.fromkeys(PERCENTILES, kld), kld)
+        one = Estimate(1.0, 0.1)
+        kl = Divergence(spread, spread, one, one, one, one, one, one, 1.0)
+        return Row(name, nbytes, 8.0, Perplexity(8.0, 0.1, 2, 64, 62, kl), {})
+
+    def test_labels_do_not_overlap(self):
+        """Nor do they leave the chart, however near the points are."""
+        near = [self.row(f"type{n}", 1000 + n, 1e-3 * 1.02**n) for n in range(5)]
+        base = self.row("f32", 4000, 1)
+        base = base._replace(perplexity=base.perplexity._replace(kl=None))
+        tree = ElementTree.fromstring(draw(Table("m", "cache", [base, *near], 2)))
+        places = [
+            (float(x.get("x")), float(x.get("y")), 6.3 * len(x.text))
+            for x in tree.iter(f"{SVG}text") if x.text.startswith("type")
+        ]  # fmt: skip
+        assert len(places) == 5
+        for n, (x, y, width) in enumerate(places):
+            assert 0 < x < float(tree.get("width")) - width
+            for a, b, other in places[n + 1 :]:
+                assert abs(y - b) >= 12 or x + width <= a or a + other <= x
+
+    def test_what_does_not_diverge_is_drawn_at_the_floor(self):
+        rows = [self.row("f16", 10, -1e-9), self.row("q8_0", 5, 1e-3)]
+        assert "f16" in draw(Table("m", "types", rows, 2))

@@ -72,7 +72,7 @@ def test_sums_of_what_weights_are_multiplied_with(
             path, devices=devices, activations="f32", kv_type="f32", sequences=3
         ) as model:
             before = model.eval(WINDOWS[0])
-            with Observer(model, output) as observer:
+            with Observer(model._engine, output) as observer:
                 observer.add(WINDOWS[:2])
                 observer.add(WINDOWS[2:])
                 got = observer.sums()
@@ -89,8 +89,9 @@ def test_windows_are_evaluated_together_and_apart_alike(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.gguf", MODELS["qwen3moe"])
     ids = [[(5 * i + 11 * n) % 80 for i in range(200)] for n in range(5)]
     with runtime.load(path, context=200, sequences=2) as model:
-        *parts, last = collect(model, ids)
-    assert [p.chunks for p in (*parts, last)] == [2, 4, 5]
+        found = [(done, so_far()) for done, so_far in collect(model, ids)]
+    last = found[-1][1]
+    assert [(done, part.chunks) for done, part in found] == [(2, 2), (4, 4), (5, 5)]
     assert last.chunk_tokens == 200
     assert last.entries["blk.0.attn_q.weight"].counts == [1000]
     experts = last.entries["blk.1.ffn_up_exps.weight"].counts
@@ -161,7 +162,7 @@ def test_windows_begin_with_bos_and_the_rest_is_dropped() -> None:
         has_text=True, add_bos=True, bos_id=1,
         encode=lambda text, parse_special: [1, *map(int, text.split())],
     )  # fmt: skip
-    found = windows(SimpleNamespace(tokenizer=tokenizer), "2 3 4 5 6 7 8", 3)  # type: ignore
+    found = windows(tokenizer, "2 3 4 5 6 7 8", 3)  # type: ignore
     assert found == [[1, 2, 3], [1, 5, 6]]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -65,6 +65,8 @@ def command(
     `runtime quantize --imatrix FILE` rounds weights so that errors are small where inputs are
     large. The file is llama-imatrix's, and either program reads what the other writes.
     """
+    from dataclasses import replace
+
     from runtime.quantise.collect import merged
     from runtime.quantise.imatrix_file import read, write, write_dat
 
@@ -72,21 +74,20 @@ def command(
         raise click.UsageError("there is nothing to collect: give a text (-f) or --in-file")
     before = [(path, read(path)) for path in in_files]
     window, every = options["context"], options["output_frequency"]
-    total, kept = None, 0
 
-    def save() -> None:
-        if total is not None and (files or not show_statistics):
+    def save(*found: Imatrix) -> Imatrix:
+        of_texts = [(output, replace(each, datasets=files)) for each in found]
+        total = merged([*before, *of_texts], window)
+        if files or not show_statistics:
             (write if options["output_format"] == "gguf" else write_dat)(output, total)
+        return total
 
-    if before:
-        total = merged(before, window)
-    for found in _collected(model_argument(model, model_option), files, options) if files else ():
-        total = merged([*before, (output, found)], window)
-        if every and found.chunks - kept >= every:
-            kept = found.chunks
-            save()
-    assert total is not None, "there is a text or a file"
-    save()
+    saved, total = 0, None
+    if files:
+        for done, last, so_far in _collected(model_argument(model, model_option), files, options):
+            if last or (every and done - saved >= every):
+                saved, total = done, save(so_far())
+    total = total or save()
     if show_statistics:
         click.echo(_table(total))
     if files or not show_statistics:
@@ -96,17 +97,15 @@ def command(
 
 def _collected(
     model: str | None, files: Sequence[str], options: dict[str, Any]
-) -> Iterator[Imatrix]:
-    """What was collected so far, whenever some windows more are done."""
-    from dataclasses import replace
-
+) -> Iterator[tuple[int, bool, Callable[[], Imatrix]]]:
+    """Windows done, whether that is all, and what was collected so far."""
     from runtime.progress import reporter
     from runtime.quantise.collect import collect, sequences, windows
 
     size, texts = options["context"], [text_of(file) for file in files]
     arguments = load_arguments(options) | {"sequences": sequences(size)}
     with load(model, **arguments) as loaded, reporter(True) as report:
-        each = [windows(loaded, text, size, options["parse_special"]) for text in texts]
+        each = [windows(loaded.tokenizer, text, size, options["parse_special"]) for text in texts]
         found = [window for of_text in each for window in of_text][options["skipped"] :]
         found = found if options["chunks"] < 0 else found[: options["chunks"]]
         if not found:
@@ -114,10 +113,10 @@ def _collected(
                 f"no window of {size} tokens: {', '.join(files)} has {sum(map(len, each))} of "
                 "them; give a longer text, or a smaller -c"
             )
-        for part in collect(loaded, found, options["process_output"]):
+        for done, so_far in collect(loaded, found, options["process_output"]):
             if report is not None:
-                report(part.chunks, len(found), "collecting")
-            yield replace(part, datasets=files)
+                report(done, len(found), "collecting")
+            yield done, done == len(found), so_far
 
 
 def _note_missing(imatrix: Imatrix) -> None:

@@ -12,6 +12,7 @@ import click
 
 from runtime.cli.output import note, size, table
 from runtime.cli.parsing import Command, option
+from runtime.cli.quantize_target import aimed, report, target_options
 
 if TYPE_CHECKING:
     from runtime.quantise.choose import Choice, Wishes
@@ -35,6 +36,7 @@ Examples:
   runtime quantize model-F16.gguf model-Q4_K_M.gguf Q4_K_M
   runtime quantize model-F16.gguf Q4_K_M --dry-run          types and sizes, nothing is written
   runtime quantize in.gguf out.gguf IQ3_M --imatrix model.imatrix.gguf
+  runtime quantize in.gguf out.gguf --target 4.5            the best mix of 4.5 bits per weight
   runtime quantize in.gguf out.gguf Q4_0 --tensor-type 'ffn_down=Q6_K' --tensor-type 'attn_v=Q8_0'
 """,
 )
@@ -53,9 +55,10 @@ Examples:
 @option("--token-embedding-type", "TYPE of token_embd.weight.", "Types", metavar="TYPE")
 @option("--leave-output-tensor", "Keep output.weight as it is.", "Types", is_flag=True)
 @option("--pure", "One type for all matrices, without the mix.", "Types", is_flag=True)
+@target_options
 def command(
     words: tuple[str, ...], imatrix: str | None, dry_run: bool, threads: int | None,
-    allow_requantize: bool, **types: Any,
+    allow_requantize: bool, **more: Any,
 ) -> None:  # fmt: skip
     """Write the model IN to OUT with weights of TYPE: Q4_K_M, Q8_0, IQ4_XS, F16, ...
 
@@ -65,8 +68,13 @@ def command(
     """
     from runtime.quantise.job import plan
 
-    found = _parsed(words)
-    job = plan(found.source, found.type, _wishes(types), imatrix, allow_requantize, dry_run)
+    found, wishes = _parsed(words, more["target"]), _wishes(more)
+    if more["target"]:
+        aim = aimed(found, wishes, imatrix, allow_requantize, threads, more)
+        click.echo(report(aim))
+        job = aim.job
+    else:
+        job = plan(found.source, found.type, wishes, imatrix, allow_requantize, dry_run)
     for line in job.notes:
         note(line)
     if dry_run:
@@ -83,8 +91,15 @@ def command(
     note(f"{target}: written in {time.perf_counter() - started:.1f} s")
 
 
-def _parsed(words: Sequence[str]) -> Words:
-    """IN OUT TYPE, or as llama-quantize also takes it: without OUT, with a number of threads."""
+def _parsed(words: Sequence[str], target: str | None) -> Words:
+    """IN OUT TYPE, or as llama-quantize also takes it: without OUT, with a number of threads.
+
+    With a target in place of TYPE: IN OUT.
+    """
+    if target:
+        if len(words) != 2:
+            raise click.UsageError("give IN OUT: --target takes the place of a type")
+        return Words(words[0], words[1], "")
     first, rest = words[0], list(words[1:])
     threads = (
         int(rest.pop()) if len(rest) > 1 and rest[-1].isdecimal() and _is_type(rest[-2]) else 0

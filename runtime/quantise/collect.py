@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -11,10 +12,10 @@ from runtime.engine.batch import UBATCH
 from runtime.errors import TextError
 from runtime.model import Model
 from runtime.ops.errors import FileError
-from runtime.quality.windows import bos_of
 from runtime.quantise.imatrix_file import Entry, Imatrix
 from runtime.quantise.observe import Observer
 from runtime.quantise.statistics import SCHEMA, statistics
+from runtime.text.tokenizer import Tokenizer
 
 
 def sequences(window: int) -> int:
@@ -22,37 +23,47 @@ def sequences(window: int) -> int:
     return max(1, UBATCH // window)
 
 
-def windows(model: Model, text: str, size: int, parse_special: bool = False) -> list[list[int]]:
+def windows(
+    tokenizer: Tokenizer, text: str, size: int, parse_special: bool = False
+) -> list[list[int]]:
     """A text in whole windows of tokens, each with the BOS that the vocabulary wants in place of
     its first; what is left over is dropped.
 
     parse_special: control tokens written in the text are such. TextError: there is no vocabulary.
     """
-    if not model.tokenizer.has_text:
-        raise TextError(f"{model.file.path}: the file has no vocabulary")
-    ids, bos = model.tokenizer.encode(text, parse_special=parse_special), bos_of(model)
+    if not tokenizer.has_text:
+        raise TextError("the model's file has no vocabulary")
+    ids = tokenizer.encode(text, parse_special=parse_special)
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
     found = [ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
     return found if bos is None else [[bos, *window[1:]] for window in found]
 
 
 def collect(
     model: Model, windows: Sequence[Sequence[int]], output: bool = False
-) -> Iterator[Imatrix]:
-    """What the weights are multiplied with in windows of tokens of one length: all so far.
+) -> Iterator[tuple[int, Callable[[], Imatrix]]]:
+    """How many windows of tokens, of one length, are evaluated, and a function that gives what
+    weights were multiplied with in them; whenever there are more.
 
-    One comes whenever some more windows are evaluated. output: with the weight that makes the
-    logits. The model has room for `sequences(length)` sequences of that length.
+    output: with the weight that makes the logits. The model has room for `sequences(length)`
+    sequences of that length.
     """
     size = len(windows[0]) if windows else 1
-    with Observer(model, output) as observer:
-        for at in range(0, len(windows), sequences(size)):
-            part = windows[at : at + sequences(size)]
+    with Observer(model._engine, output) as observer:
+        done = 0
+        while done < len(windows):
+            part = windows[done : done + sequences(size)]
             observer.add(part)
-            entries = {
-                name: Entry(*(x.astype(np.float32) for x in (s.squares, s.counts, s.sums)))
-                for name, s in observer.sums().items()
-            }
-            yield Imatrix(entries, (), at + len(part), size)
+            done += len(part)
+            yield done, partial(lambda n: Imatrix(entries_of(observer), (), n, size), done)
+
+
+def entries_of(observer: Observer) -> dict[str, Entry]:
+    """What was observed, as a file has it."""
+    return {
+        name: Entry(*(x.astype(np.float32) for x in (s.squares, s.counts, s.sums)))
+        for name, s in observer.sums().items()
+    }
 
 
 def merged(parts: Iterable[tuple[str, Imatrix]], window: int) -> Imatrix:

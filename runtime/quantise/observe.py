@@ -14,10 +14,10 @@ import numpy as np
 from runtime.backends.base import Program
 from runtime.engine.advance import Piece
 from runtime.engine.batch import bucket_below
+from runtime.engine.engine import Engine
 from runtime.engine.graphs import capacity
 from runtime.engine.programs import Programs
 from runtime.errors import BackendError
-from runtime.model import Model
 from runtime.ops.graph import Graph
 from runtime.ops.matmul import matmul, matmul_id
 from runtime.ops.tensor import Tensor, stored_name
@@ -74,15 +74,30 @@ class Sums:
         self.squares += chosen @ (rows * rows)
 
 
+def evaluate(
+    engine: Engine, windows: Sequence[Sequence[int]], rows: str | Sequence[int]
+) -> list[np.ndarray]:
+    """Logits of windows, each a sequence of its own; rows: which, as of a `Piece`."""
+    sequences = [engine.sequence(engine.empty(), "this window is closed") for _ in windows]
+    try:
+        return engine.run_all(
+            [Piece(s, [*ids], rows) for s, ids in zip(sequences, windows, strict=True)]
+        )
+    finally:
+        with engine.alone():
+            for sequence in sequences:
+                sequence.close()
+
+
 class Observer:
-    """While it is open, everything that a model evaluates is summed up.
+    """While it is open, everything that an engine evaluates is summed up.
 
     output: the product that makes the logits too, for the rows whose logits are asked for.
     Otherwise there are no logits: `add` evaluates what is to be observed.
     """
 
-    def __init__(self, model: Model, output: bool = False) -> None:
-        self._model, self._output, engine = model, output, model._engine
+    def __init__(self, engine: Engine, output: bool = False) -> None:
+        self._engine, self._output = engine, output
         self._before = engine.programs, engine.most_tokens, engine.staged
         self._products = products(engine.graphs.graph(1, 1), output)
         self._sums = [Sums(p.matrices, int(p.x.shape[-1])) for p in self._products]
@@ -93,16 +108,7 @@ class Observer:
 
     def add(self, windows: Sequence[Sequence[int]]) -> None:
         """Evaluate each as a sequence of its own. BackendError: an input is not finite."""
-        model = self._model
-        sessions = [model.session() for _ in windows]
-        try:
-            rows = "all" if self._output else "none"
-            model._engine.run_all(
-                [Piece(s._sequence, [*ids], rows) for s, ids in zip(sessions, windows, strict=True)]
-            )
-        finally:
-            for session in sessions:
-                session.close()
+        evaluate(self._engine, windows, "all" if self._output else "none")
 
     def sums(self) -> dict[str, Sums]:
         """What was seen so far of each weight, by its name in the file, sorted."""
@@ -117,7 +123,7 @@ class Observer:
 
     def close(self) -> None:
         """The model is as it was."""
-        engine = self._model._engine
+        engine = self._engine
         engine.programs, engine.most_tokens, engine.staged = self._before
 
     def __enter__(self) -> Observer:
@@ -128,7 +134,7 @@ class Observer:
 
     def _graph(self, tokens: int, outputs: int, *kind: bool) -> Graph:
         """The graph of a step, with the inputs of its products as further outputs."""
-        graph = self._model._engine.graphs.graph(tokens, outputs, *kind)
+        graph = self._engine.graphs.graph(tokens, outputs, *kind)
         found = products(graph, self._output)
         seen = [x for p in found for x in (p.x, p.ids) if x is not None]
         logits = graph.outputs if self._output else ()
@@ -138,7 +144,7 @@ class Observer:
         """Add what a step leaves; its logits."""
         places: dict[Tensor, np.ndarray] = {}
         left = iter(results)
-        logits = next(left) if self._output else np.zeros((0, self._model.vocab_size), np.float32)
+        logits = next(left) if self._output else np.zeros((0, self._engine.vocabulary), np.float32)
         for product, sums in zip(self._products, self._sums, strict=True):
             for x in (product.x, product.ids):
                 if x is not None and x not in places:
@@ -147,7 +153,7 @@ class Observer:
             sums.add(places[product.x], ids)
             if not np.isfinite(sums.squares).all():
                 raise BackendError(
-                    f"{self._model.file.path}: what {product.names[0]} is multiplied with is not "
+                    f"{self._engine.file.path}: what {product.names[0]} is multiplied with is not "
                     "finite: a weight of the file is damaged, or a kernel is broken"
                 )
         return logits

@@ -1,0 +1,72 @@
+"""`runtime quantize --target`: types that are chosen by what is measured of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.cli.output import size, table
+from runtime.cli.parsing import F, Refused, decorated, option
+
+if TYPE_CHECKING:
+    from runtime.cli.quantize import Words
+    from runtime.quantise.choose import Wishes
+    from runtime.quantise.target import Aimed
+
+_TARGET = "Types by measurement"
+_WINDOW = 256  # tokens
+
+
+def target_options(function: F) -> F:
+    """--target and what says how it is measured."""
+    return decorated(function, (
+        option("--target", "In place of TYPE: bits per weight (4.5), a size (3.2GB), or mean "
+               "divergence from IN in nats (kld=0.01). Each tensor gets the type that serves this "
+               "best by what its errors do to the predictions; that takes as long as reading "
+               "the text some hundred times.", _TARGET, metavar="TARGET"),
+        option("-f --file", "The text to measure on, UTF-8 (stories that come with the package).",
+               _TARGET, metavar="FILE"),
+        option("--chunks", f"How much of it: N windows of {_WINDOW} tokens.", _TARGET,
+               type=click.IntRange(1), default=4, show_default=True, metavar="N"),
+        option("--types", "Types to choose from (those with fast kernels).", _TARGET,
+               metavar="TYPE,..."),
+    ))  # fmt: skip
+
+
+def aimed(
+    words: Words, wishes: Wishes, imatrix: str | None, allow_requantize: bool,
+    threads: int | None, options: dict[str, Any],
+) -> Aimed:  # fmt: skip
+    """What `--target` and its like ask for."""
+    from runtime.cli.perplexity import text_of
+    from runtime.gguf.reader import open_gguf
+    from runtime.quantise.collect import windows
+    from runtime.quantise.target import Target, aim
+    from runtime.text.tokenizer import Tokenizer
+
+    target, kinds = Target.of(options["target"]), options["types"]
+    tokenizer = Tokenizer.from_gguf(open_gguf(words.source))
+    found = windows(tokenizer, text_of(options["file"]), _WINDOW)[: options["chunks"]]
+    if not found:
+        raise Refused(f"the text is shorter than {_WINDOW} tokens: give a longer one with -f")
+    return aim(
+        words.source, target, found, wishes, imatrix, allow_requantize,
+        kinds.split(",") if kinds else (), threads, True, Path(words.target or ".").parent,
+    )  # fmt: skip
+
+
+def report(found: Aimed) -> str:
+    """A row for each tensor whose type was chosen: what it got, and what that and less cost."""
+    rows = []
+    for name, got in found.chosen.items():
+        less_bytes = [o for o in found.options[name] if o.nbytes < got.nbytes]
+        smaller = max(less_bytes, default=None, key=lambda o: o.nbytes)
+        bits = 8 * got.dtype.nbytes / got.dtype.block
+        less = "" if smaller is None else f"{smaller.cost:.2e} {smaller.dtype}"
+        rows.append([name, str(got.dtype), f"{bits:.2f}", size(got.nbytes),
+                     f"{got.cost:.2e}", less])  # fmt: skip
+    header = ("tensor", "type", "bits", "size", "divergence", "with the next smaller")
+    text = table(rows, header, right="bits,size,divergence")
+    return f"{text}\n\nexpected divergence from the source: {found.predicted:.4g} nats per token"

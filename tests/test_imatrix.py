@@ -160,9 +160,9 @@ def test_statistics() -> None:
 def test_windows_begin_with_bos_and_the_rest_is_dropped() -> None:
     tokenizer = SimpleNamespace(
         has_text=True, add_bos=True, bos_id=1,
-        encode=lambda text, parse_special: [1, *map(int, text.split())],
+        encode=lambda text, parse_special: [1, *map(int, text.split(" "))],
     )  # fmt: skip
-    found = windows(tokenizer, "2 3 4 5 6 7 8", 3)  # type: ignore
+    found = windows(tokenizer, "2 3 4 5 6 7 8\n", 3)  # type: ignore
     assert found == [[1, 2, 3], [1, 5, 6]]
 
 

@@ -11,7 +11,7 @@ from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import load_arguments, precision_options
 from runtime.cli.output import note, table
 from runtime.cli.parsing import Command, Refused, option
-from runtime.cli.perplexity import text_of
+from runtime.cli.perplexity import measured_text
 
 if TYPE_CHECKING:
     from runtime.quantise.imatrix_file import Imatrix
@@ -102,7 +102,7 @@ def _collected(
     from runtime.progress import reporter
     from runtime.quantise.collect import collect, sequences, windows
 
-    size, texts = options["context"], [text_of(file) for file in files]
+    size, texts = options["context"], [measured_text(file) for file in files]
     arguments = load_arguments(options) | {"sequences": sequences(size)}
     with load(model, **arguments) as loaded, reporter(True) as report:
         each = [windows(loaded.tokenizer, text, size, options["parse_special"]) for text in texts]

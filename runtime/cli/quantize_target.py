@@ -40,7 +40,7 @@ def aimed(
     threads: int | None, options: dict[str, Any],
 ) -> Aimed:  # fmt: skip
     """What `--target` and its like ask for."""
-    from runtime.cli.perplexity import text_of
+    from runtime.cli.perplexity import measured_text
     from runtime.gguf.reader import open_gguf
     from runtime.quantise.collect import windows
     from runtime.quantise.target import Target, aim
@@ -48,7 +48,7 @@ def aimed(
 
     target, kinds = Target.of(options["target"]), options["types"]
     tokenizer = Tokenizer.from_gguf(open_gguf(words.source))
-    found = windows(tokenizer, text_of(options["file"]), _WINDOW)[: options["chunks"]]
+    found = windows(tokenizer, measured_text(options["file"]), _WINDOW)[: options["chunks"]]
     if not found:
         raise Refused(f"the text is shorter than {_WINDOW} tokens: give a longer one with -f")
     return aim(

@@ -27,13 +27,13 @@ def windows(
     tokenizer: Tokenizer, text: str, size: int, parse_special: bool = False
 ) -> list[list[int]]:
     """A text in whole windows of tokens, each with the BOS that the vocabulary wants in place of
-    its first; what is left over is dropped.
+    its first; what is left over is dropped. One newline at the end of the text does not count.
 
     parse_special: control tokens written in the text are such. TextError: there is no vocabulary.
     """
     if not tokenizer.has_text:
         raise TextError("the model's file has no vocabulary")
-    ids = tokenizer.encode(text, parse_special=parse_special)
+    ids = tokenizer.encode(text.removesuffix("\n"), parse_special=parse_special)
     bos = tokenizer.bos_id if tokenizer.add_bos else None
     found = [ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
     return found if bos is None else [[bos, *window[1:]] for window in found]

@@ -1,20 +1,19 @@
 """Sixteen blocks side by side: lane i of a vector belongs to block i, vector j to its element j.
 
 So what is chosen for each block, scales and codes, is chosen for sixteen without adding up lanes.
-Blocks lie behind one another in rows; a group at the end has its last block several times, and
-stores only those that there are. Quantisers round as ggml does on x86-64: products and sums apart.
+Blocks lie behind one another in rows; a group at the end has its last block several times.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from . import emit as e
 from . import simd as s
 from .rows import helper
 
 LANES = e.LANES
-_WIDE = {"bytes": e.i8, "halves": e.i16, "words": e.i32}
 
 
 def room(nbytes):
@@ -58,28 +57,13 @@ def loader(size, periodic=False):
             if periodic:
                 at = b.urem(at, b.mul(n_columns, e.number(4)))
             rows.append(b.add(source, at))
-        for first in range(0, size, LANES):
-            values = [e.load(b, e.offset(b, at, 4 * first), e.wide(e.f32), 4) for at in rows]
-            for j, column in enumerate(_transposed(b, values), first):
-                e.store(b, column, e.offset(b, target, 64 * j), 64)
+        with cgutils.for_range_slice(b, e.number(0), nbytes, e.number(64), e.i64) as (at, _):
+            values = [e.load(b, b.add(row, at), e.wide(e.f32), 4) for row in rows]
+            to = b.add(target, b.mul(at, e.number(LANES)))
+            for j, column in enumerate(_transposed(b, values)):
+                e.store(b, column, e.offset(b, to, 64 * j), 64)
 
     return load
-
-
-def _scatterer(kind):
-    @s.operation(s.void, s.i64, s.i32x16, s.i64, s.i64)
-    def scatter(b, address, value, stride, n):
-        for lane in range(LANES):
-            with b.if_then(b.icmp_signed("<", e.number(lane), n), likely=True):
-                one = b.extract_element(value, ir.Constant(e.i32, lane))
-                at = b.add(address, b.mul(stride, e.number(lane)))
-                e.store(b, b.trunc(one, kind) if kind != e.i32 else one, at, 1)
-
-    return scatter
-
-
-# (address, lanes, stride, n): the low bits of the first n lanes, `stride` bytes apart
-scatter_bytes, scatter_halves, scatter_words = map(_scatterer, _WIDE.values())
 
 
 @s.operation(s.i32x16, s.i64)
@@ -94,6 +78,14 @@ def store_ints(b, address, value):
     e.store(b, value, address, 64)
 
 
+absolute = s.operation(s.f32x16, s.f32x16)(e.absolute)
+floats = s.operation(s.f32x16, s.i32x16)(lambda b, x: b.sitofp(x, e.wide(e.f32)))
+truncated = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.fptosi(x, e.wide(e.i32)))
+bits_of = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.bitcast(x, e.wide(e.i32)))
+
+floats_of = s.operation(s.f32x16, s.i32x16)(lambda b, x: b.bitcast(x, e.wide(e.f32)))
+
+
 @s.operation(s.i32x16, s.i32x16, s.i64)
 def shifted(b, value, n):
     """Lanes shifted n bits up."""
@@ -102,20 +94,27 @@ def shifted(b, value, n):
 
 @s.operation(s.i32x16, s.i32x16, s.i64)
 def dropped(b, value, n):
-    """Lanes without their lowest n bits."""
+    """Lanes without their lowest n bits, which are shifted out; lanes are not below 0."""
     return b.lshr(value, e.splat(b, b.trunc(n, e.i32)))
-
-
-absolute = s.operation(s.f32x16, s.f32x16)(e.absolute)
-floats = s.operation(s.f32x16, s.i32x16)(lambda b, x: b.sitofp(x, e.wide(e.f32)))
-truncated = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.fptosi(x, e.wide(e.i32)))
-bits_of = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.bitcast(x, e.wide(e.i32)))
 
 
 @s.operation(s.i32x16, s.f32x16)
 def half_bits(b, x):
     """float16, to the nearest even, in the low bits."""
     return b.zext(e.float_to_half(b, x, s.HALVES), e.wide(e.i32))
+
+
+@s.operation(s.f32x16, s.f32x16)
+def as_half(b, x):
+    """To the nearest float16; beyond them infinite."""
+    return e.half_to_float(b, e.float_to_half(b, x, s.HALVES), s.HALVES)
+
+
+@s.operation(s.f32x16, s.f32x16, s.f32, s.f32)
+def code(b, x, low, high):
+    """The nearest whole number from low to high, halves to even; low for NaN."""
+    x = e.smaller(b, e.larger(b, x, e.splat(b, low)), e.splat(b, high))
+    return e.nearest(b, x)
 
 
 @s.operation(s.i32x16, s.f32x16)

@@ -1,96 +1,155 @@
-"""Rows of float32 to blocks of 32 with plain scales. Parallel over groups of 16 blocks.
+"""Rows of float32 to blocks with plain scales. Parallel over groups of 16 blocks.
 
-Without an importance the bytes are ggml's. All are called alike: x float32 [n_rows, n_columns],
-importance float32 [n_columns] or 0, out: the blocks of the rows, behind one another.
+Without an importance the bytes are those of ggml on x86-64, where products and sums round apart;
+with one, scales are searched for (see fit.py), but for Q8_0 and Q1_0. All kernels are called alike:
+x float32 [n_rows, n_columns], importance float32 [n_columns] or 0, out: the blocks of the rows,
+behind one another.
 """
 
 from __future__ import annotations
 
+from runtime.ops.blocks import BLOCK_FORMATS
+
 from . import lanes as l
 from . import simd as s
+from .fit import Parts, Starts, alone_centred, alone_ranged, signed_peak
+from .packing import packer
 from .rows import helper, share
 
-_read = l.loader(32)
-_values, _codes = l.room(32 * 64), l.room(32 * 64)
+_bases, BLOCK = l.room(4 * 64), 32
+
+
+def kernel(name, exact, search=None):
+    """Both (values, weights, bases): codes to the place of values, and the fields of the scale.
+
+    search: for rows with an importance; `exact` is given no weights.
+    """
+    row, pack, search = BLOCK_FORMATS[name], packer(name), search or exact
+    size, nbytes = row.block, row.nbytes
+    values_room, weights_room = l.room(64 * size), l.room(64 * size)
+    read, read_row = l.loader(size), l.loader(size, periodic=True)
+
+    def quantise(x, importance, out, n_rows, n_columns, thread, n_threads):
+        values, weights, bases = values_room(), weights_room(), _bases()
+        blocks = n_rows * (n_columns // size)
+        first, last = share((blocks + 15) // 16, thread, n_threads)
+        for block in range(16 * first, min(16 * last, blocks), 16):
+            read(x, block, blocks, values, n_columns)
+            if importance == 0:
+                exact(values, weights, bases)
+            else:
+                read_row(importance, block, blocks, weights, n_columns)
+                search(values, weights, bases)
+            pack(values, 0, 0, bases, out + nbytes * block, min(16, blocks - block))
+
+    return quantise
+
+
+def _centred(n):
+    """d = x / -n of the x of largest magnitude, which so has code 0."""
+    middle, top = n + 0.5, 2 * n - 1
+
+    @helper
+    def exact(values, weights, bases):
+        d = signed_peak(values, BLOCK) / s.splat(s.f32(-n))
+        inverse = l.inverse(d)
+        for j in range(BLOCK):
+            code = s.load(values + 64 * j) * inverse + s.splat(s.f32(middle))
+            code = l.truncated(s.smaller(code, s.splat(s.f32(top))))
+            l.store_ints(values + 64 * j, code)
+        l.store_ints(bases, l.half_bits(d))
+
+    return exact
+
+
+def _searched(n):
+    return alone_centred(Parts(1, BLOCK, (-n, n - 1)), Starts(-1.5, 0.25, 16))
+
+
+def _from_minimum(top):
+    """d = (max - min) / top."""
+
+    @helper
+    def exact(values, weights, bases):
+        low = high = s.load(values)
+        for j in range(1, BLOCK):
+            x = s.load(values + 64 * j)
+            low, high = s.smaller(x, low), s.larger(x, high)
+        d = (high - low) / s.splat(s.f32(top))
+        inverse = l.inverse(d)
+        for j in range(BLOCK):
+            code = (s.load(values + 64 * j) - low) * inverse + s.splat(s.f32(0.5))
+            code = l.truncated(s.smaller(code, s.splat(s.f32(top))))
+            l.store_ints(values + 64 * j, code)
+        l.store_ints(bases, l.half_bits(d))
+        l.store_ints(bases + 64, l.half_bits(low))
+
+    return exact
+
+
+def _ranged(top):
+    return alone_ranged(Parts(1, BLOCK, (0, top)), Starts(top - 2, 0.5, 10), 0.45 / top)
+
+
+def build_quantise_q1_0():
+    """The sign of each of 128, and the scale that is best for signs: the mean magnitude."""
+
+    @helper
+    def exact(values, weights, bases):
+        total = s.splat(s.f32(0))
+        for j in range(0, 128 * 64, 64):
+            x = s.load(values + j)
+            total = total + l.absolute(x)
+            positive = x >= s.splat(s.f32(0))
+            l.store_ints(values + j, s.select_ints(positive, s.splat_int(1), s.splat_int(0)))
+        l.store_ints(bases, l.half_bits(total / s.splat(s.f32(128))))
+
+    return kernel("q1_0", exact)
 
 
 @helper
-def groups(n_rows, n_columns, thread, n_threads):
-    """Blocks of 32, and the first and the end of those of a thread, in groups of 16."""
-    blocks = n_rows * (n_columns // 32)
-    first, last = share((blocks + 15) // 16, thread, n_threads)
-    return blocks, first * 16, min(last * 16, blocks)
-
-
-@helper
-def signed_peak(values):
-    """Of each block the element of the largest magnitude, the first of several."""
-    peak = largest = s.splat(s.f32(0))
-    for j in range(32):
-        x = s.load(values + 64 * j)
-        more = l.absolute(x) > largest
-        peak, largest = s.select(more, x, peak), s.select(more, l.absolute(x), largest)
-    return peak
-
-
-@helper
-def put_bytes(codes, out, stride, n):
-    """A byte for each code."""
-    for word in range(8):
-        value = l.load_ints(codes + 256 * word) & s.splat_int(255)
-        for i in range(1, 4):
-            code = l.load_ints(codes + 256 * word + 64 * i) & s.splat_int(255)
-            value = value | l.shifted(code, 8 * i)
-        l.scatter_words(out + 4 * word, value, stride, n)
-
-
-@helper
-def put_nibbles(codes, out, stride, n):
-    """Code j in the low and code j + 16 in the high half of a byte."""
-    for word in range(4):
-        value = s.splat_int(0)
-        for i in range(4):
-            at = codes + 256 * word + 64 * i
-            low, high = l.load_ints(at), l.load_ints(at + 16 * 64)
-            low, high = low & s.splat_int(15), l.shifted(high & s.splat_int(15), 4)
-            value = value | l.shifted(low | high, 8 * i)
-        l.scatter_words(out + 4 * word, value, stride, n)
-
-
-def build_quantise_q8_0():
-    """d = max|x| / 127, codes to the nearest, halves away from zero."""
-
-    def quantise_q8_0(x, importance, out, n_rows, n_columns, thread, n_threads):
-        values, codes = _values(), _codes()
-        blocks, first, last = groups(n_rows, n_columns, thread, n_threads)
-        for block in range(first, last, 16):
-            _read(x, block, blocks, values, n_columns)
-            d = l.absolute(signed_peak(values)) / s.splat(s.f32(127))
-            inverse = l.inverse(d)
-            for j in range(32):
-                l.store_ints(codes + 64 * j, l.half_away(s.load(values + 64 * j) * inverse))
-            at, n = out + 34 * block, last - block
-            l.scatter_halves(at, l.half_bits(d), 34, n)
-            put_bytes(codes, at + 2, 34, n)
-
-    return quantise_q8_0
+def _q8_0(values, weights, bases):
+    """d = max|x| / 127; halves away from zero."""
+    d = l.absolute(signed_peak(values, BLOCK)) / s.splat(s.f32(127))
+    inverse = l.inverse(d)
+    for j in range(BLOCK):
+        l.store_ints(values + 64 * j, l.half_away(s.load(values + 64 * j) * inverse))
+    l.store_ints(bases, l.half_bits(d))
 
 
 def build_quantise_q4_0():
-    """d = x / -8 of the x of largest magnitude; codes to the nearest, at most 15."""
+    """See `_centred`."""
+    return kernel("q4_0", _centred(8), _searched(8))
 
-    def quantise_q4_0(x, importance, out, n_rows, n_columns, thread, n_threads):
-        values, codes = _values(), _codes()
-        blocks, first, last = groups(n_rows, n_columns, thread, n_threads)
-        for block in range(first, last, 16):
-            _read(x, block, blocks, values, n_columns)
-            d = signed_peak(values) / s.splat(s.f32(-8))
-            inverse = l.inverse(d)
-            for j in range(32):
-                code = s.load(values + 64 * j) * inverse + s.splat(s.f32(8.5))
-                l.store_ints(codes + 64 * j, l.truncated(s.smaller(code, s.splat(s.f32(15)))))
-            at, n = out + 18 * block, last - block
-            l.scatter_halves(at, l.half_bits(d), 18, n)
-            put_nibbles(codes, at + 2, 18, n)
 
-    return quantise_q4_0
+def build_quantise_q5_0():
+    """See `_centred`."""
+    return kernel("q5_0", _centred(16), _searched(16))
+
+
+def build_quantise_q4_1():
+    """See `_from_minimum`."""
+    return kernel("q4_1", _from_minimum(15), _ranged(15))
+
+
+def build_quantise_q5_1():
+    """See `_from_minimum`."""
+    return kernel("q5_1", _from_minimum(31), _ranged(31))
+
+
+def build_quantise_q8_0():
+    """See `_q8_0`."""
+    return kernel("q8_0", _q8_0)
+
+
+def build_quantise_q2_0():
+    """Codes -1 to 2 of 64: the one type here that is searched for without an importance too."""
+    search = alone_centred(Parts(1, 64, (-1, 2)), Starts(-0.7, 0.2, 14))
+
+    @helper
+    def alike(values, weights, bases):
+        for j in range(0, 64 * 64, 64):
+            s.store(weights + j, s.splat(s.f32(1)))
+        search(values, weights, bases)
+
+    return kernel("q2_0", alike, search)

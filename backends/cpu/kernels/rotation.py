@@ -21,14 +21,22 @@ def _round(apart):
     other = ir.Constant(e.wide(e.i32), [lane ^ apart for lane in range(e.LANES)])
     signs = ir.Constant(e.wide(e.f32), [-1.0 if lane & apart else 1.0 for lane in range(e.LANES)])
 
-    @s.operation(s.f32x16, s.f32x16)
-    def within(b, x):
+    def emit(b, x):
         return e.fma(b, x, signs, b.shuffle_vector(x, x, other), s.FUSED)
 
-    return within
+    return emit
 
 
-by_1, by_2, by_4, by_8 = (_round(apart) for apart in (1, 2, 4, 8))
+_ROUNDS = [_round(apart) for apart in (1, 2, 4, 8)]
+by_1, by_2, by_4, _ = (s.operation(s.f32x16, s.f32x16)(each) for each in _ROUNDS)
+
+
+@s.operation(s.f32x16, s.f32x16)
+def within(b, x):
+    """All rounds inside a vector."""
+    for each in _ROUNDS:
+        x = each(b, x)
+    return x
 
 
 @helper
@@ -45,15 +53,26 @@ def transform(x, n):
             value = by_4(value)
         s.store_part(x, value * factor, n)
     else:
-        for i in range(0, n * 4, 64):
-            s.store(x + i, by_8(by_4(by_2(by_1(s.load(x + i))))) * factor)
         apart = 64
+        if n < 64:
+            for i in range(0, n * 4, 64):
+                s.store(x + i, within(s.load(x + i)) * factor)
+        else:
+            for i in range(x, x + n * 4, 256):
+                a, b = within(s.load(i)) * factor, within(s.load(i + 64)) * factor
+                c, d = within(s.load(i + 128)) * factor, within(s.load(i + 192)) * factor
+                a, b, c, d = a + b, a - b, c + d, c - d
+                s.store(i, a + c)
+                s.store(i + 64, b + d)
+                s.store(i + 128, a - c)
+                s.store(i + 192, b - d)
+            apart = 256
         while apart < n * 4:
-            for start in range(0, n * 4, 2 * apart):
+            for start in range(x, x + n * 4, 2 * apart):
                 for i in range(start, start + apart, 64):
-                    low, high = s.load(x + i), s.load(x + i + apart)
-                    s.store(x + i, low + high)
-                    s.store(x + i + apart, low - high)
+                    low, high = s.load(i), s.load(i + apart)
+                    s.store(i, low + high)
+                    s.store(i + apart, low - high)
             apart *= 2
 
 

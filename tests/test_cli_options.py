@@ -343,7 +343,7 @@ class TestNames:
     def test_folders_say_what_is_in_them(self, invoke, tmp_path):
         assert "with no .gguf file in it" in invoke("run", tmp_path).stderr
         (tmp_path / "model.safetensors").touch()
-        assert "convert_hf_to_gguf.py" in invoke("run", tmp_path).stderr
+        assert f"'runtime convert {tmp_path} OUT.gguf'" in invoke("run", tmp_path).stderr
         for name in "abcde":
             (tmp_path / f"{name}.gguf").touch()
         result = invoke(tmp_path)

@@ -65,7 +65,7 @@ SAVED: dict[str, tuple[bytes, str, str]] = {
     "xz": (lzma.compress(MODEL), "compressed with xz", "unpack"),
     "bzip2": (bz2.compress(MODEL), "compressed with bzip2", "unpack"),
     "pickle": (pickle.dumps({"w": [1.0]}, 2), "PyTorch checkpoint", "convert_hf_to_gguf"),
-    "safetensors": (safetensors(), "a safetensors file", "convert_hf_to_gguf"),
+    "safetensors": (safetensors(), "a safetensors file", "runtime convert"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian", "gguf_convert_endian"),
     "other end": (b"FUGG" + struct.pack(">IQQ", 3, 0, 0), "big-endian", "gguf_convert_endian"),
     "ggjt": (b"tjgg" + bytes(40), "a GGJT file from before GGUF", "current converter"),
@@ -98,6 +98,10 @@ def test_a_folder_names_the_files_in_it(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(MODEL)
     with pytest.raises(FileError, match=r"this is a folder; give a file in it: a\.gguf"):
         runtime.load(tmp_path)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(FileError, match=r"this is a folder; if it is a checkpoint, 'runtime conv"):
+        runtime.load(tmp_path / "hf")
 
 
 def test_the_second_part_of_a_model_names_the_first(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def _folder(path: Path) -> str:
         return f"{path} is a folder: give one of its files, {_listed(names)}"
     if any(path.glob("*.safetensors")):
         return (
-            f"{path} holds safetensors and no .gguf file: convert it with llama.cpp's "
-            "convert_hf_to_gguf.py, or get the model as .gguf"
+            f"{path} holds safetensors and no .gguf file: 'runtime convert {path} OUT.gguf' makes "
+            "one of them"
         )
     return f"{path} is a folder, with no .gguf file in it"
 

@@ -49,7 +49,7 @@ def describe(head: bytes, size: int) -> tuple[str, str]:
         if head.startswith(magic):
             return answer
     if _is_safetensors(head, size):
-        return "a safetensors file", _CONVERT
+        return "a safetensors file", "convert its folder with 'runtime convert FOLDER OUT.gguf'"
     if not head.strip(b"\0"):
         return "filled with zeros, a download that did not finish", "download it again"
     return _text(head) or (f"not a GGUF file (it starts with {head[:4]!r})", _OTHER_FILE)

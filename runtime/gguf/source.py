@@ -157,5 +157,9 @@ def _files_in(folder: Path) -> str:
     names = sorted(path.name for path in folder.glob("*.gguf"))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     if not names:
+        if (folder / "config.json").is_file():
+            return (
+                "if it is a checkpoint, 'runtime convert FOLDER OUT.gguf' makes a .gguf file of it"
+            )
         return "give the path of a .gguf file"
     return f"give a file in it: {', '.join(names[:3])}{more}"

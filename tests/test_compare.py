@@ -71,6 +71,17 @@ class TestCaches:
         assert row["perplexity"]["kl"]["kld"]["mean"]["value"] == float(rotated["kld"])
         assert row["speeds"]["tg2"]["value"] > 0 and data["sweep"] == "cache"
 
+    def test_what_was_measured_is_shown(self, monkeypatch):
+        """When a later type cannot be, or the user has waited long enough."""
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("runtime.quality.perplexity.divergence", stop)
+        done = compare(*QUICK, "--no-speed", "-o", "csv")
+        assert done.exit_code == 130
+        assert [row["name"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["f32"]
+
     def test_the_bundled_text_has_no_chat_marks(self):
         text = bundled_text()
         assert len(text) > 50_000 and "<|" not in text and "assistant\n" not in text
@@ -103,6 +114,7 @@ class TestWeights:
         (("--sweep", "cache", "--files", DEMO), "--sweep cache compares caches of one MODEL"),
         (("--sweep", "types", "--types", "Q9"), "Q9"),
         (("-f", "none.txt"), "none.txt: No such file"),
+        (("--svg", "none/a.svg"), "there is no folder none"),
         (("-c", "9000", "--types", "f16"), "two windows of 9000 take 18000"),
     ],
 )  # fmt: skip

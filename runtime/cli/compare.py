@@ -103,31 +103,42 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     timed = [] if options["no_speed"] else _tests(file, options)
     context = max([options["window"], *(test.n_depth + test.tokens for test in timed)])
     loaded = partial(_loaded, options, context)
+    picture = Path(options["svg"]) if options["svg"] else None
+    if picture is not None and not picture.parent.is_dir():
+        raise Refused(f"--svg {picture}: there is no folder {picture.parent}")
+    rows: list[Row] = []
     with TemporaryDirectory() as folder:
         if kind == "cache":
             variants = _caches(file, options, partial(loaded, paths[0]))
         else:
             weights = partial(loaded, kv_type=kv_type(options))
             variants = _weights(paths, options, weights, folder)
-        rows = _rows(variants, timed, options)
-    threads = options["threads"] or physical_cores()
-    table = Table(facts.model_type(file), kind, rows, threads)
-    click.echo(FORMATS[options["output"]](table))
-    if options["svg"]:
+        try:
+            for row in _rows(variants, timed, options):
+                rows.append(row)
+        finally:  # what was measured is shown, whatever ends it
+            if rows:
+                threads = options["threads"] or physical_cores()
+                table = Table(facts.model_type(file), kind, rows, threads)
+                click.echo(FORMATS[options["output"]](table))
+    if picture is not None:
         from runtime.report.sweep_svg import draw
 
-        Path(options["svg"]).write_text(draw(table), encoding="utf-8")
-        note(f"wrote {options['svg']}", quiet)
+        picture.write_text(draw(table), encoding="utf-8")
+        note(f"wrote {picture}", quiet)
 
 
-def _rows(variants: Sequence[Variant], timed: Sequence[Test], options: dict[str, Any]) -> list[Row]:
+def _rows(
+    variants: Sequence[Variant], timed: Sequence[Test], options: dict[str, Any]
+) -> Iterator[Row]:
+    """Of each variant, as it has been measured."""
     from runtime.quality.sweep import sweep
 
     text = measured_text(options["file"], options["quiet"])
     count = None if options["chunks"] < 0 else options["chunks"]
     speeds = partial(_speeds, timed, options["repetitions"])
     with reporter(not options["quiet"]) as report:
-        return [*sweep(variants, text, options["window"], count, speeds, len(timed), report)]
+        yield from sweep(variants, text, options["window"], count, speeds, len(timed), report)
 
 
 def _tests(file: Any, options: dict[str, Any]) -> list[Test]:

@@ -21,13 +21,13 @@ from runtime.quality import rows
 from runtime.quantise.observe import evaluate
 
 _KEPT = 1 << 27  # numbers of predictions that are kept, at most
-_EVERY = 2  # one row of a window of so many is compared: neighbours say much the same
 
 
 class Swapped:
     """A model on the CPU, activations in float, some of whose weights may come from other files.
 
-    windows: tokens of one length, whose predictions are compared.
+    windows: tokens of one length; predictions are compared in their second halves, where each has
+    context.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Swapped:
         model = registry.build(file)
         self.engine = Engine(file, backend, model, ("f16", "f16"), size, 1, progress)
         most = max(1, _KEPT // (self.engine.vocabulary * len(windows)))
-        self._rows = range(0, size, max(_EVERY, -(-size // most)))
+        self._rows = range(size // 2, size, -(-size // (2 * most)))
         self._pool = ThreadPoolExecutor(backend.threads)
         self._base = [
             logits - rows.log_sums(logits)[:, None].astype(np.float32) for logits in self._logits()

@@ -171,9 +171,11 @@ def test_what_is_no_target(text: str) -> None:
 @needs_demo
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "o.gguf"
-    args = [DEMO, out, "--target", "7", "--types", "q4_0,q8_0", "--chunks", "1"]
+    args = [DEMO, out, "--target", "7", "--types", "q4_0,q8_0", "--chunks", "1",
+            "--svg", tmp_path / "o.svg"]  # fmt: skip
     result = CliRunner().invoke(main, ["quantize", *map(str, args), "--allow-requantize"])
     assert result.exit_code == 0, result.output
     assert "expected divergence" in result.output
+    assert "divergence with the smallest type" in (tmp_path / "o.svg").read_text()
     file = open_gguf(out)
     assert 8 * file.tensors_nbytes <= 7 * sum(np.prod(t.shape) for t in file.tensors.values())

@@ -32,6 +32,8 @@ def target_options(function: F) -> F:
                type=click.IntRange(1), default=4, show_default=True, metavar="N"),
         option("--types", "Types to choose from (those with fast kernels).", _TARGET,
                metavar="TYPE,..."),
+        option("--svg", "Draw the bits of each tensor, and what few would cost.", _TARGET,
+               metavar="FILE"),
     ))  # fmt: skip
 
 
@@ -51,21 +53,27 @@ def aimed(
     found = windows(tokenizer, measured_text(options["file"]), _WINDOW)[: options["chunks"]]
     if not found:
         raise Refused(f"the text is shorter than {_WINDOW} tokens: give a longer one with -f")
-    return aim(
+    result = aim(
         words.source, target, found, wishes, imatrix, allow_requantize,
         kinds.split(",") if kinds else (), threads, True, Path(words.target or ".").parent,
     )  # fmt: skip
+    if options["svg"]:
+        from runtime.report.mix_svg import draw
+
+        Path(options["svg"]).write_text(draw(result), encoding="utf-8")
+    return result
 
 
 def report(found: Aimed) -> str:
     """A row for each tensor whose type was chosen: what it got, and what that and less cost."""
+    from runtime.quantise.target import bits
+
     rows = []
     for name, got in found.chosen.items():
         less_bytes = [o for o in found.options[name] if o.nbytes < got.nbytes]
         smaller = max(less_bytes, default=None, key=lambda o: o.nbytes)
-        bits = 8 * got.dtype.nbytes / got.dtype.block
         less = "" if smaller is None else f"{smaller.cost:.2e} {smaller.dtype}"
-        rows.append([name, str(got.dtype), f"{bits:.2f}", size(got.nbytes),
+        rows.append([name, str(got.dtype), f"{bits(got.dtype):.2f}", size(got.nbytes),
                      f"{got.cost:.2e}", less])  # fmt: skip
     header = ("tensor", "type", "bits", "size", "divergence", "with the next smaller")
     text = table(rows, header, right="bits,size,divergence")

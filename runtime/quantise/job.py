@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class Job:
     def nbytes(self) -> int:
         """Of the tensors of the new file."""
         return sum(c.nbytes for c in self.choices)
+
+    @property
+    def weights(self) -> int:
+        """How many numbers these tensors have."""
+        return sum(prod(c.shape) for c in self.choices)
 
     def write(
         self, path: str | os.PathLike[str], threads: int | None = None,

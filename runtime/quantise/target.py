@@ -180,7 +180,7 @@ class _Measured:
         """The best for a target; of a divergence, by one that is measured."""
         fixed = sum(c.nbytes for c in self._job.choices if c.name not in possible)
         if target.kld is None:
-            weights = sum(int(np.prod(c.shape)) for c in self._job.choices)
+            weights = self._job.weights
             most = target.nbytes or (target.bits or 0) * weights / 8
             found = options.choose(possible, most - fixed)
             least = fixed + sum(o.nbytes for o in found.values())
@@ -255,14 +255,15 @@ def _nbytes(chosen: Chosen) -> int:
     return sum(option.nbytes for option in chosen.values())
 
 
-def _bits(kind: DType) -> float:
+def bits(kind: DType) -> float:
+    """Of a weight."""
     return 8 * kind.nbytes / kind.block
 
 
 def _coarse(kinds: Sequence[DType]) -> DType:
     """One whose errors can be seen and are not all that is seen."""
-    enough = [kind for kind in kinds if _bits(kind) >= _COARSE]
-    return min(enough, key=_bits) if enough else max(kinds, key=_bits)
+    enough = [kind for kind in kinds if bits(kind) >= _COARSE]
+    return min(enough, key=bits) if enough else max(kinds, key=bits)
 
 
 def _parts(names: Sequence[str], most: int) -> list[list[str]]:

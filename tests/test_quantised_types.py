@@ -54,10 +54,13 @@ def _letters(shapes: Shapes, mix: str, facts: Facts, has_imatrix: bool) -> str:
 
 
 def test_every_mix_was_seen_and_has_a_number() -> None:
-    for file in SEEN["files"].values():
-        assert {row.partition(" ")[0] for row in file["types"]} == {*MIXES} - {"F32"}
+    for name, file in SEEN["files"].items():
+        without = (
+            {"Q1_0"} if name in ("qwen3-288", "qwen3-100") else set()
+        )  # llama-quantize gives up
+        assert {row.partition(" ")[0] for row in file["types"]} == {*MIXES} - {"F32"} - without
     numbers = [mix.file_type for mix in MIXES.values()]
-    assert len({*numbers}) == len(numbers) == 33
+    assert len({*numbers}) == len(numbers) == 35
     assert mix_of("q4_k") is mix_of("15") is MIXES["Q4_K_M"]
     with pytest.raises(OptionError, match=r"'Q9' is not known; there are .*IQ1_M.*Q4_K_M"):
         mix_of("Q9")

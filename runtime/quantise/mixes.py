@@ -204,6 +204,8 @@ MIXES = {
     )),
     "IQ4_NL": _iq4(25, "iq4_nl"),
     "IQ4_XS": _iq4(30, "iq4_xs"),
+    "Q1_0": Mix(40, "q1_0"),
+    "Q2_0": Mix(41, "q2_0", embedding="q4_k"),
     "TQ1_0": Mix(36, "tq1_0", embedding="q4_k"),
     "TQ2_0": Mix(37, "tq2_0", embedding="q4_k"),
     "MXFP4_MOE": Mix(38, "q8_0", "q8_0", experts="mxfp4"),
@@ -212,7 +214,8 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 # What takes the place of a type whose blocks do not fit into a row, by its size.
 _FALLBACK = {
-    "q2_k": "q4_0", "q3_k": "q4_0", "tq1_0": "q4_0", "tq2_0": "q4_0", "q2_0": "q4_0",
+    "q2_k": "q4_0", "q3_k": "q4_0", "tq1_0": "q4_0", "tq2_0": "q4_0", "q1_0": "q4_0",
+    "q2_0": "q4_0",
     "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0",
 }  # fmt: skip
 _ROLES = (

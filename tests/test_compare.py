@@ -114,6 +114,7 @@ class TestWeights:
         (("--sweep", "cache", "--files", DEMO), "--sweep cache compares caches of one MODEL"),
         (("--sweep", "types", "--types", "Q9"), "Q9"),
         (("-f", "none.txt"), "none.txt: No such file"),
+        (("-ctk", "q8_0"), "--cache-type-k has no meaning with --sweep cache"),
         (("--svg", "none/a.svg"), "there is no folder none"),
         (("-c", "9000", "--types", "f16"), "two windows of 9000 take 18000"),
     ],

@@ -210,6 +210,12 @@ def test_divergence_is_that_of_its_definition():
     assert d.rms.value == pytest.approx((change**2).mean() ** 0.5, rel=1e-4)
     assert d.change.minimum == pytest.approx(change.min(), abs=1e-6)
     assert d.log_ratio.value == pytest.approx((p - q)[at, wanted].mean(), rel=1e-4)
+    a, b = -q[at, wanted], -p[at, wanted]
+    (var_a, both), (_, var_b) = np.cov(a, b) / 300
+    x, y = np.exp(a.mean()), np.exp(b.mean())
+    error = (x * x * var_a + y * y * var_b - 2 * x * y * both) ** 0.5
+    assert d.difference == pytest.approx((x - y, error), rel=1e-3)
+    assert d.correlation == pytest.approx(both / (var_a * var_b) ** 0.5, rel=1e-4)
     assert mean(np.ones(1)) == (1, 0)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from runtime.quality.sweep import Row, Variant
 
 _WHAT, _TEXT, _SPEED, _OUTPUT = "What is compared", "Text", "Speed", "Output"
+_FOREIGN = {"cache": ("cache_type_k", "cache_type_v", "imatrix"), "types": ("rotation",)}
 _DEPTHS = (0, 4096, 16384)
 
 
@@ -99,6 +100,9 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
             "--sweep cache compares caches of one MODEL; --sweep types needs --files or --types, "
             "which are made of MODEL"
         )
+    for name in _FOREIGN[kind]:
+        if options[name]:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --sweep {kind}")
     file, quiet = open_gguf(paths[0]), options["quiet"]
     timed = [] if options["no_speed"] else _tests(file, options)
     context = max([options["window"], *(test.n_depth + test.tokens for test in timed)])

@@ -18,9 +18,12 @@ from . import simd as s
 from .rows import helper
 
 _HUGE = 3e38
+# Of scales as good as each other the first stays, which has the widest codes: errors that are less
+# by no more than a share of them, or of what they were before the fit, are alike.
+_SHARE, _BEFORE = 1e-4, 1e-6
 _PARTS = 16  # at most
-_mine, _kept = l.room(4 * 64 * _PARTS), l.room(2 * 64 * _PARTS)
-_SECOND, _WEIGHT, _MEAN = (i * 64 * _PARTS for i in (1, 2, 3))
+_mine, _kept = l.room(3 * 64 * _PARTS), l.room(2 * 64 * _PARTS)
+_SECOND, _WEIGHT = (i * 64 * _PARTS for i in (1, 2))
 
 
 class Parts(NamedTuple):
@@ -33,7 +36,8 @@ class Parts(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Scales to try: as many codes as the largest value, or the range, has at scale 1."""
+    """Scales to try, the smallest first: how many codes the range or the largest value has, or how
+    many more than there are."""
 
     first: float
     step: float
@@ -48,6 +52,11 @@ def _ratio(x, y):
 
 
 @helper
+def _clearly_less(left, least, before):
+    return s.fma(before, s.splat(s.f32(_BEFORE)), left) < least * s.splat(s.f32(1 - _SHARE))
+
+
+@helper
 def _swap(better, source, target, nbytes):
     """Vectors at source to target, in the lanes that say so."""
     for i in range(0, nbytes, 64):
@@ -55,28 +64,31 @@ def _swap(better, source, target, nbytes):
 
 
 def _common(parts):
-    """(sums, error, put_codes) of a part with codes (x + offset) / scale."""
+    """(error, sums, put_codes) of a part with the nearest codes of (x + offset) / scale."""
     nbytes, (low, high) = 64 * parts.size, parts.codes
 
     @helper
-    def sums(values, weights, inverse, offset):
-        """Sums of w code, w code^2 and w x code, the scale given as its inverse."""
-        first = second = mixed = s.splat(s.f32(0))
-        for j in range(0, nbytes, 64):
-            x, w = s.load(values + j), s.load(weights + j)
-            q = l.code((x + offset) * inverse, s.f32(low), s.f32(high))
-            wq = w * q
-            first, second, mixed = first + wq, s.fma(wq, q, second), s.fma(wq, x, mixed)
-        return first, second, mixed
-
-    @helper
     def error(values, weights, scale, offset):
+        """Sum of w left^2, where scale * code leaves `left` of x + offset."""
         total, inverse = s.splat(s.f32(0)), l.inverse(scale)
         for j in range(0, nbytes, 64):
             y = s.load(values + j) + offset
             left = y - l.code(y * inverse, s.f32(low), s.f32(high)) * scale
             total = s.fma(s.load(weights + j) * left, left, total)
         return total
+
+    @helper
+    def sums(values, weights, scale, offset):
+        """Of w code, w code^2, w code left, w left and w left^2: small numbers, so exact ones."""
+        first = second = mixed = rest = total = s.splat(s.f32(0))
+        inverse = l.inverse(scale)
+        for j in range(0, nbytes, 64):
+            y, w = s.load(values + j) + offset, s.load(weights + j)
+            q = l.code(y * inverse, s.f32(low), s.f32(high))
+            left, wq = y - q * scale, w * q
+            first, second, mixed = first + wq, s.fma(wq, q, second), s.fma(wq, left, mixed)
+            rest, total = s.fma(w, left, rest), s.fma(w * left, left, total)
+        return first, second, mixed, rest, total
 
     @helper
     def put_codes(values, scale, offset):
@@ -87,73 +99,80 @@ def _common(parts):
             q = l.code(y, s.f32(low), s.f32(high)) - s.splat(s.f32(low))
             l.store_ints(values + j, l.truncated(q))
 
-    return sums, error, put_codes
+    return error, sums, put_codes
 
 
 def fit_centred(parts, starts):
     """(values, weights) -> the scale, of either sign, that is best for a part alone."""
-    sums, _, _ = _common(parts)
+    _, sums, _ = _common(parts)
     (low, high), size = parts.codes, parts.size
 
     @helper
     def fit(values, weights):
         zero = s.splat(s.f32(0))
         peak = signed_peak(values, size)
-        turned = l.inverse(peak)
-        best = scale = zero
+        least, best = s.splat(s.f32(_HUGE)), zero
         for start in range(2 * starts.number + 1):
             more = s.f32(starts.first) + s.f32(start // 2) * s.f32(starts.step)
             end = s.f32(high) + more if start % 2 == 1 else s.f32(low) - more
-            inverse = turned * s.splat(end)
+            scale = peak * s.splat(s.f32(1) / end)
             if start == 2 * starts.number:
-                inverse = l.inverse(scale)
-            _, second, mixed = sums(values, weights, inverse, zero)
-            d = _ratio(mixed, second)
-            better = d * mixed > best
-            best, scale = s.select(better, d * mixed, best), s.select(better, d, scale)
-        return scale
+                scale = best
+            _, second, mixed, _, total = sums(values, weights, scale, zero)
+            change = _ratio(mixed, second)
+            left = total - change * mixed
+            better = _clearly_less(left, least, total)
+            least, best = s.select(better, left, least), s.select(better, scale + change, best)
+        return best
 
     return fit
 
 
 def fit_ranged(parts, starts, shift, signed):
-    """(values, weights) -> scale, minimum taken away, sum of w, of w x: best for a part alone.
+    """(values, weights) -> scale, minimum taken away, sum of w: best for a part alone.
 
     signed: whether what is taken away may be negative; shift: how much of the range off it
     is tried as well.
     """
-    sums, _, _ = _common(parts)
+    _, sums, _ = _common(parts)
     nbytes = 64 * parts.size
 
     @helper
     def fit(values, weights):
         zero = s.splat(s.f32(0))
-        weight = mean = zero
-        low = high = s.load(values) if signed else zero
+        weight = zero
+        high = s.load(values)
+        low = high if signed else zero
         for j in range(0, nbytes, 64):
-            x, w = s.load(values + j), s.load(weights + j)
+            x = s.load(values + j)
             low, high = s.smaller(x, low), s.larger(x, high)
-            weight, mean = weight + w, s.fma(w, x, mean)
-        turned = l.inverse(high - low)
-        best, scale, minimum = s.splat(s.f32(-_HUGE)), zero, zero - low
+            weight = weight + s.load(weights + j)
+        least, best, minimum = s.splat(s.f32(_HUGE)), zero, zero - low
         for start in range(3 * starts.number + 1):
             end = s.f32(starts.first) + s.f32(start // 3) * s.f32(starts.step)
-            inverse = turned * s.splat(end)
-            offset = (high - low) * s.splat(s.f32(start % 3 - 1) * s.f32(shift)) - low
+            side = (start + 1) % 3 - 1
+            scale = (high - low) * s.splat(s.f32(1) / end)
+            offset = (high - low) * s.splat(s.f32(side) * s.f32(shift)) - low
             if start == 3 * starts.number:
-                inverse, offset = l.inverse(scale), minimum
-            first, second, mixed = sums(values, weights, inverse, offset)
+                scale, offset = best, minimum
+            first, second, mixed, rest, total = sums(values, weights, scale, offset)
             spread = weight * second - first * first
-            d = _ratio(weight * mixed - mean * first, spread)
-            m = _ratio(first * mixed - mean * second, spread)
+            change = _ratio(weight * mixed - rest * first, spread)
+            added = _ratio(first * mixed - rest * second, spread)
+            left = total - change * mixed + added * rest
             if not signed:
-                alone = m <= zero
-                d, m = s.select(alone, _ratio(mixed, second), d), s.select(alone, zero, m)
-            gain = d * mixed - m * mean
-            better = (gain > best) & (d > zero)
-            best, scale = s.select(better, gain, best), s.select(better, d, scale)
-            minimum = s.select(better, m, minimum)
-        return scale, minimum, weight, mean
+                # a minimum above 0 is left alone, and the scale is fitted for itself
+                without = mixed - offset * first
+                alone = offset + added < zero
+                turned = _ratio(without, second)
+                unmoved = total - (rest + rest) * offset + weight * (offset * offset)
+                left = s.select(alone, unmoved - turned * without, left)
+                change = s.select(alone, turned, change)
+                added = s.select(alone, zero - offset, added)
+            better = _clearly_less(left, least, total)
+            least, best = s.select(better, left, least), s.select(better, scale + change, best)
+            minimum = s.select(better, offset + added, minimum)
+        return best, minimum, weight
 
     return fit
 
@@ -188,7 +207,7 @@ def alone_ranged(parts, starts, shift):
 
     @helper
     def block(values, weights, bases):
-        d, m, _, _ = fit(values, weights)
+        d, m, _ = fit(values, weights)
         m = s.splat(s.f32(0)) - m
         put_codes(values, l.as_half(d), s.splat(s.f32(0)) - l.as_half(m))
         l.store_ints(bases, l.half_bits(d))
@@ -202,7 +221,7 @@ def centred(parts, starts, turns, reach):
 
     reach: how many steps off its neighbours are; minima are left alone.
     """
-    fit, (sums, error, put_codes) = fit_centred(parts, starts), _common(parts)
+    fit, (error, sums, put_codes) = fit_centred(parts, starts), _common(parts)
     size, all_parts, (low, high) = 64 * parts.size, 64 * parts.number, parts.steps
 
     @helper
@@ -220,10 +239,10 @@ def centred(parts, starts, turns, reach):
                 better = off < least
                 least, best = s.select(better, off, least), s.select(better, step, best)
             s.store(scales + at, best)
-            _, second, mixed = sums(x, w, l.inverse(d * best), zero)
-            total = total + least
+            _, second, mixed, _, left = sums(x, w, d * best, zero)
+            total = total + left
             upper, lower = s.fma(best, mixed, upper), s.fma(best * best, second, lower)
-        return total, _ratio(upper, lower)
+        return total, d + _ratio(upper, lower)
 
     @helper
     def block(values, weights, bases, scales, minima):
@@ -252,7 +271,7 @@ def centred(parts, starts, turns, reach):
 
 def ranged(parts, starts, shift, turns):
     """(values, weights, bases, scales, minima): value = d * step * code - m * its other step."""
-    fit, (sums, error, put_codes) = fit_ranged(parts, starts, shift, False), _common(parts)
+    fit, (error, sums, put_codes) = fit_ranged(parts, starts, shift, False), _common(parts)
     size, all_parts, high = 64 * parts.size, 64 * parts.number, parts.steps[1]
 
     @helper
@@ -274,17 +293,16 @@ def ranged(parts, starts, shift, turns):
                 second_best = s.select(better, second_step, second_best)
             s.store(mine + at, best)
             s.store(mine + _SECOND + at, second_best)
-            first, second, mixed = sums(x, w, l.inverse(d * best), m * second_best)
-            total = total + least
+            first, second, mixed, rest, left = sums(x, w, d * best, m * second_best)
+            total = total + left
             a, b = s.fma(best * best, second, a), s.fma(best * second_best, first, b)
             c = s.fma(second_best * second_best, s.load(mine + _WEIGHT + at), c)
-            u = s.fma(best, mixed, u)
-            v = s.fma(second_best, s.load(mine + _MEAN + at), v)
-        # d a - m b = u and d b - m c = v; with an m below 0 the old one stays
-        fitted, taken = _ratio(u * c - v * b, a * c - b * b), _ratio(u * b - v * a, a * c - b * b)
-        apart = (fitted > zero) & (taken >= zero)
-        d = l.as_half(s.select(apart, fitted, _ratio(u + m * b, a)))
-        return total, d, l.as_half(s.larger(_ratio(d * b - v, c), zero))
+            u, v = s.fma(best, mixed, u), s.fma(second_best, rest, v)
+        # with changes p of d and q of m: p a - q b = u and p b - q c = v
+        change = _ratio(u * c - v * b, a * c - b * b)
+        apart = (d + change > zero) & (m + _ratio(u * b - v * a, a * c - b * b) >= zero)
+        fitted = l.as_half(d + s.select(apart, change, _ratio(u, a)))
+        return total, fitted, l.as_half(s.larger(m + _ratio((fitted - d) * b - v, c), zero))
 
     @helper
     def block(values, weights, bases, scales, minima):
@@ -292,11 +310,10 @@ def ranged(parts, starts, shift, turns):
         d = m = s.splat(s.f32(0))
         for at in range(0, all_parts, 64):
             x, w = values + at // 64 * size, weights + at // 64 * size
-            scale, minimum, weight, mean = fit(x, w)
+            scale, minimum, weight = fit(x, w)
             s.store(mine + at, scale)
             s.store(mine + _SECOND + at, minimum)
             s.store(mine + _WEIGHT + at, weight)
-            s.store(mine + _MEAN + at, mean)
             d, m = s.larger(scale, d), s.larger(minimum, m)
         d, m = l.as_half(d / highest), l.as_half(m / highest)
         for at in range(0, all_parts, 64):

@@ -43,35 +43,35 @@ def _kernel(name, fit):
 def build_quantise_q2_k():
     """16 parts with scales and minima of 4 bits."""
     parts = Parts(16, 16, (0, 3), (0, 15))
-    return _kernel("q2_k", ranged(parts, Starts(2.4, 0.15, 12), 0.1, 3))
+    return _kernel("q2_k", ranged(parts, Starts(4.05, -0.15, 12), 0.1, 3))
 
 
 def build_quantise_q3_k():
     """16 parts with scales of 6 bits, of either sign."""
     parts = Parts(16, 16, (-4, 3), (-32, 31))
-    return _kernel("q3_k", centred(parts, Starts(-0.5, 0.15, 10), 3, 1))
+    return _kernel("q3_k", centred(parts, Starts(0.85, -0.15, 10), 3, 1))
 
 
 def build_quantise_q4_k():
     """8 parts with scales and minima of 6 bits."""
     parts = Parts(8, 32, (0, 15), (0, 63))
-    return _kernel("q4_k", ranged(parts, Starts(13, 0.5, 10), 0.03, 3))
+    return _kernel("q4_k", ranged(parts, Starts(17.5, -0.5, 10), 0.03, 3))
 
 
 def build_quantise_q5_k():
     """8 parts with scales and minima of 6 bits."""
     parts = Parts(8, 32, (0, 31), (0, 63))
-    return _kernel("q5_k", ranged(parts, Starts(29, 0.5, 10), 0.015, 3))
+    return _kernel("q5_k", ranged(parts, Starts(33.5, -0.5, 10), 0.015, 3))
 
 
 def build_quantise_q6_k():
     """16 parts with scales of 8 bits, of either sign."""
     parts = Parts(16, 16, (-32, 31), (-128, 127))
-    return _kernel("q6_k", centred(parts, Starts(-1, 0.25, 8), 3, 1))
+    return _kernel("q6_k", centred(parts, Starts(1.75, -0.25, 16), 3, 1))
 
 
 def _ternary(name):
-    block = alone_centred(Parts(1, BLOCK, (-1, 1)), Starts(0, 0.33, 12))
+    block = alone_centred(Parts(1, BLOCK, (-1, 1)), Starts(3.63, -0.33, 12))
 
     @helper
     def fit(values, weights, bases, scales, minima):

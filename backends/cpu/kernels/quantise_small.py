@@ -63,7 +63,7 @@ def _centred(n):
 
 
 def _searched(n):
-    return alone_centred(Parts(1, BLOCK, (-n, n - 1)), Starts(-1.5, 0.25, 16))
+    return alone_centred(Parts(1, BLOCK, (-n, n - 1)), Starts(2.25, -0.25, 16))
 
 
 def _from_minimum(top):
@@ -88,7 +88,7 @@ def _from_minimum(top):
 
 
 def _ranged(top):
-    return alone_ranged(Parts(1, BLOCK, (0, top)), Starts(top - 2, 0.5, 10), 0.45 / top)
+    return alone_ranged(Parts(1, BLOCK, (0, top)), Starts(top + 2.5, -0.5, 10), 0.45 / top)
 
 
 def build_quantise_q1_0():
@@ -144,7 +144,7 @@ def build_quantise_q8_0():
 
 def build_quantise_q2_0():
     """Codes -1 to 2 of 64: the one type here that is searched for without an importance too."""
-    search = alone_centred(Parts(1, 64, (-1, 2)), Starts(-0.7, 0.2, 14))
+    search = alone_centred(Parts(1, 64, (-1, 2)), Starts(1.9, -0.2, 14))
 
     @helper
     def alike(values, weights, bases):

@@ -14,8 +14,8 @@ from numba.core import cgutils
 
 from runtime.ops.blocks import (
     BLOCK_FORMATS,
+    Bits,
     Chain,
-    Field,
     Join,
     Number,
     Scale,
@@ -49,9 +49,9 @@ class _Part(NamedTuple):
 def packer(name):
     """(codes, steps, minima, bases, out, n): n blocks of the format, behind one another, to `out`.
 
-    codes count from the lowest; steps, minima: those of the scales and minima of the parts; bases:
-    the floats of the scale, then those of the minimum, as bits. Addresses of what the format does
-    not have are not read.
+    codes count from the lowest; steps, minima: those of the scales and minima of the parts, where
+    a format has signs or directions these in place of minima; bases: the floats of the scale, then
+    those of the minimum, as bits. Addresses of what the format does not have are not read.
     """
     row = BLOCK_FORMATS[name]
     places = [part for address, kind in enumerate(_numbers(row)) for part in kind]
@@ -117,24 +117,25 @@ def _trits(b, addresses, digits):
 
 
 def _numbers(row) -> Iterator[list[_Part]]:
-    """Parts of the codes, of the steps of scales, of those of minima, of the bases of both."""
+    """Parts of the codes, the steps of scales, those of minima (or signs), the bases of both."""
     scales = [scale for scale in (row.scale, row.minimum) if scale]
     yield _parts(row, row.codes, 0)
     for address, scale in enumerate((row.scale, row.minimum), 1):
         steps = _parts(row, scale.steps, address) if scale and scale.steps else []
-        yield [part._replace(plus=scale.plus) for part in steps] if scale else []
+        extra = row.signs or row.down if address == 2 else None
+        steps += _parts(row, extra, address) if extra else []
+        yield [part._replace(plus=scale.plus) for part in steps] if scale else steps
     bases: list[_Part] = []
     for scale in scales:
-        bases += _whole(_base(row, scale), len(bases))
+        bases += _base(row, scale, len(bases))
     yield bases
 
 
-def _base(row, scale: Scale) -> Field:
-    assert isinstance(scale.base, str), f"{row.name}: a scale in pieces is not packed here"
-    return row.fields[scale.base]
-
-
-def _whole(field: Field, first: int) -> list[_Part]:
+def _base(row, scale: Scale, first: int) -> list[_Part]:
+    if isinstance(scale.base, Bits):
+        parts = enumerate(_parts(row, scale.base, 3))
+        return [part._replace(i=first, low=part.width * k) for k, part in parts]
+    field = row.fields[scale.base]
     width = 8 * field.nbytes
     return [
         _Part(3, first + i, 0, width, 8 * field.offset + width * i) for i in range(field.length)

@@ -145,6 +145,7 @@ def test_what_a_user_wishes_is_no_choice(source: Path) -> None:
 def test_parts_are_the_same_tensor_of_neighbouring_layers() -> None:
     names = [f"blk.{i}.{role}" for i in range(5) for role in ("a", "b")] + ["c"]
     assert len(_parts(names, 20)) == 11
+    assert len(_parts(names, 1)) == 3  # no part has two kinds
     assert _parts(names, 7) == [
         ["c"], ["blk.0.a", "blk.1.a"], ["blk.2.a", "blk.3.a"], ["blk.4.a"],
         ["blk.0.b", "blk.1.b"], ["blk.2.b", "blk.3.b"], ["blk.4.b"],

@@ -271,9 +271,11 @@ def _parts(names: Sequence[str], most: int) -> list[list[str]]:
     by_role = defaultdict[str, list[str]](list)
     for name in sorted(names, key=lambda name: (layer_of(name), name)):
         by_role[re.sub(r"^blk\.\d+\.", "", name)].append(name)
-    together = 1
-    while sum(-(-len(found) // together) for found in by_role.values()) > most:
-        together += 1
+    longest = max(map(len, by_role.values()), default=1)
+    together = next(
+        (n for n in range(1, longest) if sum(-(-len(f) // n) for f in by_role.values()) <= most),
+        longest,
+    )
     return [
         found[at : at + together]
         for found in by_role.values()

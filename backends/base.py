@@ -94,12 +94,14 @@ class Backend(Planner, Protocol):
     def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """Pages or slots in the plain form that all devices share: float32 [rows, ...].
 
-        The last axes are the leaf's own. Of a cache the very numbers that attention reads.
+        The last axes are the leaf's own. Of a cache the very numbers that attention reads; of one
+        that keeps codes the bits themselves, uint8 [rows, PAGE, heads, bytes of a token], of which
+        `KVFormat.plain` makes numbers.
         """
         ...
 
     def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
-        """The inverse of `read_state`; numbers that a cache type cannot hold are rounded."""
+        """The inverse of `read_state`. Caches of all types also take float32, and round it."""
         ...
 
     def abort(self) -> None:

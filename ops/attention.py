@@ -91,7 +91,8 @@ def _case(
     )  # fmt: skip
     more = [Arg((heads,), leaf="weight")] if sinks else []
     args = ((tokens, heads, dim), pages, pages, *step, *more)
-    return Case(args, {"scale": dim**-0.5, **attrs}, 1e-10)
+    tolerance = 1e-8 if kv_format(kv).coding else 1e-10  # q is 15 bits where K is codes
+    return Case(args, {"scale": dim**-0.5, **attrs}, tolerance)
 
 
 def _flops(node: Tensor, seen: Seen) -> float:

@@ -1,37 +1,42 @@
 """The types a KV cache can have: what a row of K or V becomes, and the numbers it is kept in.
 
-One `KVFormat` a type. A head is kept in planes: the codes of its values and, for types that share
-a scale among the dims of a group, numbers of each group. Sizes, padding, what is rounded, and the
-places and loads of a device's kernels follow from the row; only the rounding itself is written
-once more there.
+One `KVFormat` a type. A head is kept in planes: the values themselves, or codes of a few bits and,
+for the dims of a group, the scale and the minimum that give them a value. Sizes, padding, rounding,
+places and loads of a device's kernels follow from the row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.ops.dtypes import BF16, DTYPES, F16, F32, I8, DType
+from runtime.ops.blocks import IQ4_LEVELS
+from runtime.ops.dtypes import BF16, DTYPES, F16, F32, U8, DType
 from runtime.ops.errors import OpError
 
 PAGE = 32  # tokens in a page: a multiple of the attention block, the unit of sharing
 HEAD_UNIT = 16  # a head in a page takes a whole number of these dims, zeros behind its own
 GROUP = 32  # dims that share a scale, the last of a head perhaps fewer
 SMALLEST = 1e-30  # a group of smaller values is kept as zeros
+MARGIN = np.float32(1 + 2.0**-20)  # a later way to round a group is taken if better by this
 
 
 class Plane(NamedTuple):
     """Numbers of a head that lie together, one of a plain `dtype` for every `dims` dims.
 
-    `name` tells a type's planes apart. Values of less than a byte share a number: 4-bit values
-    are a U8 plane of 2 dims.
+    `name` tells a type's planes apart. A plane of codes holds `bits` bits of each, from bit `low`
+    of the code on. A group's dims are then taken as [outer][8 / bits][inner]: a byte holds those
+    that differ in the middle, the first in its lowest bits, and there are outer * inner bytes.
     """
 
     name: str
     dtype: DType
     dims: int = 1
+    bits: int = 0
+    low: int = 0
+    outer: int = 1
 
     @property
     def numpy(self) -> np.dtype:
@@ -39,24 +44,148 @@ class Plane(NamedTuple):
         assert self.dtype.numpy is not None, f"{self.dtype} has no single numbers"
         return self.dtype.numpy
 
+    @property
+    def together(self) -> int:
+        """Numbers of K of one token that lie side by side: those that a dot product takes."""
+        return 4 if self.bits else 1
+
     def width(self, dims: int) -> int:
-        """Numbers of a head of that many dims; the last may stand for fewer."""
-        return -(-dims // self.dims)
+        """Numbers of a head of that many dims (a multiple of HEAD_UNIT); groups are whole."""
+        return dims if self.dims == 1 else -(-dims // GROUP) * (GROUP // self.dims)
+
+    def pack(self, codes: np.ndarray) -> np.ndarray:
+        """This plane [..., width] of codes [..., dims], dims in whole groups."""
+        turns = 8 // self.bits
+        part = (codes >> self.low & (1 << self.bits) - 1).astype(np.uint8)
+        part = part.reshape(*codes.shape[:-1], -1, self.outer, turns, GROUP // turns // self.outer)
+        shifts = (np.arange(turns) * self.bits).astype(np.uint8)[:, None]
+        return (part << shifts).sum(-2, dtype=np.uint8).reshape(*codes.shape[:-1], -1)
+
+    def unpack(self, plane: np.ndarray) -> np.ndarray:
+        """The inverse of `pack`, at the bits' places in a code."""
+        turns = 8 // self.bits
+        part = plane.reshape(*plane.shape[:-1], -1, self.outer, 1, GROUP // turns // self.outer)
+        shifts = (np.arange(turns) * self.bits).astype(np.uint8)[:, None]
+        part = (part >> shifts & (1 << self.bits) - 1) << self.low
+        return part.reshape(*plane.shape[:-1], -1)
+
+
+_BYTES = Plane("codes", U8, bits=8)
+_NIBBLES = Plane("nibbles", U8, 2, bits=4)
+_FIFTH = Plane("fifth", U8, 8, bits=1, low=4)
+_TOP = Plane("top", U8, 4, bits=2, low=4, outer=2)
+_SCALES, _MINIMA = Plane("scales", F16, GROUP), Plane("minima", F16, GROUP)
+
+
+class Coding(NamedTuple):
+    """How the values x of a group become codes q - lowest: value = q * scale + minimum.
+
+    q is an integer from `lowest` to `highest`, or one of a `book` in rising order. Several ways to
+    round are tried, and the one whose codes, with the scale (and minimum) that fits them best in
+    the least squares, leave the smallest squared error is kept. `tries` has for each the q that the
+    largest value of a group should have, as a real number; `cuts`, of types with minima, how much
+    of the range is cut off below and above, as shares of it.
+    """
+
+    lowest: int
+    highest: int
+    tries: tuple[float, ...] = ()
+    cuts: tuple[tuple[float, float], ...] = ()
+    book: tuple[int, ...] = ()
+
+    @property
+    def has_minimum(self) -> bool:
+        """Whether groups have a minimum beside their scale."""
+        return bool(self.cuts)
+
+    def values(self, codes: np.ndarray) -> np.ndarray:
+        """float32 q of codes."""
+        if self.book:
+            return np.array(self.book, np.float32)[codes]
+        return codes.astype(np.float32) + np.float32(self.lowest)
+
+    def codes(self, q: np.ndarray) -> np.ndarray:
+        """The codes of float32 q."""
+        if self.book:
+            return np.searchsorted(self.book, q).astype(np.uint8)
+        return (q - np.float32(self.lowest)).astype(np.uint8)
+
+    def nearest(self, steps: np.ndarray) -> np.ndarray:
+        """float32 q nearest to real ones."""
+        if not self.book:
+            return np.clip(np.rint(steps), np.float32(self.lowest), np.float32(self.highest))
+        return np.array(self.book, np.float32)[np.searchsorted(self.edges, steps)]
+
+    @property
+    def edges(self) -> np.ndarray:
+        """float32: what is above the i-th is nearer to the next entry of the book."""
+        return (np.array(self.book[1:], np.float32) + np.array(self.book[:-1], np.float32)) / 2
+
+    def round(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        """q [..., GROUP] and scale, or scale and minimum, [...], of float32 groups x."""
+        with np.errstate(all="ignore"):  # what is not finite, too small or too large is set apart
+            return self._with_minimum(x) if self.has_minimum else self._scaled(x)
+
+    def _scaled(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        peak = np.abs(x).max(-1)
+        largest = np.where(x.max(-1) >= peak, peak, -peak)
+        best: Any = None
+        for goal in self.tries:
+            q = self.nearest(x * (np.float32(goal) / largest)[..., None])
+            product, square = group_sum(x * q), group_sum(q * q)
+            best = _better(best, product * product / square, (product, square), q)
+        _, (product, square), q = best
+        some = peak >= np.float32(SMALLEST)
+        scale = np.where(some, product / square, peak * np.float32(0))  # NaN where not finite
+        return np.where(some[..., None], q, self.nearest(np.zeros(1, np.float32))), scale
+
+    def _with_minimum(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        low = x.min(-1)
+        extent, above = x.max(-1) - low, x - low[..., None]
+        total = group_sum(above)
+        best: Any = None
+        for below, beyond in self.cuts:
+            start = np.float32(below) * extent
+            inverse = np.float32(self.highest / (1 - below - beyond)) / extent
+            q = self.nearest((above - start[..., None]) * inverse[..., None])
+            sums, products, squares = group_sum(q), group_sum(above * q), group_sum(q * q)
+            covariance = products - total * sums / np.float32(GROUP)
+            variance = squares - sums * sums / np.float32(GROUP)
+            rest = sums, covariance, variance
+            best = _better(best, covariance * covariance / variance, rest, q)
+        _, (sums, covariance, variance), q = best
+        some = (extent >= np.float32(SMALLEST)) & (variance > 0)
+        scale = np.where(some, covariance / variance, extent * np.float32(0))
+        minimum = low + np.where(some, (total - scale * sums) / np.float32(GROUP), 0)
+        return np.where(some[..., None], q, np.float32(0)), scale, minimum
+
+
+def group_sum(x: np.ndarray) -> np.ndarray:
+    """The sum of each group [..., GROUP]: i and i + 16 of it, then i and i + 8, and so on."""
+    while x.shape[-1] > 1:
+        x = x[..., : x.shape[-1] // 2] + x[..., x.shape[-1] // 2 :]
+    return x[..., 0]
+
+
+def _better(best: tuple | None, gain: np.ndarray, found: tuple, q: np.ndarray) -> tuple:
+    """Per group the way with the larger gain: what it takes off the squared error."""
+    if best is None:
+        return gain, found, q
+    wins = gain > best[0] * MARGIN
+    kept = tuple(np.where(wins, new, old) for new, old in zip(found, best[1], strict=True))
+    return np.where(wins, gain, best[0]), kept, np.where(wins[..., None], q, best[2])
 
 
 class KVFormat(NamedTuple):
-    """One cache type; a value is code * scale + minimum, as far as it has them.
+    """One cache type: the planes of its values or codes, and of the numbers that groups share.
 
-    `codes`: the planes of the values. `shared`: those of the groups, the scale and then the
-    minimum. `encode` makes all planes [..., width], codes first, of float32 [..., dims], dims a
-    multiple of HEAD_UNIT; `widen` makes float32 codes [..., dims] of their planes.
+    Of codes, `coding` says what they mean; `shared` are the scale and then the minimum.
     """
 
     name: str
     codes: tuple[Plane, ...]
-    encode: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    widen: Callable[..., np.ndarray]
     shared: tuple[Plane, ...] = ()
+    coding: Coding | None = None
 
     @property
     def planes(self) -> tuple[Plane, ...]:
@@ -73,20 +202,53 @@ class KVFormat(NamedTuple):
         dims = padded_head(dim)
         return sum(plane.width(dims) * plane.dtype.nbytes for plane in self.planes)
 
+    def encode(self, x: np.ndarray) -> tuple[np.ndarray, ...]:
+        """All planes [..., width] of float32 [..., dims], dims a multiple of HEAD_UNIT."""
+        if self.coding is None:
+            return (_PLAIN[self.name][0](x),)
+        q, *shared = self.coding.round(in_groups(x))
+        codes = self.coding.codes(q).reshape(*x.shape[:-1], -1)
+        packed = (p.pack(codes)[..., : p.width(x.shape[-1])] for p in self.codes)
+        return *packed, *(_f16(numbers) for numbers in shared)
+
     def decode(self, *planes: np.ndarray) -> np.ndarray:
-        """float32 [..., dims] of planes [..., width]: exactly what was kept."""
+        """float32 [..., dims] of planes [..., width]: exactly what was kept, in whole groups."""
+        if self.coding is None:
+            return _PLAIN[self.name][1](planes[0])
         first = len(self.codes)
-        values = self.widen(*planes[:first])
+        parts = (
+            p.unpack(fill(x, GROUP // p.dims)) for p, x in zip(self.codes, planes, strict=False)
+        )
+        codes = next(parts)
+        for part in parts:
+            codes = codes | part
+        values = self.coding.values(codes)
         shared = [p.astype(np.float32).repeat(GROUP, -1) for p in planes[first:]]
         with np.errstate(invalid="ignore"):  # 0 * infinity, of a group with an infinite value
             for numbers, apply in zip(shared, (np.multiply, np.add), strict=False):
-                values = apply(values, numbers[..., : values.shape[-1]])
+                values = apply(values, numbers)
         return values
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
         """x [..., dim] as the cache gives it back, in the dtype of x."""
         kept = self.decode(*self.encode(fill(np.asarray(x, np.float32), HEAD_UNIT)))
         return kept[..., : x.shape[-1]].astype(x.dtype)
+
+    def plain(self, rows: np.ndarray, dim: int) -> np.ndarray:
+        """float32 [..., dim] of `to_rows`: exactly what was kept."""
+        return self.decode(*self.from_rows(rows, dim))[..., :dim]
+
+    def to_rows(self, planes: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 [..., bytes of a token] of planes [..., width]: one behind the other."""
+        return np.concatenate([np.ascontiguousarray(p).view(np.uint8) for p in planes], -1)
+
+    def from_rows(self, rows: np.ndarray, dim: int) -> list[np.ndarray]:
+        """The inverse of `to_rows`, for heads of that many dims."""
+        found, at = [], 0
+        for plane in self.planes:
+            start, at = at, at + plane.width(padded_head(dim)) * plane.dtype.nbytes
+            found.append(np.ascontiguousarray(rows[..., start:at]).view(plane.numpy))
+        return found
 
 
 def padded_head(dim: int) -> int:
@@ -121,31 +283,41 @@ def _bf16_value(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _q8_0(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """int8 to nearest even, and the scale that makes the largest of a group 127, as GGUF's Q8_0."""
-    groups = in_groups(x)
-    peak = np.abs(groups).max(-1, keepdims=True)
-    scale = peak / np.float32(127)
-    usable = (peak >= np.float32(SMALLEST)) & np.isfinite(scale)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=usable)
-    codes = np.rint(np.multiply(groups, inverse, out=np.zeros_like(groups), where=usable))
-    codes = codes.astype(np.int8).reshape(*x.shape[:-1], GROUP * codes.shape[-2])
-    return codes[..., : x.shape[-1]], _f16(scale[..., 0])
+def _wide(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32)
 
 
-def _wide(codes: np.ndarray) -> np.ndarray:
-    return codes.astype(np.float32)
+# types without codes -> to a plane, and back to float32
+_PLAIN: dict[str, tuple[Callable, Callable]] = {
+    "f32": (lambda x: x, _wide), "f16": (_f16, _wide), "bf16": (_bf16, _bf16_value),
+}  # fmt: skip
 
+# The tries of each type are the four that together leave the least error on normal values, found
+# one after another on a grid: 9 to 19 % less than the plain rounding of GGUF's type of that name.
+_CUTS = (0.01, 0.01), (-0.01, 0.03), (0.02, -0.01), (0.0, 0.02)
+_FINER_CUTS = (0.0, 0.0), (0.0, -0.03), (-0.01, 0.01), (0.01, 0.0)
+_WITH_SCALE, _WITH_BOTH = (_SCALES,), (_SCALES, _MINIMA)
 
 KV_FORMATS = {
     row.name: row
     for row in (
-        KVFormat("f32", (Plane("values", F32),), lambda x: (x,), _wide),
-        KVFormat("f16", (Plane("values", F16),), lambda x: (_f16(x),), _wide),
-        KVFormat("bf16", (Plane("values", BF16),), lambda x: (_bf16(x),), _bf16_value),
-        KVFormat("q8_0", (Plane("values", I8),), _q8_0, _wide, (Plane("scales", F16, GROUP),)),
+        KVFormat("f32", (Plane("values", F32),)),
+        KVFormat("f16", (Plane("values", F16),)),
+        KVFormat("bf16", (Plane("values", BF16),)),
+        KVFormat("q8_0", (_BYTES,), _WITH_SCALE, Coding(-128, 127, (127, 126, 125, 124))),
+        KVFormat(
+            "q6_0", (_NIBBLES, _TOP), _WITH_SCALE, Coding(-32, 31, (-32, -31, -30, -32.5))
+        ),
+        KVFormat("q5_1", (_NIBBLES, _FIFTH), _WITH_BOTH, Coding(0, 31, cuts=_FINER_CUTS)),
+        KVFormat("q5_0", (_NIBBLES, _FIFTH), _WITH_SCALE, Coding(-16, 15, (-16, -15, -16.4, -14))),
+        KVFormat("q4_1", (_NIBBLES,), _WITH_BOTH, Coding(0, 15, cuts=_CUTS)),
+        KVFormat("q4_0", (_NIBBLES,), _WITH_SCALE, Coding(-8, 7, (-8.2, -7.8, -8.6, -7.2))),
+        KVFormat(
+            "iq4_nl", (_NIBBLES,), _WITH_SCALE,
+            Coding(-128, 127, (-129, 115, -137, -122), book=IQ4_LEVELS),
+        ),
     )
-}
+}  # fmt: skip
 
 
 def kv_format(name: str) -> KVFormat:

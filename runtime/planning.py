@@ -22,12 +22,11 @@ from runtime.models.registry import build, one_token
 from runtime.models.step import Step
 from runtime.ops import PAGE
 from runtime.ops.cost import Seen, page_nbytes
-from runtime.ops.dtypes import DTYPES, nbytes_for
+from runtime.ops.dtypes import DTYPES
 from runtime.ops.graph import Graph
-from runtime.ops.kv_formats import GROUP, KV_FORMATS, kv_format, padded_head
+from runtime.ops.kv_formats import KV_FORMATS, kv_format
 from runtime.ops.tensor import Tensor
 
-KV_TYPES = (*KV_FORMATS, "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # sizes of all are known
 SMALLER_KV = ("q8_0", "q4_0")
 SMALLER_WEIGHTS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
 OVERHEAD = 512 << 20  # bytes of a device that is no CPU, for its context, code and libraries
@@ -271,14 +270,7 @@ class Placement:
         if leaf.base.attrs["storage"] == "slots":
             return page_nbytes(leaf)
         _, tokens, heads, dim = map(int, leaf.shape)
-        return tokens * heads * _token_nbytes(kind, dim)
-
-
-def _token_nbytes(kind: str, dim: int) -> int:
-    """Bytes of one head of a token, of a type that this version has or of one to come."""
-    if kind in KV_FORMATS:
-        return kv_format(kind).token_nbytes(dim)
-    return nbytes_for(DTYPES[kind], (-(-padded_head(dim) // GROUP) * GROUP,))
+        return tokens * heads * kv_format(kind).token_nbytes(dim)
 
 
 def _seconds(plan: StagePlan, nbytes: int, link: float | None) -> float:
@@ -290,11 +282,11 @@ def _seconds(plan: StagePlan, nbytes: int, link: float | None) -> float:
 
 
 def kv_types(text: str) -> tuple[str, str]:
-    """K and V types of "f16" or "q8_0,q4_0", of which bytes are known; OptionError names them."""
+    """K and V types of "f16" or "q8_0,q4_0", OptionError names them."""
     parts = [part.strip().lower() for part in text.split(",")]
     kinds = parts * 2 if len(parts) == 1 else parts
-    if len(kinds) != 2 or not set(kinds) <= set(KV_TYPES):
-        raise OptionError(f"kv_type={text!r} must be one or two of {', '.join(KV_TYPES)}")
+    if len(kinds) != 2 or not set(kinds) <= set(KV_FORMATS):
+        raise OptionError(f"kv_type={text!r} must be one or two of {', '.join(KV_FORMATS)}")
     return kinds[0], kinds[1]
 
 

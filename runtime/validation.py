@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # first limit is wide of. A product adds up n numbers one by one: 2e-15 n, 3e-11 of the longest
 # rows there are. Attention's weights are exponentials, which turn the absolute error of a score,
 # 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token:
-# 1e-11 was seen of both.
-_LIMIT, _OF_LONG_SUMS = 1e-11, 1e-10
+# 1e-11 was seen of both. With K in codes a query has 15 bits: 2e-9 on normal values, 3e-8 seen.
+_LIMIT, _OF_LONG_SUMS, _OF_CODED_KEYS = 1e-11, 1e-10, 1e-6
 _LONG_SUMS = (attention, gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes
@@ -242,6 +242,8 @@ class _Step:
 
 
 def _limit(x: Tensor) -> float:
+    if attention.made(x) and kv_format(x.inputs[1].dtype.name).coding:
+        return _OF_CODED_KEYS
     long = kind_of(x) is Kind.CONTRACTION or any(op.made(x) for op in _LONG_SUMS)
     return _OF_LONG_SUMS if long else _LIMIT
 
@@ -303,7 +305,8 @@ def _natural_size(call: Call, want: np.ndarray, values: list[np.ndarray]) -> np.
 def _beyond(got: np.ndarray, want: np.ndarray, kind: str, slack: float) -> np.ndarray:
     """Which values are not what rounding to a cache type makes of `want`, or of one that near.
 
-    slack: how near, in shares of the largest of a row.
+    slack: how near, in shares of the largest of a row. Of two ways to round that are nearly as good
+    another may be taken: what is off by no more than rounding is elsewhere in the row is right.
     """
     s = slack * np.abs(want).max(-1, keepdims=True)
     near = [
@@ -311,7 +314,8 @@ def _beyond(got: np.ndarray, want: np.ndarray, kind: str, slack: float) -> np.nd
         for x in (want, want - s, want + s, want * (1 - s), want * (1 + s))
     ]
     low, high = np.min(near, axis=0), np.max(near, axis=0)
-    return ~((low <= got) & (got <= high))
+    off = np.abs(near[0] - want).max(-1, keepdims=True) if kv_format(kind).coding else 0.0
+    return ~((low <= got) & (got <= high)) & (np.abs(got - want) > off)
 
 
 def _place(wrong: np.ndarray, rows: np.ndarray | None = None) -> str:

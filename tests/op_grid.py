@@ -15,7 +15,7 @@ from tile_calls import random_rows
 
 from runtime import ops
 from runtime.ops.dtypes import BF16, DTYPES, F32, I32, DType
-from runtime.ops.kv_formats import KV_FORMATS, kv_format
+from runtime.ops.kv_formats import HEAD_UNIT, KV_FORMATS, fill, kv_format
 from runtime.ops.quants import dequantize
 from runtime.ops.registry import OPS, Arg, Case
 
@@ -68,6 +68,7 @@ class Built:
         self.inputs: dict[str, np.ndarray] = {}
         self.tensors: dict[str, Stored] = {}
         self.states: dict[str, tuple[ops.Tensor, np.ndarray]] = {}
+        self.kept: dict[str, np.ndarray] = {}  # of caches: the bits of each token
         self.values: list[np.ndarray] = []
         self.live: dict[str, int] = {"tokens": 0}
         self._rng, self._room = np.random.default_rng(1), 0 if variant == "whole" else SPARE
@@ -135,7 +136,9 @@ class Built:
 
     def _state(self, name: str, value: np.ndarray, arg: Arg) -> ops.Tensor:
         if arg.dtype.name in KV_FORMATS and arg.leaf == "state":
-            value = kv_format(arg.dtype.name).rounded(value)
+            planes = kv_format(arg.dtype.name).encode(fill(value, HEAD_UNIT))
+            self.kept[name] = kv_format(arg.dtype.name).to_rows(planes)
+            value = kv_format(arg.dtype.name).plain(self.kept[name], value.shape[-1])
         kind = self.case.attrs.get("which") or ("k" if name == "x1" else "v")
         kind = "slots" if arg.leaf == "slots" else kind
         leaf = ops.state(name, arg.shape, arg.dtype, kind)

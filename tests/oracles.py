@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.ops.kv_formats import KV_FORMATS
+
 Array = np.ndarray
 ORACLES: dict[str, Callable[..., Array]] = {}
 
@@ -252,12 +254,41 @@ def stored(row: Array, kv: str) -> list[float]:
         return [float(np.float16(v)) for v in row]
     if kv == "bf16":  # 8 bits of mantissa, the even one of two neighbours
         return [math.ldexp(round(math.ldexp(m, 8)), e - 8) for m, e in map(math.frexp, row)]
-    assert kv == "q8_0", f"write what a cache of type {kv} gives back here, in tests/oracles.py"
-    out: list[float] = []
-    for block in np.split(row, range(32, len(row), 32)):
-        step = max(map(abs, block)) / 127
-        out += [float(np.float16(step)) * (round(v / step) if step else 0) for v in block]
-    return out
+    assert kv in LEVELS, f"write what a cache of type {kv} gives back here, in tests/oracles.py"
+    blocks = np.split(row, range(32, len(row), 32))
+    return [v for block in blocks for v in coded(list(block) + [0.0] * (32 - len(block)), kv)][
+        : len(row)
+    ]
+
+
+LEVELS = {
+    "q8_0": range(-128, 128), "q6_0": range(-32, 32), "q5_0": range(-16, 16),
+    "q4_0": range(-8, 8), "q5_1": range(32), "q4_1": range(16),
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+}  # fmt: skip
+
+
+def coded(block: list[float], kv: str) -> list[float]:
+    """A group in levels times a scale, plus a minimum: the best of the ways that the type tries."""
+    levels, coding = LEVELS[kv], KV_FORMATS[kv].coding
+    low, extent = min(block), max(block) - min(block)
+    peak = max(block, key=abs)
+    found = []
+    for way in coding.tries or coding.cuts:
+        if isinstance(way, tuple):  # cut off below and above
+            width = extent * (1 - way[0] - way[1]) or 1.0
+            steps = [(v - low - way[0] * extent) / width * levels[-1] for v in block]
+        else:
+            steps = [v * way / (peak or 1.0) for v in block]
+        q = np.array([min(levels, key=lambda level, s=s: (abs(level - s), level)) for s in steps])
+        rows = [q, np.ones(32)] if isinstance(way, tuple) else [q]
+        fit = np.linalg.lstsq(np.array(rows, float).T, np.array(block), rcond=None)[0]
+        error = ((fit @ np.array(rows) - block) ** 2).sum()
+        found.append((error, q, fit))
+    least = min(error for error, _, _ in found) + 2e-6 * sum(v * v for v in block)
+    _, q, fit = next(way for way in found if way[0] <= least)
+    numbers = [float(np.float16(f)) for f in fit]
+    return list(q * numbers[0] + (numbers[1] if len(numbers) > 1 else 0.0))
 
 
 @oracle

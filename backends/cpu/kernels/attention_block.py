@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
+from numba.core import cgutils
 
 from runtime.backends.cpu.abi import ATTENTION_ROWS
-from runtime.ops.kv_formats import PAGE
+from runtime.ops.kv_formats import GROUP, PAGE, Coding, KVFormat
 
 from . import emit as e
 from . import simd as s
 from .emit import number, times
+from .kv_dots import store_query
 
 ROW_BYTES = 4 * ATTENTION_ROWS  # of one dim of q
 
@@ -130,12 +132,65 @@ def tanh(b, x):
     return b.select(b.fcmp_ordered("<", square, e.floats(0.49)), small, large)
 
 
-@s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.f32)
-def begin_block(b, block, rows, k_dim, k_dims, v_dims, factor):
-    """A block whose `rows` have places, sources and peaks: lowest and highest place, q, o = 0.
+def block_beginning(format: KVFormat) -> Any:
+    """(block, rows, k_dim, k_room, v_room, factor): the start of a block for that type of K.
 
-    q is [k_dims][8], times `factor`, zero from k_dim on; rows that are missing repeat the first.
+    Its `rows` have places, sources and peaks; lowest and highest place, q and o = 0 are made. q,
+    times `factor`, is floats [k_dim to a whole 16][8], zero from k_dim on, of which rows that are
+    missing repeat the first; or, where K is codes, integers by group (kv_dots.py).
     """
+
+    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.f32)
+    def begin(b, block, rows, k_dim, k_room, v_room, factor):
+        sources = _places_and_sources(b, block, rows)
+        q = e.offset(b, block, Block.q)
+        coding = format.coding
+        if coding is None:
+            _gather(b, sources, q, k_dim, factor)
+        else:
+            repeat_if_any(
+                b, number(0), rows, 1,
+                lambda row: _as_integers(b, coding, block, row, k_dim, factor),
+            )  # fmt: skip
+        o = b.add(q, times(b, k_room, ROW_BYTES))
+
+        def clear(dim):
+            for r in range(ATTENTION_ROWS):
+                at = e.offset(b, b.add(o, times(b, dim, ROW_BYTES)), 4 * e.LANES * r)
+                e.store(b, e.floats(0.0), at, 4)
+
+        repeat_if_any(b, number(0), v_room, e.LANES, clear)
+
+    return begin
+
+
+def _as_integers(
+    b: ir.IRBuilder, coding: Coding, block: Any, row: Any, k_dim: Any, factor: Any
+) -> None:
+    source = e.load(b, b.add(e.offset(b, block, Block.sources), times(b, row, 8)), e.i64, 8)
+    q = b.add(e.offset(b, block, Block.q), times(b, row, 4))
+
+    def group(dim):
+        parts = tuple(_some(b, source, b.add(dim, number(i)), k_dim) for i in (0, e.LANES))
+        store_query(b, coding, parts, b.add(q, times(b, dim, ROW_BYTES)), factor)
+
+    repeat_if_any(b, number(0), k_dim, GROUP, group)
+
+
+def _some(b: ir.IRBuilder, source: Any, dim: Any, dims: Any) -> Any:
+    """16 floats from `dim` on, zeros behind the last of `dims`."""
+    at, left = b.add(source, times(b, dim, 4)), b.sub(dims, dim)
+    kind, kept = e.wide(e.f32), cgutils.alloca_once(b, e.wide(e.f32))
+    with b.if_else(b.icmp_signed(">=", left, number(e.LANES))) as (whole, part):
+        with whole:
+            b.store(e.load(b, at, kind, 4), kept)
+        with part:
+            b.store(e.load_first(b, at, left), kept)
+    return b.load(kept)
+
+
+def _places_and_sources(b: ir.IRBuilder, block: Any, rows: Any) -> list:
+    """Addresses of the rows of q; the lowest and the highest place are stored."""
     lowest, highest, sources = _first_row(b, block)
     for r in range(1, ATTENTION_ROWS):
         there = b.icmp_signed("<", number(r), rows)
@@ -147,16 +202,7 @@ def begin_block(b, block, rows, k_dim, k_dims, v_dims, factor):
         sources.append(b.select(there, source, sources[0]))
     e.store(b, lowest, e.offset(b, block, Block.lowest), 8)
     e.store(b, highest, e.offset(b, block, Block.highest), 8)
-    q = e.offset(b, block, Block.q)
-    _gather(b, sources, q, k_dim, factor)
-    o = b.add(q, times(b, k_dims, ROW_BYTES))
-
-    def clear(dim):
-        for r in range(ATTENTION_ROWS):
-            at = e.offset(b, b.add(o, times(b, dim, ROW_BYTES)), 4 * e.LANES * r)
-            e.store(b, e.floats(0.0), at, 4)
-
-    repeat_if_any(b, number(0), v_dims, e.LANES, clear)
+    return sources
 
 
 def _first_row(b: ir.IRBuilder, block: Any) -> tuple[Any, Any, list]:

@@ -2,10 +2,10 @@
 
 Scores: R rows x 32 keys; K's 32 tokens of one dim are two vectors, widened once for the R rows,
 and q is broadcast from memory. Every 32 dims make one partial sum, in which dims are added in
-order; partial sums are added in order too, so the chains of different sums overlap in the
-processor. Output: R rows x some dims; V's dims of one key are widened once for the R rows, and
-keys are added in order. How many vectors a pass holds in registers changes no bit of any row.
-Dims are those of a page: always a multiple of 16.
+order, or for codes one exact integer, of words of four dims; partial sums are added in order too,
+so the chains of different sums overlap in the processor. Output: R rows x some dims; V's dims of
+one key are widened once for the R rows, and keys are added in order. How many vectors a pass holds
+in registers changes no bit of any row. Dims are those of a page: always a multiple of 16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from . import emit as e
 from . import simd as s
 from .attention_block import ROW_BYTES, Block, repeat, repeat_if_any
 from .emit import number, times
-from .kv_planes import codes_of, k_place, k_step, load16, load_splat, v_place
+from .kv_dots import WORDS, KeyDots, sum_of, whole_dot, word_place
+from .kv_planes import (
+    check,
+    k_place,
+    k_step,
+    key_words,
+    load16,
+    load_splat,
+    v_place,
+    value_codes,
+)
 from .target import chosen
 
 _CHUNK = GROUP  # dims of one partial sum: those that share a scale
@@ -33,6 +43,15 @@ _REGISTERS = {
     8: {4: (1, 1), 2: (2, 2), 1: (2, 4)},
     4: {2: (1, 1), 1: (2, 2)},
 }[chosen().lanes]
+_REGISTERS_OF_CODES = {
+    16: {8: (1, 2), 4: (2, 4), 2: (2, 4), 1: (2, 4)},
+    8: {2: (1, 2), 1: (1, 4)},
+    4: {1: (1, 2)},
+}[chosen().lanes]
+
+
+def _registers(format: KVFormat) -> dict[int, tuple[int, int]]:
+    return _REGISTERS_OF_CODES if format.coding else _REGISTERS
 
 
 def _broadcast(b: ir.IRBuilder, address: Any) -> Any:
@@ -45,60 +64,17 @@ def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
 
 def scores_pass(rows: int, format: KVFormat) -> Callable:
     """Emits: scores = q k^T of rows row.. and the 32 keys of a page."""
-    held, unroll = _REGISTERS[rows][0], 4
-    codes, n_sums = codes_of(format), rows * held
-    size, has_minima = k_step(codes), len(format.shared) == 2
+    check(format)
+    held = _registers(format)[rows][0]
+    make = _dots_of_codes if format.coding else _dots_of_floats
 
-    def dims_of(b, q, page, count, first, ahead):
-        """Sums of `count` dims for keys of vectors first, first + 1, .. (`held` of them).
-
-        Behind them, where there are minima to multiply them with, the sums of q of each row.
-        """
-
-        def few(i, sums):
-            sums = list(sums)
-            for step in range(unroll):
-                dim = b.add(i, number(step))
-                at = b.add(page, times(b, dim, size))
-                keys = [
-                    load16(b, codes, e.offset(b, at, (first + j) * e.LANES * codes.dtype.nbytes))
-                    for j in range(held)
-                ]
-                values = b.add(q, times(b, dim, ROW_BYTES))
-                if first == 0 and step * size % 64 == 0:
-                    for j in range(0, size, 64):
-                        e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
-                for r in range(rows):
-                    value = _broadcast(b, e.offset(b, values, 4 * r))
-                    for j, key in enumerate(keys):
-                        sums[r * held + j] = _fma(b, value, key, sums[r * held + j])
-                    if has_minima:
-                        sums[n_sums + r] = b.fadd(sums[n_sums + r], value)
-            return sums
-
-        zeros = [e.floats(0.0)] * (n_sums + rows * has_minima)
-        return repeat(b, number(0), count, unroll, zeros, few)
-
-    def add(b, target, is_first, sums, shared):
-        """Add the sums of a group, its scales and minima by vector of keys."""
+    def add(b, target, is_first, sums):
+        """Add what a chunk of dims gives."""
         for r in range(rows):
             for j in range(held):
                 at = e.offset(b, target, 4 * (r * PAGE + j * e.LANES))
-                old, new = e.load(b, at, e.wide(e.f32), 4), sums[r * held + j]
-                old = b.select(is_first, e.floats(0.0), old)
-                new = _fma(b, new, shared[0][j], old) if shared else b.fadd(old, new)
-                if has_minima:
-                    new = _fma(b, sums[n_sums + r], shared[1][j], new)
-                e.store(b, new, at, 4)
-
-    def shared_of(b, page, dim, dims, first):
-        """The numbers of the group at `dim`, by plane and vector of keys."""
-        found = []
-        for plane in format.shared:
-            at, step = k_place(b, format, plane, page, dim, dims), e.LANES * plane.dtype.nbytes
-            places = [e.offset(b, at, step * (first + j)) for j in range(held)]
-            found.append([load16(b, plane, place) for place in places])
-        return found
+                old = b.select(is_first, e.floats(0.0), e.load(b, at, e.wide(e.f32), 4))
+                e.store(b, sums[r * held + j](old), at, 4)
 
     def scores(b, block, row, page, dims, n_keys, o, ahead):
         q = b.add(e.offset(b, block, Block.q), times(b, row, 4))
@@ -107,40 +83,154 @@ def scores_pass(rows: int, format: KVFormat) -> Callable:
         def chunk(dim):
             left = b.sub(dims, dim)
             count = b.select(b.icmp_signed("<", left, number(_CHUNK)), left, number(_CHUNK))
-            here = b.add(page, times(b, dim, size))
             is_first = b.icmp_signed("==", dim, number(0))
+            here = b.add(q, times(b, dim, ROW_BYTES))
             for first in range(0, PAGE // e.LANES, held):
-                sums = dims_of(b, b.add(q, times(b, dim, ROW_BYTES)), here, count, first, ahead)
-                shared = shared_of(b, page, dim, dims, first)
-                add(b, e.offset(b, target, 4 * e.LANES * first), is_first, sums, shared)
+                place = (page, dim, dims, range(first, first + held))
+                sums = make(b, format, rows, here, place, count, ahead)
+                add(b, e.offset(b, target, 4 * e.LANES * first), is_first, sums)
 
         repeat_if_any(b, number(0), dims, _CHUNK, chunk)
 
     return scores
 
 
+def _dots_of_floats(
+    b: ir.IRBuilder, format: KVFormat, rows: int, q: Any, place: tuple, count: Any, ahead: Any
+) -> list[Callable]:
+    """By row and vector of keys: what adds the products of `count` dims to what was before."""
+    plane, unroll = format.codes[0], 4
+    page, dim, dims, vectors = place
+    size, held = k_step(plane), len(vectors)
+    page = k_place(b, format, plane, page, dim, dims)
+
+    def few(i, sums):
+        sums = list(sums)
+        for step in range(unroll):
+            at = b.add(page, times(b, b.add(i, number(step)), size))
+            keys = [
+                load16(b, plane, e.offset(b, at, j * e.LANES * plane.dtype.nbytes)) for j in vectors
+            ]
+            values = b.add(q, times(b, b.add(i, number(step)), ROW_BYTES))
+            if vectors[0] == 0:
+                for j in range(0, size, 64):
+                    e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
+            for r in range(rows):
+                value = _broadcast(b, e.offset(b, values, 4 * r))
+                for j, key in enumerate(keys):
+                    sums[r * held + j] = _fma(b, value, key, sums[r * held + j])
+        return sums
+
+    sums = repeat(b, number(0), count, unroll, [e.floats(0.0)] * (rows * held), few)
+    return [lambda old, new=new: b.fadd(old, new) for new in sums]
+
+
+def _dots_of_codes(
+    b: ir.IRBuilder, format: KVFormat, rows: int, q: Any, place: tuple, count: Any, ahead: Any
+) -> list[Callable]:
+    """The same of a group of codes, with its scales and minima."""
+    page, dim, dims, vectors = place
+    coding = format.coding
+    assert coding is not None
+    dots, both = KeyDots(b, coding), range(2)
+    starts = [k_place(b, format, plane, page, dim, dims) for plane in format.codes]
+    places = [[e.offset(b, at, 4 * e.LANES * j) for at in starts] for j in vectors]
+    if vectors[0] == 0:
+        for plane, at in zip(format.codes, starts, strict=True):
+            for j in range(0, GROUP * k_step(plane), 64):
+                e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
+
+    def some(words, sums):
+        """Add the products of these words to sums [row][vector][high, low]."""
+        keys = [key_words(b, format, at, words) for at in places]
+        for w in words:
+            taken = [dots.keys(next(k)) for k in keys]
+            for r in range(rows):
+                for j, key in enumerate(taken):
+                    for low in both:
+                        i = (r * len(taken) + j) * 2 + low
+                        sums[i] = dots.add(sums[i], key, word_place(b, q, bool(low), w, r), w)
+        return sums
+
+    n = rows * len(vectors) * 2
+    if format.codes[0].dims > 1:
+        sums = some(range(WORDS), [dots.begin() for _ in range(n)])
+        found = [dots.end(total) for total in sums]
+    else:
+        found = _of_halves(b, dots, some, n, count)
+    shared = []
+    for plane in format.shared:
+        at, step = k_place(b, format, plane, page, dim, dims), e.LANES * plane.dtype.nbytes
+        shared.append([load16(b, plane, e.offset(b, at, step * j)) for j in vectors])
+
+    def adds(r, j):
+        i = (r * len(vectors) + j) * 2
+
+        def add(old):
+            new = _fma(b, whole_dot(b, q, r, found[i], found[i + 1]), shared[0][j], old)
+            return _fma(b, sum_of(b, q, r), shared[1][j], new) if coding.has_minimum else new
+
+        return add
+
+    return [adds(r, j) for r in range(rows) for j in range(len(vectors))]
+
+
+def _of_halves(b: ir.IRBuilder, dots: KeyDots, some: Callable, n: int, count: Any) -> list[Any]:
+    """The sums of a group that may have half the dims only, other data lying behind them."""
+    half = WORDS // 2
+
+    def sums(words):
+        return [dots.end(total) for total in some(words, [dots.begin() for _ in range(n)])]
+
+    first = sums(range(half))
+    before = b.block
+    more, after = b.append_basic_block("more"), b.append_basic_block("after")
+    b.cbranch(b.icmp_signed(">", count, number(GROUP // 2)), more, after)
+    b.position_at_end(more)
+    second = [b.add(x, y) for x, y in zip(first, sums(range(half, WORDS)), strict=True)]
+    end = b.block
+    b.branch(after)
+    b.position_at_end(after)
+    found = []
+    for x, y in zip(first, second, strict=True):
+        phi = b.phi(x.type)
+        phi.add_incoming(x, before)
+        phi.add_incoming(y, end)
+        found.append(phi)
+    return found
+
+
 def _values(
     b: ir.IRBuilder, format: KVFormat, page: Any, key: Any, dim: Any, dims: Any, vectors: int
-) -> tuple[Any, list[Any]]:
-    """V of one key from `dim` on as `vectors` float32 vectors, and where its codes lie."""
-    codes, found, shared = codes_of(format), [], []
-    at = v_place(b, format, codes, page, key, dim, dims)
-    for j in range(vectors):
-        value = load16(b, codes, e.offset(b, at, e.LANES * codes.dtype.nbytes * j))
-        if j * e.LANES % GROUP == 0:  # two vectors share these
-            shared = _shared_by(b, format, page, key, b.add(dim, number(e.LANES * j)), dims)
-        for numbers, apply in zip(shared, (b.fmul, b.fadd), strict=False):
-            value = apply(value, numbers)
-        found.append(value)
-    return at, found
-
-
-def _shared_by(
-    b: ir.IRBuilder, format: KVFormat, page: Any, key: Any, dim: Any, dims: Any
-) -> list[Any]:
-    """The scale and the minimum, if there are such, of one key of V at a dim, in all lanes."""
-    places = (v_place(b, format, plane, page, key, dim, dims) for plane in format.shared)
-    return [load_splat(b, plane, at) for plane, at in zip(format.shared, places, strict=True)]
+) -> tuple[list[tuple[Any, int]], list[Any]]:
+    """What is read of V of one key from `dim` on, (address, bytes); `vectors` float32 vectors."""
+    read, found = [], []
+    if format.coding is None:
+        plane = format.codes[0]
+        at, step = v_place(b, format, plane, page, key, dim, dims), e.LANES * plane.dtype.nbytes
+        read.append((at, vectors * step))
+        return read, [load16(b, plane, e.offset(b, at, step * j)) for j in range(vectors)]
+    for plane in format.codes:
+        nbytes = e.LANES * vectors // plane.dims * plane.dtype.nbytes
+        read.append((v_place(b, format, plane, page, key, dim, dims), nbytes))
+    for group in range(vectors * e.LANES // GROUP):
+        step = group * GROUP
+        places = [
+            e.offset(b, at, step // plane.dims)
+            for (at, _), plane in zip(read, format.codes, strict=True)
+        ]
+        scale, *minimum = (
+            load_splat(
+                b, plane, v_place(b, format, plane, page, key, b.add(dim, number(step)), dims)
+            )
+            for plane in format.shared
+        )
+        lift = minimum[0] if minimum else None
+        if format.coding.lowest and not format.coding.book:
+            lift = b.fmul(scale, e.floats(float(format.coding.lowest)))
+        for codes in value_codes(b, format, places):
+            found.append(_fma(b, codes, scale, lift) if lift else b.fmul(codes, scale))
+    return read, found
 
 
 def output_pass(rows: int, format: KVFormat) -> Callable:
@@ -148,7 +238,8 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
 
     Only the first n_keys tokens of the page are read: what lies behind them may be anything.
     """
-    held, size = _REGISTERS[rows][1], codes_of(format).dtype.nbytes
+    check(format)
+    held = _registers(format)[rows][1]
 
     def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead):
         """`vectors` vectors of dims from `dim` on, over all keys."""
@@ -168,9 +259,10 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
 
         def key(i, sums):
             sums, weights = list(sums), b.add(p, times(b, i, 4))
-            at, found = _values(b, format, page, i, dim, dims, vectors)
-            for j in range(0, vectors * e.LANES * size, 64):
-                e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
+            read, found = _values(b, format, page, i, dim, dims, vectors)
+            for at, nbytes in read:
+                for j in range(0, nbytes, 64):
+                    e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
             for r in range(rows):
                 weight = _broadcast(b, e.offset(b, weights, 4 * PAGE * r))
                 for j, value in enumerate(found):
@@ -182,8 +274,8 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
 
     def output(b, block, row, page, dims, n_keys, o, ahead):
         rest = (block, row, page, dims, n_keys, o, ahead)
-        at = number(0)
-        for stop, vectors in ((b.and_(dims, number(-e.LANES * held)), held), (dims, 1)):
+        at, least = number(0), GROUP // e.LANES if format.coding else 1
+        for stop, vectors in ((b.and_(dims, number(-e.LANES * held)), held), (dims, least)):
             step = e.LANES * vectors
             repeat_if_any(b, at, stop, step, lambda dim, n=vectors: stripe(b, dim, n, *rest))
             at = stop
@@ -199,7 +291,7 @@ def row_passes(make: Callable, format: KVFormat) -> Any:
     Rows are taken as many at a time as there are registers for; a rest takes the next power of
     two, whose further rows are in the block but mean nothing.
     """
-    sizes = sorted(_REGISTERS, reverse=True)
+    sizes = sorted(_registers(format), reverse=True)
     passes = [make(size, format) for size in sizes]
 
     def fitting(b, left, which, arguments):

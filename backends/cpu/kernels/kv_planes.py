@@ -1,37 +1,50 @@
-"""Cache types in a page: where their numbers lie, how 32 dims are rounded, stored and read.
+"""Cache types in a page: where their numbers lie, how 32 dims are stored and read.
 
 A page holds 32 tokens; in it each KV head has one block, the planes of its `KVFormat` one behind
 the other. With d the head size rounded up to a multiple of 16, a plane of K is transposed, [d over
-its dims][32 tokens], so that attention reads 16 keys at once; a plane of V is [32 tokens][d over
+its dims][32 tokens], so that attention reads 16 keys at once; of codes, whose products are summed
+over the dims of a key, four bytes of a token stay side by side. A plane of V is [32 tokens][d over
 its dims]. Dims that a head does not have are zeros.
 
-A further type is a row of ops/kv_formats.py and, where it has a scale, its rounding in `_ROUND`.
+A further type is a row of ops/kv_formats.py; one whose codes have other bits needs `key_words` and
+`value_codes` to read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
 
+from runtime.backends.cpu import llvm
+from runtime.backends.cpu.tile.lookup import lookup
 from runtime.ops.errors import BackendError
-from runtime.ops.kv_formats import GROUP, PAGE, SMALLEST, KVFormat, Plane, padded_head
+from runtime.ops.kv_formats import GROUP, PAGE, KVFormat, Plane, padded_head
 
 from . import emit as e
 from . import simd as s
 from .emit import number, times
+from .kv_dots import joined, native
+from .kv_rounding import rounding
 from .rows import helper
 
 Value = Any
+WORD = 4  # bytes of K's codes of one token that lie side by side
 padded = helper(padded_head)
+
+
+@helper
+def room(dim):
+    """Dims that q and o have room for: whole groups."""
+    return (dim + 31) // 32 * 32
 
 
 def _same(b: ir.IRBuilder, value: Value) -> Value:
     return value
 
 
-# dtype -> 16 lanes as they are stored, of float32 or of int32 codes; and back to float32
+# dtype -> 16 lanes of float32 as they are stored, and back
 _CONVERT: dict[str, tuple[Callable, Callable]] = {
     "f32": (_same, _same),
     "f16": (
@@ -39,48 +52,22 @@ _CONVERT: dict[str, tuple[Callable, Callable]] = {
         lambda b, x: e.half_to_float(b, x, s.HALVES),
     ),
     "bf16": (e.float_to_brain, e.brain_to_float),
-    "i8": (
-        lambda b, x: b.trunc(x, e.wide(e.i8)),
-        lambda b, x: b.sitofp(b.sext(x, e.wide(e.i32)), e.wide(e.f32)),
-    ),
 }
-_ELEMENT = {"f32": e.f32, "f16": e.i16, "bf16": e.i16, "i8": e.i8}
+_ELEMENT = {"f32": e.f32, "f16": e.i16, "bf16": e.i16}
+_CODES = ("codes",), ("nibbles",), ("nibbles", "fifth"), ("nibbles", "top")
 
 
-def _q8_0(b: ir.IRBuilder, low: Value, high: Value) -> tuple[list[Value], list[Value]]:
-    """q = x * (1 / (max|x| / 127)) to the nearest even, and max|x| / 127."""
-    zero, one = (ir.Constant(e.f32, value) for value in (0.0, 1.0))
-    peak = e.largest(b, e.larger(b, e.absolute(b, low), e.absolute(b, high)))
-    some = b.fcmp_ordered(">=", peak, ir.Constant(e.f32, e.single(SMALLEST)))
-    scale = b.select(some, b.fdiv(peak, ir.Constant(e.f32, 127.0)), zero)
-    inverse = e.splat(b, b.select(some, b.fdiv(one, scale), zero))
-    return [e.nearest_int(b, b.fmul(x, inverse)) for x in (low, high)], [scale]
-
-
-# cache type -> (builder, first 16 dims, other 16): their codes, and the numbers of the group
-_ROUND: dict[str, Callable] = {"q8_0": _q8_0}
-
-
-def _rounding(format: KVFormat) -> Callable:
-    if not format.shared:
-        return lambda b, low, high: ([low, high], [])
-    if format.name not in _ROUND:
+def check(format: KVFormat) -> None:
+    """BackendError for planes that kernels do not read."""
+    names = tuple(plane.name for plane in format.codes)
+    if names not in _CODES if format.coding else format.codes[0].dtype.name not in _CONVERT:
         raise BackendError(
-            f"KV type {format.name!r} has no rounding: add it to _ROUND in "
-            "backends/cpu/kernels/kv_planes.py"
+            f"KV type {format.name!r} keeps its values in planes {', '.join(names)}, which kernels "
+            "do not read: add them to backends/cpu/kernels/kv_planes.py"
         )
-    return _ROUND[format.name]
 
 
-def codes_of(format: KVFormat) -> Plane:
-    """The plane of its values. BackendError: it is not one of the kinds that kernels read."""
-    if len(format.codes) > 1 or format.codes[0].dtype.name not in _CONVERT:
-        raise BackendError(
-            f"KV type {format.name!r} keeps its values in {', '.join(map(str, format.codes))}, and "
-            f"kernels read one plane of {', '.join(_CONVERT)}: add it to load16 and store_group in "
-            "backends/cpu/kernels/kv_planes.py"
-        )
-    return format.codes[0]
+# ---- places -----------------------------------------------------------------------------
 
 
 def _start(b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dims: Value) -> Value:
@@ -94,7 +81,8 @@ def _start(b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dims: 
 def _width(b: ir.IRBuilder, plane: Plane, dims: Value) -> Value:
     if plane.dims == 1:
         return dims
-    return b.udiv(b.add(dims, number(plane.dims - 1)), number(plane.dims))
+    groups = b.lshr(b.add(dims, number(GROUP - 1)), number(GROUP.bit_length() - 1))
+    return times(b, groups, GROUP // plane.dims)
 
 
 def k_step(plane: Plane) -> int:
@@ -105,7 +93,7 @@ def k_step(plane: Plane) -> int:
 def k_place(
     b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dim: Value, dims: Value
 ) -> Value:
-    """The address of what the 32 tokens of a block of K have in a plane at a dim."""
+    """The address of what the 32 tokens of a block of K have in a plane from a dim on."""
     return b.add(_start(b, format, plane, block, dims), times(b, dim, k_step(plane)))
 
 
@@ -113,22 +101,122 @@ def v_place(
     b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, key: Value, dim: Value,
     dims: Value,
 ) -> Value:  # fmt: skip
-    """The address of what one token of a block of V has in a plane at a dim."""
+    """The address of what one token of a block of V has in a plane from a dim on."""
     i = b.mul(key, _width(b, plane, dims))
     i = b.add(i, dim if plane.dims == 1 else b.udiv(dim, number(plane.dims)))
     return b.add(_start(b, format, plane, block, dims), times(b, i, plane.dtype.nbytes))
 
 
+# ---- loads ------------------------------------------------------------------------------
+
+
 def load16(b: ir.IRBuilder, plane: Plane, address: Value) -> Value:
-    """16 numbers that lie side by side, as float32."""
+    """16 floats that lie side by side, as float32."""
     value = e.load(b, address, e.wide(_ELEMENT[plane.dtype.name]), 1)
     return _CONVERT[plane.dtype.name][1](b, value)
 
 
 def load_splat(b: ir.IRBuilder, plane: Plane, address: Value) -> Value:
-    """One number in all lanes, as float32."""
+    """One float in all lanes, as float32."""
     value = e.splat(b, e.load(b, address, _ELEMENT[plane.dtype.name], 1))
     return _CONVERT[plane.dtype.name][1](b, value)
+
+
+def _word(b: ir.IRBuilder, address: Value) -> Value:
+    return e.load(b, address, e.wide(e.i32), 4)
+
+
+def _moved(b: ir.IRBuilder, value: Value, up: int) -> Value:
+    """Bits moved up, or down where that is negative."""
+    if up == 0:
+        return value
+    return b.shl(value, e.ints(up)) if up > 0 else b.lshr(value, e.ints(-up))
+
+
+def _bits(b: ir.IRBuilder, value: Value, plane: Plane, turn: int) -> Value:
+    """The bits of a plane's codes that stand `turn`-th in its bytes, where they are in a code."""
+    mask = ((1 << plane.bits) - 1 << plane.low) * 0x01010101
+    return b.and_(_moved(b, value, plane.low - plane.bits * turn), e.ints(mask))
+
+
+def key_words(
+    b: ir.IRBuilder, format: KVFormat, places: list[Value], words: range
+) -> Iterator[Value]:
+    """The codes of 16 keys for `words` of a group: in each lane four bytes, dims 4 w to 4 w + 3.
+
+    places: where each plane of the codes has the group, for the first of the keys. Of a book they
+    are its entries, 128 higher.
+    """
+    loaded: dict[tuple[int, int], Value] = {}
+    for w in words:
+        value = None
+        for i, plane in enumerate(format.codes):
+            turns = 8 // plane.bits
+            inner = GROUP // 4 // turns // plane.outer  # words of one turn
+            outer, rest = divmod(w, inner * turns)
+            turn, at = divmod(rest, inner)
+            at += outer * inner
+            if (i, at) not in loaded:
+                loaded[i, at] = _word(b, e.offset(b, places[i], at * PAGE * WORD))
+            bits = loaded[i, at] if turns == 1 else _bits(b, loaded[i, at], plane, turn)
+            value = bits if value is None else b.or_(value, bits)
+        yield _entries(b, format, value, 128)
+
+
+def _entries(b: ir.IRBuilder, format: KVFormat, value: Value, more: int) -> Value:
+    """The entries of the type's book for four (or one) indices a lane, `more` higher."""
+    coding = format.coding
+    if coding is None or not coding.book:
+        return value
+    code, table = native(b), [entry + more for entry in coding.book]
+    n = 64 // (e.LANES // code.lanes)
+    whole = b.bitcast(value, llvm.vec(e.i8, 64))
+    parts = [
+        lookup(code, llvm.shuffle(b, whole, whole, range(i, i + n)), table) for i in range(0, 64, n)
+    ]
+    return b.bitcast(joined(b, parts), value.type)
+
+
+def value_codes(b: ir.IRBuilder, format: KVFormat, places: list[Value]) -> list[Value]:
+    """The codes (entries of a book) of the 32 dims of a group of V as float32, two vectors.
+
+    places: where each plane has them.
+    """
+    coding, halves = format.coding, []
+    nibbles = None
+    for half in range(2):
+        value = None
+        for plane, place in zip(format.codes, places, strict=True):
+            if plane.bits == 8:
+                part = _bytes_of(b, e.offset(b, place, 16 * half))
+            elif plane.bits == 4:
+                nibbles = _bytes_of(b, place) if nibbles is None else nibbles
+                part = b.lshr(nibbles, e.ints(4)) if half else b.and_(nibbles, e.ints(15))
+            else:
+                part = _spread(b, plane, place, half)
+            value = part if value is None else b.or_(value, part)
+        if coding is not None and coding.book:
+            value = _entries(b, format, value, 0)
+            value = b.ashr(b.shl(value, e.ints(24)), e.ints(24))
+        halves.append(b.sitofp(value, e.wide(e.f32)))
+    return halves
+
+
+def _bytes_of(b: ir.IRBuilder, place: Value) -> Value:
+    return b.zext(e.load(b, place, e.wide(e.i8), 1), e.wide(e.i32))
+
+
+def _spread(b: ir.IRBuilder, plane: Plane, place: Value, half: int) -> Value:
+    """A plane's bits of 16 dims, which are in one word, at their place in a code."""
+    turns = 8 // plane.bits
+    word = e.splat(b, e.load(b, e.offset(b, place, 4 * half if plane.outer == 2 else 0), e.i32, 1))
+    first = 0 if plane.outer == 2 else 4 * half
+    shifts = [8 * (i % 4) + plane.bits * ((first + i // 4) % turns) for i in range(e.LANES)]
+    moved = b.lshr(word, ir.Constant(e.wide(e.i32), shifts))
+    return b.shl(b.and_(moved, e.ints((1 << plane.bits) - 1)), e.ints(plane.low))
+
+
+# ---- stores -----------------------------------------------------------------------------
 
 
 def store_group(format: KVFormat, which: str) -> Any:
@@ -136,31 +224,60 @@ def store_group(format: KVFormat, which: str) -> Any:
 
     low, high: their values, float32; block: of the KV head in its page; place: the token's there.
     """
-    codes, is_k, rounding = codes_of(format), which == "k", _rounding(format)
+    check(format)
+    is_k = which == "k"
 
     def address(b, plane, block, place, dim, dims):
         if not is_k:
             return v_place(b, format, plane, block, place, dim, dims)
         at = k_place(b, format, plane, block, dim, dims)
-        return b.add(at, times(b, place, plane.dtype.nbytes))
+        return b.add(at, times(b, place, plane.dtype.nbytes * plane.together))
 
-    def store16(b, value, at):
-        value = _CONVERT[codes.dtype.name][0](b, value)
-        if not is_k:
-            e.store(b, value, at, 1)
-            return
-        for lane in range(e.LANES):
+    def pieces(b, value, at, size, step):
+        """The parts of `size` bytes of a vector, `step` bytes apart."""
+        for lane in range(value.type.count):
             one = b.extract_element(value, ir.Constant(e.i32, lane))
-            e.store(b, one, e.offset(b, at, lane * k_step(codes)), codes.dtype.nbytes)
+            e.store(b, one, e.offset(b, at, lane * step), size)
+
+    def store_floats(b, plane, value, at):
+        value = _CONVERT[plane.dtype.name][0](b, value)
+        if is_k:
+            pieces(b, value, at, plane.dtype.nbytes, k_step(plane))
+        else:
+            e.store(b, value, at, 1)
+
+    def store_bytes(b, value, at):
+        """Bytes of codes (four to a lane of an int32 vector)."""
+        if is_k:
+            pieces(b, value, at, WORD, PAGE * WORD)
+        else:
+            e.store(b, value, at, 1)
+
+    def if_whole(b, dim, dims):
+        return b.if_then(b.icmp_signed("<", b.add(dim, number(GROUP // 2)), dims))
 
     @s.operation(s.void, s.f32x16, s.f32x16, s.i64, s.i64, s.i64, s.i64)
     def put(b, low, high, block, place, dim, dims):
-        halves, shared = rounding(b, low, high)
-        at = address(b, codes, block, place, dim, dims)
-        store16(b, halves[0], at)
-        with b.if_then(b.icmp_signed("<", b.add(dim, number(GROUP // 2)), dims)):
-            step = k_step(codes) if is_k else codes.dtype.nbytes
-            store16(b, halves[1], e.offset(b, at, GROUP // 2 * step))
+        if format.coding is None:
+            plane = format.codes[0]
+            at = address(b, plane, block, place, dim, dims)
+            store_floats(b, plane, low, at)
+            with if_whole(b, dim, dims):
+                step = k_step(plane) if is_k else plane.dtype.nbytes
+                store_floats(b, plane, high, e.offset(b, at, GROUP // 2 * step))
+            return
+        codes, shared = rounding(b, format.coding, low, high)
+        for plane in format.codes:
+            at = address(b, plane, block, place, dim, dims)
+            words = packed(b, plane, codes)
+            if plane.dims > 1:
+                store_bytes(b, words, at)
+                continue
+            first, second = (llvm.shuffle(b, words, words, range(i, i + 4)) for i in (0, 4))
+            store_bytes(b, first, at)
+            with if_whole(b, dim, dims):
+                step = PAGE if is_k else 1
+                store_bytes(b, second, e.offset(b, at, GROUP // 2 * step))
         for plane, value in zip(format.shared, shared, strict=True):
             lanes = _CONVERT[plane.dtype.name][0](b, e.splat(b, value))
             one = b.extract_element(lanes, ir.Constant(e.i32, 0))
@@ -168,3 +285,27 @@ def store_group(format: KVFormat, which: str) -> Any:
             e.store(b, one, at, plane.dtype.nbytes)
 
     return put
+
+
+def packed(b: ir.IRBuilder, plane: Plane, codes: list[Value]) -> Value:
+    """A plane's bytes of a group as int32 words; codes: of its dims, two vectors of int32."""
+    narrow = [b.trunc(half, e.wide(e.i8)) for half in codes]
+    whole = llvm.shuffle(b, narrow[0], narrow[1], range(GROUP))
+    turns = 8 // plane.bits
+    inner = GROUP // turns // plane.outer
+    mask = llvm.fill(e.i8, (1 << plane.bits) - 1, inner * plane.outer)
+    found: Any = None
+    for turn in range(turns):
+        dims = [
+            (outer * turns + turn) * inner + i for outer in range(plane.outer) for i in range(inner)
+        ]
+        part = llvm.shuffle(b, whole, whole, dims)
+        if plane.low:
+            part = b.lshr(part, llvm.fill(e.i8, plane.low, part.type.count))
+        if plane.bits < 8:
+            part = b.and_(part, mask)
+            if turn:
+                shift = llvm.fill(e.i8, plane.bits * turn, part.type.count)
+                part = b.shl(part, shift)
+        found = part if found is None else b.or_(found, part)
+    return b.bitcast(found, llvm.vec(e.i32, found.type.count // 4))

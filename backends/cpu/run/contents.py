@@ -13,6 +13,7 @@ from runtime.backends.cpu.rules.moe import HEADER
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.tile.spec import PIECES, STRETCHES, activation_tile_nbytes
 from runtime.backends.plan.plan import Buffer, Plan
+from runtime.ops.kv_formats import kv_format
 from runtime.ops.tensor import Dim, Tensor
 
 _CLOSE = 1e-5  # how near a scale must be to the best one: float32 sums of 32 products
@@ -135,7 +136,10 @@ class Contents:
         """float32 [len(rows), ...]: these pages (as [PAGE, heads, dim]) or slots of a leaf."""
         if not len(rows):
             return np.zeros((0, *map(int, leaf.shape[1:])), np.float32)
-        return self._memory.read(leaf, rows.tolist())
+        found = self._memory.read(leaf, rows.tolist())
+        if found.dtype == np.uint8:
+            return kv_format(leaf.dtype.name).plain(found, int(leaf.shape[3]))
+        return found
 
     def _gathered(self, x: Tensor) -> bool:
         """Whether a pack's rows are those of experts' tiles."""

@@ -11,12 +11,13 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.cpu.pages import from_plain, from_rows, to_plain, to_rows
 from runtime.backends.cpu.run.cores import pinned
 from runtime.backends.cpu.run.weights import WeightStore, aligned
 from runtime.backends.plan.plan import Buffer
 from runtime.ops.cost import page_nbytes
 from runtime.ops.errors import BackendError
+from runtime.ops.kv_formats import kv_format
 from runtime.ops.tensor import Tensor
 
 
@@ -58,18 +59,20 @@ class FixedMemory:
             memory[list(targets)] = memory[list(sources)]
 
     def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
-        """float32 [rows, ...]: pages as [PAGE, heads, dim], slots as they are."""
+        """See `Backend.read_state`."""
         found = self.state(leaf)[list(rows)]
         if leaf.attrs["storage"] == "slots":
             return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
-        return to_plain(found, leaf)
+        coded = kv_format(leaf.dtype.name).coding
+        return to_rows(found, leaf) if coded else to_plain(found, leaf)
 
     def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """The inverse of `read`."""
-        values = np.ascontiguousarray(values, np.float32)
+        as_kept = values.dtype == np.uint8
+        values = np.ascontiguousarray(values, values.dtype if as_kept else np.float32)
         if leaf.attrs["storage"] == "slots":
             raw = values.reshape(len(rows), -1).view(np.uint8)
         else:
-            raw = from_plain(values, leaf)
+            raw = from_rows(values, leaf) if as_kept else from_plain(values, leaf)
         with pinned(self.weights.cores):
             self.state(leaf)[list(rows)] = raw

@@ -9,7 +9,7 @@ the codes, once per word for all columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from runtime.backends.cpu.tile.codes import Word
 from runtime.backends.cpu.tile.formats import Format
@@ -19,6 +19,21 @@ _MAX_ACTIVATION = 127
 _CORRECTION = 8
 # With fewer columns bringing words together takes the instructions that smmla saves (counted).
 _MATRIX_COLUMNS = 8
+
+
+class Codes(Protocol):
+    """What a product has to know of codes: how many there are, and which of them means 0."""
+
+    @property
+    def levels(self) -> int: ...
+
+    @property
+    def offset(self) -> int: ...
+
+
+def dot_step(code: Code, layout: Codes, prepared: bool = False) -> Dot:
+    """The products of this instruction set."""
+    return _STEPS.get(code.isa.name, _WidenedDot)(code, layout, prepared)
 
 
 def dot_words(
@@ -37,7 +52,7 @@ def dot_words(
     """
     if code.isa.has_smmla and len(x) >= _MATRIX_COLUMNS:
         return _matrix_dots(code, layout, words, x, prepared)
-    step = _STEPS.get(code.isa.name, _WidenedDot)(code, layout, prepared)
+    step = dot_step(code, layout, prepared)
     n_groups, n_words, columns = len(words), len(words[0]), range(len(x))
     sums = [[step.begin(start, c) for c in columns] for _ in range(n_groups)]
     for w in range(n_words):
@@ -120,14 +135,16 @@ def half_sums(code: Code, halves: tuple[Any, ...], sums: list[Any]) -> Any:
     return code.b.add(*(code.b.mul(f, v) for f, v in zip(halves, sums, strict=True)))
 
 
-class _Dot:
+class Dot:
     """One way to add up products; the default sums int32 lanes without a correction."""
 
-    def __init__(self, code: Code, layout: Format, prepared: bool = False) -> None:
+    leaves_out = 0  # what codes are too large by, for a correction to take off
+
+    def __init__(self, code: Code, layout: Codes, prepared: bool = False) -> None:
         self.code, self.layout, self.prepared = code, layout, prepared
 
-    def begin(self, start: Broadcasts, column: int) -> Any:
-        """The empty sum of a column; `start` are the activations' corrections."""
+    def begin(self, start: Broadcasts | None, column: int) -> Any:
+        """The empty sum of a column; `start` are the activations' corrections, if sums begin so."""
         return self.code.fill(I32, 0)
 
     def weights(self, codes: Any) -> Any:
@@ -143,10 +160,14 @@ class _Dot:
         return total
 
 
-class _VnniDot(_Dot):
+class _VnniDot(Dot):
     """AVX-512 VNNI: vpdpbusd, unsigned codes by signed activations."""
 
-    def begin(self, start: Broadcasts, column: int) -> Any:
+    def __init__(self, code: Code, layout: Codes, prepared: bool = False) -> None:
+        super().__init__(code, layout, prepared)
+        self.leaves_out = layout.offset
+
+    def begin(self, start: Broadcasts | None, column: int) -> Any:
         return _correction(self.code, self.layout, start, column)
 
     def weights(self, codes: Any) -> Any:
@@ -157,7 +178,7 @@ class _VnniDot(_Dot):
         return self.code.intrinsic(name, total.type, [total, weights, four])
 
 
-class _NeonDot(_Dot):
+class _NeonDot(Dot):
     """Arm dot product: sdot, signed bytes by signed bytes."""
 
     def weights(self, codes: Any) -> Any:
@@ -168,20 +189,21 @@ class _NeonDot(_Dot):
         return self.code.intrinsic(name, total.type, [total, weights, _bytes(self.code, four)])
 
 
-class _Avx2Dot(_Dot):
+class _Avx2Dot(Dot):
     """AVX2: vpmaddubsw adds pairs in int16, which saturates, so sums are emptied in time.
 
     Codes below 64 fit as they are (2 * 63 * 127 * 2 < 32768). Codes of 8 bits go as |w| and the
     activation takes w's sign (128 * 127 * 2 < 32768).
     """
 
-    def __init__(self, code: Code, layout: Format, prepared: bool = False) -> None:
+    def __init__(self, code: Code, layout: Codes, prepared: bool = False) -> None:
         super().__init__(code, layout, prepared)
         self.signed = layout.levels > 64
+        self.leaves_out = 0 if self.signed else layout.offset
         largest = 128 if self.signed else layout.levels - 1
         self.room = (2**15 - 1) // (2 * _MAX_ACTIVATION * largest)
 
-    def begin(self, start: Broadcasts, column: int) -> Any:
+    def begin(self, start: Broadcasts | None, column: int) -> Any:
         if self.signed:
             return self.code.fill(I32, 0), None
         return _correction(self.code, self.layout, start, column), None
@@ -216,14 +238,14 @@ class _Avx2Dot(_Dot):
         return self.code.b.add(whole, wide)
 
 
-class _WidenedDot(_Dot):
+class _WidenedDot(Dot):
     """Any processor: products in int32 element by element, added up at the end of the group."""
 
-    def __init__(self, code: Code, layout: Format, prepared: bool = False) -> None:
+    def __init__(self, code: Code, layout: Codes, prepared: bool = False) -> None:
         super().__init__(code, layout, prepared)
         self.wide = vec(I32, 4 * code.lanes)
 
-    def begin(self, start: Broadcasts, column: int) -> Any:
+    def begin(self, start: Broadcasts | None, column: int) -> Any:
         return ir.Constant(self.wide, [0] * self.wide.count)
 
     def weights(self, codes: Any) -> Any:
@@ -242,7 +264,7 @@ class _WidenedDot(_Dot):
         return self.code.shuffle(total, total, range(k, total.type.count, 4))
 
 
-def signed_codes(code: Code, layout: Format, codes: Any) -> Any:
+def signed_codes(code: Code, layout: Codes, codes: Any) -> Any:
     """The codes less their offset, as signed bytes (xor for 128: the sign bit turns over)."""
     offset = code.fill(I8, layout.offset, codes.type.count)
     if layout.offset == 0:
@@ -250,9 +272,9 @@ def signed_codes(code: Code, layout: Format, codes: Any) -> Any:
     return code.b.xor(codes, offset) if layout.offset == 128 else code.b.sub(codes, offset)
 
 
-def _correction(code: Code, layout: Format, start: Broadcasts, column: int) -> Any:
+def _correction(code: Code, layout: Codes, start: Broadcasts | None, column: int) -> Any:
     """-offset * sum(q) of a column in every lane, from the values -8 * sum(q) at `start`."""
-    if layout.offset == 0:
+    if layout.offset == 0 or start is None:
         return code.fill(I32, 0)
     value = start[column]
     if layout.offset < _CORRECTION:
@@ -270,7 +292,7 @@ def _lanes(code: Code, four: Any) -> Any:
     return code.b.bitcast(four, vec(I32, code.lanes))
 
 
-_STEPS: dict[str, type[_Dot]] = {
+_STEPS: dict[str, type[Dot]] = {
     "avx512vnni": _VnniDot,
     "amx": _VnniDot,
     "avx2": _Avx2Dot,

@@ -271,24 +271,22 @@ LEVELS = {
 def coded(block: list[float], kv: str) -> list[float]:
     """A group in levels times a scale, plus a minimum: the best of the ways that the type tries."""
     levels, coding = LEVELS[kv], KV_FORMATS[kv].coding
-    low, extent = min(block), max(block) - min(block)
-    peak = max(block, key=abs)
+    x = np.array(block, np.float32)  # steps are taken in single: what is halfway depends on it
+    low, extent = x.min(), x.max() - x.min()
+    peak = (x.max() if x.max() >= -low else low) or np.float32(1)
+    ways = [(peak / np.float32(goal), np.float32(goal) / peak, x) for goal in coding.tries]
+    for below, beyond in coding.cuts:
+        n, width = np.float32(levels[-1] / (1 - below - beyond)), extent or np.float32(1)
+        ways.append((width / n, n / width, x - low - np.float32(below) * width))
     found = []
-    for way in coding.tries or coding.cuts:
-        if isinstance(way, tuple):  # cut off below and above
-            width = extent * (1 - way[0] - way[1]) or 1.0
-            steps = [(v - low - way[0] * extent) / width * levels[-1] for v in block]
-        else:
-            steps = [v * way / (peak or 1.0) for v in block]
+    for step, per, left in ways:
+        steps = [float(s) if kv == "iq4_nl" else round(float(s)) for s in left * per]
         q = np.array([min(levels, key=lambda level, s=s: (abs(level - s), level)) for s in steps])
-        rows = [q, np.ones(32)] if isinstance(way, tuple) else [q]
-        fit = np.linalg.lstsq(np.array(rows, float).T, np.array(block), rcond=None)[0]
-        error = ((fit @ np.array(rows) - block) ** 2).sum()
-        found.append((error, q, fit))
-    least = min(error for error, _, _ in found) + 2e-6 * sum(v * v for v in block)
-    _, q, fit = next(way for way in found if way[0] <= least)
-    numbers = [float(np.float16(f)) for f in fit]
-    return list(q * numbers[0] + (numbers[1] if len(numbers) > 1 else 0.0))
+        found.append((((left.astype(float) - q * float(step)) ** 2).sum(), q))
+    q = min(found, key=lambda way: way[0])[1]
+    rows = np.array([q, np.ones(32)] if coding.cuts else [q], float)
+    fit = np.linalg.lstsq(rows.T, x.astype(float), rcond=None)[0]
+    return list(np.float16(fit).astype(float) @ rows)
 
 
 @oracle

@@ -262,6 +262,7 @@ class TestInspect:
         monkeypatch.setattr(
             "runtime.backends.cpu.run.bandwidth.read_bandwidth", lambda n: calls.append(n) or 3e9
         )
+        monkeypatch.setattr("runtime.memory.budget.available_memory", lambda: 8 << 30)
         run = CliRunner().invoke
         first, second = run(main, ["inspect"]), run(main, ["inspect"])
         assert "3.0 GB/s" in first.stdout and first.stdout == second.stdout

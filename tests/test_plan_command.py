@@ -111,16 +111,9 @@ def test_fit_says_which_options_it_chose() -> None:
 
 def test_fit_says_what_would_fit_where_nothing_does() -> None:
     text = plan("llama-3.1-70b", "--fit", "-c", "32768", "--devices", "tensor(cuda:16GB,cuda:16GB)")
-    first, note, _, chosen, *_ = text.splitlines()
+    first, _, chosen, *_ = text.splitlines()
     assert first.endswith("there is room for 32,768 tokens with weights of Q2_K and a q4_0 cache")
-    assert note == "planned by size: caches of q4_0 do not run yet"
     assert chosen == "options: none that were left free make it fit"
-
-
-def test_caches_that_run_have_no_note() -> None:
-    arguments = ("qwen3-0.6b", "--devices", "cuda:24GB", "-ctk", "q8_0", "-ctv", "q8_0")
-    assert "do not run" not in plan(*arguments)
-    assert "caches of q5_1 do not run yet" in plan(*arguments[:-1], "q5_1").splitlines()[1]
 
 
 def test_shares_are_shown_in_numbers_that_can_be_given_again() -> None:

@@ -78,10 +78,10 @@ def cut_of(part: Tensor) -> Parts:
 def joined(leaf: Tensor, rows: int, parts: Iterable[tuple[Parts, np.ndarray]]) -> np.ndarray:
     """So many rows of a state as one device has them, of parts: how each is cut, and its rows."""
     found = list(parts)
-    inside, width, kind = map(int, leaf.shape[1:-1]), int(leaf.shape[-1]), np.dtype(np.float32)
-    if found:
-        width, kind = found[0][1].shape[-1], found[0][1].dtype
-    out = np.zeros((rows, *inside, width), kind)
+    shape, kind = [rows, *map(int, leaf.shape[1:])], np.dtype(np.float32)
+    if found and found[0][1].dtype == np.uint8:  # bytes of whole heads
+        shape[-1], kind = found[0][1].shape[-1], np.dtype(np.uint8)
+    out = np.zeros(shape, kind)
     places = np.arange(out.size).reshape(out.shape)
     for cut, values in found:
         out.flat[cut_array(places, cut)] = values

@@ -168,7 +168,7 @@ done
 tests=(features)
 [ -n "$quick" ] || tests=(tile odd_tiles odd_sizes arm_code features instruction_sets simd \
   float_kernels elementwise_kernels attention_kernel cache_kernels delta_kernels moe_kernels \
-  weight_packing gated_packs fused_attention fused_ffn executor)
+  weight_packing gated_packs fused_attention fused_ffn executor quantising)
 
 export RUNTIME_CACHE_DIR=$work/kernels
 unset RUNTIME_CPU_ISA DEBUG VALIDATE PYTHONHOME

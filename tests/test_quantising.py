@@ -147,6 +147,14 @@ def test_an_importance_of_zeros_is_none(rng, quantiser):
     assert np.array_equal(quantiser(x, "q4_k", np.zeros(768, np.float32)), quantiser(x, "q4_k"))
 
 
+@pytest.mark.parametrize(("kind", "most"), [("q4_0", 8), ("q5_0", 16), ("q4_1", 1), ("q4_k", 1)])
+def test_the_largest_values_stay_finite(rng, quantiser, kind, most):
+    x = (rng.uniform(-65504, 65504, (4, 256)) * most).astype(np.float32)
+    for importance in (None, rng.random(256, np.float32)):
+        raw = quantiser(x, kind, importance)
+        assert np.isfinite(dequantize(raw, DTYPES[kind], x.shape)).all()
+
+
 def test_odd_columns_of_plain_types(rng, quantiser):
     x = rng.standard_normal((3, 37)).astype(np.float32)
     assert np.array_equal(quantiser(x, "F16").view(np.float16), x.astype(np.float16))

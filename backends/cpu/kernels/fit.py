@@ -36,8 +36,10 @@ class Parts(NamedTuple):
 
 
 class Starts(NamedTuple):
-    """Scales to try, the smallest first: how many codes the range or the largest value has, or how
-    many more than there are."""
+    """Scales to try, the smallest first: `first`, `first + step`, .. codes for the whole range.
+
+    Of centred codes: for the largest value, as many more than there are.
+    """
 
     first: float
     step: float

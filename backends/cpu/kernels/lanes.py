@@ -98,16 +98,14 @@ def dropped(b, value, n):
     return b.lshr(value, e.splat(b, b.trunc(n, e.i32)))
 
 
-@s.operation(s.i32x16, s.f32x16)
-def half_bits(b, x):
-    """float16, to the nearest even, in the low bits."""
-    return b.zext(e.float_to_half(b, x, s.HALVES), e.wide(e.i32))
+def _half(b, x):
+    """The nearest float16 that is finite."""
+    x = e.smaller(b, e.larger(b, x, e.floats(-65504.0)), e.floats(65504.0))
+    return e.float_to_half(b, x, s.HALVES)
 
 
-@s.operation(s.f32x16, s.f32x16)
-def as_half(b, x):
-    """To the nearest float16; beyond them infinite."""
-    return e.half_to_float(b, e.float_to_half(b, x, s.HALVES), s.HALVES)
+half_bits = s.operation(s.i32x16, s.f32x16)(lambda b, x: b.zext(_half(b, x), e.wide(e.i32)))
+as_half = s.operation(s.f32x16, s.f32x16)(lambda b, x: e.half_to_float(b, _half(b, x), s.HALVES))
 
 
 @s.operation(s.f32x16, s.f32x16, s.f32, s.f32)

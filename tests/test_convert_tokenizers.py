@@ -199,7 +199,7 @@ def test_sentencepiece_in_json_is_ranked_by_its_merges(tmp_path: Path) -> None:
     model = {
         "type": "BPE", "byte_fallback": True,
         "vocab": {text: i for i, (text, _, _) in enumerate(PIECES)},
-        "merges": [["▁", "t"], "h e", ["▁t", "he"]],
+        "merges": [["▁", "t"], ["h", "e"], ["▁t", "he"]],
     }  # fmt: skip
     dump(folder / "tokenizer.json", {"model": model, "added_tokens": []})
     found = converted(folder)

@@ -28,15 +28,16 @@ class Added:
         """From tokenizer.json (`spec`) and tokenizer_config.json (`settings`), or, of older
         checkpoints, from added_tokens.json."""
         listed = [(token.get("id"), token) for token in (spec or {}).get("added_tokens") or []]
+        known = {str(number) for number, _ in listed}
         decoder = settings.get("added_tokens_decoder") or {}
-        known = {number for number, _ in listed}
-        listed += [(int(n), token) for n, token in decoder.items() if int(n) not in known]
+        if isinstance(decoder, Mapping):
+            listed += [(_whole(n), token) for n, token in decoder.items() if n not in known]
         if not listed:
             plain = checkpoint.json("added_tokens.json") or {}
             listed = [(number, {"content": text}) for text, number in plain.items()]
         found: dict[int, tuple[str, bool]] = {}
         for number, token in listed:
-            text = token.get("content")
+            text = token.get("content") if isinstance(token, Mapping) else None
             if type(number) is not int or number < 0 or not isinstance(text, str):
                 raise TextError(
                     f"{checkpoint.folder}: the added token {shown(token)} has no usable id and text"
@@ -51,6 +52,10 @@ class Added:
     def __iter__(self) -> Iterator[tuple[int, str, bool]]:
         for number, (text, control) in self._tokens.items():
             yield number, text if control else text.replace(ESCAPED_SPACE, " "), control
+
+
+def _whole(digits: str) -> int:
+    return int(digits) if digits.isdecimal() else -1
 
 
 def _looks_like_control(text: str) -> bool:

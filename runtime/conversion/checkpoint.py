@@ -107,7 +107,9 @@ class Checkpoint:
             return None
         try:
             found = json.loads(text)
-        except ValueError as error:
+            if "\\ud" in text.lower():  # halves of characters, which no library takes
+                json.dumps(found, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
             raise FileError(f"{self.folder / name}: no valid JSON ({error})") from None
         return self._object(found, name)
 

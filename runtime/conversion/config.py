@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.models.keys import LARGEST
 from runtime.ops.errors import ModelError, shown
 
 _RENAMED = {"num_local_experts": "num_experts", "experts_per_token": "num_experts_per_tok"}
@@ -36,6 +37,9 @@ _ROPE_READ = {
 }
 
 
+_WORDS = ("rope_type", "type", "mrope_interleaved", "truncate")
+
+
 class Config:
     """The settings of a checkpoint's text model.
 
@@ -49,7 +53,8 @@ class Config:
         merged = {**settings, **text} if isinstance(text, Mapping) else dict(settings)
         self._settings = {_RENAMED.get(key, key): value for key, value in merged.items()}
         # the outer one says what the whole model is
-        self.classes = [str(c) for c in settings.get("architectures") or [] if c]
+        classes = settings.get("architectures")
+        self.classes = [str(name) for name in classes] if isinstance(classes, list) else []
         self.rope = self._rope()
         for key, values in _NEUTRAL.items():
             if (value := self.get(key)) is not None and value not in values:
@@ -71,12 +76,23 @@ class Config:
         return default if value is None else value
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0. ModelError: it is none, or missing."""
+        """A whole number above 0. ModelError: it is none, too large, or missing."""
         value = self.get(key, default)
-        if type(value) is not int or value < 1:
-            what = "is missing" if value is None else f"= {shown(value)} is no number above 0"
+        if type(value) is not int or not 0 < value <= LARGEST:
+            what = "is missing" if value is None else f"= {shown(value)}, not 1 to {LARGEST}"
             raise ModelError(f"{self.path}: {key} {what}")
         return value
+
+    def optional(self, key: str) -> int | None:
+        """As `size`; None where it is null or left out."""
+        return None if self.get(key) is None else self.size(key)
+
+    def number(self, key: str, default: float) -> float:
+        """A number. ModelError: it is none."""
+        value = self.get(key, default)
+        if not _is_number(value):
+            raise ModelError(f"{self.path}: {key} = {shown(value)} is no number")
+        return float(value)
 
     def head_dim(self) -> int:
         """Numbers of an attention head."""
@@ -92,24 +108,24 @@ class Config:
 
     def layer_kinds(self) -> list[str] | None:
         """What each layer is, where the file says. ModelError: there are not as many."""
-        kinds = self.get("layer_types")
-        if kinds is not None and len(kinds) != self.size("num_hidden_layers"):
+        kinds, layers = self.get("layer_types"), self.size("num_hidden_layers")
+        if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
             raise ModelError(
-                f"{self.path}: layer_types has {len(kinds)} entries, but num_hidden_layers is "
-                f"{self.size('num_hidden_layers')}"
+                f"{self.path}: layer_types = {shown(kinds)} is not a list of {layers}, which "
+                "num_hidden_layers says"
             )
         return kinds
 
     def context(self, windows: bool) -> int | None:
         """Positions of the longest text; where no `windows` are implemented, no more than what
         all layers see, with a warning."""
-        context, window = self.get("max_position_embeddings"), self.get("sliding_window")
+        context, window = self.optional("max_position_embeddings"), self.optional("sliding_window")
         kinds = self.layer_kinds()
         if kinds is not None:
             slides = "sliding_attention" in kinds
         else:
             slides = self.get("use_sliding_window", True) and (
-                self.get("max_window_layers", 0) < self.size("num_hidden_layers")
+                self.number("max_window_layers", 0) < self.size("num_hidden_layers")
             )
         if windows or not (slides and window and context and window < context):
             return context
@@ -131,11 +147,19 @@ class Config:
         kind = found.setdefault("rope_type", found.get("type", "default"))
         if kind == "mrope":  # old name of the plain one with sections
             kind = found["rope_type"] = "default"
-        if kind not in _ROPE_TYPES:
+        if not isinstance(kind, str) or kind not in _ROPE_TYPES:
             raise ModelError(
                 f"{self.path}: rope scaling {shown(kind)} is not implemented; "
                 f"there are {', '.join(_ROPE_TYPES)}"
             )
-        if stray := sorted(set(found) - _ROPE_READ):
-            raise self.refusal(f"rope setting {stray[0]}", found[stray[0]])
+        for key, value in found.items():
+            if key not in _ROPE_READ:
+                raise self.refusal(f"rope setting {key}", value)
+            sections = isinstance(value, list) and all(type(n) is int for n in value)
+            if not (sections if key == "mrope_section" else key in _WORDS or _is_number(value)):
+                raise ModelError(f"{self.path}: rope setting {key} = {shown(value)} cannot be used")
         return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e38

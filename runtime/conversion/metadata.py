@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.conversion.config import Config
 from runtime.conversion.pieces import Planned
-from runtime.ops.errors import ModelError
+from runtime.ops.errors import ModelError, shown
 
 # settings of generation_config.json -> general.sampling.*, and the type they have there
 _SAMPLING: dict[str, tuple[str, Any]] = {
@@ -39,8 +39,13 @@ def general(
     """`general.*` keys; sampling: what generation_config.json holds."""
     found: dict[str, Any] = {"general.architecture": architecture, "general.type": "model"}
     for name, (key, kind) in _SAMPLING.items():
-        if sampling.get(name) is not None:
-            found[f"general.sampling.{key}"] = kind(sampling[name])
+        try:
+            if sampling.get(name) is not None:
+                found[f"general.sampling.{key}"] = kind(sampling[name])
+        except (TypeError, ValueError, OverflowError):
+            raise ModelError(
+                f"generation_config.json: {name} = {shown(sampling[name])} cannot be used"
+            ) from None
     found["general.name"] = _title(folder)
     found["general.size_label"] = size_label(tensors)
     return found
@@ -52,20 +57,20 @@ def sizes(config: Config, blocks: int, windows: bool) -> dict[str, Any]:
     windows: layers that see a part of the context alone are implemented.
     """
     found: dict[str, Any] = {"block_count": blocks, "context_length": config.context(windows)}
-    found |= {key: config.get(name) for name, key in _SIZES.items()}
+    found |= {key: config.optional(name) for name, key in _SIZES.items()}
     found |= _rope(config)
-    found["attention.layer_norm_rms_epsilon"] = config.get("rms_norm_eps")
-    found |= {key: config.get(name) for name, key in _EXPERTS.items()}
-    found["attention.key_length"] = found["attention.value_length"] = config.get("head_dim")
+    found["attention.layer_norm_rms_epsilon"] = config.number("rms_norm_eps", 1e-6)
+    found |= {key: config.optional(name) for name, key in _EXPERTS.items()}
+    found["attention.key_length"] = found["attention.value_length"] = config.optional("head_dim")
     return {key: value for key, value in found.items() if value is not None}
 
 
 def _rope(config: Config) -> dict[str, Any]:
     rope, found = config.rope, {}
     if (kind := rope["rope_type"]) in ("linear", "yarn"):
-        found = {"rope.scaling.type": kind, "rope.scaling.factor": _number(config, "factor")}
+        found = {"rope.scaling.type": kind, "rope.scaling.factor": _needed(config, "factor")}
     if kind == "yarn":
-        original = _number(config, "original_max_position_embeddings")
+        original = _needed(config, "original_max_position_embeddings")
         found["rope.scaling.original_context_length"] = int(original)
         attention = rope.get("attention_factor", rope.get("attn_factor"))
         found |= {
@@ -77,16 +82,13 @@ def _rope(config: Config) -> dict[str, Any]:
         }  # fmt: skip
     if sections := rope.get("mrope_section"):
         found["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
-    if "rope_theta" in rope:
-        found["rope.freq_base"] = _number(config, "rope_theta")
-    return found
+    return found | {"rope.freq_base": float(rope["rope_theta"])}
 
 
-def _number(config: Config, key: str) -> float:
-    value = config.rope.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ModelError(f"{config.path}: rope setting {key} is missing or no number")
-    return float(value)
+def _needed(config: Config, key: str) -> float:
+    if key not in config.rope:
+        raise ModelError(f"{config.path}: rope setting {key} is missing")
+    return float(config.rope[key])
 
 
 def rope_frequencies(config: Config) -> np.ndarray:

@@ -80,7 +80,7 @@ class Planner:
     def __post_init__(self) -> None:
         self._layers = self.config.size("num_hidden_layers")
         self.blocks = self._layers + (self._ahead() if self.mtp else 0)
-        self._count = self.config.get("num_experts", 0)
+        self._count = 0
 
     def _ahead(self) -> int:
         """Blocks that predict further tokens: those that the checkpoint has tensors of."""
@@ -165,7 +165,7 @@ class Planner:
 
     def _gather(self, name: Name, number: int, weight: Any) -> list[Planned]:
         """The experts of a layer, once the last of their matrices is there."""
-        block = int(name.block.split(".")[1])
+        block, self._count = int(name.block.split(".")[1]), self.config.size("num_experts")
         left = self._experts[block]
         left[name.stem, number] = weight
         if len(left) < 3 * self._count:

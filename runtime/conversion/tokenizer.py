@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ _SMALL_LLAMA = 49152  # rows of the vocabulary of models that want no BOS
 
 def tokenizer_keys(checkpoint: Checkpoint, config: Config, llama: bool) -> dict[str, Any]:
     """All keys, in order; `llama` models say a few more things. TextError: it cannot be used."""
-    spec, settings = checkpoint.json("tokenizer.json"), checkpoint.json("tokenizer_config.json")
-    settings = settings or {}
+    path = checkpoint.folder / "tokenizer.json"
+    spec, settings = checkpoint.json(path.name), checkpoint.json("tokenizer_config.json") or {}
+    # what it takes is of the right shape
+    original = None if spec is None else _original(path, checkpoint.text(path.name) or "")
     found: dict[str, Any] = {}
     if llama and settings.get("add_prefix_space") is not None:
         found["tokenizer.ggml.add_space_prefix"] = bool(settings["add_prefix_space"])
@@ -42,7 +45,7 @@ def tokenizer_keys(checkpoint: Checkpoint, config: Config, llama: bool) -> dict[
     if llama and rows == _SMALL_LLAMA:
         found["tokenizer.ggml.add_bos_token"] = False
     if pieces is None:
-        _check(found, checkpoint)
+        _check(found, path, original)
     return found
 
 
@@ -111,17 +114,20 @@ def _merges_make_all(spec: Mapping[str, Any]) -> bool:
     return all(len(model.tokenize(text)) == 1 for text in vocabulary if text not in added)
 
 
-def _check(keys: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """TextError: the new tokenizer reads the probe differently than the checkpoint's own."""
+def _original(path: Path, text: str) -> Any:
+    """What the `tokenizers` library makes of a tokenizer.json. TextError: it cannot be used."""
     from tokenizers import Tokenizer as Original
 
-    path = checkpoint.folder / "tokenizer.json"
-    text = unicodedata.normalize("NFC", pretokenizer.PROBE)
     try:
-        original = Original.from_file(str(path))
-        wanted = original.encode(text, add_special_tokens=False).ids
+        return Original.from_str(text)
     except Exception as error:  # the library has no type of its own
         raise TextError(f"{path}: cannot be used ({error})") from None
+
+
+def _check(keys: Mapping[str, Any], path: Path, original: Any) -> None:
+    """TextError: the new tokenizer reads the probe differently than the checkpoint's own."""
+    text = unicodedata.normalize("NFC", pretokenizer.PROBE)
+    wanted = original.encode(text, add_special_tokens=False).ids
     found = Tokenizer(keys).encode(text, add_special=False)
     if found != wanted:
         at = next(_differences(found, wanted))

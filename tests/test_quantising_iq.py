@@ -37,17 +37,22 @@ def relative_error(raw: np.ndarray, x: np.ndarray, kind: str) -> float:
     return float(np.linalg.norm(difference(raw, x, kind)) / np.linalg.norm(x.astype(np.float64)))
 
 
-def least_errors(row: BlockFormat, x: np.ndarray, w: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """The least errors of the groups of one block, [groups], with the scale t for all elements.
+def least_errors(
+    row: BlockFormat, x: np.ndarray, w: np.ndarray, t: float | np.ndarray
+) -> np.ndarray:
+    """The least errors of the groups of one block, [groups], t being their scales or that of all.
 
     Everything that can be stored is tried; of the signs at most one that is not the element's.
     """
     groups = count_of(row.scale.steps, row) if row.scale.steps else 1
+    t = np.broadcast_to(t, groups)
     if row.levels:
-        wrong = x[:, None] - t * np.array(row.levels, np.float64)
-        return (w * (wrong**2).min(-1)).reshape(groups, -1).sum(-1)
-    book = t * code_book(row.book).astype(np.float64)
-    x, w = (v.reshape(-1, 1, book.shape[1]) for v in (x, w))
+        wrong = x.reshape(groups, -1, 1) - t[:, None, None] * np.array(row.levels, np.float64)
+        return (w.reshape(groups, -1) * (wrong**2).min(-1)).sum(-1)
+    entries = code_book(row.book).astype(np.float64)
+    x, w = (v.reshape(-1, 1, entries.shape[1]) for v in (x, w))
+    t = np.repeat(t, len(x) // groups)[:, None, None]
+    book = t * entries
     if row.down:
         shifted = [(w * (x - book - t * by) ** 2).sum(-1).min(-1) for by in (0.125, -0.125)]
         spans = np.stack(shifted).reshape(2, count_of(row.down, row), -1).sum(-1)
@@ -73,15 +78,16 @@ def test_another_instruction_set_finds_as_good_codes(quantiser):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_the_best_for_their_scales(quantiser, kind):
-    row, x = BLOCK_FORMATS[kind], measured_rows()[0][[0, 40, 41], :256]
+    row = BLOCK_FORMATS[kind]
+    x = measured_rows()[0][32 : 36 if row.down else 44, :256].copy()
     raw = quantiser(x, kind)
     of_groups = scales(row, row.scale, raw.view(struct_of(row)).reshape(-1))
     blocks = x.reshape(len(of_groups), -1)
     wrong = (difference(raw, x, kind) ** 2).reshape(*of_groups.shape, -1).sum(-1)
-    for block, found, error in list(zip(blocks, of_groups, wrong, strict=True))[:4]:
+    for block, found, error in list(zip(blocks, of_groups, wrong, strict=True))[:12]:
         wide = block.astype(np.float64)
-        best = [least_errors(row, wide, np.ones_like(wide), t)[g] for g, t in enumerate(found)]
-        np.testing.assert_allclose(error, best, rtol=1e-3, atol=1e-5 * error.max())
+        best = least_errors(row, wide, np.ones_like(wide), found.astype(np.float64))
+        np.testing.assert_allclose(error, best, rtol=3e-4, atol=1e-5 * error.max())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -169,6 +169,7 @@ def _caches(file: Any, options: dict[str, Any], loaded: Callable[..., Any]) -> l
     from runtime.model import parse_kv_type
     from runtime.ops.kv_formats import KV_FORMATS, PAGE
     from runtime.quality.sweep import Variant
+    from runtime.report.sweep import PLAIN
 
     try:
         pairs = [parse_kv_type(name.replace("/", ",")) for name in _names(options) or KV_FORMATS]
@@ -181,7 +182,7 @@ def _caches(file: Any, options: dict[str, Any], loaded: Callable[..., Any]) -> l
         size, name = nbytes[k] + nbytes[v], k if k == v else f"{k}/{v}"
         rotated = any(KV_FORMATS[kind].shared for kind in (k, v))
         for rotation in dict.fromkeys(rotations if rotated else rotations[:1]):
-            shown = f"{name} plain" if options["rotation"] and rotated > rotation else name
+            shown = name + PLAIN * bool(options["rotation"] and rotated > rotation)
             load = partial(loaded, kv_type=f"{k},{v}", cache_rotation=rotation)
             found.append(Variant(shown, size, 16 * size / nbytes["f32"], load))
     return found

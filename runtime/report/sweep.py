@@ -12,6 +12,8 @@ from runtime.quality.divergence import Estimate, as_data
 from runtime.quality.sweep import Row
 from runtime.units import in_units
 
+PLAIN = " plain"  # ends the name of a cache that is not rotated, beside one that is
+
 
 class Table(NamedTuple):
     """What is to be shown: of which model, of which kind ("cache" or "types"); the base is first.

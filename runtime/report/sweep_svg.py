@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from runtime.quality.sweep import Row
 from runtime.report.drawing import LINE, MARGIN, Drawing
-from runtime.report.sweep import Table, nbytes
+from runtime.report.sweep import PLAIN, Table, nbytes
 
 _POINT, _BEST = "#4e79a7", "#e15759"
 _BARS = {"pp": ("#4e79a7", "prompt"), "tg": ("#f28e2b", "decode")}
@@ -63,7 +63,9 @@ def _chart(out: Drawing, table: Table, rows: Sequence[Row], height: float) -> No
     what = f"mean KL divergence from {table.rows[0].name} (log), against bytes{per}"
     out.text(_LEFT, _TOP - 14, what, 12, 'font-weight="bold"')
     out.width = max(out.width, _LEFT + _WIDTH)
-    out.text(_LEFT, bottom + 38, "red: nothing as small diverges less", 11, f'fill="{_BEST}"')
+    hollow = "; hollow: not rotated" if any(row.name.endswith(PLAIN) for row in rows) else ""
+    note = f"red: nothing as small diverges less{hollow}"
+    out.text(_LEFT, bottom + 38, note, 11, f'fill="{_BEST}"')
     for power in range(low, high + 1):
         y = bottom - height * (power - low) / (high - low)
         out.path(f"M{_LEFT} {y:.1f} H{_LEFT + _WIDTH}", _GRID)
@@ -83,8 +85,11 @@ def _chart(out: Drawing, table: Table, rows: Sequence[Row], height: float) -> No
         value, error = row.perplexity.kl.kld.mean
         ends = [at(row, max(10.0**low, value + sign * error))[1] for sign in (-1, 1)]
         out.path(f"M{x:.1f} {ends[0]:.1f} V{ends[1]:.1f}", f'stroke="{colour}"')
-        out.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
-        _label(out, f"{row.name}", x, y, taken)
+        plain = row.name.endswith(PLAIN)
+        more = f'fill="{"#ffffff" if plain else colour}" stroke="{colour}" stroke-width="1.4"'
+        out.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {more}/>')
+        if not plain:
+            _label(out, row.name, x, y, taken)
 
 
 def _label(

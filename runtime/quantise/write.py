@@ -98,20 +98,21 @@ def _chunks(
     columns, rows = tensor.shape[-1], prod(tensor.shape[:-1])
     means = importance.get(choice.name) if importance else None
     matrices = [None] if means is None else list(np.ascontiguousarray(means, np.float32))
+    slow = choice.dtype.name.startswith("iq")  # to search for: an interrupt waits for a piece
+    step = max(1, _ELEMENTS // (8 if slow else 1) // max(1, columns))
     try:
         for i, weights in enumerate(matrices):
             n = rows // len(matrices)
-            for values in _values(tensor, i * n, (i + 1) * n, columns):
+            for values in _values(tensor, i * n, (i + 1) * n, step):
                 yield quantiser(values, choice.dtype, weights)
     except OpError as error:
         raise FileError(f"{tensor.path}: tensor {tensor.name}: {error}") from error
 
 
-def _values(tensor: GGUFTensor, first: int, end: int, columns: int) -> Iterator[np.ndarray]:
-    """Rows of a tensor as float32 [some, columns]."""
-    step = max(1, _ELEMENTS // max(1, columns))
+def _values(tensor: GGUFTensor, first: int, end: int, step: int) -> Iterator[np.ndarray]:
+    """Rows of a tensor as float32 [up to step, columns]."""
     for row in range(first, end, step):
-        shape = min(step, end - row), columns
+        shape = min(step, end - row), tensor.shape[-1]
         nbytes = nbytes_for(tensor.dtype, shape)
         raw = tensor.read(row * nbytes // shape[0], np.empty(nbytes, np.uint8))
         plain = tensor.dtype is F32

@@ -190,6 +190,7 @@ def test_command(tmp_path: Path) -> None:
     for args, line in (
         ((), "nothing to collect"), ((DEMO, "-f", text, "-c", 4096), "no window of 4096 tokens"),
         (("--in-file", DEMO), "not an importance matrix"),
+        ((DEMO, "-f", text, "-o", tmp_path / "no" / "i.gguf"), "there is no folder"),
     ):  # fmt: skip
         result = CliRunner().invoke(main, ["imatrix", *map(str, args)])
         assert result.exit_code

@@ -180,3 +180,10 @@ def test_command(tmp_path: Path) -> None:
     assert "divergence with the smallest type" in (tmp_path / "o.svg").read_text()
     file = open_gguf(out)
     assert 8 * file.tensors_nbytes <= 7 * sum(np.prod(t.shape) for t in file.tensors.values())
+    for target, line in (
+        (DEMO, "this is the file that is read"),
+        (tmp_path / "n" / "o", "no fold"),
+    ):
+        result = CliRunner().invoke(main, ["quantize", str(DEMO), str(target), "--target", "4"])
+        assert result.exit_code
+        assert line in result.output or line in str(result.exception)

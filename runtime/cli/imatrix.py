@@ -9,7 +9,7 @@ import click
 
 from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import load_arguments, precision_options
-from runtime.cli.output import note, table
+from runtime.cli.output import check_folder, note, table
 from runtime.cli.parsing import Command, Refused, option
 from runtime.cli.perplexity import measured_text
 
@@ -72,6 +72,7 @@ def command(
 
     if not files and not in_files:
         raise click.UsageError("there is nothing to collect: give a text (-f) or --in-file")
+    check_folder(output)
     before = [(path, read(path)) for path in in_files]
     window, every = options["context"], options["output_frequency"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.output import size, table
+from runtime.cli.output import check_folder, size, table
 from runtime.cli.parsing import F, Refused, decorated, option
 
 if TYPE_CHECKING:
@@ -46,10 +46,15 @@ def aimed(
     from runtime.gguf.reader import open_gguf
     from runtime.quantise.collect import windows
     from runtime.quantise.target import Target, aim
+    from runtime.quantise.write import check_target
     from runtime.text.tokenizer import Tokenizer
 
     target, kinds = Target.of(options["target"]), options["types"]
-    tokenizer = Tokenizer.from_gguf(open_gguf(words.source))
+    file = open_gguf(words.source)
+    if words.target is not None:  # better now than in the end
+        check_folder(words.target)
+        check_target(file, Path(words.target))
+    tokenizer = Tokenizer.from_gguf(file)
     found = windows(tokenizer, measured_text(options["file"]), _WINDOW)[: options["chunks"]]
     if not found:
         raise Refused(f"the text is shorter than {_WINDOW} tokens: give a longer one with -f")

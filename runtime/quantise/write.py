@@ -48,7 +48,7 @@ def write_quantised(
     is one that its type cannot hold. OptionError: a type that nothing can be quantised to.
     """
     path = Path(path)
-    _check_target(file, path, sum(c.nbytes for c in choices))
+    check_target(file, path, sum(c.nbytes for c in choices))
     with Quantiser(threads) as quantiser, reporter(progress) as report:
         changed = {c.dtype for c in choices if c.dtype is not file.tensors[c.name].dtype}
         quantiser.prepare(sorted(changed, key=repr), report)
@@ -67,7 +67,8 @@ def write_quantised(
         write_gguf(path, _merged(file, metadata), tensors, advance)
 
 
-def _check_target(file: GGUFFile, path: Path, nbytes: int) -> None:
+def check_target(file: GGUFFile, path: Path, nbytes: int = 0) -> None:
+    """FileError: `path` is the file that is read, or there is no room for so many bytes."""
     parts = {file.path, *(tensor.path for tensor in file.tensors.values())}
     if path.exists() and any(path.samefile(part) for part in parts):
         raise FileError(f"{path}: this is the file that is read; give another name to the new one")

@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import LAYERS, bf16, change, dump, llama, llama_tensors, safetensors, sharded
+from checkpoints import (
+    LAYERS,
+    bf16,
+    change,
+    dump,
+    llama,
+    llama_tensors,
+    safetensors,
+    sharded,
+    tokenizer,
+)
 from click.testing import CliRunner
 
 import runtime
@@ -62,6 +72,12 @@ def _pre_tokenizer(folder: Path) -> None:
     change(folder / "tokenizer.json", pre_tokenizer=steps)
 
 
+def with_suffix() -> dict[str, Any]:
+    """A tokenizer.json that marks ends of words."""
+    spec = tokenizer()
+    return spec | {"model": spec["model"] | {"end_of_word_suffix": "</w>"}}
+
+
 ROPE = {"rope_theta": 10000.0}
 REFUSED = {
     "architecture": (settings(architectures=["GemmaForCausalLM"]),
@@ -93,9 +109,12 @@ REFUSED = {
                          r"tokenizer_config.json: no valid JSON"),
     "added tokens": (lambda f: change(f / "tokenizer_config.json", added_tokens_decoder={"x": 1}),
                      r"hf: the added token 1 has no usable id"),
+    "suffix": (lambda f: dump(f / "tokenizer.json", with_suffix()),
+               r"tokenizer.json: end_of_word_suffix = '</w>'"),
     "tokenizer": (lambda f: change(f / "tokenizer.json", added_tokens=[1]),
                   r"tokenizer.json: cannot be used"),
     "size": (settings(vocab_size="many"), r"config.json: vocab_size = 'many'"),
+    "method": (settings(quantization_config=[1]), r"quantization_config = \[1\] is not an object"),
     "gptq": (settings(quantization_config={"quant_method": "gptq"}), r"quantised with 'gptq'"),
     "fp8": (tensors(**{UP: ("F8_E4M3", np.zeros((96, 64), np.uint8))}),
             rf"model.safetensors: tensor '{UP}' is of type F8_E4M3"),

@@ -8,7 +8,7 @@ from typing import Any
 from runtime.conversion.checkpoint import Checkpoint, Stored
 from runtime.conversion.config import Config
 from runtime.conversion.pieces import Scaled
-from runtime.ops.errors import ModelError
+from runtime.ops.errors import ModelError, shown
 
 _READ = ("fp8", "mxfp4")
 
@@ -16,7 +16,9 @@ _READ = ("fp8", "mxfp4")
 def joined(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
     """The tensors by name, 8-bit ones together with their scales. ModelError: another method."""
     found: dict[str, Any] = dict(checkpoint.tensors)
-    told: Mapping[str, Any] = config.get("quantization_config", {})
+    told = config.get("quantization_config", {})
+    if not isinstance(told, Mapping):
+        raise ModelError(f"{config.path}: quantization_config = {shown(told)} is not an object")
     method = str(told.get("quant_method") or "")
     if checkpoint.json("hf_quant_config.json"):
         method = method or "modelopt"
@@ -33,8 +35,10 @@ def joined(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:
 
 def _scaled(codes: Stored | None, scales: Stored, told: Mapping[str, Any]) -> Scaled:
     block = told.get("weight_block_size")
-    if codes is not None and codes.kind == "F8_E4M3" and len(codes.shape) == 2 and block:
-        rows, columns = map(int, block)
+    if not (isinstance(block, list) and all(type(n) is int and n > 0 for n in block)):
+        block = []
+    if codes is not None and codes.kind == "F8_E4M3" and len(codes.shape) == len(block) == 2:
+        rows, columns = block
         if scales.shape == (-(-codes.shape[0] // rows), -(-codes.shape[1] // columns)):
             return Scaled(codes, scales, (rows, columns))
     raise ModelError(f"{scales.label} is not that of an fp8 matrix in blocks (weight_block_size)")

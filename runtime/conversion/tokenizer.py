@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from runtime.text.pretokenize import PRE_TOKENIZERS
 from runtime.text.special_ids import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from runtime.text.tokenizer import Tokenizer
 
+# parts of tokens; the library takes the process down where they do not fit the vocabulary
+_NOT_IN_FILES = ("continuing_subword_prefix", "end_of_word_suffix")
 _SMALL_LLAMA = 49152  # rows of the vocabulary of models that want no BOS
 
 
@@ -26,8 +29,7 @@ def tokenizer_keys(checkpoint: Checkpoint, config: Config, llama: bool) -> dict[
     """All keys, in order; `llama` models say a few more things. TextError: it cannot be used."""
     path = checkpoint.folder / "tokenizer.json"
     spec, settings = checkpoint.json(path.name), checkpoint.json("tokenizer_config.json") or {}
-    # what it takes is of the right shape
-    original = None if spec is None else _original(path, checkpoint.text(path.name) or "")
+    original = None if spec is None else _original(path, spec)
     found: dict[str, Any] = {}
     if llama and settings.get("add_prefix_space") is not None:
         found["tokenizer.ggml.add_space_prefix"] = bool(settings["add_prefix_space"])
@@ -114,12 +116,17 @@ def _merges_make_all(spec: Mapping[str, Any]) -> bool:
     return all(len(model.tokenize(text)) == 1 for text in vocabulary if text not in added)
 
 
-def _original(path: Path, text: str) -> Any:
-    """What the `tokenizers` library makes of a tokenizer.json. TextError: it cannot be used."""
+def _original(path: Path, spec: Mapping[str, Any]) -> Any:
+    """What the `tokenizers` library makes of a tokenizer.json, all of whose parts have the right
+    shape then. TextError: it cannot be used."""
     from tokenizers import Tokenizer as Original
 
+    model = spec.get("model")
+    for key in _NOT_IN_FILES:
+        if isinstance(model, Mapping) and model.get(key):
+            raise TextError(f"{path}: {key} = {shown(model[key])} is not known to GGUF files")
     try:
-        return Original.from_str(text)
+        return Original.from_str(json.dumps(spec))
     except Exception as error:  # the library has no type of its own
         raise TextError(f"{path}: cannot be used ({error})") from None
 

@@ -99,7 +99,7 @@ def _validation(engine: Engine) -> Validation:
     from runtime.validation import Validation
 
     if engine not in _validations:
-        made = _validations[engine] = Validation(ReferenceBackend(engine.file).stored)
+        made = _validations[engine] = Validation(ReferenceBackend(engine.files).stored)
         made.tally.sound = not warn_of_nan(engine)
         engine.validated = weakref.finalize(engine, made.tally.report)
     return _validations[engine]

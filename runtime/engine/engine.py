@@ -47,6 +47,7 @@ class Engine:
         progress: bool | Progress | None, cache_rotation: bool = True,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
+        self.files: Any = file  # that the device has: one, or several by name
         self.staged = backend if isinstance(backend, Staged) and backend.stages > 1 else None
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.

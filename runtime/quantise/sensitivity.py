@@ -39,6 +39,7 @@ class Swapped:
         backend = CpuBackend(self._files, threads, "f32")
         model = registry.build(file)
         self.engine = Engine(file, backend, model, ("f16", "f16"), size, 1, progress)
+        self.engine.files = self._files
         most = max(1, _KEPT // (self.engine.vocabulary * len(windows)))
         self._rows = range(size // 2, size, -(-size // (2 * most)))
         self._pool = ThreadPoolExecutor(backend.threads)

@@ -99,11 +99,8 @@ def _look(book, shape):
     entries, size, per_group, sides = shape.entries, shape.size, shape.per_group, shape.sides
     signs, found_at, picked_at, flags_at = shape.signs, shape.found, shape.picked, shape.flags
     passes = 1 if signs else sides
-    costs, nearest = (
-        half_costs(book, shape.even),
-        least_entry(book, shape.even, shape.signs and sides > 1),
-    )
-    pick = entry_picker(book)
+    costs, pick = half_costs(book, shape.even), entry_picker(book)
+    nearest = least_entry(book, shape.even, signs and sides > 1)
 
     @helper
     def look(values, weights, scratch, state, keep):
@@ -114,7 +111,7 @@ def _look(book, shape):
             extra = s.splat(s.f32(_EIGHTH))
             if signs:
                 extra = s.load(odd)
-            for turn in range(passes):
+            for turn in range(passes):  # levels shifted up, then down
                 costs(u, w, t, extra, scratch)
                 extra = -extra
                 first = sides * entry + turn

@@ -67,7 +67,7 @@ def build_quantise_iq4_xs():
 
 def build_quantise_iq3_xxs():
     """256 entries of 4, seven signs of eight, a scale of 4 bits for 32."""
-    return book_quantiser("iq3_xxs", _SIGNED)
+    return book_quantiser("iq3_xxs", Search(1.5, 0.87, 10, 0.95, 0.06, 8, 0.02, 3))
 
 
 def build_quantise_iq3_s():

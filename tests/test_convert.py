@@ -125,6 +125,20 @@ def test_parts_are_one_model(tmp_path: Path) -> None:
     assert parts.read_bytes() == whole.read_bytes()
 
 
+def test_settings_that_have_a_key_only_where_they_are_unusual(golden: Path, tmp_path: Path) -> None:
+    cases = (
+        ("qwen3moe", {"norm_topk_prob": False}, "qwen3moe.expert_weights_norm", False),
+        ("gptoss", {"layer_types": ["full_attention", "sliding_attention"]},
+         "gpt-oss.attention.sliding_window_pattern", [False, True]),
+    )  # fmt: skip
+    for model, setting, key, value in cases:
+        source = tmp_path / model
+        shutil.copytree(golden / model / "hf", source, copy_function=shutil.copyfile)
+        change(source / "config.json", **setting)
+        found = open_gguf(runtime.convert(source, tmp_path / "m.gguf")).metadata
+        np.testing.assert_array_equal(found[key], value)
+
+
 def test_blocks_that_look_ahead(golden: Path, tmp_path: Path) -> None:
     source = tmp_path / "hf"
     shutil.copytree(golden / "qwen35" / "hf", source, copy_function=shutil.copyfile)

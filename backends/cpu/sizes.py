@@ -10,7 +10,7 @@ from runtime.backends.cpu.abi import (
     DELTA_COLUMNS,
     DELTA_VECTORS,
 )
-from runtime.ops.kv_formats import GROUP, PAGE
+from runtime.ops.kv_formats import GROUP, PAGE, padded_head
 
 
 def float_bits(value: float) -> int:
@@ -34,4 +34,5 @@ def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: i
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
     q, o = (-(-dim // GROUP) * GROUP for dim in (k_dim, v_dim))
     state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + q + o)
-    return -(-blocks * state // 64) * 64
+    page = PAGE * padded_head(v_dim) * 4 + 64  # of V as float32
+    return -(-(page + blocks * state) // 64) * 64

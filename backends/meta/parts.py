@@ -78,10 +78,10 @@ def cut_of(part: Tensor) -> Parts:
 def joined(leaf: Tensor, rows: int, parts: Iterable[tuple[Parts, np.ndarray]]) -> np.ndarray:
     """So many rows of a state as one device has them, of parts: how each is cut, and its rows."""
     found = list(parts)
-    shape, kind = [rows, *map(int, leaf.shape[1:])], np.dtype(np.float32)
-    if found and found[0][1].dtype == np.uint8:  # bytes of whole heads
-        shape[-1], kind = found[0][1].shape[-1], np.dtype(np.uint8)
-    out = np.zeros(shape, kind)
+    shape, as_bytes = [rows, *map(int, leaf.shape[1:])], False
+    if found and found[0][1].dtype == np.uint8:  # of whole heads
+        shape[-1], as_bytes = found[0][1].shape[-1], True
+    out = np.zeros(shape, np.uint8 if as_bytes else np.float32)
     places = np.arange(out.size).reshape(out.shape)
     for cut, values in found:
         out.flat[cut_array(places, cut)] = values

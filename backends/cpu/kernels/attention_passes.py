@@ -132,42 +132,27 @@ def _dots_of_codes(
     page, dim, dims, vectors = place
     coding = format.coding
     assert coding is not None
-    dots, both = KeyDots(b, coding), range(2)
+    dots = KeyDots(b, coding)
     starts = [k_place(b, format, plane, page, dim, dims) for plane in format.codes]
-    places = [[e.offset(b, at, 4 * e.LANES * j) for at in starts] for j in vectors]
     if vectors[0] == 0:
         for plane, at in zip(format.codes, starts, strict=True):
             for j in range(0, GROUP * k_step(plane), 64):
                 e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
-
-    def some(words, sums):
-        """Add the products of these words to sums [row][vector][high, low]."""
-        keys = [key_words(b, format, at, words) for at in places]
-        for w in words:
-            taken = [dots.keys(next(k)) for k in keys]
-            for r in range(rows):
-                for j, key in enumerate(taken):
-                    for low in both:
-                        i = (r * len(taken) + j) * 2 + low
-                        sums[i] = dots.add(sums[i], key, word_place(b, q, bool(low), w, r), w)
-        return sums
-
-    n = rows * len(vectors) * 2
-    if format.codes[0].dims > 1:
-        sums = some(range(WORDS), [dots.begin() for _ in range(n)])
-        found = [dots.end(total) for total in sums]
-    else:
-        found = _of_halves(b, dots, some, n, count)
+    is_whole = b.icmp_signed(">", count, number(GROUP // 2))
+    words = [
+        key_words(b, format, [e.offset(b, at, 4 * e.LANES * j) for at in starts], is_whole)
+        for j in vectors
+    ]
     shared = []
     for plane in format.shared:
         at, step = k_place(b, format, plane, page, dim, dims), e.LANES * plane.dtype.nbytes
         shared.append([load16(b, plane, e.offset(b, at, step * j)) for j in vectors])
+    products = _by_row if chosen().lanes == e.LANES else _by_word
+    found = products(b, dots, words, q, rows)
 
     def adds(r, j):
-        i = (r * len(vectors) + j) * 2
-
         def add(old):
-            new = _fma(b, whole_dot(b, q, r, found[i], found[i + 1]), shared[0][j], old)
+            new = _fma(b, whole_dot(b, q, r, *found(r, j)), shared[0][j], old)
             return _fma(b, sum_of(b, q, r), shared[1][j], new) if coding.has_minimum else new
 
         return add
@@ -175,29 +160,35 @@ def _dots_of_codes(
     return [adds(r, j) for r in range(rows) for j in range(len(vectors))]
 
 
-def _of_halves(b: ir.IRBuilder, dots: KeyDots, some: Callable, n: int, count: Any) -> list[Any]:
-    """The sums of a group that may have half the dims only, other data lying behind them."""
-    half = WORDS // 2
+def _by_row(b: ir.IRBuilder, dots: KeyDots, words: list, q: Any, rows: int) -> Callable:
+    """(row, vector): sums of products with the high and the low bytes of q.
 
-    def sums(words):
-        return [dots.end(total) for total in some(words, [dots.begin() for _ in range(n)])]
+    All words of the keys stay in registers, and rows come one after another: their words of q are
+    operands in memory.
+    """
+    keys = [[dots.keys(word) for word in some] for some in words]
 
-    first = sums(range(half))
-    before = b.block
-    more, after = b.append_basic_block("more"), b.append_basic_block("after")
-    b.cbranch(b.icmp_signed(">", count, number(GROUP // 2)), more, after)
-    b.position_at_end(more)
-    second = [b.add(x, y) for x, y in zip(first, sums(range(half, WORDS)), strict=True)]
-    end = b.block
-    b.branch(after)
-    b.position_at_end(after)
-    found = []
-    for x, y in zip(first, second, strict=True):
-        phi = b.phi(x.type)
-        phi.add_incoming(x, before)
-        phi.add_incoming(y, end)
-        found.append(phi)
-    return found
+    def sums(r, j):
+        found = [dots.begin(), dots.begin()]
+        for w, key in enumerate(keys[j]):
+            found = [dots.add(x, key, word_place(b, q, n, w, r), w) for n, x in enumerate(found)]
+        return [dots.end(total) for total in found]
+
+    return sums
+
+
+def _by_word(b: ir.IRBuilder, dots: KeyDots, words: list, q: Any, rows: int) -> Callable:
+    """The same where registers are few: the words of the keys come one after another."""
+    sums = [[[dots.begin(), dots.begin()] for _ in words] for _ in range(rows)]
+    for w in range(WORDS):
+        for j, some in enumerate(words):
+            key = dots.keys(next(some))
+            for r, mine in enumerate(sums):
+                mine[j] = [
+                    dots.add(x, key, word_place(b, q, n, w, r), w) for n, x in enumerate(mine[j])
+                ]
+    found = [[[dots.end(total) for total in both] for both in mine] for mine in sums]
+    return lambda r, j: found[r][j]
 
 
 def _values(
@@ -281,6 +272,34 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
             at = stop
 
     return output
+
+
+def widening(format: KVFormat) -> Any:
+    """(page, target, n_keys, dims, ahead): the first keys of V as float32 [keys][dims].
+
+    What rows of several blocks multiply is then taken from codes once. A last group of half the
+    dims fills its second half too, of which the next key, or 64 bytes behind all, makes way.
+    """
+    check(format)
+
+    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64)
+    def widen(b, page, target, n_keys, dims, ahead):
+        def key(i):
+            row = b.add(target, times(b, b.mul(i, dims), 4))
+
+            def group(dim):
+                read, found = _values(b, format, page, i, dim, dims, GROUP // e.LANES)
+                for at, _ in read:
+                    e.prefetch(b, b.add(at, ahead), near=2)
+                for j, value in enumerate(found):
+                    at = e.offset(b, b.add(row, times(b, dim, 4)), 4 * e.LANES * j)
+                    e.store(b, value, at, 4)
+
+            repeat_if_any(b, number(0), dims, GROUP, group)
+
+        repeat_if_any(b, number(0), n_keys, 1, key)
+
+    return widen
 
 
 def row_passes(make: Callable, format: KVFormat) -> Any:

@@ -83,8 +83,8 @@ class KeyDots:
         return joined(self.b, [self.step.end(t) for t in total])
 
 
-def word_place(b: ir.IRBuilder, q: Value, low: bool, w: int, row: int) -> Value:
-    """Where a group of q has word w of a row's high or low bytes."""
+def word_place(b: ir.IRBuilder, q: Value, low: int, w: int, row: int) -> Value:
+    """Where a group of q has word w of a row's high or (1) low bytes."""
     return e.offset(b, q, _LOW * low + ROW * w + 4 * row)
 
 
@@ -121,7 +121,7 @@ def store_query(
             words = b.bitcast(b.trunc(value, e.wide(e.i8)), llvm.vec(e.i32, 4))
             for i in range(4):
                 one = b.extract_element(words, ir.Constant(e.i32, i))
-                e.store(b, one, word_place(b, q, bool(is_low), 4 * half + i, 0), 4)
+                e.store(b, one, word_place(b, q, is_low, 4 * half + i, 0), 4)
     total = e.total(b, b.add(*steps))
     left_out = dot_step(native(b), Levels(coding)).leaves_out
     correction = b.mul(total, ir.Constant(e.i32, -left_out))

@@ -140,15 +140,17 @@ def _bits(b: ir.IRBuilder, value: Value, plane: Plane, turn: int) -> Value:
 
 
 def key_words(
-    b: ir.IRBuilder, format: KVFormat, places: list[Value], words: range
+    b: ir.IRBuilder, format: KVFormat, places: list[Value], is_whole: Value
 ) -> Iterator[Value]:
-    """The codes of 16 keys for `words` of a group: in each lane four bytes, dims 4 w to 4 w + 3.
+    """The codes of 16 keys for a group: the w-th has in each lane four bytes, dims 4 w to 4 w + 3.
 
-    places: where each plane of the codes has the group, for the first of the keys. Of a book they
-    are its entries, 128 higher.
+    places: where each plane of the codes has the group, for the first of the keys. Where a group
+    has half the dims only, by `is_whole`, the words behind them are any. Of a book codes are its
+    entries, 128 higher.
     """
     loaded: dict[tuple[int, int], Value] = {}
-    for w in words:
+    further = b.select(is_whole, number(GROUP // 2 * PAGE), number(0))
+    for w in range(GROUP // WORD):
         value = None
         for i, plane in enumerate(format.codes):
             turns = 8 // plane.bits
@@ -157,7 +159,12 @@ def key_words(
             turn, at = divmod(rest, inner)
             at += outer * inner
             if (i, at) not in loaded:
-                loaded[i, at] = _word(b, e.offset(b, places[i], at * PAGE * WORD))
+                place = places[i]
+                if plane.bits == 8 and w >= 4:  # nothing behind half a group is read
+                    place = e.offset(b, b.add(place, further), (at - 4) * PAGE * WORD)
+                else:
+                    place = e.offset(b, place, at * PAGE * WORD)
+                loaded[i, at] = _word(b, place)
             bits = loaded[i, at] if turns == 1 else _bits(b, loaded[i, at], plane, turn)
             value = bits if value is None else b.or_(value, bits)
         yield _entries(b, format, value, 128)

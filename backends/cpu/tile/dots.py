@@ -25,10 +25,14 @@ class Codes(Protocol):
     """What a product has to know of codes: how many there are, and which of them means 0."""
 
     @property
-    def levels(self) -> int: ...
+    def levels(self) -> int:
+        """How many codes there are."""
+        ...
 
     @property
-    def offset(self) -> int: ...
+    def offset(self) -> int:
+        """The code of 0."""
+        ...
 
 
 def dot_step(code: Code, layout: Codes, prepared: bool = False) -> Dot:

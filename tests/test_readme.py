@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import click
 import pytest
 from fake_model import DEMO, needs_demo
 from small_models import Sizes, write_model
 
 import runtime
 from runtime.backends import environment
-from runtime.cli import COMMANDS
+from runtime.cli import COMMANDS, main
 from runtime.models import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,16 @@ def test_its_commands_and_variables_exist():
     assert named == set(COMMANDS)
     variables = set(re.findall(r"^\| `([A-Z_]+)[`=]", README, re.MULTILINE))
     assert all(f"`{name}`" in str(environment.__doc__) for name in variables) and variables
+
+
+def test_options_in_its_commands_exist():
+    lines = re.findall(r"^(?:\$ )?runtime (\w+) (.*)$", README, re.MULTILINE)
+    used = [(name, rest.split("  #")[0]) for name, rest in lines if name in COMMANDS]
+    assert {"quantize", "imatrix", "perplexity", "compare", "plan"} <= {name for name, _ in used}
+    for name, rest in used:
+        command = main.get_command(click.Context(main), name)
+        known = {option for param in command.params for option in param.opts}
+        assert set(re.findall(r"(?<!\S)--?[a-z][-\w]*", rest)) <= known, (name, rest)
 
 
 def test_the_model_of_fifteen_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

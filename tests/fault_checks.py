@@ -35,7 +35,9 @@ MODELS = {
     "dense": (Sizes(layers=1), "Q4_0"),
     "windowed": (replace(NOVEL["gpt-oss"], layers=1), "Q8_0"),
     "hybrid": (replace(NOVEL["qwen35moe"], layers=2), "Q8_0"),
+    "coded": (Sizes(dim=48), "Q4_0"),
 }
+CACHES = {"coded": "q6_0,q5_1"}  # of others the default
 
 
 def write_models(folder: Path) -> dict[str, Path]:
@@ -54,7 +56,8 @@ def write_models(folder: Path) -> dict[str, Path]:
 
 
 def load(path: Path, **options: Any) -> Model:
-    return runtime.load(path, **{"threads": 1, "context": 128, "sequences": 3, **options})
+    given = {"threads": 1, "context": 128, "sequences": 3, "kv_type": CACHES.get(path.stem, "f16")}
+    return runtime.load(path, **{**given, **options})
 
 
 def steps(model: Model) -> list[np.ndarray]:

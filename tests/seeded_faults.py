@@ -69,6 +69,7 @@ from runtime.memory import pages
 from runtime.memory.pages import PagePool, Pages
 from runtime.memory.slots import Recurrent
 from runtime.ops import PAGE
+from runtime.ops.kv_formats import KV_FORMATS
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class SourceFault:
-    """Texts of a file of backends/cpu/kernels and what stands in their place; VALIDATE sees it."""
+    """Texts of a file of backends/cpu/kernels and what stands in their place; VALIDATE sees it.
+
+    sweep: pytest takes it with `-m sweep`, as its kernels take long to compile.
+    """
 
     name: str
     model: str
     file: str
     changes: dict[str, str]
+    sweep: bool = False
     where = "source"
     caught_by: ClassVar[Check] = staticmethod(validate)
 
@@ -296,6 +301,18 @@ def elsewhere(raw: np.ndarray, call: Call) -> None:
     raw[-1, -1] ^= 1
 
 
+def code_of_k_off(raw: np.ndarray, call: Call) -> None:
+    """Of the prompt's first token, in pages [pages, bytes] of q6_0: nibbles come first."""
+    raw[np.flatnonzero(raw.any(1))[0], 0] ^= 1
+
+
+def scale_of_k_off(raw: np.ndarray, call: Call) -> None:
+    page = raw[np.flatnonzero(raw.any(1))[0]]
+    planes = KV_FORMATS["q6_0"].planes
+    at = PAGE * sum(plane.width(48) * plane.dtype.nbytes for plane in planes[:-1])
+    page[at : at + 2].view(np.float16)[:] *= np.float16(1.1)
+
+
 def half_of_a_page(which: str) -> Callable[[dict[str, Any]], Any]:
     """The second of two KV heads where the first is meant."""
     return lambda a: shifted(f"{which}_pages", a[f"{which}_page_bytes"] // 2)(a)
@@ -355,6 +372,15 @@ FAULTS = [
         "rows of other tokens gathered": argument("pack_rows", divisor=lambda a: 2 * a["divisor"]),
         "slope of the clamped SwiGLU": argument("swiglu_pack_rows", alpha=times("alpha", 1.01)),
         "weights of the next choice": argument("expert_sum", weights=shifted("weights", 4)),
+    }),
+    *faults("rule", "coded", validate, {
+        "results of attention not rotated back": argument("attention", rotation=number(0)),
+        "V not rotated": argument("qkv_post", v_rotation=number(0)),
+        "q and k rotated in other blocks": argument("qkv_post", k_rotation=number(16)),
+    }),
+    *faults("kernel", "coded", validate, {
+        "a code of K off by one": leaves("qkv_post", code_of_k_off, state=True),
+        "a scale of K 10 % off": leaves("qkv_post", scale_of_k_off, state=True),
     }),
     *faults("program", "dense", validate, {
         "mask one place too wide": device_input("places", lambda x: x + 1),
@@ -470,6 +496,18 @@ SOURCE_FAULTS = [
     SourceFault("the last expert's part forgotten", "windowed", "moe.py", {
         "for rank in range(1, k):": "for rank in range(1, k - 1):",
     }),
+    SourceFault("what products leave out of codes forgotten", "coded", "kv_dots.py", {
+        "b.sitofp(b.add(total, correction)": "b.sitofp(total",
+    }),
+    SourceFault("q not rotated", "coded", "kv_cache.py", {
+        "rotate_k(target, head_dim, k_rotation)": "rotate_k(target, head_dim, k_rotation * is_k)",
+    }),
+    SourceFault("bits of K's codes taken from another place", "coded", "kv_planes.py", {
+        "e.ints(mask))": "e.ints(mask >> 1))",
+    }, sweep=True),
+    SourceFault("the first way to round codes", "coded", "kv_rounding.py", {
+        'b.fcmp_ordered("<", error, self.error)': 'b.fcmp_ordered("<", error, _float(-1.0))',
+    }, sweep=True),
     SourceFault("state that does not decay", "hybrid", "delta_passes.py", {
         "value = b.fmul(columns.load(b, at, j), factor)": "value = columns.load(b, at, j)",
     }),

@@ -412,6 +412,8 @@ def _how(layout: Layout) -> set[str]:
         ("Q4_K", 768, (1, 1), "whole"),  # three for two
         ("Q4_K", 768, (1, 1, 1), "inside"),
         ("Q4_K", 768, (2, 1), "inside"),
+        ("Q4_K", 768, (1, 0, 1), "whole"),  # three for two, and one that has none
+        ("Q4_K", 768, (2, 0, 1), "inside"),
         ("Q4_K", 512, (1, 1), "inside"),
         ("Q8_0", 768, (1,) * 7, "inside"),  # 24 for seven are nearly even
     ],

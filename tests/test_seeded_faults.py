@@ -28,9 +28,13 @@ def test_right_code_is_green(check: Check, model: str, files: dict[str, Path]):
     assert red(check, files[model]) == ""
 
 
-@pytest.mark.parametrize(
-    "fault", [*FAULTS, *SOURCE_FAULTS], ids=lambda fault: fault.name.replace(" ", "_")
-)
+def _case(fault: Fault | SourceFault) -> object:
+    swept = isinstance(fault, SourceFault) and fault.sweep
+    marks = [pytest.mark.sweep] if swept else []
+    return pytest.param(fault, id=fault.name.replace(" ", "_"), marks=marks)
+
+
+@pytest.mark.parametrize("fault", [_case(fault) for fault in (*FAULTS, *SOURCE_FAULTS)])
 def test_a_fault_is_caught(fault: Fault | SourceFault, files: dict[str, Path], table: list[str]):
     said = caught(fault, files)
     table.append(line(fault, said))

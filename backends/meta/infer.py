@@ -134,8 +134,8 @@ def _why_whole(inside: Region | None, shares: Sequence[float], used: int, asked:
     if inside is None or asked:
         return "whole experts: " + ("as asked" if asked else "there are no parts inside")
     (bits,), costs, each = _dealt([inside], shares), inside.nbytes, np.divide(shares, sum(shares))
-    late = max(costs[bits == 1 << d].sum() / n / costs.sum() for d, n in enumerate(each))
-    if late <= 1 + 0.5 * np.sqrt((1 / each.min() - 1) / used):
+    late = max(costs[bits == 1 << d].sum() / n / costs.sum() for d, n in enumerate(each) if n)
+    if late <= 1 + 0.5 * np.sqrt((1 / each[each > 0].min() - 1) / used):
         return ""
     return f"whole experts: of {len(inside.classes())} parts a device has {late:.2f} of its share"
 

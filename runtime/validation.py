@@ -25,7 +25,7 @@ from runtime.backends.reference import compute
 from runtime.errors import BackendError
 from runtime.ops.attention import attention
 from runtime.ops.delta import gated_delta
-from runtime.ops.kv_formats import kv_format
+from runtime.ops.kv_formats import in_groups, kv_format
 from runtime.ops.registry import OPS, Kind, kind_of
 from runtime.ops.tensor import Tensor
 
@@ -41,6 +41,7 @@ _LIMIT, _OF_LONG_SUMS, _OF_CODED_KEYS = 1e-11, 1e-10, 1e-6
 _LONG_SUMS = (attention, gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes
+_AS_GOOD = 3.0  # squared error of a group against that of another way; 1.8 was seen of those
 
 
 @dataclass
@@ -305,8 +306,9 @@ def _natural_size(call: Call, want: np.ndarray, values: list[np.ndarray]) -> np.
 def _beyond(got: np.ndarray, want: np.ndarray, kind: str, slack: float) -> np.ndarray:
     """Which values are not what rounding to a cache type makes of `want`, or of one that near.
 
-    slack: how near, in shares of the largest of a row. Of two ways to round that are nearly as good
-    another may be taken: what is off by no more than rounding is elsewhere in the row is right.
+    slack: how near, in shares of the largest of a row. Of two ways to round a group of codes that
+    are nearly as good another may be taken, so of a group that is not much further off than
+    rounding makes it no value is wrong but one that is much further off than any other.
     """
     s = slack * np.abs(want).max(-1, keepdims=True)
     near = [
@@ -314,8 +316,13 @@ def _beyond(got: np.ndarray, want: np.ndarray, kind: str, slack: float) -> np.nd
         for x in (want, want - s, want + s, want * (1 - s), want * (1 + s))
     ]
     low, high = np.min(near, axis=0), np.max(near, axis=0)
-    off = np.abs(near[0] - want).max(-1, keepdims=True) if kv_format(kind).coding else 0.0
-    return ~((low <= got) & (got <= high)) & (np.abs(got - want) > off)
+    wrong = ~((low <= got) & (got <= high))
+    if kv_format(kind).coding is None:
+        return wrong & (got != want)
+    off, least = (np.abs(in_groups(x - want)) for x in (got, near[0]))
+    poor = (off**2).sum(-1) > _AS_GOOD * (least**2).sum(-1)
+    far = poor[..., None] | (off > 2 * least.max(-1, keepdims=True))
+    return wrong & far.reshape(*want.shape[:-1], -1)[..., : want.shape[-1]]
 
 
 def _place(wrong: np.ndarray, rows: np.ndarray | None = None) -> str:

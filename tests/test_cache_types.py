@@ -25,8 +25,9 @@ from fault_checks import (
 from small_models import Sizes, write_model
 from tensor_models import load_split
 
+from runtime import validation
 from runtime.model import Model
-from runtime.ops.kv_formats import KV_FORMATS
+from runtime.ops.kv_formats import KV_FORMATS, kv_format
 
 PAIRS = ("f32,f32", "bf16,f16", "q8_0,q8_0", "q6_0,q5_1", "q5_0,iq4_nl", "iq4_nl,q4_1", "q4_0,q4_0")
 LAWS = (
@@ -85,3 +86,16 @@ def handed_over(model: Model, kept: list[np.ndarray] | None) -> list[np.ndarray]
     for rows, before in zip(found, kept or (), strict=bool(kept)):
         np.testing.assert_array_equal(rows, before)
     return found
+
+
+# Seeds of values among which two ways to round a group are so nearly as good that another is taken.
+@pytest.mark.parametrize("kv, seed", [("q8_0", 15), ("q5_1", 17), ("q5_0", 144), ("q4_0", 0)])
+def test_validate_takes_either_way_to_round(kv: str, seed: int) -> None:
+    rng, rounded = np.random.default_rng(seed), kv_format(kv).rounded
+    want = rng.standard_normal((400, 32))
+    got = rounded(want * (1 + 2e-6 * rng.standard_normal(want.shape)))
+    assert not validation._beyond(got, want, kv, 2e-6).any()
+    small = np.concatenate([100 * want, want[:, :16]], 1)  # large values beside are no excuse
+    got = rounded(small)
+    got[7, 32:] = rounded(0.8 * small)[7, 32:]
+    assert validation._beyond(got, small, kv, 2e-6).any(-1).nonzero()[0].tolist() == [7]

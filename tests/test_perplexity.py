@@ -314,7 +314,7 @@ class TestCommand:
             (("--kl", "none.base"), "none.base: No such file or directory"),
             (("-f", "none.txt"), "none.txt: No such file or directory"),
             (("-f", "-"), "the text has 2 tokens, and two windows of 512 take 1024"),
-            (("--kl-base", "none/a"), "cannot be written (No such file"),
+            (("--kl-base", "none/a"), "there is no folder none"),
         ],
     )  # fmt: skip
     def test_mistakes_are_one_line(self, args, said, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from small_models import NOVEL, write_model
 
 import runtime
+from runtime import outputs
 from runtime.cli import main
 from runtime.errors import FileError, OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
@@ -177,7 +178,7 @@ def test_what_cannot_be_done_is_refused(model: Path, tmp_path: Path) -> None:
         numbers(open_gguf(first), "token_embd.weight"),
         numbers(open_gguf(second), "token_embd.weight"),
     )
-    with pytest.raises(FileError, match="this is the file that is read"):
+    with pytest.raises(FileError, match="this is a file that is read"):
         runtime.quantize(model, model, "Q8_0")
     with pytest.raises(OptionError, match="'i32' is not known"):
         runtime.quantize(model, second, "Q8_0", tensor_types={"attn": "i32"})
@@ -232,8 +233,8 @@ def test_nothing_is_left_of_a_file_that_was_not_finished(
 def test_no_room_is_said_before_the_work(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(FileError, match=r"takes 0\.00 GB, 0\.00 GB are free"):
+    monkeypatch.setattr(outputs.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(FileError, match=r"takes [\d.]+ kB, 10 bytes are free"):
         runtime.quantize(model, tmp_path / "q.gguf", "Q8_0")
 
 

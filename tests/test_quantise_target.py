@@ -181,7 +181,7 @@ def test_command(tmp_path: Path) -> None:
     file = open_gguf(out)
     assert 8 * file.tensors_nbytes <= 7 * sum(np.prod(t.shape) for t in file.tensors.values())
     for target, line in (
-        (DEMO, "this is the file that is read"),
+        (DEMO, "this is a file that is read"),
         (tmp_path / "n" / "o", "no fold"),
     ):
         result = CliRunner().invoke(main, ["quantize", str(DEMO), str(target), "--target", "4"])

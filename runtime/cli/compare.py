@@ -88,6 +88,7 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     from runtime.cli import facts
     from runtime.gguf.reader import open_gguf
     from runtime.model import demo_path
+    from runtime.outputs import check_outputs, write_text
     from runtime.report.sweep import FORMATS, Table
 
     given = [model_option] if model_option is not None else []
@@ -107,9 +108,8 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     timed = [] if options["no_speed"] else _tests(file, options)
     context = max([options["window"], *(test.n_depth + test.tokens for test in timed)])
     loaded = partial(_loaded, options, context)
-    picture = Path(options["svg"]) if options["svg"] else None
-    if picture is not None and not picture.parent.is_dir():
-        raise Refused(f"--svg {picture}: there is no folder {picture.parent}")
+    picture = options["svg"]
+    check_outputs([picture], [*paths, options["file"]])
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         if kind == "cache":
@@ -128,7 +128,7 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     if picture is not None:
         from runtime.report.sweep_svg import draw
 
-        picture.write_text(draw(table), encoding="utf-8")
+        write_text(picture, draw(table))
         note(f"wrote {picture}", quiet)
 
 

@@ -63,6 +63,7 @@ def command(
     it. With a base file also: how far the model's predictions are from those that the base was
     written with (Kullback-Leibler divergence, agreement on the most probable token).
     """
+    from runtime.outputs import check_outputs
     from runtime.quality.windows import SIZE
 
     if options["kl_divergence"]:
@@ -72,6 +73,7 @@ def command(
     if kl is not None and kl_base is not None:
         raise click.UsageError("--kl compares with a base and --kl-base writes one: give one")
     path, quiet = model_argument(model, model_option), options["quiet"]
+    check_outputs([kl_base], [path, file])
     text = None if kl is not None and file is None else measured_text(file, quiet)
     context = (window or SIZE) if kl is None else _base_size(kl)
     loaded = load(

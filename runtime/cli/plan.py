@@ -74,10 +74,12 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
     qwen3.5-27b, qwen3.5-35b-a3b, qwen3-coder-next-80b, gpt-oss-120b, llama-3.1-70b, llama-3.1-8b,
     qwen3-0.6b; with a type behind it (llama-3.1-8b-q8_0) or --weights.
     """
+    from runtime.outputs import check_outputs
     from runtime.planning import fitted, would_fit
     from runtime.report import text
 
     file = _file(model if model is not None else model_option, options)
+    check_outputs([options["svg"], options["dot"]], [file.path])
     given = _placement(file, options)
     chosen = given
     if options["fit"]:
@@ -234,5 +236,7 @@ def _each(placement: Any, name: str, given: str | None) -> dict[Any, float]:
 
 
 def _write(path: str, content: str) -> None:
-    Path(path).write_text(content, encoding="utf-8")
+    from runtime.outputs import write_text
+
+    write_text(path, content)
     note(f"wrote {path}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime.cli.output import check_folder, size, table
+from runtime.cli.output import size, table
 from runtime.cli.parsing import F, Refused, decorated, option
 
 if TYPE_CHECKING:
@@ -44,16 +44,14 @@ def aimed(
     """What `--target` and its like ask for."""
     from runtime.cli.perplexity import measured_text
     from runtime.gguf.reader import open_gguf
+    from runtime.outputs import check_outputs, write_text
     from runtime.quantise.collect import windows
     from runtime.quantise.target import Target, aim
-    from runtime.quantise.write import check_target
     from runtime.text.tokenizer import Tokenizer
 
     target, kinds = Target.of(options["target"]), options["types"]
     file = open_gguf(words.source)
-    if words.target is not None:  # better now than in the end
-        check_folder(words.target)
-        check_target(file, Path(words.target))
+    check_outputs([words.target, options["svg"]], [*file.paths, options["file"], imatrix])
     tokenizer = Tokenizer.from_gguf(file)
     found = windows(tokenizer, measured_text(options["file"]), _WINDOW)[: options["chunks"]]
     if not found:
@@ -65,7 +63,7 @@ def aimed(
     if options["svg"]:
         from runtime.report.mix_svg import draw
 
-        Path(options["svg"]).write_text(draw(result), encoding="utf-8")
+        write_text(options["svg"], draw(result))
     return result
 
 

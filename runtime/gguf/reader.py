@@ -122,6 +122,11 @@ class GGUFFile:
             )
         return name
 
+    @property
+    def paths(self) -> set[Path]:
+        """All files that it is in."""
+        return {self.path, *(tensor.path for tensor in self.tensors.values())}
+
     def stored_metadata(self) -> dict[str, Stored]:
         """The metadata as it is stored, for `write_gguf`, which keeps every number's type."""
         return stored_metadata(Head(Source(self.path)))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from runtime.ops.dtypes import DType, nbytes_for
 from runtime.ops.errors import FileError
+from runtime.outputs import appearing
 
 from .header import Stored
 from .strings import StringArray
@@ -65,26 +64,6 @@ def write_gguf(
         file.write(_header(metadata, tensors))
         for tensor in tensors:
             _write_data(file, tensor, progress)
-
-
-@contextmanager
-def appearing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write, which appears at `path` when it is whole; FileError when it cannot be."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("not a file")
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FileError(
-            f"{path}: cannot be written ({reason}); free some space or choose another folder"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:

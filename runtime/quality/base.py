@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from runtime.errors import FileError, OptionError
+from runtime.outputs import appearing
 from runtime.quality.rows import FLOOR, log_sums, parts
 from runtime.quality.windows import Windows, bos_of
 
@@ -129,43 +130,22 @@ class BaseWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], vocabulary: int, windows: Windows) -> None:
-        self.path, self._vocabulary, self._windows = Path(path), vocabulary, windows
-        self._aside = self.path.with_name(self.path.name + ".part")
+        self._vocabulary, self._windows = vocabulary, windows
+        self._appearing = appearing(path)
 
     def __enter__(self) -> Self:
         head = np.array([self._windows.size, self._vocabulary, len(self._windows)], "<i4")
-        try:
-            self._file = self._aside.open("wb")
-            self._file.write(_MAGIC + head.tobytes() + self._windows.ids.astype("<i4").tobytes())
-        except OSError as error:
-            self._aside.unlink(missing_ok=True)
-            raise self._error(error) from None
+        self._file = self._appearing.__enter__()
+        self._file.write(_MAGIC + head.tobytes() + self._windows.ids.astype("<i4").tobytes())
         return self
 
     def add(self, logits: np.ndarray, mapped: Callable[..., Iterable[Any]] = map) -> None:
         """The next rows, float32 [rows, vocabulary]. mapped: does `map`, perhaps in threads."""
-        try:
-            for stored in mapped(lambda part: encoded(logits[part]), parts(*logits.shape)):
-                self._file.write(stored)
-        except OSError as error:
-            raise self._error(error) from None
+        for stored in mapped(lambda part: encoded(logits[part]), parts(*logits.shape)):
+            self._file.write(stored)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._file.close()
-            if kind is None:
-                self._aside.replace(self.path)
-        except OSError as error:
-            if kind is None:
-                raise self._error(error) from None
-        finally:
-            self._aside.unlink(missing_ok=True)
-
-    def _error(self, error: OSError) -> FileError:
-        return FileError(
-            f"{self.path}: cannot be written ({error.strerror or error}); free some space or "
-            "choose another folder"
-        )
+    def __exit__(self, *raised: Any) -> None:
+        self._appearing.__exit__(*raised)
 
 
 def encoded(logits: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from runtime.arguments import check_function, whole
 from runtime.engine.advance import Piece
 from runtime.errors import OptionError
 from runtime.ops import PAGE
+from runtime.outputs import check_outputs
 from runtime.quality import rows
 from runtime.quality.base import BaseFile, BaseWriter
 from runtime.quality.divergence import Divergence, Estimate, divergence, mean
@@ -74,6 +75,7 @@ def perplexity(
         cut = Windows.of(model, ids_of(model, text), SIZE if window is None else window, windows)
         if kl_base is None:
             return measured(model, cut, on_window)
+        check_outputs([kl_base], model.file.paths)
         with BaseWriter(kl_base, model.vocab_size, cut) as writer:
             return measured(model, cut, on_window, keep=writer.add)
     with BaseFile(kl) as base:

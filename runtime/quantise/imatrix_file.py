@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from runtime.gguf.reader import GGUFFile, open_gguf
-from runtime.gguf.writer import NewTensor, appearing, write_gguf
+from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.ops.dtypes import F32
 from runtime.ops.errors import FileError
+from runtime.outputs import appearing
 
 _SQUARES, _COUNTS, _SUMS, _STATS = ".in_sum2", ".counts", ".in_sum", ".stats"
 _AGAIN = "make it again with `runtime imatrix` or llama-imatrix"

@@ -7,11 +7,9 @@ are stored, as float32 and as they will be stored.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.ops.dtypes import F32, nbytes_for
 from runtime.ops.errors import FileError, OpError
 from runtime.ops.quants import dequantize
+from runtime.outputs import check_outputs, check_room
 from runtime.progress import Progress, reporter
 
 from .choose import Choice
@@ -47,8 +46,8 @@ def write_quantised(
     FileError: the file cannot be read or written, there is no room for the new one, or a value
     is one that its type cannot hold. OptionError: a type that nothing can be quantised to.
     """
-    path = Path(path)
-    check_target(file, path, sum(c.nbytes for c in choices))
+    check_outputs([path], file.paths)
+    check_room(path, sum(c.nbytes for c in choices))
     with Quantiser(threads) as quantiser, reporter(progress) as report:
         changed = {c.dtype for c in choices if c.dtype is not file.tensors[c.name].dtype}
         quantiser.prepare(sorted(changed, key=repr), report)
@@ -65,19 +64,6 @@ def write_quantised(
                 report(done, total, "quantising")
 
         write_gguf(path, _merged(file, metadata), tensors, advance)
-
-
-def check_target(file: GGUFFile, path: Path, nbytes: int = 0) -> None:
-    """FileError: `path` is the file that is read, or there is no room for so many bytes."""
-    parts = {file.path, *(tensor.path for tensor in file.tensors.values())}
-    if path.exists() and any(path.samefile(part) for part in parts):
-        raise FileError(f"{path}: this is the file that is read; give another name to the new one")
-    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else nbytes
-    if free < nbytes:
-        raise FileError(
-            f"{path}: the new file takes {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; free "
-            "some space or choose another folder"
-        )
 
 
 def _merged(file: GGUFFile, metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def appearing(path: Name) -> Iterator[BinaryIO]:
     whole = Path(os.path.realpath(path))
     own = f"{whole.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.part"
     partial = whole.with_name(own)
-    with _ending(), _saying(path, partial):
+    with ending(), _saying(path, partial):
         try:
             with partial.open("xb") as file:
                 yield file
@@ -87,8 +87,11 @@ def write_text(path: Name, text: str) -> None:
 
 
 @contextmanager
-def _ending() -> Iterator[None]:
-    """What would end the process at once ends it as an exit does, which cleans up."""
+def ending() -> Iterator[None]:
+    """What is to end the process (SIGTERM, SIGHUP) does it as an exit, which cleans up.
+
+    Where nobody else listens to these, and in the main thread alone.
+    """
     main = threading.current_thread() is threading.main_thread()
     caught = [s for s in _ENDS if main and signal.getsignal(s) is signal.SIG_DFL]
     for number in caught:

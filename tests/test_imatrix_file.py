@@ -77,6 +77,9 @@ def test_what_is_no_importance_matrix_is_refused(tmp_path: Path) -> None:
     path.write_bytes(dat(("a", 1, np.array([1, np.nan]))))
     with pytest.raises(FileError, match="entry of a is not finite"):
         read(path)
+    path.write_bytes(dat(("a", 1, np.array([1, -1]))))
+    with pytest.raises(FileError, match=r"i\.dat: the entry of a has negative numbers"):
+        read(path)
     with pytest.raises(FileError, match="is a model's file"):
         read(write_model(tmp_path / "m.gguf", Sizes()))
     squares = NewTensor.of("a.in_sum2", (4,), F32, np.ones(4, "<f4"))

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from small_models import NOVEL, write_model
+from small_models import NOVEL, Sizes, write_model
 
 import runtime
 from runtime import outputs
@@ -26,6 +27,7 @@ from runtime.quantise import write
 from runtime.quantise.imatrix_file import Entry, Imatrix
 from runtime.quantise.imatrix_file import write as write_imatrix
 from runtime.quantise.job import plan
+from runtime.quantise.mixes import MIXES
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -302,5 +304,55 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     for words, line in (
         ((out,), "give IN OUT TYPE"), ((), "give IN OUT TYPE"), ((out, "Q8_0", "2", "3"), "give"),
         ((out, "Q8_0", "--tensor-type", "attn"), "give PATTERN=TYPE"),
+        ((out, "Q8_0", "--tensor-type-file", str(model)), "no text file"),
+        *(((out, "Q8_0", *more), "no meaning without --target")
+          for more in (("-f", "a"), ("--chunks", "4"), ("--types", "q8_0"), ("--svg", "a"))),
     ):  # fmt: skip
         assert line in say(*words, code=2)
+    for words, line in (
+        ((".", "Q8_0"), "folder"), (("", "Q8_0"), "give the name"), (("-", "Q8_0"), "the name"),
+        ((str(model), "Q8_0"), "is read"),
+        ((str(types), "Q8_0", "--tensor-type-file", str(types)), "is read"),
+        ((out, "Q8_0", "--imatrix", out), "No such file"),
+        ((out, "Q8_0", "--tensor-type", "attnq=f16"), "--tensor-type 'attnq' is found in the name"),
+        ((out, "COPY", "--pure"), "COPY keeps"), ((out, "Q9"), "COPY, F16"),
+        ((out, "Q8_0", "--leave-output-tensor", "--output-tensor-type", "F16"),
+         "--leave-output-tensor and --output-tensor-type exclude"),
+    ):  # fmt: skip
+        before = model.read_bytes()
+        Path(out).unlink(missing_ok=True)
+        assert line in say(*words, code=1) and model.read_bytes() == before
+    text = " ".join(say("-h").split())
+    assert all(f"{name}, " in text for name in MIXES) and "COPY" in text
+
+
+@pytest.mark.parametrize("path", [None, "", 3])
+@pytest.mark.parametrize("name", ["src", "dst"])
+def test_paths_are_named(name: str, path: Any, model: Path, tmp_path: Path) -> None:
+    paths = {"src": model, "dst": tmp_path / "q.gguf"} | {name: path}
+    with pytest.raises(runtime.OptionError, match=f"^{name}={path!r} must be the path"):
+        runtime.quantize(**paths, type="Q8_0")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    entry = Entry(np.ones((1, 4), np.float32), np.ones(1, np.float32))
+    write_imatrix(tmp_path / "i.gguf", Imatrix({"a": entry}))
+    write_gguf(tmp_path / "v.gguf", {"tokenizer.ggml.tokens": ["a"]}, [])
+    for name, said in (("i", "this is an importance matrix"), ("v", "a vocabulary alone")):
+        with pytest.raises(FileError, match=said):
+            runtime.quantize(tmp_path / f"{name}.gguf", tmp_path / "q.gguf", "Q8_0")
+
+
+def test_arguments_are_named_as_they_are_given(tmp_path: Path) -> None:
+    """In Python by their names, on the command line by those of options."""
+    model, out = write_model(tmp_path / "m.gguf", Sizes(hidden=256)), tmp_path / "q.gguf"
+    runtime.quantize(model, out, "Q8_0")
+    for source, type, said in (
+        (model, "IQ1_S", "with imatrix="), (out, "Q4_0", "allow_requantize=True")
+    ):  # fmt: skip
+        words = [str(source), str(tmp_path / "r.gguf"), type]
+        with pytest.raises(OptionError, match=said) as raised:
+            runtime.quantize(*words)
+        assert "--" not in str(raised.value)
+        option = "--" + said.removeprefix("with ").partition("=")[0].replace("_", "-")
+        assert option in CliRunner().invoke(main, ["quantize", *words]).output

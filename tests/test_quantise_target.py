@@ -117,6 +117,12 @@ def test_sizes_are_kept_and_more_of_it_is_better(source: Path) -> None:
         assert 8 * found.job.nbytes <= bits * sum(np.prod(c.shape) for c in found.job.choices)
         predicted.append(found.predicted)
     assert predicted == sorted(predicted, reverse=True)
+    limit = found.job.nbytes  # without the header
+    found = aim(source, Target(nbytes=limit), WINDOWS, kinds=KINDS)
+    found.job.write(source.with_name("o.gguf"))
+    assert 0.9 * limit < source.with_name("o.gguf").stat().st_size <= limit
+    with pytest.raises(OptionError, match="pure has no meaning"):
+        aim(source, Target(bits=6), WINDOWS, Wishes(pure=True))
     with pytest.raises(OptionError, match=r"1,000 bytes are too few: \d.*is the least|are the lea"):
         aim(source, Target(nbytes=1000), WINDOWS, kinds=KINDS)
 
@@ -157,13 +163,33 @@ def test_parts_are_the_same_tensor_of_neighbouring_layers() -> None:
     [
         ("4.5", Target(bits=4.5)), ("3.2GB", Target(nbytes=3.2e9)), ("2g", Target(nbytes=2e9)),
         ("512MiB", Target(nbytes=512 * 2**20)), ("kld=0.01", Target(kld=0.01)),
+        ("600000", Target(nbytes=6e5)), ("33", Target(nbytes=33)), ("600 B", Target(nbytes=600)),
+        ("32", Target(bits=32)), ("4.5bpw", Target(bits=4.5)), ("kld=40", Target(kld=40)),
+        ("1.5KiB", Target(nbytes=1536)), ("kld=1e-3", Target(kld=0.001)),
     ],
 )  # fmt: skip
 def test_targets(text: str, want: Target) -> None:
     assert Target.of(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "Q4_K", "-1", "0", "kld=x", "ppl=1", "kld=3GB", "nan"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Q4_K",
+        "-1",
+        "0",
+        "kld=x",
+        "ppl=1",
+        "kld=3GB",
+        "nan",
+        "40.5",
+        "kld=3bpw",
+        "1.2.3",
+        "GB",
+        "inf",
+    ],
+)
 def test_what_is_no_target(text: str) -> None:
     with pytest.raises(OptionError, match="is none: give bits"):
         Target.of(text)
@@ -172,7 +198,7 @@ def test_what_is_no_target(text: str) -> None:
 @needs_demo
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "o.gguf"
-    args = [DEMO, out, "--target", "7", "--types", "q4_0,q8_0", "--chunks", "1",
+    args = [DEMO, out, "--target", "7", "--types", "q4_0,q8_0,", "--chunks", "1",
             "--svg", tmp_path / "o.svg"]  # fmt: skip
     result = CliRunner().invoke(main, ["quantize", *map(str, args), "--allow-requantize"])
     assert result.exit_code == 0, result.output
@@ -180,10 +206,13 @@ def test_command(tmp_path: Path) -> None:
     assert "divergence with the smallest type" in (tmp_path / "o.svg").read_text()
     file = open_gguf(out)
     assert 8 * file.tensors_nbytes <= 7 * sum(np.prod(t.shape) for t in file.tensors.values())
-    for target, line in (
-        (DEMO, "this is a file that is read"),
-        (tmp_path / "n" / "o", "no fold"),
-    ):
-        result = CliRunner().invoke(main, ["quantize", str(DEMO), str(target), "--target", "4"])
-        assert result.exit_code
-        assert line in result.output or line in str(result.exception)
+    svg = tmp_path / "n" / "o.svg"
+    for words, line in (
+        ((DEMO,), "this is a file that is read"), ((tmp_path / "n" / "o",), "no folder"),
+        ((out, "--svg", svg), "no folder"), ((out, "--svg", out), "two files"),
+        ((out, "--svg", DEMO), "is read"), ((out, "--pure"), "--pure has no meaning"),
+        ((out, "--types", ","), "names none"),
+    ):  # fmt: skip
+        args = ["quantize", str(DEMO), *map(str, words), "--target", "4", "--allow-requantize"]
+        result = CliRunner().invoke(main, args)
+        assert result.exit_code and result.output.count("\n") <= 2 and line in result.output

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from runtime.cli.output import note, size, table
-from runtime.cli.parsing import Command, option
-from runtime.cli.quantize_target import aimed, report, target_options
+from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.quantize_target import aimed, check_no_target, report, target_options
 
 if TYPE_CHECKING:
     from runtime.quantise.choose import Choice, Wishes
     from runtime.quantise.job import Job
+
+
+_ARGUMENTS = {  # in errors of `runtime.quantize`, and what is said here
+    "allow_requantize=True": "--allow-requantize", "with imatrix=": "with --imatrix",
+    "tensor_types: ": "--tensor-type ", "pure has no": "--pure has no",
+    "leave_output_tensor and output_tensor_type": "--leave-output-tensor and --output-tensor-type",
+}  # fmt: skip
 
 
 class Words(NamedTuple):
@@ -60,35 +68,67 @@ def command(
     words: tuple[str, ...], imatrix: str | None, dry_run: bool, threads: int | None,
     allow_requantize: bool, **more: Any,
 ) -> None:  # fmt: skip
-    """Write the model IN to OUT with weights of TYPE: Q4_K_M, Q8_0, IQ4_XS, F16, ...
+    """Write the model IN to OUT with weights of TYPE.
+
+    Without OUT the file is ggml-model-TYPE.gguf beside IN. A file that is there already is
+    replaced, once the new one is whole.
 
     Types and mixes are those of llama-quantize, tensor by tensor; COPY keeps all. Where rows are
     no whole number of a type's blocks another takes its place, which the table says. Memory does
     not grow with the file.
+
+    TYPE: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q2_K_S, Q3_K_S, Q3_K_M, Q3_K_L,
+    Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ2_M, IQ3_XXS,
+    IQ3_XS, IQ3_S, IQ3_M, IQ4_NL, IQ4_XS, Q1_0, Q2_0, TQ1_0, TQ2_0, MXFP4_MOE, COPY.
     """
+    from runtime.outputs import check_outputs
     from runtime.quantise.job import plan
 
-    found, wishes = _parsed(words, more["target"]), _wishes(more)
-    if more["target"]:
-        aim = aimed(found, wishes, imatrix, allow_requantize, threads, more)
-        click.echo(report(aim))
-        job = aim.job
-    else:
-        job = plan(found.source, found.type, wishes, imatrix, allow_requantize, dry_run)
-    for line in job.notes:
-        note(line)
-    if dry_run:
-        click.echo(f"{_table(job)}\n\n{_total(job)}")
-        return
-    target = found.target or _beside(found.source, found.type)
+    if more["target"] is None:
+        check_no_target(more)
+    found = _parsed(words, more["target"])
+    target = found.target
+    if target is None and not dry_run:
+        target = _beside(found.source, found.type)
+    check_outputs([target], [found.source, imatrix, more["tensor_type_file"]])
+    wishes = _wishes(more)
     started = time.perf_counter()
     try:
-        job.write(target, threads or found.threads)
+        with _options_named():
+            if more["target"] is not None:
+                aim = aimed(found, wishes, imatrix, allow_requantize, threads, more)
+                click.echo(report(aim))
+                job = aim.job
+            else:
+                job = plan(found.source, found.type, wishes, imatrix, allow_requantize, dry_run)
+            for line in job.notes:
+                note(_named(line))
+            if dry_run or target is None:
+                click.echo(f"{_table(job)}\n\n{_total(job)}")
+                return
+            job.write(target, threads or found.threads)
     except KeyboardInterrupt:
-        note(f"stopped: {target} was not written")
+        note(f"stopped: {target} was not written" if target else "stopped")
         raise
     click.echo(f"{_by_type(job)}\n\n{_total(job)}")
     note(f"{target}: written in {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Errors call arguments of `runtime.quantize` as the command line does."""
+    from runtime.errors import Error
+
+    try:
+        yield
+    except Error as error:
+        raise type(error)(_named(str(error))) from error
+
+
+def _named(text: str) -> str:
+    for argument, name in _ARGUMENTS.items():
+        text = text.replace(argument, name)
+    return text
 
 
 def _parsed(words: Sequence[str], target: str | None) -> Words:
@@ -96,7 +136,7 @@ def _parsed(words: Sequence[str], target: str | None) -> Words:
 
     With a target in place of TYPE: IN OUT.
     """
-    if target:
+    if target is not None:
         if len(words) != 2:
             raise click.UsageError("give IN OUT: --target takes the place of a type")
         return Words(words[0], words[1], "")
@@ -132,8 +172,8 @@ def _wishes(types: dict[str, Any]) -> Wishes:
     from runtime.quantise.choose import Wishes
 
     pairs = list(types["tensor_type"])
-    if types["tensor_type_file"]:
-        pairs += Path(types["tensor_type_file"]).read_text(encoding="utf-8").split()
+    if types["tensor_type_file"] is not None:
+        pairs += _pairs_of(types["tensor_type_file"])
     tensors = []
     for pair in pairs:
         pattern, _, dtype = pair.partition("=")
@@ -144,6 +184,13 @@ def _wishes(types: dict[str, Any]) -> Wishes:
         tensors, types["output_tensor_type"], types["token_embedding_type"], types["pure"],
         types["leave_output_tensor"],
     )  # fmt: skip
+
+
+def _pairs_of(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").split()
+    except UnicodeDecodeError:
+        raise Refused(f"{path}: no text file, UTF-8, of PATTERN=TYPE pairs") from None
 
 
 def _table(job: Job) -> str:

@@ -16,25 +16,32 @@ if TYPE_CHECKING:
     from runtime.quantise.target import Aimed
 
 _TARGET = "Types by measurement"
-_WINDOW = 256  # tokens
+_WINDOW, _CHUNKS = 256, 4  # tokens, and how many windows of them
 
 
 def target_options(function: F) -> F:
     """--target and what says how it is measured."""
     return decorated(function, (
-        option("--target", "In place of TYPE: bits per weight (4.5), a size (3.2GB), or mean "
-               "divergence from IN in nats (kld=0.01). Each tensor gets the type that serves this "
-               "best by what its errors do to the predictions; that takes as long as reading "
-               "the text some hundred times.", _TARGET, metavar="TARGET"),
+        option("--target", "In place of TYPE: bits per weight (4.5), the size of the file (3.2GB, "
+               "600KiB, or bytes), or mean divergence from IN in nats (kld=0.01). Each tensor "
+               "gets the type that serves this best by what its errors do to the predictions; that "
+               "takes as long as reading the text some hundred times.", _TARGET, metavar="TARGET"),
         option("-f --file", "The text to measure on, UTF-8 (stories that come with the package).",
                _TARGET, metavar="FILE"),
-        option("--chunks", f"How much of it: N windows of {_WINDOW} tokens.", _TARGET,
-               type=click.IntRange(1), default=4, show_default=True, metavar="N"),
+        option("--chunks", f"How much of it: N windows of {_WINDOW} tokens ({_CHUNKS}).", _TARGET,
+               type=click.IntRange(1), metavar="N"),
         option("--types", "Types to choose from (those with fast kernels).", _TARGET,
                metavar="TYPE,..."),
         option("--svg", "Draw the bits of each tensor, and what few would cost.", _TARGET,
                metavar="FILE"),
     ))  # fmt: skip
+
+
+def check_no_target(options: dict[str, Any]) -> None:
+    """UsageError for what has a meaning with --target alone."""
+    for name in ("file", "chunks", "types", "svg"):
+        if options[name] is not None:
+            raise Refused(f"--{name} has no meaning without --target")
 
 
 def aimed(
@@ -49,16 +56,21 @@ def aimed(
     from runtime.quantise.target import Target, aim
     from runtime.text.tokenizer import Tokenizer
 
-    target, kinds = Target.of(options["target"]), options["types"]
+    target = Target.of(options["target"])
+    kinds = [name.strip() for name in (options["types"] or "").split(",") if name.strip()]
+    if options["types"] is not None and not kinds:
+        raise Refused("--types names none: give some, such as q4_k,q8_0")
     file = open_gguf(words.source)
-    check_outputs([words.target, options["svg"]], [*file.paths, options["file"], imatrix])
+    read = options["file"], imatrix, options["tensor_type_file"]
+    check_outputs([words.target, options["svg"]], [*file.paths, *read])
     tokenizer = Tokenizer.from_gguf(file)
-    found = windows(tokenizer, measured_text(options["file"]), _WINDOW)[: options["chunks"]]
+    found = windows(tokenizer, measured_text(options["file"]), _WINDOW)
+    found = found[: options["chunks"] or _CHUNKS]
     if not found:
         raise Refused(f"the text is shorter than {_WINDOW} tokens: give a longer one with -f")
     result = aim(
         words.source, target, found, wishes, imatrix, allow_requantize,
-        kinds.split(",") if kinds else (), threads, True, Path(words.target or ".").parent,
+        kinds, threads, True, Path(words.target or ".").parent,
     )  # fmt: skip
     if options["svg"]:
         from runtime.report.mix_svg import draw

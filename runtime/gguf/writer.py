@@ -66,6 +66,11 @@ def write_gguf(
             _write_data(file, tensor, progress)
 
 
+def file_nbytes(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> int:
+    """Of the file that `write_gguf` makes of these."""
+    return len(_header(metadata, tensors)) + sum(t.nbytes + -t.nbytes % ALIGNMENT for t in tensors)
+
+
 def _header(metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> bytes:
     pieces = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     for key, value in metadata.items():

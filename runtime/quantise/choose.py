@@ -81,6 +81,9 @@ def choose(
     chooser = _Chooser(mix_of("F32" if copied else mix_name, plain), model, wishes, names,
                        has_imatrix)  # fmt: skip
     found = []
+    if copied and (wishes.tensors or wishes.output or wishes.embedding or wishes.pure):
+        raise OptionError("COPY keeps all types: leave out what asks for others")
+    chooser.check({name: tensors[name].shape for name in names})
     for name in names:
         shape = tensors[name].shape
         if copied or not chooser.is_quantised(name, shape):
@@ -116,6 +119,16 @@ class _Chooser:
         self._patterns = [(_compiled(text), weight_type(t)) for text, t in wishes.tensors]
         self._output = weight_type(wishes.output) if wishes.output else None
         self._embedding = weight_type(wishes.embedding) if wishes.embedding else None
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """OptionError for a pattern that gives no tensor its type."""
+        names = [name for name, shape in shapes.items() if self.is_quantised(name, shape)]
+        for pattern, _ in self._patterns:
+            if not any(map(pattern.search, names)):
+                raise OptionError(
+                    f"tensor_types: {shown(pattern.pattern)} is found in the name of no tensor "
+                    "that is quantised"
+                )
 
     def is_quantised(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether a tensor's type changes at all."""
@@ -155,4 +168,4 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern.lower())  # as llama-quantize has it: names are lower case
     except re.error as error:
-        raise OptionError(f"--tensor-type {shown(pattern)} is no pattern: {error}") from None
+        raise OptionError(f"tensor_types: {shown(pattern)} is no pattern: {error}") from None

@@ -59,7 +59,7 @@ class Imatrix:
 
 
 def read(path: str | os.PathLike[str]) -> Imatrix:
-    """The importance matrix in a file; FileError where it is none, damaged or not finite."""
+    """The importance matrix in a file; FileError: it is none, damaged, not finite, negative."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -68,8 +68,11 @@ def read(path: str | os.PathLike[str]) -> Imatrix:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from error
     for name, entry in found.entries.items():
-        if not (np.isfinite(entry.squares).all() and np.isfinite(entry.counts).all()):
-            raise FileError(f"{path}: the entry of {name} is not finite; {_AGAIN}")
+        for values in (entry.squares, entry.counts):
+            if not np.isfinite(values).all():
+                raise FileError(f"{path}: the entry of {name} is not finite; {_AGAIN}")
+            if (values < 0).any():
+                raise FileError(f"{path}: the entry of {name} has negative numbers; {_AGAIN}")
     return found
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arguments import check_path, check_progress, flag, listed, whole, wrong
+from runtime.arguments import check_has_weights, check_progress, flag, listed, whole, wrong
 from runtime.errors import FileError, OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
+from runtime.outputs import check_outputs
 from runtime.progress import Progress
 
 from .choose import NONE, OUTER, Choice, Wishes, choose, needs_imatrix
@@ -22,7 +23,7 @@ from .mixes import Facts, mix_of
 
 _VERSION = 2  # of the block formats: general.quantization_version
 _TYPE = "general.file_type"
-_BETTER = "take the F16, BF16 or F32 file, or --allow-requantize"
+_BETTER = "take the F16, BF16 or F32 file, or allow_requantize=True"
 _MOST_TEXT = 127  # bytes of a path that llama-quantize keeps
 
 
@@ -69,7 +70,9 @@ def plan(
     is_dry: what would stop the writing is a note. Else OptionError: a tensor is quantised already,
     or its type needs an importance matrix. FileError: the file, or the imatrix, cannot be used.
     """
-    file = open_gguf(src)
+    if wishes.keep_output and wishes.output:
+        raise OptionError("leave_output_tensor and output_tensor_type exclude each other: give one")
+    file = _model(src)
     found = read(imatrix) if imatrix is not None else None
     choices = choose(file.tensors, type, Facts.of(file.metadata), wishes, found is not None)
     notes = []
@@ -113,8 +116,11 @@ def quantize(
     OptionError for a type or option that cannot be used, FileError where a file cannot be read or
     written. `dst` appears only when it is whole.
     """
-    for name, path in (("src", src or 0), ("dst", dst or 0), ("imatrix", imatrix)):
-        check_path(name, path)
+    for name, path in (("src", src), ("dst", dst), ("imatrix", imatrix)):
+        needed = name != "imatrix" or path is not None
+        if needed and (path == "" or not isinstance(path, str | os.PathLike)):
+            raise wrong(name, path, "the path of a file, as text or Path")
+    check_outputs([dst], [src, imatrix])
     for name, text in (("type", type), ("output_tensor_type", output_tensor_type or ""),
                        ("token_embedding_type", token_embedding_type or "")):  # fmt: skip
         if not isinstance(text, str):
@@ -128,6 +134,15 @@ def quantize(
     job = plan(src, type, wishes, imatrix, flag("allow_requantize", allow_requantize))
     job.write(dst, threads, progress)
     return job
+
+
+def _model(src: str | os.PathLike[str]) -> GGUFFile:
+    """An open model; FileError for a file without weights, and for an importance matrix."""
+    file = open_gguf(src)
+    if file.get("general.type") == "imatrix":
+        raise FileError(f"{file.path}: this is an importance matrix, not a model")
+    check_has_weights(file)
+    return file
 
 
 def _pairs(given: Any) -> list[tuple[str, str]]:
@@ -154,7 +169,7 @@ def _missing(choices: Sequence[Choice], type: str, have: Mapping[str, Any]) -> s
         return ""
     return (
         f"{needy.dtype.name.upper()}, which {needy.name} gets, is of no use without an importance "
-        "matrix: make one with `runtime imatrix` and give it with --imatrix"
+        "matrix: make one with `runtime imatrix` and give it with imatrix="
     )
 
 

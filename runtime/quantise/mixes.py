@@ -240,7 +240,7 @@ def mix_of(name: str, plain: bool = False) -> Mix:
     types = [n for n, d in DTYPES.items() if d.is_blocked or d.is_float] if plain else []
     if name.lower() in types:
         return Mix(None, name.lower())
-    known = sorted({*MIXES, *ALIASES, *map(str.upper, types)})
+    known = sorted({*MIXES, *ALIASES, *map(str.upper, types)} | ({"COPY"} if not plain else set()))
     raise OptionError(f"weight type {shown(name)} is not known; there are {', '.join(known)}")
 
 

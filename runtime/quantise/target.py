@@ -25,8 +25,10 @@ import numpy as np
 from runtime.backends.cpu.quantising import Quantiser, quantisable
 from runtime.errors import OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
+from runtime.gguf.writer import ALIGNMENT
 from runtime.ops.dtypes import DTYPES, F16, DType, nbytes_for
 from runtime.ops.errors import shown
+from runtime.outputs import ending
 from runtime.progress import Progress, reporter
 from runtime.quantise import options
 from runtime.quantise.choose import NONE, Choice, Wishes, choose
@@ -37,7 +39,7 @@ from runtime.quantise.mixes import MIXES, Facts, layer_of
 from runtime.quantise.observe import Observer
 from runtime.quantise.options import Chosen, Option
 from runtime.quantise.sensitivity import Swapped
-from runtime.quantise.write import write_quantised
+from runtime.quantise.write import quantised_nbytes, write_quantised
 
 KINDS = (
     "q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1",
@@ -47,12 +49,13 @@ KINDS = (
 PROBES = 256  # parts of a model that are rounded coarsely, one after the other
 _COARSE = 3.0  # bits of a weight in the coarse type, or the next that there is
 _CLOSE, _ROUNDS = 0.93, 4  # of a divergence: how near is near enough, and how often it is tried
-_SIZE = re.compile(r"(\d+\.?\d*)\s*([KMGT])(i?)B?", re.IGNORECASE)
+_AMOUNT = re.compile(r"([\d.e+-]+)\s*(?:([KMGT])(i?)B?|(B)|(bpw))?", re.IGNORECASE)
+_MOST_BITS = 32  # of a weight; larger numbers are bytes
 
 
 @dataclass(frozen=True)
 class Target:
-    """One of: bytes of all tensors, bits of a weight on average, mean divergence in nats."""
+    """One of: bytes of the file, bits of a weight on average, mean divergence in nats."""
 
     nbytes: float | None = None
     bits: float | None = None
@@ -60,22 +63,29 @@ class Target:
 
     @staticmethod
     def of(text: str) -> Target:
-        """Of "3.2GB", "4.5" or "kld=0.01"; OptionError for what is none of these."""
+        """Of "3.2GB", "600000", "4.5", "4.5bpw" or "kld=0.01"; OptionError for none of these."""
         name, _, value = text.strip().rpartition("=")
-        size = _SIZE.fullmatch(value)
+        found = _AMOUNT.fullmatch(value.strip())
+        digits, power, binary, is_bytes, is_bits = found.groups() if found else [""] * 5
         try:
-            number = float(size[1] if size else value)
+            number = float(digits)
         except ValueError:
             number = 0.0
-        if name.lower() not in ("", "kld") or (name and size) or not 0 < number < np.inf:
+        unit = power or is_bytes or is_bits
+        if not unit and number > _MOST_BITS:
+            is_bytes = number.is_integer()
+            number *= bool(is_bytes or name)
+        if name.lower() not in ("", "kld") or (name and unit) or not 0 < number < np.inf:
             raise OptionError(
-                f"target {shown(text)} is none: give bits of a weight (4.5), a size (3.2GB) or a "
-                "divergence (kld=0.01)"
+                f"target {shown(text)} is none: give bits of a weight (4.5), the size of the file "
+                "(3.2GB, or bytes) or a divergence (kld=0.01)"
             )
-        if size:
-            power = 1 + "KMGT".index(size[2].upper())
-            return Target(nbytes=number * (1024 if size[3] else 1000) ** power)
-        return Target(kld=number) if name else Target(bits=number)
+        if name:
+            return Target(kld=number)
+        if power or is_bytes:
+            steps = " KMGT".index((power or " ").upper())
+            return Target(nbytes=number * (1024 if binary else 1000) ** steps)
+        return Target(bits=number)
 
 
 @dataclass(frozen=True)
@@ -106,10 +116,13 @@ def aim(
     of a coarse type meanwhile. Other arguments as for `plan`.
     OptionError: nothing is small enough, or good enough.
     """
+    if wishes.pure:
+        raise OptionError("pure has no meaning with a target, which chooses each tensor's type")
     job = plan(src, "Q8_0", wishes, imatrix, allow_requantize)
     free = _free(job, wishes)
     found = _types(kinds)
     with (
+        ending(),
         tempfile.TemporaryDirectory(dir=folder) as scratch,
         reporter(progress) as report,
         Swapped(job.file, windows, threads, report) as model,
@@ -178,16 +191,18 @@ class _Measured:
 
     def chosen(self, possible: Mapping[str, Sequence[Option]], target: Target) -> Chosen:
         """The best for a target; of a divergence, by one that is measured."""
-        fixed = sum(c.nbytes for c in self._job.choices if c.name not in possible)
         if target.kld is None:
             weights = self._job.weights
+            fixed = sum(c.nbytes for c in self._job.choices if c.name not in possible)
+            rest = fixed if target.nbytes is None else self._others(possible)
             most = target.nbytes or (target.bits or 0) * weights / 8
-            found = options.choose(possible, most - fixed)
-            least = fixed + sum(o.nbytes for o in found.values())
-            if least > most:
+            found = options.choose(possible, most - rest)
+            least = sum(o.nbytes for o in found.values())
+            if rest + least > most:
                 raise OptionError(
-                    f"{self._job.file.path}: {most:,.0f} bytes are too few: {least:,} "
-                    f"({8 * least / weights:.2f} bits per weight) are the least with these types"
+                    f"{self._job.file.path}: {most:,.0f} bytes are too few: {rest + least:,} "
+                    f"({8 * (fixed + least) / weights:.2f} bits per weight) are the least with "
+                    "these types"
                 )
             return found
         aimed = target.kld
@@ -207,6 +222,18 @@ class _Measured:
                 f"types: the best has {got:.2g}"
             )
         return best
+
+    def _others(self, possible: Mapping[str, Sequence[Option]]) -> int:
+        """Bytes of a file that are not those of these tensors: of others, of the header, and at
+        most of what fills up."""
+        job = self._job
+        total = quantised_nbytes(job.file, job.choices, job.metadata)
+        free = [c for c in job.choices if c.name in possible]
+        return (
+            total
+            - sum(c.nbytes + -c.nbytes % ALIGNMENT for c in free)
+            + sum(max(-o.nbytes % ALIGNMENT for o in found) for found in possible.values())
+        )
 
     def job(self, chosen: Chosen) -> Job:
         """The file with these types."""

@@ -17,7 +17,7 @@ import numpy as np
 from runtime.backends.cpu.quantising import Quantiser
 from runtime.gguf.header import Stored
 from runtime.gguf.reader import GGUFFile, GGUFTensor
-from runtime.gguf.writer import NewTensor, write_gguf
+from runtime.gguf.writer import NewTensor, file_nbytes, write_gguf
 from runtime.ops.dtypes import F32, nbytes_for
 from runtime.ops.errors import FileError, OpError
 from runtime.ops.quants import dequantize
@@ -47,7 +47,7 @@ def write_quantised(
     is one that its type cannot hold. OptionError: a type that nothing can be quantised to.
     """
     check_outputs([path], file.paths)
-    check_room(path, sum(c.nbytes for c in choices))
+    check_room(path, quantised_nbytes(file, choices, metadata))
     with Quantiser(threads) as quantiser, reporter(progress) as report:
         changed = {c.dtype for c in choices if c.dtype is not file.tensors[c.name].dtype}
         quantiser.prepare(sorted(changed, key=repr), report)
@@ -64,6 +64,14 @@ def write_quantised(
                 report(done, total, "quantising")
 
         write_gguf(path, _merged(file, metadata), tensors, advance)
+
+
+def quantised_nbytes(
+    file: GGUFFile, choices: Sequence[Choice], metadata: Mapping[str, Any]
+) -> int:  # fmt: skip
+    """Of the file that `write_quantised` makes of these, all together."""
+    tensors = [NewTensor(c.name, c.shape, c.dtype, tuple) for c in choices]
+    return file_nbytes(_merged(file, metadata), tensors)
 
 
 def _merged(file: GGUFFile, metadata: Mapping[str, Any]) -> dict[str, Any]:

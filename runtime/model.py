@@ -13,6 +13,7 @@ from runtime.arguments import (
     check_function,
     check_has_weights,
     check_load,
+    kv_types,
     listed,
     token_ids,
     whole,
@@ -29,7 +30,6 @@ from runtime.memory.budget import Memory
 from runtime.models import registry
 from runtime.ops import Graph
 from runtime.ops.errors import shown
-from runtime.ops.kv_formats import KV_FORMATS
 from runtime.session import Session
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Model(TextModel):
         threads: int | None, activations: str, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, **split: Any,
     ) -> None:  # fmt: skip
-        self.file, self.kv_types = file, parse_kv_type(kv_type)
+        self.file, self.kv_types = file, kv_types(kv_type)
         self.cache_rotation = cache_rotation
         architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations, **split)
@@ -253,17 +253,3 @@ class Model(TextModel):
         progress: as for `load`. Kernels are kept on disk, for all models of the same types.
         """
         self._engine.programs.warmup(progress)
-
-
-def parse_kv_type(text: str) -> tuple[str, str]:
-    """K and V types of "f16" or "q8_0,f16"; OptionError lists what there is."""
-    text = text if isinstance(text, str) else ",".join(map(str, text))
-    parts = [p.strip().lower() for p in text.split(",")]
-    kinds = parts * 2 if len(parts) == 1 else parts
-    wrong = next((k for k in kinds if k not in KV_FORMATS), None)
-    if len(kinds) != 2 or wrong is not None:
-        raise OptionError(
-            f"kv_type={text!r} must be one of {', '.join(KV_FORMATS)}, or two of them for K and V "
-            "apart, such as 'q8_0,f16'"
-        )
-    return kinds[0], kinds[1]

@@ -16,7 +16,6 @@ from runtime.backends.meta.expression import Device
 from runtime.backends.meta.planner import ON_CPU, StagePlan, plan_stages, planned
 from runtime.backends.meta.stages import Stage, text
 from runtime.engine.batch import UBATCH
-from runtime.errors import OptionError
 from runtime.memory.budget import LEAST_SLOTS, SHARE
 from runtime.models.registry import build, one_token
 from runtime.models.step import Step
@@ -24,7 +23,7 @@ from runtime.ops import PAGE
 from runtime.ops.cost import Seen, page_nbytes
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.graph import Graph
-from runtime.ops.kv_formats import KV_FORMATS, kv_format
+from runtime.ops.kv_formats import kv_format
 from runtime.ops.tensor import Tensor
 
 SMALLER_KV = ("q8_0", "q4_0")
@@ -279,15 +278,6 @@ def _seconds(plan: StagePlan, nbytes: int, link: float | None) -> float:
     n = len(plan.devices)
     rate = link or LINK
     return (CPU_LATENCY if here else LATENCY) + 2 * nbytes * (n - 1) / n / rate
-
-
-def kv_types(text: str) -> tuple[str, str]:
-    """K and V types of "f16" or "q8_0,q4_0", OptionError names them."""
-    parts = [part.strip().lower() for part in text.split(",")]
-    kinds = parts * 2 if len(parts) == 1 else parts
-    if len(kinds) != 2 or not set(kinds) <= set(KV_FORMATS):
-        raise OptionError(f"kv_type={text!r} must be one or two of {', '.join(KV_FORMATS)}")
-    return kinds[0], kinds[1]
 
 
 def by_memory(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

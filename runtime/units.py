@@ -14,3 +14,8 @@ def in_units(n: float, step: int, units: Sequence[str], decimals: Sequence[int])
     while abs(n) >= step and at + 1 < len(units):
         n, at = n / step, at + 1
     return f"{n:.{decimals[at]}f} {units[at]}".rstrip()
+
+
+def counted_as(n: int, what: str) -> str:
+    """ "1 window", "2 windows"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -54,7 +54,7 @@ def test_paths_and_pairs_and_numpy_numbers_are_taken():
         devices="null,null",
         tensor_split=np.array([3, 1]),
         split_mode="tensor",
-        kv_type=("q8_0", "f16"),
+        kv_type="q8_0/f16",
         context=np.int64(64),
         sequences=1,
     ) as model:

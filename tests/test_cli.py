@@ -119,7 +119,7 @@ def test_errors_of_the_engine_are_one_line(invoke, error):
 
 
 @needs_demo
-@pytest.mark.parametrize("option", ["--kv-type=q3", "-ctk=q3", "--devices=tpu", "-ctv=f16,q8_0"])
+@pytest.mark.parametrize("option", ["--kv-type=q3", "-ctk=q3,f16", "-dev=tpu", "-ctv=f16,q8_0"])
 @pytest.mark.parametrize("name", ["run", "chat", "warmup", "bench"])
 def test_options_that_loading_refuses_are_usage_errors(name, option):
     if (name, option) == ("bench", "-ctv=f16,q8_0"):

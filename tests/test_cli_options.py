@@ -109,6 +109,7 @@ class TestFlags:
             (("--cache-type-v", "q8_0"), "kv_type", "f16,q8_0"),
             (("-ctk", "q8_0", "-ctv", "q8_0"), "kv_type", "q8_0"),
             (("--kv-type", "f32,bf16", "-ctv", "f16"), "kv_type", "f32,f16"),
+            (("--kv-type", "q6_0/Q4_0"), "kv_type", "q6_0,q4_0"),
             ((), "cache_rotation", True),
             (("--no-cache-rotation",), "cache_rotation", False),
         ],

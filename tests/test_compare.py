@@ -97,6 +97,12 @@ class TestWeights:
         assert 0.5 < float(made["bytes"]) / float(base["bytes"]) < 0.6
         assert 1e-6 < float(made["kld"]) < 0.1
 
+    def test_files_of_other_models_are_refused(self, golden):
+        done = compare(DEMO, "--files", golden / "llama" / "model-f32.gguf", *QUICK)
+        assert done.exit_code == 2 and "llama, another architecture than" in done.stderr
+        done = compare(DEMO, "--files", golden / "qwen3" / "model-f32.gguf", *QUICK)
+        assert done.exit_code == 2 and "of other tokens than" in done.stderr
+
     def test_files(self, golden):
         paths = [golden / "qwen3" / f"model-{kind}.gguf" for kind in ("f32", "Q4_0", "Q8_0")]
         args = (paths[0], "--files", *paths[1:], *QUICK, "--no-speed", "-o", "csv")
@@ -109,14 +115,21 @@ class TestWeights:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--types", "q9"), "--types: kv_type='q9' must be one of f32"),
+        (("--types", "q9"), "--types q9 is no type of a cache; there are f32"),
         (("--sweep", "types"), "--sweep types needs --files or --types"),
         (("--sweep", "cache", "--files", DEMO), "--sweep cache compares caches of one MODEL"),
-        (("--sweep", "types", "--types", "Q9"), "Q9"),
+        (("--sweep", "types", "--types", "Q9"), "--types: weight type 'Q9' is not known"),
+        (("-d", "505"), "-d, with the tokens that are timed 513: the model was trained for"),
+        (("-d", "0", "--no-speed"), "-d has no meaning with --no-speed"),
+        (("--rotation", "both", "--no-cache-rotation"), "no --no-cache-rotation"),
+        (("-p", "0", "-n", "0"), "nothing to time"),
+        (("--chunks", "0"), "--chunks"),
+        (("--sweep", "types", "--files", DEMO), "--sweep types needs --files or --types"),
         (("-f", "none.txt"), "none.txt: No such file"),
         (("-ctk", "q8_0"), "--cache-type-k has no meaning with --sweep cache"),
-        (("--svg", "none/a.svg"), "there is no folder none"),
-        (("-c", "9000", "--types", "f16"), "two windows of 9000 take 18000"),
+        (("--svg", "none/a.svg"), "none/a.svg: cannot be written (there is no folder none)"),
+        (("-c", "9000", "--types", "f16"), "-c 9000: the model was trained for"),
+        (("--svg", ""), "cannot be written"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(args, said):

@@ -17,9 +17,10 @@ import runtime
 from runtime.cli import main
 from runtime.errors import FileError, OptionError
 from runtime.quality import rows
-from runtime.quality.base import BaseFile, BaseWriter, encoded
+from runtime.quality.base import BaseFile, encoded, writing
 from runtime.quality.divergence import divergence, mean
-from runtime.quality.windows import Windows
+from runtime.quality.divergence import perplexity as estimate
+from runtime.quality.windows import Windows, bundled_text, ids_of
 
 HELD_OUT = DEMO.with_name("demo-heldout.txt")
 IDS = np.random.default_rng(1).integers(0, 80, 700).tolist()
@@ -91,6 +92,26 @@ def test_a_base_file_comes_back(model, tmp_path):
     assert abs(again.kl.kld.mean.value) < 1e-5
     assert model.perplexity(IDS, windows=3, kl=path).windows == 3
     assert not list(tmp_path.glob("*.part"))
+    assert model.perplexity(windows=-1, kl=path).windows == 5
+    assert f"{first}".startswith(f"perplexity {first.value:.4f} ± ")
+    assert "(5 windows of 32 tokens, 75 of them scored), KL divergence " in f"{again}"
+    assert "(1 window of 32 tokens" in str(model.perplexity(kl=path, windows=1))
+
+
+def test_a_long_text_is_read_as_far_as_is_needed(monkeypatch):
+    """Its tokens are those of the whole."""
+    text = bundled_text()
+    with runtime.load() as model:
+        whole = model.tokenizer.encode(text, parse_special=False)
+        lengths, encode = [], model.tokenizer.encode
+        monkeypatch.setattr(
+            model.tokenizer, "encode",
+            lambda part, **given: (lengths.append(len(part)), encode(part, **given))[1],
+        )  # fmt: skip
+        for most in (3, 100, 1000):
+            assert ids_of(model, text, most)[:most] == whole[:most]
+        assert max(lengths) < len(text) / 4
+        assert ids_of(model, "of one " + "x" * 9000, 9) == encode("of one " + "x" * 9000)
 
 
 class TestBaseFile:
@@ -108,9 +129,9 @@ class TestBaseFile:
             stored.append(struct.pack("<2f", scale, low - top - np.float32(total)))
             codes = [round(max(0, x - low) / scale) if scale else 0 for x in row.tolist()]
             stored.append(struct.pack(f"<{vocabulary}H", *codes) + bytes(vocabulary % 2 * 2))
-        with BaseWriter(tmp_path / "b", vocabulary, Windows(ids, None)) as writer:
-            writer.add(logits[:3])
-            writer.add(logits[3:])
+        with writing(tmp_path / "b", vocabulary, Windows(ids, None)) as add:
+            add(logits[:3])
+            add(logits[3:])
         found = (tmp_path / "b").read_bytes()
         assert len(found) == len(b"".join(stored))
         head, codes = 8 + 12 + 40, vocabulary + vocabulary % 2 + 4
@@ -133,14 +154,23 @@ class TestBaseFile:
         whole = path.read_bytes()
         for content, said in (
             (b"GGUF" + bytes(40), "is no base file"), (b"_logits_", "is no base file"),
-            (whole[:-2], "it is not whole"), (whole + b"x", "it is not whole"),
-            (whole[:8] + struct.pack("<i", -5) + whole[12:], "it is not whole"),
+            (whole[:-2], "it is not whole"), (whole + b"x", "something else is behind it"),
+            (whole[:8] + struct.pack("<i", -5) + whole[12:], "windows of -5 tokens .* is damaged"),
+            (whole[:16] + struct.pack("<i", -1) + whole[20:], "head says -1 windows"),
         ):  # fmt: skip
             path.write_bytes(content)
             with pytest.raises(FileError, match=said):
                 model.perplexity(kl=path)
         with pytest.raises(FileError, match="No such file"):
             BaseFile(tmp_path / "none")
+        rows = 20 + 4 * 21 * 32  # where they begin; each takes 8 + 2 * 80 bytes, 15 a window
+        for scale, least in (
+            (np.nan, -9), (np.inf, -9), (-1e-4, -9), (1e-4, np.nan), (0, 5), (2e-4, -99), (1, -6e4)
+        ):  # fmt: skip
+            at = rows + 168 * (15 + 3)
+            path.write_bytes(whole[:at] + struct.pack("<2f", scale, least) + whole[at + 8 :])
+            with pytest.raises(FileError, match=r"window 2, row 4: a scale .* it is damaged"):
+                model.perplexity(kl=path)
 
     def test_a_base_of_something_else(self, tmp_path, model):
         path = tmp_path / "a.base"
@@ -149,7 +179,9 @@ class TestBaseFile:
             ({"window": 16}, "has windows of 32 tokens, not 16"),
             ({"text": IDS[:100] + IDS}, "token 4 of window 4 is"),
             ({"kl_base": path}, "give one of them"),
-            ({"windows": 0}, "windows=0"),
+            ({"windows": 0}, "windows=0 must be at least 1, or None or -1 for all"),
+            ({"kl_base": 5}, "kl_base=5 must be the path of a file"),
+            ({"kl_base": ""}, "kl_base='' must be the path of a file"),
         ):  # fmt: skip
             with pytest.raises(OptionError, match=said):
                 model.perplexity(**{"text": None, **given}, kl=path)
@@ -158,8 +190,8 @@ class TestBaseFile:
         with pytest.raises(FileError, match="a token is outside the vocabulary"):
             model.perplexity(kl=path)
         other = tmp_path / "b.base"
-        with BaseWriter(other, 50, Windows(np.zeros((1, 5), np.int32), None)) as writer:
-            writer.add(np.zeros((2, 50), np.float32))
+        with writing(other, 50, Windows(np.zeros((1, 5), np.int32), None)) as add:
+            add(np.zeros((2, 50), np.float32))
         with pytest.raises(OptionError, match=r"vocabulary has 50 tokens, that of .* 80"):
             model.perplexity(kl=other)
         with pytest.raises(OptionError, match="there is no text"):
@@ -319,6 +351,31 @@ class TestCommand:
     )  # fmt: skip
     def test_mistakes_are_one_line(self, args, said, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        (tmp_path / "bad.txt").write_bytes(b"abc\xe4bc")
+        (tmp_path / "good.txt").write_bytes(b"abc")
+        (tmp_path / "a.gguf").symlink_to(DEMO)
         done = self.run(*args, input=b"abc\n")
         assert done.exit_code != 0 and said in done.stderr and not done.stdout
         assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert "[1]" not in done.stderr and (tmp_path / "a.gguf").is_symlink()
+
+    def test_a_stop_shows_what_is_known(self, monkeypatch):
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("runtime.quality.perplexity.estimate", once(estimate, stop))
+        done = self.run("-c", 64, "--chunks", 4)
+        assert done.exit_code == 130
+        last = [line for line in done.stderr.splitlines() if line][-1]
+        assert last.startswith("stopped after 1 window of 4: perplexity ")
+
+    def test_a_base_is_written_through_a_link(self, tmp_path):
+        (tmp_path / "b").symlink_to(tmp_path / "a")
+        assert self.run("-c", 64, "--chunks", 1, "--kl-base", tmp_path / "b").exit_code == 0
+        assert (tmp_path / "b").is_symlink() and (tmp_path / "a").stat().st_size > 1000
+
+
+def once(function, after):
+    """`function` at the first call, `after` from then on."""
+    calls = iter([function])
+    return lambda *given: next(calls, after)(*given)

@@ -265,7 +265,7 @@ def test_mistakes_in_metadata_of_ones_own(
         ("qwen3.5-28b", "no such file.*did you mean qwen3.5-27b"),
         ("qwen3-0.6b --devices cudo", "did you mean cuda"),
         ("qwen3-0.6b --devices tensor(cpu:0,cpu:1) -ts 1,2,3", "3 shares for 2 devices"),
-        ("qwen3-0.6b --kv-type q9", "kv_type='q9' must be one or two of"),
+        ("qwen3-0.6b --kv-type q9", "--kv-type q9 is no type of a cache; there are f32"),
         ("qwen3-0.6b --weights Q9", "weight type 'Q9' is not known"),
         (
             "qwen3-0.6b --devices cuda:2GB --bandwidth 1,2",

@@ -12,6 +12,7 @@ import pytest
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
+from runtime.arguments import kv_types
 from runtime.backends.cpu.planner import Planner, options
 from runtime.backends.meta.choices import chosen
 from runtime.backends.meta.planner import plan_stages
@@ -24,7 +25,7 @@ from runtime.ops.dtypes import F16, F32
 from runtime.ops.elementwise import add
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.tensor import Tensor, step_input, weight
-from runtime.planning import Model, Placement, balanced, by_memory, fitted, kv_types, would_fit
+from runtime.planning import Model, Placement, balanced, by_memory, fitted, would_fit
 from runtime.traffic import of_token
 
 GB = 10**9

@@ -16,7 +16,12 @@ import click
 from runtime.cli.bench_plan import UBATCH, Numbers, Pair, Setting, Test, settings, tests
 from runtime.cli.bench_result import Result
 from runtime.cli.model_path import load, model_file
-from runtime.cli.options import device_arguments, precision_arguments, precision_options
+from runtime.cli.options import (
+    cache_types,
+    device_arguments,
+    precision_arguments,
+    precision_options,
+)
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
 
@@ -86,11 +91,7 @@ def command(
 
 def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Setting]:
     """All that the options ask for, each test to be run with each of them."""
-    first, _, second = options["kv_type"].partition(",")
-    types = (
-        (options["cache_type_k"] or first).split(","),
-        (options["cache_type_v"] or second or first).split(","),
-    )
+    types = cache_types(options)
     ubatches = _flat(options["ubatch_size"], UBATCH)
     if max(ubatches) > UBATCH:
         note(f"-ub: a step holds at most {UBATCH} tokens")

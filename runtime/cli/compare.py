@@ -15,10 +15,16 @@ from runtime.cli import bench
 from runtime.cli.bench_plan import UBATCH, Numbers, Setting, Test, tests
 from runtime.cli.bench_result import deviation
 from runtime.cli.model_path import load, model_file, model_option
-from runtime.cli.options import kv_type, precision_arguments, precision_options
+from runtime.cli.options import (
+    Windows,
+    kv_type,
+    listed_types,
+    precision_arguments,
+    precision_options,
+)
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, Refused, option
-from runtime.cli.perplexity import measured_text
+from runtime.cli.perplexity import measured_text, within_context
 from runtime.progress import reporter
 
 if TYPE_CHECKING:
@@ -61,7 +67,7 @@ Examples:
 @option("-c --context window | --ctx-size", "Tokens of a window.", _TEXT, type=click.IntRange(3),
         default=512, show_default=True, metavar="N")  # fmt: skip
 @option("--chunks", "The first N windows alone; -1 all.", _TEXT, default=8, show_default=True,
-        type=click.IntRange(-1), metavar="N")  # fmt: skip
+        type=Windows(), metavar="N")  # fmt: skip
 @option("--no-speed", "Quality alone.", _SPEED, is_flag=True)
 @option("-d --depths | --n-depth", "Tokens in the cache before what is timed (0,4096,16384, those "
         "that fit).", _SPEED, type=Numbers(0), metavar="N,...")  # fmt: skip
@@ -94,22 +100,30 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     given = [model_option] if model_option is not None else []
     paths = [str(model_file(path)) for path in (*given, *models)] or [str(demo_path())]
     paths[1:1] = [str(model_file(path)) for path in options["files"]]
-    made = options["sweep"] == "types" and bool(options["types"])
-    kind = options["sweep"] or ("types" if len(paths) > 1 else "cache")
-    if (kind == "cache") != (len(paths) == 1 and not made):
+    several, made = len(paths) > 1, options["sweep"] == "types" and bool(options["types"])
+    paths = [*{Path(path).resolve(): path for path in reversed(paths)}.values()][::-1]
+    kind = options["sweep"] or ("types" if several else "cache")
+    if (several and kind == "cache") or (kind == "types" and not made and len(paths) == 1):
         raise click.UsageError(
             "--sweep cache compares caches of one MODEL; --sweep types needs --files or --types, "
             "which are made of MODEL"
         )
     for name in _FOREIGN[kind]:
-        if options[name]:
+        if options[name] is not None:
             raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --sweep {kind}")
+    if options["rotation"] and not options["cache_rotation"]:
+        raise click.UsageError("--rotation both has rotated caches, too: no --no-cache-rotation")
+    if options["no_speed"] and options["depths"] is not None:
+        raise click.UsageError("-d has no meaning with --no-speed: nothing is timed")
     file, quiet = open_gguf(paths[0]), options["quiet"]
     timed = [] if options["no_speed"] else _tests(file, options)
     context = max([options["window"], *(test.n_depth + test.tokens for test in timed)])
+    within_context(file, options["window"], "-c")
+    within_context(file, context, "-d, with the tokens that are timed")
     loaded = partial(_loaded, options, context)
     picture = options["svg"]
-    check_outputs([picture], [*paths, options["file"]])
+    read = [part for path in paths for part in open_gguf(path).paths]
+    check_outputs([picture], [options["file"], options["imatrix"], *read])
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         if kind == "cache":
@@ -139,10 +153,10 @@ def _rows(
     from runtime.quality.sweep import sweep
 
     text = measured_text(options["file"], options["quiet"])
-    count = None if options["chunks"] < 0 else options["chunks"]
     speeds = partial(_speeds, timed, options["repetitions"])
     with reporter(not options["quiet"]) as report:
-        yield from sweep(variants, text, options["window"], count, speeds, len(timed), report)
+        yield from sweep(variants, text, options["window"], options["chunks"], speeds,
+                         len(timed), report)  # fmt: skip
 
 
 def _tests(file: Any, options: dict[str, Any]) -> list[Test]:
@@ -153,36 +167,35 @@ def _tests(file: Any, options: dict[str, Any]) -> list[Test]:
     if depths is None:
         trained = trained_context(file) or 0
         depths = [d for d in _DEPTHS if not d or d + max(prompt, answer) <= trained]
-    return tests([prompt], [answer], [], sorted(set(depths)))
+    found = tests([prompt], [answer], [], sorted(set(depths)))
+    if not found:
+        raise click.UsageError("nothing to time: give -p or -n more than 0, or --no-speed")
+    return found
 
 
 def _loaded(options: dict[str, Any], context: int, path: str, **given: Any) -> Any:
     """A model to measure; its cache has room for a few windows, or for one sequence that deep."""
     arguments = precision_arguments(options) | given
+    arguments["progress"] = False if options["quiet"] else None
     return load(path, context=context, threads=options["threads"], sequences=2, **arguments)
 
 
 def _caches(file: Any, options: dict[str, Any], loaded: Callable[..., Any]) -> list[Variant]:
     """Caches of the types asked for, after that of the base; UsageError for an unknown one."""
     from runtime.cli import facts
-    from runtime.errors import OptionError
-    from runtime.model import parse_kv_type
     from runtime.ops.kv_formats import KV_FORMATS, PAGE
     from runtime.quality.sweep import Variant
     from runtime.report.sweep import PLAIN
 
-    try:
-        pairs = [parse_kv_type(name.replace("/", ",")) for name in _names(options) or KV_FORMATS]
-    except OptionError as error:
-        raise Refused(f"--types: {error}") from None
+    kinds = [listed_types("--types", name, 2) for name in _names(options) or KV_FORMATS]
     found = []
     rotations = (options["cache_rotation"], *((False,) if options["rotation"] else ()))
     nbytes = {kind: facts.memory(file, kind).page / PAGE / 2 for kind in KV_FORMATS}
-    for k, v in dict.fromkeys([("f32", "f32"), *pairs]):
+    for k, v in dict.fromkeys([("f32", "f32"), *((kind[0], kind[-1]) for kind in kinds)]):
         size, name = nbytes[k] + nbytes[v], k if k == v else f"{k}/{v}"
         rotated = any(KV_FORMATS[kind].shared for kind in (k, v))
         for rotation in dict.fromkeys(rotations if rotated else rotations[:1]):
-            shown = name + PLAIN * bool(options["rotation"] and rotated > rotation)
+            shown = name + PLAIN * (rotated > rotation)
             load = partial(loaded, kv_type=f"{k},{v}", cache_rotation=rotation)
             found.append(Variant(shown, size, 16 * size / nbytes["f32"], load))
     return found
@@ -193,19 +206,25 @@ def _weights(
 ) -> list[Variant]:
     """The base, then its files of other types and what is made of it, the largest first."""
     from runtime.cli import facts
+    from runtime.errors import OptionError
     from runtime.gguf.reader import open_gguf
     from runtime.quality.sweep import Variant
     from runtime.quantise.job import plan
 
     files = [open_gguf(path) for path in paths]
+    for file in files[1:]:
+        _check_alike(files[0], file)
     names = [facts.type_name(file) for file in files]
     if len(set(names)) < len(names):
         names = [file.path.stem for file in files]
     sizes = [(file.tensors_nbytes, facts.n_params(file)) for file in files]
     loads = [partial(loaded, path) for path in paths]
-    for kind in _names(options):
-        job = plan(paths[0], kind, imatrix=options["imatrix"])
-        names.append(kind.upper())
+    for kind in dict.fromkeys(name.upper() for name in _names(options)):
+        try:
+            job = plan(paths[0], kind, imatrix=options["imatrix"])
+        except OptionError as error:
+            raise Refused(f"--types: {error}") from None
+        names.append(kind)
         sizes.append((job.nbytes, sizes[0][1]))
         loads.append(partial(_made, job, Path(folder) / f"{kind}.gguf", options["threads"], loaded))
     found = [
@@ -213,6 +232,18 @@ def _weights(
         for name, (nbytes, n_params), load in zip(names, sizes, loads, strict=True)
     ]
     return [found[0], *sorted(found[1:], key=lambda variant: -variant.nbytes)]
+
+
+def _check_alike(base: Any, file: Any) -> None:
+    """Refused for a file of another architecture than the base, or of other tokens."""
+    tokens = "tokenizer.ggml.tokens"
+    if file.architecture != base.architecture:
+        which = f"{file.architecture}, another architecture than {base.architecture}"
+    elif [*file.get(tokens, ())] != [*base.get(tokens, ())]:
+        which = "a model of other tokens than those"
+    else:
+        return
+    raise Refused(f"{file.path} is {which} of {base.path}: predictions cannot be compared")
 
 
 def _made(job: Any, path: Path, threads: int | None, loaded: Callable[..., Any]) -> Any:

@@ -64,7 +64,10 @@ _NOTHING = "{name} has no effect here"
 
 _SPLIT = "{name} has no effect here: it is an option of the commands that run a model, and of plan"
 
+_CACHE = "{name} has no effect here: runtime inspect shows the memory of every type"
+
 _ACCEPTED = (
+    ("-ctk --cache-type-k -ctv --cache-type-v --kv-type", 1, _CACHE),
     ("--no-cache-rotation", 0, "{name} has no effect here: it is an option of what runs a model"),
     ("-dev --devices --device -sm --split-mode -ts --tensor-split", 1, _SPLIT),
     ("-mg --main-device --main-gpu", 1, _SPLIT),

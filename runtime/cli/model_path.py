@@ -30,7 +30,10 @@ def load(path: str | None, **arguments: Any) -> Any:
 
     threads = arguments.get("threads")
     if threads is not None and threads > processors():
-        note(f"-t {threads} is more than the {processors()} processors here, which makes it slower")
+        note(
+            f"-t {threads} is more than the {processors()} processors here, which makes it slower",
+            arguments.get("progress") is False,
+        )
     try:
         return runtime.load(path, **arguments)
     except OptionError as error:

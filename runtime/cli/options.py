@@ -7,9 +7,24 @@ from typing import Any
 
 import click
 
-from runtime.cli.parsing import F, decorated, option
+from runtime.cli.parsing import F, Refused, decorated, option
 
 _MODEL, _CHOICE, _MORE = "Model", "Choice of tokens", "More about the choice of tokens"
+
+
+class Windows(click.IntRange):
+    """How many windows of a text, None for all, which is given as -1."""
+
+    name = "windows"
+
+    def __init__(self) -> None:
+        super().__init__(-1)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        found = super().convert(value, param, ctx)
+        if found == 0:
+            self.fail("0 windows leave nothing to measure; -1 is all of them.", param, ctx)
+        return None if found < 0 else found
 
 
 class _Context(click.IntRange):
@@ -164,9 +179,39 @@ def device_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def kv_type(options: dict[str, Any]) -> str:
     """`--kv-type`, with K or V replaced by -ctk and -ctv."""
-    k, _, v = options["kv_type"].partition(",")
-    kinds = (options["cache_type_k"] or k, options["cache_type_v"] or v or k)
+    kinds = [kind for kind, *_ in cache_types(options, 1)]
     return kinds[0] if kinds[0] == kinds[1] else ",".join(kinds)
+
+
+def cache_types(options: dict[str, Any], most: int | None = None) -> tuple[list[str], list[str]]:
+    """Types of K and of V: -ctk and -ctv, which may have `most`, in place of --kv-type's.
+
+    Refused, by the option's name, for what is no type of a cache.
+    """
+    both = listed_types("--kv-type", options["kv_type"], 2)
+    k, v = (
+        [kind] if options[field] is None else listed_types(name, options[field], most)
+        for kind, field, name in (
+            (both[0], "cache_type_k", "-ctk"), (both[-1], "cache_type_v", "-ctv")
+        )
+    )  # fmt: skip
+    return k, v
+
+
+def listed_types(option: str, text: str, most: int | None = None) -> list[str]:
+    """Types of the cache in "q8_0,f16" or "q8_0/f16"; Refused for others and for more."""
+    from runtime.ops.kv_formats import KV_FORMATS
+
+    kinds = [kind.strip().lower() for kind in text.replace("/", ",").split(",")]
+    wrong = next((kind for kind in kinds if kind not in KV_FORMATS), None)
+    given = f"{option} {text or repr(text)}"
+    if wrong is not None:
+        which = "" if wrong == text else f" has {wrong!r}, which"
+        raise Refused(f"{given}{which} is no type of a cache; there are {', '.join(KV_FORMATS)}")
+    if most is not None and len(kinds) > most:
+        also = ", or two for K and V apart" if most == 2 else "; --kv-type takes two, K and V"
+        raise Refused(f"{given}: give one type{also}")
+    return kinds
 
 
 def generation_arguments(options: dict[str, Any]) -> dict[str, Any]:

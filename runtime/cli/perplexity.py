@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from runtime.cli.model_path import load, model_argument, model_option
-from runtime.cli.options import kv_type, precision_arguments, precision_options
+from runtime.cli.options import Windows, kv_type, precision_arguments, precision_options
 from runtime.cli.output import is_terminal, note, pairs, table
-from runtime.cli.parsing import Command, option
-from runtime.cli.prompt import text_of
+from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.prompt import bytes_of
 
 if TYPE_CHECKING:
-    from runtime.quality.divergence import Divergence, Estimate
-    from runtime.quality.perplexity import OnWindow, Perplexity, Soon
+    from runtime.quality.divergence import Divergence
+    from runtime.quality.perplexity import Perplexity, Soon
 
 _TEXT, _BASE = "Text", "Comparison"
 
@@ -40,8 +40,8 @@ Examples:
         metavar="FILE")  # fmt: skip
 @option("-c --context window | --ctx-size", "Tokens of a window (512, or as the base has).", _TEXT,
         type=click.IntRange(3), metavar="N")  # fmt: skip
-@option("--chunks", "The first N windows alone; -1 all (-1).", _TEXT, default=-1,
-        type=click.IntRange(-1), metavar="N")  # fmt: skip
+@option("--chunks", "The first N windows alone; -1 all (-1).", _TEXT, default=-1, type=Windows(),
+        metavar="N")  # fmt: skip
 @option("--kl-base | --kl-divergence-base --save-all-logits", "Write the model's "
         "log-probabilities, to compare others with; llama-perplexity reads the file, too.",
         _BASE, metavar="FILE")  # fmt: skip
@@ -55,7 +55,7 @@ Examples:
 @precision_options
 def command(
     model: str | None, model_option: str | None, file: str | None, window: int | None,
-    chunks: int, kl_base: str | None, kl: str | None, **options: Any,
+    chunks: int | None, kl_base: str | None, kl: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """Measure how well a model predicts a text: the exponential of its mean surprise by a token.
 
@@ -63,6 +63,8 @@ def command(
     it. With a base file also: how far the model's predictions are from those that the base was
     written with (Kullback-Leibler divergence, agreement on the most probable token).
     """
+    from runtime.gguf.reader import open_gguf
+    from runtime.model import demo_path
     from runtime.outputs import check_outputs
     from runtime.quality.windows import SIZE
 
@@ -72,17 +74,19 @@ def command(
         kl, kl_base = kl_base, None
     if kl is not None and kl_base is not None:
         raise click.UsageError("--kl compares with a base and --kl-base writes one: give one")
-    path, quiet = model_argument(model, model_option), options["quiet"]
-    check_outputs([kl_base], [path, file])
+    path, quiet, kinds = model_argument(model, model_option), options["quiet"], kv_type(options)
+    model_file = open_gguf(path or demo_path())
+    check_outputs([kl_base], [file, *model_file.paths])
     text = None if kl is not None and file is None else measured_text(file, quiet)
     context = (window or SIZE) if kl is None else _base_size(kl)
+    within_context(model_file, context, "-c" if kl is None else f"{kl}, windows of")
     loaded = load(
-        path, context=context, threads=options["threads"], kv_type=kv_type(options),
+        path, context=context, threads=options["threads"], kv_type=kinds,
         progress=not quiet, **precision_arguments(options),
     )  # fmt: skip
     with closing(loaded), _running(quiet) as on_window:
         found = loaded.perplexity(
-            text, window=window, windows=None if chunks < 0 else chunks, kl_base=kl_base, kl=kl,
+            text, window=window, windows=chunks, kl_base=kl_base, kl=kl,
             on_window=on_window,
         )  # fmt: skip
     click.echo(_as_json(loaded, found) if options["as_json"] else _report(found))
@@ -97,7 +101,20 @@ def measured_text(file: str | None, quiet: bool = False) -> str:
     if file is None:
         note("no -f: the text is that of runtime/data/demo-heldout.txt", quiet)
         return bundled_text()
-    return text_of(file)
+    data = bytes_of(file)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file}: not UTF-8 at byte {error.start}: give a text in UTF-8") from None
+
+
+def within_context(file: Any, tokens: int, option: str) -> None:
+    """Refused for more tokens than a model was trained for, as `Model.perplexity` has it."""
+    from runtime.cli.summary import trained_context
+
+    trained = trained_context(file)
+    if trained is not None and tokens > trained:
+        raise Refused(f"{option} {tokens}: the model was trained for a context of {trained} tokens")
 
 
 def _base_size(path: str) -> int:
@@ -109,10 +126,31 @@ def _base_size(path: str) -> int:
 
 
 @contextmanager
-def _running(quiet: bool) -> Iterator[OnWindow | None]:
+def _running(quiet: bool) -> Iterator[Callable[[Soon], Any]]:
+    """A bar with what is known so far, and a line with it where the user stops it."""
+    from runtime.units import counted_as
+
+    last: list[Soon] = []
+    try:
+        with _shown(quiet) as show:
+
+            def on_window(soon: Soon) -> None:
+                last[:] = [soon]
+                show(soon)
+
+            yield on_window
+    except KeyboardInterrupt:
+        for soon in last:
+            windows = counted_as(soon.done, "window")
+            note(f"\nstopped after {windows} of {soon.total}: {_so_far(soon)}", quiet)
+        raise
+
+
+@contextmanager
+def _shown(quiet: bool) -> Iterator[Callable[[Soon], Any]]:
     """A bar with what is known so far; where stderr is no terminal, llama-perplexity's line."""
     if quiet:
-        yield None
+        yield lambda _: None
     elif is_terminal(sys.stderr):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -132,27 +170,26 @@ def _running(quiet: bool) -> Iterator[OnWindow | None]:
 
 
 def _so_far(soon: Soon) -> str:
-    kld = "" if soon.kld is None else f"  KLD {_estimate(soon.kld, 6)}"
-    return f"perplexity {_estimate(soon.perplexity, 4)}{kld}"
+    kld = "" if soon.kld is None else f"  KLD {soon.kld.shown(6)}"
+    return f"perplexity {soon.perplexity.shown(4)}{kld}"
 
 
 def _as_json(model: Any, found: Perplexity) -> str:
     from runtime.quality.divergence import as_data
 
     about = {"model": str(model.file.path), "type_k": model.kv_types[0],
-             "type_v": model.kv_types[1]}  # fmt: skip
+             "type_v": model.kv_types[1], "cache_rotation": model.cache_rotation,
+             "threads": model.threads}  # fmt: skip
     return json.dumps(about | {"perplexity": as_data(found)}, indent=1)
 
 
 def _report(found: Perplexity) -> str:
-    value = _estimate((found.value, found.error), 4)
-    how = f"{found.windows} windows of {found.window} tokens, {found.tokens} of them scored"
-    first = f"perplexity {value} ({how})"
+    first = str(found._replace(kl=None))
     return first if found.kl is None else f"{first}\n\n{_compared(found.kl)}"
 
 
 def _compared(kl: Divergence) -> str:
-    rows = [("mean", _estimate(kl.kld.mean, 6), _estimate(kl.change.mean.scaled(100), 3))]
+    rows = [("mean", kl.kld.mean.shown(6), kl.change.mean.scaled(100).shown(3))]
     middle = [
         ("median" if percent == 50 else f"{percent:g} %", kld, kl.change.percentiles[percent])
         for percent, kld in kl.kld.percentiles.items()
@@ -164,14 +201,10 @@ def _compared(kl: Divergence) -> str:
         rows.append((name, f"{kld:.6f}", f"{100 * change:.3f}"))
     columns = ("", "KL divergence", "change of probability, %")
     lines = [
-        ("base", f"perplexity {_estimate(kl.base, 4)}"),
-        ("ratio", f"{_estimate(kl.ratio, 6)}, its logarithm {_estimate(kl.log_ratio, 6)}"),
-        ("difference", f"{_estimate(kl.difference, 4)}, correlation {kl.correlation:.2%}"),
-        ("change", f"{_estimate(kl.rms.scaled(100), 3)} % of probability (root mean square)"),
-        ("same top", f"{_estimate(kl.same_top.scaled(100), 3)} %"),
+        ("base", f"perplexity {kl.base.shown(4)}"),
+        ("ratio", f"{kl.ratio.shown(6)}, its logarithm {kl.log_ratio.shown(6)}"),
+        ("difference", f"{kl.difference.shown(4)}, correlation {kl.correlation:.2%}"),
+        ("change", f"{kl.rms.scaled(100).shown(3)} % of probability (root mean square)"),
+        ("same top", f"{kl.same_top.scaled(100).shown(3)} %"),
     ]
     return f"{pairs(lines)}\n\n{table(rows, columns, right=','.join(columns[1:2]))}"
-
-
-def _estimate(found: Estimate | tuple[float, float], digits: int) -> str:
-    return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"

@@ -143,9 +143,10 @@ def _file(model: str | None, options: dict[str, Any]) -> Any:
 def _own_kv(options: dict[str, Any]) -> str | None:
     """The KV type that was asked for; None: none was."""
     names = ("kv_type", "cache_type_k", "cache_type_v")
-    if not any(options[name] for name in names):
+    if all(options[name] is None for name in names):
         return None
-    return kv_type({**options, "kv_type": options["kv_type"] or "f16"})
+    given = options["kv_type"]
+    return kv_type({**options, "kv_type": "f16" if given is None else given})
 
 
 def _no_shares(options: dict[str, Any]) -> bool:
@@ -153,11 +154,12 @@ def _no_shares(options: dict[str, Any]) -> bool:
 
 
 def _placement(file: Any, options: dict[str, Any]) -> Any:
+    from runtime.arguments import kv_types
     from runtime.backends.devices import count
     from runtime.backends.meta.choices import chosen
     from runtime.errors import OptionError
     from runtime.memory.budget import available_memory
-    from runtime.planning import Model, Placement, balanced, by_memory, kv_types
+    from runtime.planning import Model, Placement, balanced, by_memory
 
     try:
         stages = chosen(

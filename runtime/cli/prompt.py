@@ -26,11 +26,11 @@ def given_prompt(options: dict[str, Any], words: Sequence[str], piped: bool) -> 
         raise click.UsageError("the prompt is given twice: use one of --prompt, --file and words")
     prompt = " ".join(words) if words else prompt
     if prompt == "-":
-        return _stdin()
+        return text_of("-")
     if file is not None:
         return text_of(file)
     if prompt is None and piped and not at_terminal():
-        return _stdin().strip("\n") or None
+        return text_of("-").strip("\n") or None
     return unescaped(prompt) if prompt is not None and options["escape"] else prompt
 
 
@@ -49,9 +49,12 @@ def at_terminal() -> bool:
 
 def text_of(file: str) -> str:
     """A text file, whatever bytes are in it; - is stdin."""
-    if file == "-":
-        return _stdin()
-    return Path(file).read_bytes().decode("utf-8", "replace")
+    return bytes_of(file).decode("utf-8", "replace")
+
+
+def bytes_of(file: str) -> bytes:
+    """A file; - is stdin."""
+    return _stdin() if file == "-" else Path(file).read_bytes()
 
 
 def unescaped(text: str) -> str:
@@ -59,14 +62,14 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr0\\\"'])", lambda found: _ESCAPES[found[1]], text)
 
 
-def _stdin() -> str:
+def _stdin() -> bytes:
     """All of stdin. Says so when nothing comes: a pipe left open looks like a hanging program."""
     if sys.stdin is None:
-        return ""
+        return b""
     try:
         waiting = not select.select([sys.stdin], [], [], 1.0)[0]
     except (OSError, ValueError):  # not everything can be asked
         waiting = False
     if waiting:
         note("reading the prompt from stdin; -p TEXT gives one directly")
-    return sys.stdin.buffer.read().decode("utf-8", "replace")
+    return sys.stdin.buffer.read()

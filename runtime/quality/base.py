@@ -9,7 +9,8 @@ log-probability is code * scale + least; what is more than 16 below the best has
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,6 +20,7 @@ from runtime.errors import FileError, OptionError
 from runtime.outputs import appearing
 from runtime.quality.rows import FLOOR, log_sums, parts
 from runtime.quality.windows import Windows, bos_of
+from runtime.units import counted_as
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 _MAGIC = b"_logits_"
 _HEAD = 20  # bytes before the tokens
 _SCALE, _CODES = 4, 65535  # codes that the scale and the least take the place of; the largest code
+_ROUNDED = 0.05  # how far a log-probability may be from one that can be
+_MOST = (FLOOR + _ROUNDED) / _CODES  # of scales
 
 
 def _width(vocabulary: int) -> int:
@@ -50,14 +54,20 @@ class BaseFile:
                 "'runtime perplexity MODEL -f TEXT --kl-base FILE'"
             )
         self.size, self.vocabulary, windows = np.frombuffer(head[8:], "<i4").tolist()
-        self._row = 2 * _width(self.vocabulary)
         rows = self.size - 1 - self.size // 2
+        if min(rows, self.vocabulary, windows) < 1:
+            raise FileError(
+                f"{path}: its head says {windows} windows of {self.size} tokens and a vocabulary "
+                f"of {self.vocabulary}: it is damaged"
+            )
+        self._row = 2 * _width(self.vocabulary)
         whole = _HEAD + windows * (4 * self.size + rows * self._row)
         nbytes = os.fstat(self._file.fileno()).st_size
-        if min(rows, self.vocabulary, windows) < 1 or nbytes != whole:
+        if nbytes != whole:
             raise FileError(
-                f"{path}: a base of {windows} windows of {self.size} tokens and a vocabulary of "
-                f"{self.vocabulary} has {whole} bytes, and the file {nbytes}: it is not whole"
+                f"{path}: a base of {counted_as(windows, 'window')} of {self.size} tokens and a "
+                f"vocabulary of {self.vocabulary} has {whole} bytes, and the file {nbytes}: "
+                + ("it is not whole" if nbytes < whole else "something else is behind it")
             )
         ids = np.frombuffer(self._read(_HEAD, 4 * windows * self.size), "<i4")
         self.ids = ids.reshape(windows, self.size)
@@ -95,7 +105,19 @@ class BaseFile:
         """uint16 [stop - start, codes]: rows of a window as they are kept; see `decoded`."""
         at = self._data + (window * self._rows + start) * self._row
         stored = np.frombuffer(self._read(at, (stop - start) * self._row), "<u2")
-        return stored.reshape(stop - start, -1)
+        stored = stored.reshape(stop - start, -1)
+        scale, least = np.ascontiguousarray(stored[:, :_SCALE]).view("<f4").astype(float).T
+        with np.errstate(invalid="ignore"):
+            most = least + _CODES * scale  # what the most probable token has
+        low = -np.log(self.vocabulary) - _ROUNDED
+        bad = np.argwhere(~((scale >= 0) & (scale < _MOST) & (most > low) & (most < _ROUNDED)))
+        if len(bad):
+            row = int(bad[0, 0])
+            raise FileError(
+                f"{self.path}: window {window + 1}, row {start + row + 1}: a scale of "
+                f"{scale[row]:g} from {least[row]:g} gives no log-probabilities: it is damaged"
+            )
+        return stored
 
     def decoded(self, stored: np.ndarray) -> np.ndarray:
         """float32 [rows, vocabulary] log-probabilities of rows as they are kept."""
@@ -123,29 +145,24 @@ class BaseFile:
         self.close()
 
 
-class BaseWriter:
-    """A base file in the making, written aside: `path` is there once the block ends well.
+@contextmanager
+def writing(
+    path: str | os.PathLike[str], vocabulary: int, windows: Windows
+) -> Iterator[Callable[..., None]]:
+    """Write a base file, which is there once the block ends well; FileError when it cannot be.
 
-    FileError when it cannot be written, and nothing of it is left.
+    Yields a function of the next rows, float32 [rows, vocabulary], and of what does `map`, perhaps
+    in threads.
     """
+    head = np.array([windows.size, vocabulary, len(windows)], "<i4")
+    with appearing(path) as file:
+        file.write(_MAGIC + head.tobytes() + windows.ids.astype("<i4").tobytes())
 
-    def __init__(self, path: str | os.PathLike[str], vocabulary: int, windows: Windows) -> None:
-        self._vocabulary, self._windows = vocabulary, windows
-        self._appearing = appearing(path)
+        def add(logits: np.ndarray, mapped: Callable[..., Iterable[Any]] = map) -> None:
+            for stored in mapped(lambda part: encoded(logits[part]), parts(*logits.shape)):
+                file.write(stored)
 
-    def __enter__(self) -> Self:
-        head = np.array([self._windows.size, self._vocabulary, len(self._windows)], "<i4")
-        self._file = self._appearing.__enter__()
-        self._file.write(_MAGIC + head.tobytes() + self._windows.ids.astype("<i4").tobytes())
-        return self
-
-    def add(self, logits: np.ndarray, mapped: Callable[..., Iterable[Any]] = map) -> None:
-        """The next rows, float32 [rows, vocabulary]. mapped: does `map`, perhaps in threads."""
-        for stored in mapped(lambda part: encoded(logits[part]), parts(*logits.shape)):
-            self._file.write(stored)
-
-    def __exit__(self, *raised: Any) -> None:
-        self._appearing.__exit__(*raised)
+        yield add
 
 
 def encoded(logits: np.ndarray) -> np.ndarray:

@@ -21,6 +21,10 @@ class Estimate(NamedTuple):
         """Both times a factor."""
         return Estimate(self.value * factor, self.error * factor)
 
+    def shown(self, digits: int) -> str:
+        """Both, with as many digits after the point."""
+        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
+
 
 class Spread(NamedTuple):
     """Of one number per token: its mean, its extremes, and by percent what is not exceeded."""
@@ -50,6 +54,10 @@ class Divergence(NamedTuple):
     difference: Estimate
     log_ratio: Estimate
     correlation: float
+
+    def __str__(self) -> str:
+        same = self.same_top.scaled(100).shown(2)
+        return f"KL divergence {self.kld.mean.shown(6)}, same top {same} %"
 
 
 def mean(values: np.ndarray) -> Estimate:

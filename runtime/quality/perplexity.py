@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from runtime.arguments import check_function, whole
+from runtime.arguments import check_function, file_path
 from runtime.engine.advance import Piece
 from runtime.errors import OptionError
 from runtime.ops import PAGE
 from runtime.outputs import check_outputs
 from runtime.quality import rows
-from runtime.quality.base import BaseFile, BaseWriter
+from runtime.quality.base import BaseFile, writing
 from runtime.quality.divergence import Divergence, Estimate, divergence, mean
 from runtime.quality.divergence import perplexity as estimate
 from runtime.quality.rows import Scores
-from runtime.quality.windows import SIZE, Windows, ids_of
+from runtime.quality.windows import SIZE, Windows, counted
+from runtime.units import counted_as
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -36,6 +37,12 @@ class Perplexity(NamedTuple):
     window: int
     tokens: int
     kl: Divergence | None = None
+
+    def __str__(self) -> str:
+        windows = f"{counted_as(self.windows, 'window')} of {self.window} tokens"
+        value = Estimate(self.value, self.error).shown(4)
+        found = f"perplexity {value} ({windows}, {self.tokens} of them scored)"
+        return found if self.kl is None else f"{found}, {self.kl}"
 
 
 class Soon(NamedTuple):
@@ -66,24 +73,27 @@ def perplexity(
 ) -> Perplexity:  # fmt: skip
     """See `Model.perplexity`."""
     check_function("on_window", on_window, "what is known so far")
-    windows = None if windows is None else whole("windows", windows, 1)
+    windows = counted(windows)
+    for name, path in (("kl_base", kl_base), ("kl", kl)):
+        if path is not None:
+            file_path(name, path)
     if kl is not None and kl_base is not None:
         raise OptionError("kl= compares with a base file and kl_base= writes one; give one of them")
     if kl is None and text is None:
         raise OptionError("there is no text; give one, or with kl= a base file, which has its own")
     if kl is None:
-        cut = Windows.of(model, ids_of(model, text), SIZE if window is None else window, windows)
+        cut = Windows.of_text(model, text, SIZE if window is None else window, windows)
         if kl_base is None:
             return measured(model, cut, on_window)
         check_outputs([kl_base], model.file.paths)
-        with BaseWriter(kl_base, model.vocab_size, cut) as writer:
-            return measured(model, cut, on_window, keep=writer.add)
+        with writing(kl_base, model.vocab_size, cut) as add:
+            return measured(model, cut, on_window, keep=add)
     with BaseFile(kl) as base:
         cut = base.windows(model, windows)
         if window not in (None, base.size):
             raise OptionError(f"{base.path} has windows of {base.size} tokens, not {window}")
         if text is not None:
-            own = Windows.of(model, ids_of(model, text), base.size, windows)
+            own = Windows.of_text(model, text, base.size, windows)
             base.check(own)
             cut = min(cut, own, key=len)
         return measured(model, cut, on_window, base)

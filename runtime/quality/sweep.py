@@ -13,7 +13,7 @@ from runtime.progress import Progress
 from runtime.quality.divergence import Estimate
 from runtime.quality.perplexity import Perplexity, Soon, measured
 from runtime.quality.rows import log_sums, parts
-from runtime.quality.windows import Windows, ids_of
+from runtime.quality.windows import Windows
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -56,7 +56,7 @@ def sweep(
                     progress(soon.done + timed, soon.total + tests, name)
 
             with variant.load() as model:
-                windows = Windows.of(model, ids_of(model, text), size, count)
+                windows = Windows.of_text(model, text, size, count)
                 first = base.begin(windows, model.vocab_size, variant.name)
                 known, keep = (None, base.add) if first else (base, None)
                 quality = measured(model, windows, report, known, keep)

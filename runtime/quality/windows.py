@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.arguments import token_ids, whole
+from runtime.arguments import token_ids, whole, wrong
 from runtime.errors import OptionError, TextError
 from runtime.ops.errors import shown
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.model import Model
 
 SIZE = 512  # tokens of a window
+_CHARACTERS, _MARGIN = 8, 16  # of a token, more than most have; tokens that what follows may change
 
 
 class Windows:
@@ -32,6 +33,13 @@ class Windows:
         self.size = ids.shape[1]
         self.first = self.size // 2
         """Place in a window whose logits are scored first; the last is the one before its end."""
+
+    @classmethod
+    def of_text(cls, model: Model, text: Any, size: int, count: int | None) -> Windows:
+        """The first `count` windows of a text, or of ids; no more of it is looked at."""
+        size = whole("window", size, 3, high=model.context)
+        most = None if count is None else size * max(2, count)
+        return cls.of(model, ids_of(model, text, most), size, count)
 
     @classmethod
     def of(cls, model: Model, ids: Sequence[int], size: int, count: int | None) -> Windows:
@@ -73,10 +81,22 @@ def bos_of(model: Model) -> int | None:
     return tokenizer.bos_id if tokenizer.add_bos else None
 
 
-def ids_of(model: Model, text: Any) -> list[int]:
+def counted(windows: Any) -> int | None:
+    """How many windows are asked for, None for all, which -1 is too; OptionError for no number."""
+    if windows is None:
+        return None
+    legal = ", or None or -1 for all"
+    found = whole("windows", windows, -1, legal)
+    if found == 0:
+        raise wrong("windows", windows, f"at least 1{legal}")
+    return None if found < 0 else found
+
+
+def ids_of(model: Model, text: Any, most: int | None = None) -> list[int]:
     """Tokens of a text, special ones taken as plain text; or ids, as they are.
 
-    One newline at the end of a text, which files have, does not count.
+    One newline at the end of a text, which files have, does not count. most: how many are needed,
+    so that of a long text no more is read than they take; there may be more.
     """
     if not isinstance(text, str):
         ids = token_ids(text)
@@ -88,7 +108,15 @@ def ids_of(model: Model, text: Any) -> list[int]:
         return ids
     if not model.tokenizer.has_text:
         raise TextError(f"{model.file.path}: the file has no vocabulary: give token ids")
-    return model.tokenizer.encode(text.removesuffix("\n"), parse_special=False)
+    text, length = text.removesuffix("\n"), _CHARACTERS * (most or 0)
+    while most is not None and length < len(text):
+        # no token reaches over the space before a word
+        start = text[: max(0, text.rfind(" ", 0, length))]
+        ids = model.tokenizer.encode(start, parse_special=False)
+        if len(ids) >= most + _MARGIN:
+            return ids[:-_MARGIN]
+        length *= 2
+    return model.tokenizer.encode(text, parse_special=False)
 
 
 def bundled_text() -> str:

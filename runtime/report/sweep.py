@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from runtime.quality.divergence import Estimate, as_data
 from runtime.quality.sweep import Row
-from runtime.units import in_units
+from runtime.units import counted_as, in_units
 
 PLAIN = " plain"  # ends the name of a cache that is not rotated, beside one that is
 
@@ -30,7 +30,7 @@ class Table(NamedTuple):
     def how(self) -> str:
         """One line on how it was measured."""
         quality, base = self.rows[0].perplexity, self.rows[0].name
-        windows = f"{quality.windows} windows of {quality.window} tokens"
+        windows = f"{counted_as(quality.windows, 'window')} of {quality.window} tokens"
         timed = f"; tokens/s with {self.threads} threads" if self.rows[0].speeds else ""
         return f"KLD from {base}, {windows}, {quality.tokens} of them scored{timed}"
 

@@ -44,7 +44,11 @@ cat >"$work/logits.py" <<'EOF'
 import os, sys, time
 import numpy as np
 import runtime
+from functools import partial
+from runtime.backends.meta import parts, tensor
 
+# devices of one process that sum as those of several do
+tensor.TensorBackend = partial(tensor.TensorBackend, split=parts.inferred)
 out, path, devices = sys.argv[1], sys.argv[2] or None, sys.argv[3]
 started = time.monotonic()
 with runtime.load(path, devices=devices, threads=len(devices.split(",")), kv_type="f32") as model:

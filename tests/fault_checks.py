@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from small_models import NOVEL, Sizes, tensors, write_model
+from tensor_models import summed
 
 import runtime
 from runtime.backends.cpu import planner
@@ -157,10 +158,18 @@ def law_of_devices(path: Path) -> None:
     exact = {"kv_type": "f32", "activations": "f32"}
     with load(path, **exact) as model:
         want = steps(model)
-    with load(path, devices="tensor(cpu:0,cpu:1,cpu:2)", threads=3, **exact) as model:
+    with summed(), load(path, devices="tensor(cpu:0,cpu:1,cpu:2)", threads=3, **exact) as model:
         for got, whole in zip(steps(model), want, strict=True):
             error = ((got - whole) ** 2).sum() / (whole**2).sum()
             assert error <= 1e-10, f"logits differ by {error:.1e}"
+
+
+def law_of_exact_devices(path: Path) -> None:
+    """law: several devices that cut no sum change no bits"""
+    with load(path) as model:
+        want = steps(model)
+    with load(path, devices="tensor(cpu:0,cpu:1,cpu:2)", threads=3) as model:
+        same(steps(model), want)
 
 
 def law_of_stages(path: Path) -> None:
@@ -178,7 +187,7 @@ def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
 
 CHECKS: tuple[Check, ...] = (
     validate, any_order_of_threads, fused_is_plain, law_of_cuts, law_of_batches, law_of_forks,
-    law_of_rewinds, law_of_devices, law_of_stages,
+    law_of_rewinds, law_of_devices, law_of_exact_devices, law_of_stages,
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def answers(given: dict[str, Any]) -> list[np.ndarray]:
         session.eval(IDS)
         for leaf in model._engine.graphs.graph(1, 1).leaves("state"):
             held = model.backend.read_state(leaf, range(3))
-            model.backend.write_state(leaf, [1, 2], held[:2] * np.float32(0.5))
+            model.backend.write_state(leaf, [1, 2], (held[:2] * np.float32(0.5)).astype(held.dtype))
             model.backend.copy_pages([leaf], [2], [0])
             found += [held, model.backend.read_state(leaf, range(3))]
         return [*found, session.eval(IDS[:3])]

@@ -193,8 +193,8 @@ def _put_stretch(n: int, isa: str) -> Odd:
         out = Fenced(2 * ROWS, n, n + 3)
         run(
             Kernel.of("put_stretch"), isa, threads, x=Fenced.of(x.reshape(LIVE, -1), 2 * n + 5),
-            out=out, live=LIVE, repeat=2, n=n, x_row=2 * n + 5, x_step=n, out_row=2 * (n + 3),
-            out_step=n + 3,
+            out=out, live=2 * LIVE - 1, each=2, repeat=2, n=n, x_row=2 * n + 5, x_step=n,
+            out_row=2 * (n + 3), out_step=n + 3,
         )  # fmt: skip
         assert out.strays(2 * LIVE) == 0
         return out.values[: 2 * LIVE].copy()

@@ -28,6 +28,7 @@ from fault_checks import (
     law_of_batches,
     law_of_cuts,
     law_of_devices,
+    law_of_exact_devices,
     law_of_forks,
     law_of_rewinds,
     law_of_stages,
@@ -473,8 +474,10 @@ FAULTS = [
     *faults("devices", "dense", law_of_devices, {
         "a part left out of a sum": argument("all_sum", n_parts=plus("n_parts", -1)),
         "a residual not added": argument("all_sum", more=number(0)),
-        "a device's last logits not gathered": argument("put_stretch", n=plus("n", -8)),
         "parts written over while they are read": put(exchange, "_uses", _short_lives),
+    }),
+    *faults("devices", "dense", law_of_exact_devices, {
+        "a device's last activations not gathered": argument("put_stretch", n=plus("n", -8)),
     }),
     *faults("devices", "windowed", law_of_devices, {
         "pages of a device not copied": put(TensorBackend, "_parts", _first_left_out),

@@ -38,8 +38,10 @@ from runtime.ops.views import slice_
 SHARES = st.lists(st.sampled_from([1.0, 1.0, 2.0, 3.0, 9.0, 0.05]), min_size=1, max_size=5)
 
 
-def _check_random(made: RandomGraph, shares: list[float], across: bool | None = None) -> Layout:
-    layout = infer(made.graph, shares, across)
+def _check_random(
+    made: RandomGraph, shares: list[float], across: bool | None = None, exact: bool = False
+) -> Layout:
+    layout = infer(made.graph, shares, across, exact)
     whole, after = made.whole()
     memory = Memory(len(shares), lambda leaf: made.values[leaf.name])
 
@@ -70,6 +72,12 @@ def _check_random(made: RandomGraph, shares: list[float], across: bool | None = 
 @given(st.integers(0, 1 << 30), st.integers(10, 30), SHARES, st.sampled_from([None, True, False]))
 def test_random_graphs(seed: int, size: int, shares: list[float], across: bool | None):
     _check_random(RandomGraph(seed, size), shares, across)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(10, 30), SHARES)
+def test_random_graphs_without_sums(seed: int, size: int, shares: list[float]):
+    assert not _check_random(RandomGraph(seed, size), shares, exact=True).sums
 
 
 # Wrong parts: each must turn random graphs red.
@@ -283,6 +291,15 @@ def test_two_sums_a_layer_and_one_gather(file: object, devices: int):
     assert len(layout.gathers) == 1
     whole = {w.name for w in layout.why if w.ndim > 1}
     assert all(re.fullmatch(r"token_embd.weight|blk.*gate_inp(_shexp)?.weight", n) for n in whole)
+
+
+def test_no_sum_where_bits_must_be_those_of_one_device(file: object):
+    """Two gathers for each sum, and one more where a mixture has a shared expert."""
+    model, graph = build(file), _graph(file, 4)
+    layout = infer(graph, [1, 1], exact=True)
+    shared = sum("ffn_down_shexp" in w.name for w in graph.leaves("weight"))
+    layers = len({*model.layers.attention, *model.layers.recurrent})
+    assert (len(layout.sums), len(layout.gathers)) == (0, 4 * layers + shared + 1)
 
 
 KINDS = ["Q8_0", "Q4_0", "Q4_K_M"]

@@ -20,6 +20,7 @@ from fake_model import needs_demo
 from mpi_runs import ROOT, MpiRun, launcher, mpiexec
 from mpi_script import answers
 from small_models import NOVEL, Sizes, write_model
+from tensor_models import summed
 
 import runtime
 from runtime.backends.meta import processes
@@ -44,7 +45,8 @@ def compared(folder: Path, ranks: int, every: list[dict[str, Any]]) -> None:
     script = str(ROOT / "tests" / "mpi_script.py")
     devices = f"tensor({','.join(f'cpu:{n}' for n in range(ranks))})"
     # first, so that kernels are compiled by one process
-    here = [answers({**given, "devices": devices, "threads": ranks}) for given in every]
+    with summed():
+        here = [answers({**given, "devices": devices, "threads": ranks}) for given in every]
     code, said, errors = mpiexec(ranks, script, str(out), json.dumps(over_mpi), timeout=240)
     assert (code, said, errors) == (0, "", "")
     with np.load(out) as found:

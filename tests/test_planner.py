@@ -38,7 +38,7 @@ def without_collectives(graph: Graph) -> Graph:
 
     def replaced(node: Tensor, *inputs: Tensor) -> Tensor:
         partial.extend(inputs)
-        return step_input(f"{node.op} {len(partial)}", node.shape, node.dtype)
+        return step_input(f"{node.op} {node.attrs['number']}", node.shape, node.dtype)
 
     found = rewrite(graph, {"all_sum": replaced, "all_gather": replaced})
     return Graph((*found.outputs, *dict.fromkeys(partial)), graph.name)
@@ -140,7 +140,7 @@ def test_bytes_that_are_read_are_those_of_the_local_graphs(name: str) -> None:
     graph = architecture.graph(one_token(architecture))
     (plan,) = plan_stages(graph, chosen("tensor(cpu:0,cpu:1)"))
     found = np.array(plan.reads(Seen(lengths=(1000,))))
-    assert len(found) == len(plan.exchanges)
+    assert len(found) <= len(plan.exchanges)
     for n in range(2):
         assert plan.layout is not None
         local = of_token(shard(plan.layout, n), 1000)

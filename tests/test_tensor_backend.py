@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from tensor_models import load_split
 import runtime
 from runtime.backends.cpu.joint import at_once
 from runtime.backends.cpu.run.weights import WeightStore
+from runtime.backends.meta.parts import exactly
 from runtime.model import Model
 
 SHARES = {
@@ -92,6 +94,22 @@ def test_quantised(files: Callable[..., Path], name: str, kind: str, kv_type: st
             assert error(model.eval(IDS), wanted) <= 1e-6
 
 
+@pytest.mark.parametrize("name", GOLDEN)
+def test_bits_of_one_device(golden: Path, name: str):
+    """Of every file, with int8 and float32 activations, and caches of several types."""
+    ways = cycle([("f16", "int8"), ("q8_0", "int8"), ("f16", "f32"), ("q8_0", "f32")])
+    shares = cycle(SHARES.values())
+    for path in sorted((golden / name).glob("model-*.gguf")):
+        kv_type, activations = next(ways)
+        given = {"kv_type": kv_type, "activations": activations, "context": 256}
+        with runtime.load(path, threads=2, **given) as model:
+            wanted, ids = greedy(model, IDS, 4)
+        with load_split(path, next(shares), divide=exactly, **given) as model:
+            logits, found = greedy(model, IDS, 4)
+        assert found == ids
+        np.testing.assert_array_equal(logits, wanted)
+
+
 def every_kind_of_step(model: Model) -> Iterator[np.ndarray]:
     """Batches of prompts and single tokens, forks, rewinds and snapshots."""
     first, second = model.session(), model.session()
@@ -122,6 +140,16 @@ def test_every_kind_of_step(files: Callable[..., Path], name: str):
             found = list(every_kind_of_step(model))
         assert len(found) == len(wanted)
         assert all(error(a, b) <= 1e-10 for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss", "qwen35", "qwen3next"])
+def test_every_kind_of_step_has_the_bits_of_one_device(files: Callable[..., Path], name: str):
+    path = files(name, "Q8_0")
+    with runtime.load(path, threads=2, context=256) as model:
+        wanted = list(every_kind_of_step(model))
+    with runtime.load(path, "tensor(cpu:0,0*cpu:1,2*cpu:2)", threads=3, context=256) as model:
+        for got, want in zip(every_kind_of_step(model), wanted, strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen35"])

@@ -8,6 +8,9 @@ a K head, blocks of a quantised weight, units of a gated product) are found by f
 of the axis through the region and joining those that an op keeps together. They are dealt out by
 bytes of weights. Where the experts of a mixture have too few parts inside, whole experts are parts.
 What is left over is mirrored, which is always right.
+
+An EXACT layout has the bits of one device, since it cuts no sum: an anchor's input is gathered, and
+its result is split by rows of its weight.
 """
 
 from __future__ import annotations
@@ -22,10 +25,19 @@ from operator import or_
 import numpy as np
 
 from runtime.backends.meta.region import Region
-from runtime.ops.axes import is_summed, needs, result, routed, summands
+from runtime.ops.axes import OUT, carried, is_summed, links, needs, result, routed, summands
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, find, kind_of
-from runtime.ops.splits import MIRRORED, PARTIAL, Routed, Split, State, Unsplittable, split_of
+from runtime.ops.splits import (
+    MIRRORED,
+    PARTIAL,
+    Routed,
+    Split,
+    State,
+    Unsplittable,
+    normal,
+    split_of,
+)
 from runtime.ops.tensor import LEAVES, Tensor
 
 FOLLOWS = "its input is not computed in parts"  # which something else is the reason of
@@ -67,17 +79,22 @@ class Layout:
         return [x for x in self.whole if self.states[x] is not PARTIAL]
 
 
-def infer(graph: Graph, shares: Sequence[float], across: bool | None = None) -> Layout:
+def infer(
+    graph: Graph, shares: Sequence[float], across: bool | None = None, exact: bool = False
+) -> Layout:
     """The layout over len(shares) devices; shares are above 0, of the weights' bytes.
 
     across: whether experts stay whole, on one device each; None: where their insides are coarse.
+    exact: no sum is cut, for the bits of one device; then experts are split inside.
     """
     refused: dict[Tensor, str] = {}
+    across = False if exact else across
     while True:
-        regions = _regions(graph, shares, refused, across) if len(shares) > 1 else []
+        regions = _regions(graph, shares, refused, across, exact) if len(shares) > 1 else []
         try:
-            dealt = _dealt(regions, _beside(graph, regions, shares))
-            layout = _layout(graph, len(shares), dealt, regions, refused)
+            inside = _beside(graph, regions, shares)
+            rows = inside if exact else None
+            layout = _layout(graph, len(shares), _dealt(regions, inside), regions, refused, rows)
         except Unsplittable:  # what experts make is wanted as it is
             if across is False:
                 raise
@@ -88,15 +105,16 @@ def infer(graph: Graph, shares: Sequence[float], across: bool | None = None) -> 
 
 
 def _regions(
-    graph: Graph, shares: Sequence[float], refused: dict[Tensor, str], across: bool | None
-) -> list[Region]:
+    graph: Graph, shares: Sequence[float], refused: dict[Tensor, str], across: bool | None,
+    exact: bool,
+) -> list[Region]:  # fmt: skip
     """The regions of all anchors that are worth it, in the order of the anchors."""
     found, taken = list[Region](), set[Tensor]()
     for node in graph.nodes:
         region = None
         for start, axis in () if node in refused else _starts(graph, node):
             try:
-                region = _grown(graph, node, start, axis, len(shares), taken)
+                region = _grown(graph, node, start, axis, len(shares), taken, exact)
                 refused.pop(node, None)
                 break
             except Unsplittable as reason:
@@ -153,19 +171,21 @@ def _starts(graph: Graph, node: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 
 def _grown(
-    graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int, taken: set[Tensor]
-) -> Region:
+    graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int, taken: set[Tensor],
+    exact: bool,
+) -> Region:  # fmt: skip
     """Groups stay together where there are enough of them for all devices.
 
     Unsplittable unless it splits work that no other region has.
     """
     n = int(start.shape[axis])
-    unit = max(x.dtype.block for x in node.inputs if x.op == "weight") if start is not node else 1
+    cut = start is not node and not exact
+    unit = max(x.dtype.block for x in node.inputs if x.op == "weight") if cut else 1
     unit = unit if n % unit == 0 else n
-    if unit == 1 and n % _UNIT == 0 and n // _UNIT >= _FEW * devices:
-        unit = _UNIT
+    if unit == 1:
+        unit = _unit(n, devices)
     for coarse in (True, False):
-        region = Region(graph, node, n // unit, coarse)
+        region = Region(graph, node, n // unit, coarse, exact)
         region.grow(start, axis, np.arange(n) // unit)
         if len(region.classes()) >= devices:
             break
@@ -176,6 +196,10 @@ def _grown(
     if len(region.classes()) < 2:
         raise Unsplittable("it has no parts that could be told apart")
     return region
+
+
+def _unit(n: int, devices: int) -> int:
+    return _UNIT if n % _UNIT == 0 and n // _UNIT >= _FEW * devices else 1
 
 
 def _beside(graph: Graph, regions: Sequence[Region], shares: Sequence[float]) -> list[float]:
@@ -246,8 +270,9 @@ def _by_group(
 
 def _layout(
     graph: Graph, devices: int, dealt: Sequence[np.ndarray], regions: Sequence[Region],
-    refused: dict[Tensor, str],
+    refused: dict[Tensor, str], rows: Sequence[float] | None,
 ) -> Layout:  # fmt: skip
+    """rows: shares of the results of products that would be sums of parts, which none then is."""
     everybody = (1 << devices) - 1
     splits: dict[Tensor, Split] = {}
     summed: dict[Tensor, tuple[int, Split]] = {}
@@ -266,10 +291,13 @@ def _layout(
             refused[region.anchor] = str(reason)
             continue
         splits |= made
-        summed |= {node: (number, own[x]) for node, (number, x) in region.summed.items()}
+        if rows is None:
+            summed |= {node: (number, own[x]) for node, (number, x) in region.summed.items()}
+        else:
+            splits |= {node: _rows_of(node, rows) for node in region.summed}
     whole: set[Tensor] = set()  # what is summed or gathered for somebody
     while True:
-        found = _Pass(graph, everybody, splits, summed, whole)
+        found = _Pass(graph, everybody, splits, summed, whole, rows is not None)
         if found.whole == whole:
             break
         whole = found.whole
@@ -278,6 +306,15 @@ def _layout(
         {x: number for number, x in enumerate(x for x in graph.nodes if x in whole)},
         _reasons(graph, found.uses, refused, regions),
     )  # fmt: skip
+
+
+def _rows_of(node: Tensor, shares: Sequence[float]) -> Split:
+    """A product's result along its last axis, of rows of the weight, a stretch for each device."""
+    n = int(node.shape[-1])
+    unit = _unit(n, len(shares))
+    ends = [round(end / sum(shares) * n / unit) * unit for end in accumulate(shares)]
+    pairs = zip(ends, [0, *ends], strict=False)
+    return normal(node.ndim - 1, [((d,), end - start) for d, (end, start) in enumerate(pairs)])
 
 
 class _Pass:
@@ -289,11 +326,12 @@ class _Pass:
     def __init__(
         self, graph: Graph, everybody: int, splits: Mapping[Tensor, Split],
         summed: Mapping[Tensor, tuple[int, Split]], whole: set[Tensor],
+        exact: bool,
     ) -> None:  # fmt: skip
         self.states: dict[Tensor, State] = {}
         self.uses: dict[Tensor, tuple[State, ...]] = {}
         self.holders: dict[Tensor, int] = {}
-        self.whole = {*whole}
+        self.whole, self._exact = {*whole}, exact
         for node in graph.nodes:
             if node in summed:
                 uses, state = self._summed(node, *summed[node])
@@ -346,10 +384,31 @@ class _Pass:
             if partial < {*group} and all(node.inputs[i].op == "weight" for i in addends):
                 for i in addends:  # a bias is added by one device
                     given[i] = PARTIAL
+        if self._exact and (found := self._part_of_whole(node)):
+            return found
         try:
             return given, result(node, given) if given else MIRRORED
         except Unsplittable:
             return self._rows(node), result(node, self._rows(node))
+
+    def _part_of_whole(self, node: Tensor) -> Found | None:
+        """With a stretch of the result for each device, where one comes so and others are whole."""
+        if any(x.base.op == "state" for x in node.inputs):
+            return None  # everybody keeps all of it
+        for number, x in enumerate(node.inputs):
+            own = self.states[x]
+            if not isinstance(own, Split):
+                continue
+            for axis, link in links(node, number, own.axis, OUT):
+                split = carried(own, axis, link)
+                if split is None:
+                    continue
+                with contextlib.suppress(Unsplittable):
+                    uses = needs(node, split)
+                    given = zip(node.inputs, uses, strict=True)
+                    if all(self.states[x] in (MIRRORED, use) for x, use in given):
+                        return uses, split
+        return None
 
     def _holders(self, node: Tensor, state: State, everybody: int) -> int:
         state = state.experts if isinstance(state, Routed) else state

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
 from runtime.backends.base import Planner
-from runtime.backends.passes.fuse_collectives import fuse_residuals
+from runtime.backends.passes.fuse_collectives import fuse_residuals, gather_for_products
 from runtime.backends.passes.prepare import choose_rows
 from runtime.ops.cuts import Parts, cut_array
 from runtime.ops.graph import Graph
@@ -16,16 +17,25 @@ from runtime.ops.tensor import Tensor
 Split = Callable[[Graph, Sequence[float]], Sequence[Graph]]  # graph, shares -> of each device its
 
 
-def inferred(graph: Graph, shares: Sequence[float], told: bool = True) -> list[Graph]:
-    """The graphs of devices with these shares of it; told: what has no part is said on stderr."""
+def inferred(
+    graph: Graph, shares: Sequence[float], told: bool = True, exact: bool = False
+) -> list[Graph]:
+    """The graphs of devices with these shares of it; told: what has no part is said on stderr.
+
+    exact: see `infer`; what is gathered for products is packed before.
+    """
     from runtime.backends.meta.idle import idle, tell
     from runtime.backends.meta.infer import infer
     from runtime.backends.meta.shard import shards
 
-    layout = infer(graph, shares)
+    layout = infer(graph, shares, exact=exact)
     if told:
         tell(idle(layout, "the model"))
-    return list(shards(layout))
+    made = list(shards(layout))
+    return gather_for_products(made) if exact else made
+
+
+exactly = partial(inferred, exact=True)
 
 
 class SplitGraphs:

@@ -29,6 +29,7 @@ PageBytes = Callable[[Tensor], float]  # of one page, or one slot, of a state le
 Pace = Callable[[Device, Tensor], float]  # of a byte of a weight or state on a device
 
 ON_CPU = ("cpu", "numa", "mpi", "null", "reference")
+_EXACT = ("cpu", "numa")  # of one process: no sum is cut
 
 
 class Exchange(NamedTuple):
@@ -208,7 +209,8 @@ def plan_stages(graph: Graph, stages: Sequence[Stage]) -> list[StagePlan]:
     found = []
     for part, stage in zip(cut, stages, strict=True):
         shares = [float(share) for share in stage.shares]
-        layout = infer(part, shares) if len(shares) > 1 else None
+        exact = all(device.kind in _EXACT for device in stage.devices)
+        layout = infer(part, shares, exact=exact) if len(shares) > 1 else None
         found.append(StagePlan(part, stage, layout))
     return found
 

@@ -20,8 +20,11 @@ class Region:
     experts that stay whole the reason.
     """
 
-    def __init__(self, graph: Graph, anchor: Tensor, atoms: int, coarse: bool) -> None:
-        self.graph, self.anchor, self.coarse, self.why = graph, anchor, coarse, ""
+    def __init__(
+        self, graph: Graph, anchor: Tensor, atoms: int, coarse: bool, exact: bool = False
+    ) -> None:
+        self.graph, self.anchor, self.coarse, self.exact = graph, anchor, coarse, exact
+        self.why = ""
         self.labels: dict[Tensor, tuple[int, np.ndarray]] = {}
         self.whole: set[Tensor] = set()
         self.summed: dict[Tensor, tuple[int, Tensor]] = {}
@@ -43,7 +46,8 @@ class Region:
         for node, (_, x) in self.summed.items():
             if (self.labels[x][1] < 0).any():
                 raise Unsplittable(f"{node.op} ({node.name}) needs all of {x!r}")
-            self._join(self.labels[x][1])  # what two devices have would count twice
+            if not self.exact:  # what two devices have would count twice
+                self._join(self.labels[x][1])
 
     def weights(self) -> list[tuple[Tensor, np.ndarray]]:
         """The weights that are cut, and the atoms at each index."""
@@ -122,8 +126,8 @@ class Region:
                 self._push(user.inputs[number], user, at, link)
         elif is_summed(user, number, axis):
             self.summed[user] = number, user.inputs[number]
-            for other in range(len(user.inputs)):
-                if other != number:
+            for other, x in enumerate(user.inputs):
+                if other != number and not (self.exact and x.op == "weight"):
                     self._carry(user, number, other)
         else:
             raise Unsplittable(f"{user.op} ({user.name}) takes axis {axis} whole")

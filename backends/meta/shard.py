@@ -57,7 +57,8 @@ class _Shard:
         own = self.layout.states[x]
         if x in self.whole and use is MIRRORED:
             return self.whole[x]
-        if own == use:
+        one = isinstance(use, Split) and len(use.cut(self.device)) == 1
+        if own == use and not (x in self.whole and one):
             return self._made[x]
         assert isinstance(use, Split), f"{x!r} is {own}, and taken {use}"
         return self._part(self.whole.get(x, self._made[x] or x), use)

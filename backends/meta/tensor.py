@@ -9,7 +9,7 @@ import numpy as np
 from runtime.backends.base import Progress
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.joint import Joint, JointProgram
-from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, inferred, joined
+from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, exactly, joined
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import cut_array
 from runtime.ops.graph import Graph
@@ -19,11 +19,12 @@ from runtime.ops.tensor import Tensor
 class TensorBackend:
     """See backends/base.py.
 
-    devices: each closed with this one. shares: of the work, above 0, one for each device.
+    devices: each closed with this one. shares: of the work, above 0, one for each device. split:
+    so that no sum is cut, unless said otherwise; a meeting of devices here costs next to nothing.
     """
 
     def __init__(
-        self, devices: Sequence[CpuBackend], shares: Sequence[float], split: Split = inferred
+        self, devices: Sequence[CpuBackend], shares: Sequence[float], split: Split = exactly
     ) -> None:
         self._devices, self._split = tuple(devices), SplitGraphs(shares, split)
         self._joint = Joint(devices)

@@ -1,13 +1,15 @@
-"""Sums over devices fused with the residuals that are added to them."""
+"""Sums over devices fused with residuals, and gathers with the products around them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.backends.passes.packing import node_of, only_user
-from runtime.ops.collective import all_sum
+from runtime.backends.passes.packing import Options, linear, node_of, only_user
+from runtime.ops.collective import all_gather, all_sum, both
+from runtime.ops.dtypes import DType
 from runtime.ops.elementwise import add
 from runtime.ops.graph import Graph, rewrite
+from runtime.ops.matmul import matmul
 from runtime.ops.registry import Kind, kind_of
 from runtime.ops.tensor import Tensor
 
@@ -57,3 +59,43 @@ def _residuals(graph: Graph) -> dict[Tensor, tuple[int, int]]:
             ):
                 found[node] = total.attrs["number"], at
     return found
+
+
+def gather_for_products(graphs: Sequence[Graph]) -> list[Graph]:
+    """Graphs of several devices whose gathers say so (`weights`: of which type) where all that
+    takes a result are products, so that it can be packed before it is gathered.
+    """
+    types: dict[int, set[DType | None]] = {}
+    for graph in graphs:
+        for node in filter(all_gather.made, graph.nodes):
+            fits = node.attrs["axis"] == node.ndim - 1 and node not in graph.outputs
+            of = types.setdefault(node.attrs["number"], set() if fits else {None})
+            for user in graph.users[node]:
+                if not both.made(user):
+                    taken = matmul.made(user) and user.inputs[0] is node
+                    of.add(user.inputs[1].dtype if taken else None)
+
+    def told(node: Tensor, *part: Tensor) -> Tensor:
+        (weights, *more) = types[node.attrs["number"]] or {None}
+        attrs = {"weights": weights} if weights and not more else {}
+        return node.with_(inputs=part, attrs={**node.attrs, **attrs})
+
+    return [rewrite(graph, {all_gather: told}) for graph in graphs]
+
+
+def write_gathered(graph: Graph, options: Options) -> Graph:
+    """Gathers of products of which a device has one stretch (from `start`): they are written there
+    at once.
+    """
+
+    def straight(node: Tensor, *part: Tensor) -> Tensor:
+        runs, device = node.attrs["runs"], node.attrs["device"]
+        own = [n for n, (owners, _) in enumerate(runs) if device in owners]
+        ready = part and linear.made(part[0]) and only_user(graph, node.inputs[0])
+        one = node.attrs["repeat"] == len(own) == 1 and runs[own[0]][0] == (device,)
+        if not (ready and one and node.attrs["axis"] == node.ndim - 1):
+            return node.with_(inputs=part)
+        start = sum(n for _, n in runs[: own[0]])
+        return node.with_(inputs=part, attrs={**node.attrs, "start": start})
+
+    return rewrite(graph, {all_gather: straight})

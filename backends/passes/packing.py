@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from runtime.ops.collective import all_gather
 from runtime.ops.dtypes import I32, DType
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.matmul import matmul, matmul_id
@@ -52,10 +53,10 @@ class Options(NamedTuple):
     split: bool = False
 
 
-def coding_of(w: Tensor, options: Options) -> str:
-    """What a weight is multiplied with: int8 blocks, or float32 (whole or split) for floats."""
-    name = w.dtype.name.upper()
-    if options.split and name == "BF16" and w.shape[-1] % 32 == 0:
+def coding_of(weights: DType, n: int, options: Options) -> str:
+    """What rows of n of a weight are multiplied with: int8 blocks, or for floats float32."""
+    name = weights.name.upper()
+    if options.split and name == "BF16" and n % 32 == 0:
         return "split"
     exact = name in FLOAT_FORMATS or name not in options.packed or options.activations == "f32"
     return "f32" if exact else "int8"
@@ -125,22 +126,35 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
             made[key] = node_of(op, inputs, inputs[0], dtype=dtype, **attrs)
         return made[key]
 
+    def tile(x: Tensor, weights: DType) -> dict[str, Any]:
+        coding = coding_of(weights, int(x.shape[-1]), options)
+        return {"C": columns(x.size // x.shape[-1], coding, options), "coding": coding}
+
+    def gathered(node: Tensor, *part: Tensor) -> Tensor:
+        form = tile(node, node.attrs["weights"]) if "weights" in node.attrs else {}
+        unit = 1 if form.get("coding") == "f32" else 32
+        if not form or any(n % unit for _, n in node.attrs["runs"]):
+            return node.with_(inputs=part)
+        to = PACKED[form["coding"]]
+        tiles = tuple(once(pack, (x,), to, **form) for x in part)
+        return node_of(all_gather, tiles, node, **{**node.attrs, **form, "dtype": to})
+
     def product(node: Tensor, x: Tensor, w: Tensor) -> Tensor:
-        coding = coding_of(w, options)
-        width = columns(x.size // x.shape[-1], coding, options)
-        return node_of(linear, (once(pack, (x,), PACKED[coding], C=width, coding=coding), w), node)
+        form = tile(x, w.dtype)
+        packed = x if "coding" in x.attrs else once(pack, (x,), PACKED[form["coding"]], **form)
+        return node_of(linear, (packed, w), node)
 
     def chosen(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
-        coding = coding_of(w, options)
+        coding = coding_of(w.dtype, int(w.shape[-1]), options)
         width = expert_columns(ids.size, experts_of(w, ids), coding, options)
         tiles = once(expert_tiles, (ids,), I32, C=width, experts=int(w.shape[0]))
         each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
         if width == 1:  # tiles find their row: nothing has to be gathered
             packed, every = once(pack, (x,), PACKED[coding], C=1, coding=coding), each
         else:
-            shape, tile = (*ids.shape, x.shape[-1]), {"C": width, "coding": coding}
-            packed = once(pack_rows, (x, tiles), PACKED[coding], shape=shape, **tile, divisor=each)
+            shape, form = (*ids.shape, x.shape[-1]), {"C": width, "coding": coding}
+            packed = once(pack_rows, (x, tiles), PACKED[coding], shape=shape, **form, divisor=each)
             every = 0
         return node_of(linear_id, (packed, w, tiles, ids, *bias), node, every=every)
 
-    return rewrite(graph, {matmul: product, matmul_id: chosen})
+    return rewrite(graph, {all_gather: gathered, matmul: product, matmul_id: chosen})

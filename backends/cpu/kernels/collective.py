@@ -75,10 +75,13 @@ def build_all_sum_once():
 def build_put_stretch():
     """Stretches of n floats of every row into longer rows: parallel over their units."""
 
-    def put_stretch(x, out, live, repeat, n, x_row, x_step, out_row, out_step, thread, n_threads):
-        """`repeat` stretches a row, a step apart; all in floats."""
+    def put_stretch(
+        x, out, live, each, repeat, n, x_row, x_step, out_row, out_step, thread, n_threads
+    ):
+        """`repeat` stretches a row, a step apart; all in floats. A row is of `each` that live."""
         units = (n + 15) // 16
-        at, last = share(s.load_i64(live) * repeat * units, thread, n_threads)
+        rows = (s.load_i64(live) + each - 1) // each
+        at, last = share(rows * repeat * units, thread, n_threads)
         while at < last:
             stretch, first, stop = piece(at, last, units)
             row = stretch // repeat

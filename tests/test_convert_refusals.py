@@ -72,12 +72,19 @@ def _pre_tokenizer(folder: Path) -> None:
     change(folder / "tokenizer.json", pre_tokenizer=steps)
 
 
+def pointer(name: str) -> Callable[[Path], object]:
+    """A file that was cloned without git-LFS."""
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+    return lambda folder: (folder / name).write_text(text)
+
+
 def with_suffix() -> dict[str, Any]:
     """A tokenizer.json that marks ends of words."""
     spec = tokenizer()
     return spec | {"model": spec["model"] | {"end_of_word_suffix": "</w>"}}
 
 
+POINTER = r"this is a git-LFS pointer, not the file: fetch what it stands for with `git lfs pull`"
 ROPE = {"rope_theta": 10000.0}
 REFUSED = {
     "architecture": (settings(architectures=["GemmaForCausalLM"]),
@@ -122,9 +129,28 @@ REFUSED = {
                 r"tensor 'model.layers.0.mlp.experts.0.up_proj.weight' is not known for llama"),
     "other tensor": (tensors(extra=bf16(np.ones(2))), r"tensor 'extra' is not known for llama"),
     "no output": (tensors(lm_head__weight=None), r"no tensor lm_head.weight"),
-    "no matrix": (tensors(**{UP: None}), r"hf: tensor 'blk.1.ffn_up.weight' is missing"),
+    "no matrix": (tensors(**{UP: None}), rf"hf: tensor '{UP}' is missing \(the checkpoint has '"),
+    "no embeddings": (tensors(model__embed_tokens__weight=None),
+                      r"hf: tensor 'model.embed_tokens.weight' is missing"),
     "shape": (tensors(**{UP: bf16(np.ones((5, 64)))}),
-              r"'blk.1.ffn_up.weight' has shape \[5, 64\]"),
+              rf"'{UP}' has shape \[5, 64\], but config.json asks for \[96, 64\]"),
+    "no bias known": (tensors(**{"model.layers.0.mlp.up_proj.bias": bf16(np.ones(96))}),
+                      r"tensor 'model.layers.0.mlp.up_proj.bias' of the checkpoint .* wrong$"),
+    "no size": (settings(hidden_size=None, head_dim=16),
+                r"hf: hidden_size of config.json is missing$"),
+    "layers": (settings(num_hidden_layers=3),
+               r"hf: num_hidden_layers of config.json says 3 layers, but the checkpoint has tens"),
+    "rows": (settings(vocab_size=289),
+             r"config.json: vocab_size = 289, but tensor 'model.embed_tokens.weight' has 288 rows"),
+    "layer kind": (settings(layer_types=["foo", "full_attention"]),
+                   r"config.json: layer_types has 'foo', .*; there are full_.*, sliding_attention"),
+    "kind elsewhere": (settings(layer_types=["linear_attention"] * 2), r"has 'linear_attention'"),
+    "no window": (settings(layer_types=["sliding_attention"] * 2), r"sliding_window is missing"),
+    "biases": (settings(attention_bias=True),
+               r"attention_bias = True, but there is no tensor 'model.layers.0.self_attn.q_proj.b"),
+    "pointer": (pointer("model.safetensors"), POINTER),
+    "pointer to JSON": (pointer("tokenizer.json"), POINTER),
+    "pointer to pieces": (pointer("tokenizer.model"), POINTER),
     "heads": (settings(num_attention_heads=5), r"q_proj.weight.*64 rows are not 5 heads"),
     "no config": (without("config.json"), r"hf: no config.json"),
     "no tokenizer": (without("tokenizer.json"), r"hf: no tokenizer.json"),
@@ -168,6 +194,14 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     folder = llama(tmp_path / "hf")
     with pytest.raises(runtime.OptionError, match=r"'q4_0' is not known; there are auto, f32"):
         runtime.convert(folder, tmp_path / "m.gguf", "q4_0")
+    for args, more, name in (
+        ((None, "m"), {}, "folder"), ((3, "m"), {}, "folder"), ((folder, None), {}, "out"),
+        ((folder, "m", None), {}, "outtype"), ((folder, "m"), {"mtp": "no"}, "mtp"),
+        ((folder, "m"), {"progress": 3}, "progress"),
+    ):  # fmt: skip
+        with pytest.raises(runtime.OptionError, match=rf"^{name}=.* must be "):
+            runtime.convert(*args, **more)
+    assert runtime.convert(folder, tmp_path / "m.gguf", "F16").is_file()
     with pytest.raises(runtime.FileError, match=r"this is a folder"):
         runtime.convert(folder, tmp_path)
     for missing in (tmp_path / "none", folder / "config.json"):

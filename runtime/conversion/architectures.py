@@ -198,6 +198,8 @@ def conversion_of(config: Config) -> Conversion:
         what = shown(config.classes[0]) if config.classes else "none"
         raise ModelError(f"{config.path}: architecture {what} is not converted; there are {known}")
     config.complete(found.defaults)
+    config.kinds = ("full_attention", f"{'linear' if found.ahead else 'sliding'}_attention")
+    config.layer_kinds()
     rope = config.rope
     if rope["rope_type"] not in found.rope_types:
         raise config.refusal("rope scaling", rope["rope_type"], f" for {found.architecture}")

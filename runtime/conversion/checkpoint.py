@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from runtime.gguf.other_formats import stand_in
 from runtime.gguf.source import Source
 from runtime.ops.errors import FileError, shown
 
@@ -25,6 +26,7 @@ KINDS = {
     "I32": "<i4", "U32": "<u4", "I64": "<i8", "U64": "<u8",
 }  # fmt: skip
 _MOST_HEADER = 256 << 20
+_HEAD = 256  # bytes that tell what a file is
 _INDEX = "model.safetensors.index.json"
 _OTHERS = ("pytorch_model*.bin", "consolidated*", "*.pth", "*.gguf", "*.npz")
 
@@ -117,9 +119,11 @@ class Checkpoint:
         """What a file of the folder says; None where there is none."""
         path = self.folder / name
         try:
-            return path.read_text("utf-8") if path.is_file() else None
+            found = path.read_text("utf-8") if path.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path}: cannot be read ({error})") from None
+        refuse_stand_in(path, (found or "")[:_HEAD].encode())
+        return found
 
     def _object(self, found: Any, name: str) -> dict[str, Any]:
         if not isinstance(found, dict):
@@ -170,9 +174,17 @@ class Checkpoint:
             )
 
 
+def refuse_stand_in(path: Path, head: bytes) -> None:
+    """FileError where a file begins as what downloads leave in place of it."""
+    if found := stand_in(head):
+        raise FileError(f"{path}: this is {found[0]}, not the file: {found[1]}")
+
+
 def _tensors_of(source: Source) -> list[Stored]:
     """The tensors of one file, by name. FileError: the header cannot be used."""
-    length = int.from_bytes(source.read(0, np.empty(min(8, source.size), np.uint8)), "little")
+    head = bytes(source.read(0, np.empty(min(_HEAD, source.size), np.uint8)))
+    refuse_stand_in(source.path, head)
+    length = int.from_bytes(head[:8], "little")
     if not 2 <= length <= min(_MOST_HEADER, source.size - 8):
         raise FileError(f"{source.path}: not a safetensors file, or cut off; download it again")
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ class Config:
     """The settings of a checkpoint's text model.
 
     `rope`: those of its rotary embeddings, however old the file is. `path`: for messages.
+    `kinds`: what a layer of its architecture can be.
     """
+
+    kinds: Sequence[str] = ("full_attention", "sliding_attention", "linear_attention")
 
     def __init__(self, settings: Mapping[str, Any], path: Path) -> None:
         """ModelError: a setting changes results and is not implemented."""
@@ -107,12 +110,18 @@ class Config:
         )
 
     def layer_kinds(self) -> list[str] | None:
-        """What each layer is, where the file says. ModelError: there are not as many."""
+        """What each layer is, where the file says. ModelError: there are not as many, or one is
+        of a kind that the architecture does not have."""
         kinds, layers = self.get("layer_types"), self.size("num_hidden_layers")
         if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
             raise ModelError(
                 f"{self.path}: layer_types = {shown(kinds)} is not a list of {layers}, which "
                 "num_hidden_layers says"
+            )
+        if others := [kind for kind in kinds or () if kind not in self.kinds]:
+            raise ModelError(
+                f"{self.path}: layer_types has {shown(others[0])}, which is not implemented for "
+                f"this architecture; there are {', '.join(self.kinds)}"
             )
         return kinds
 
@@ -127,6 +136,8 @@ class Config:
             slides = self.get("use_sliding_window", True) and (
                 self.number("max_window_layers", 0) < self.size("num_hidden_layers")
             )
+        if kinds is not None and slides:
+            self.size("sliding_window")
         if windows or not (slides and window and context and window < context):
             return context
         warnings.warn(

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from runtime.conversion.architectures import conversion_of
+from runtime.arguments import check_progress, flag, wrong
+from runtime.conversion.architectures import Conversion, conversion_of
 from runtime.conversion.checkpoint import Checkpoint
 from runtime.conversion.config import Config
 from runtime.conversion.metadata import general, sizes
 from runtime.conversion.pieces import Planned
 from runtime.conversion.plan import OUTTYPES, Planner, dtype_of, guessed
 from runtime.conversion.tokenizer import tokenizer_keys
+from runtime.conversion.words import translated
 from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.models.registry import build
 from runtime.ops.dtypes import MXFP4, DType
-from runtime.ops.errors import FileError, OptionError, shown
+from runtime.ops.errors import FileError, ModelError, OptionError, shown
 from runtime.progress import Progress, reporter
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -46,10 +48,18 @@ def convert(
     checkpoint's. mtp: keep blocks that predict further tokens. progress: show a bar (None: when it
     takes long), or a function (done, total, what).
 
-    Raises OptionError for another outtype, FileError for files that are missing or damaged,
+    Raises OptionError for an argument of another type or value, FileError for files that are missing or damaged,
     ModelError for an architecture or setting that is not implemented, TextError for a tokenizer
     that is not. Each names the file.
     """
+    for name, value in (("folder", folder), ("out", out)):
+        if not isinstance(value, str | os.PathLike):
+            raise wrong(name, value, "a path, as text or Path")
+    if not isinstance(outtype, str):
+        raise wrong("outtype", outtype, "text, such as 'f16'")
+    mtp = flag("mtp", mtp)
+    check_progress(progress)
+    outtype = outtype.lower()
     if outtype not in ("auto", *OUTTYPES):
         raise OptionError(
             f"outtype {shown(outtype)} is not known; there are auto, {', '.join(OUTTYPES)}"
@@ -60,18 +70,21 @@ def convert(
     checkpoint = Checkpoint(Path(folder))
     config = Config(checkpoint.config, checkpoint.folder / "config.json")
     dtype = guessed(checkpoint) if outtype == "auto" else OUTTYPES[outtype]
-    metadata, tensors = _planned(checkpoint, config, dtype, mtp)
-    _check(checkpoint.folder, metadata, tensors, dtype)
+    conversion = conversion_of(config)
+    metadata, tensors = _planned(checkpoint, config, conversion, dtype, mtp)
+    try:
+        _check(config, metadata, tensors, dtype)
+    except ModelError as error:
+        raise ModelError(translated(str(error), conversion, checkpoint.tensors)) from None
     with reporter(progress) as report:
         _write(path, metadata, tensors, dtype, report)
     return path
 
 
 def _planned(
-    checkpoint: Checkpoint, config: Config, dtype: DType, mtp: bool
+    checkpoint: Checkpoint, config: Config, conversion: Conversion, dtype: DType, mtp: bool
 ) -> tuple[dict[str, Any], list[Planned]]:
     """Metadata and tensors of the new file, in order."""
-    conversion = conversion_of(config)
     planner = Planner(checkpoint, conversion, config, mtp)
     tensors = planner.plan()
     sampling = checkpoint.json("generation_config.json") or {}
@@ -88,9 +101,10 @@ def _planned(
 
 
 def _check(
-    folder: Path, metadata: Mapping[str, Any], tensors: Sequence[Planned], dtype: DType
+    config: Config, metadata: Mapping[str, Any], tensors: Sequence[Planned], dtype: DType
 ) -> None:
-    """ModelError: the new file would not run here, tensors or settings would be missing."""
+    """ModelError: the new file would not run here: settings or tensors are missing, or contradict
+    each other."""
     arrays = {k: np.asarray(v) if isinstance(v, list) else v for k, v in metadata.items()}
     shapes = {
         t.name: SimpleNamespace(
@@ -99,9 +113,15 @@ def _check(
         )
         for t in tensors
     }  # fmt: skip
+    told, table = config.size("vocab_size"), shapes.get("token_embd.weight")
+    if table is not None and table.shape[0] != told:
+        raise ModelError(
+            f"{config.path}: vocab_size = {told}, but tensor '{table.name}' has {table.shape[0]} "
+            "rows"
+        )
     architecture = metadata["general.architecture"]
     build(SimpleNamespace(
-        path=folder, metadata=arrays, tensors=shapes, architecture=architecture,
+        path=config.path.parent, metadata=arrays, tensors=shapes, architecture=architecture,
     ))  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from runtime.conversion.metadata import rope_frequencies
 from runtime.conversion.pieces import Planned, Rows
 from runtime.conversion.quantised import joined
 from runtime.conversion.rules import Name
+from runtime.conversion.words import original
 from runtime.ops.dtypes import BF16, F16, F32, Q8_0, DType
 from runtime.ops.errors import ModelError
 
@@ -178,7 +179,10 @@ class Planner:
             ]
         except KeyError as error:
             stem, i = error.args[0]
-            raise ModelError(f"{weight.label}: layer {block} lacks {stem} of expert {i}") from None
+            whole = original(f"blk.{block}.{stem}.weight", self.conversion, self.checkpoint.tensors)
+            raise ModelError(
+                f"{weight.label}: tensor '{whole.replace('#', str(i))}' is missing"
+            ) from None
 
     def _check_tied(self, made: list[Planned]) -> None:
         names = {tensor.name for tensor in made}

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.conversion.added import Added
-from runtime.conversion.checkpoint import Checkpoint
+from runtime.conversion.checkpoint import Checkpoint, refuse_stand_in
+from runtime.gguf.other_formats import stand_in
 from runtime.ops.errors import TextError
 from runtime.text.special_ids import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from runtime.text.vocabulary import byte_of
@@ -33,9 +34,11 @@ def read(checkpoint: Checkpoint, spec: Mapping[str, Any] | None, rows: int) -> l
     path = checkpoint.folder / "tokenizer.model"
     if path.is_file():
         try:
-            found = list(_pieces(path.read_bytes()))
+            raw = path.read_bytes()
+            found = [] if stand_in(raw) else [*_pieces(raw)]
         except (OSError, ValueError, IndexError, struct.error) as error:
             raise TextError(f"{path}: no SentencePiece model ({error})") from None
+        refuse_stand_in(path, raw)
         if not found:
             raise TextError(f"{path}: no SentencePiece model (it has no pieces)")
         return found[:rows]

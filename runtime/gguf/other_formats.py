@@ -36,6 +36,7 @@ _MAGIC: dict[bytes, tuple[str, str]] = {
     b"SQLite format 3": ("a database", _OTHER_FILE),
 }
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")
+_AGAIN = "download the file itself"
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -52,7 +53,7 @@ def describe(head: bytes, size: int) -> tuple[str, str]:
         return "a safetensors file", "convert its folder with 'runtime convert FOLDER OUT.gguf'"
     if not head.strip(b"\0"):
         return "filled with zeros, a download that did not finish", "download it again"
-    return _text(head) or (f"not a GGUF file (it starts with {head[:4]!r})", _OTHER_FILE)
+    return stand_in(head) or _text(head) or (f"not a GGUF file (it starts with {head[:4]!r})", _OTHER_FILE)
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
@@ -62,17 +63,25 @@ def _is_safetensors(head: bytes, size: int) -> bool:
     return head[8:9] == b"{" and 2 <= struct.unpack_from("<Q", head)[0] <= size - 8
 
 
+def stand_in(head: bytes) -> tuple[str, str] | None:
+    """As `describe`, of a text that downloads leave in place of a file; None if it is none."""
+    begin = _begin(head)
+    if begin.lower().startswith(_PAGES):
+        return "a web page (HTML)", f"{_AGAIN}, not the page about it (/resolve/, not /blob/)"
+    if begin.startswith(_POINTER):
+        return "a git-LFS pointer", f"fetch what it stands for with `git lfs pull`, or {_AGAIN}"
+    return None
+
+
+def _begin(head: bytes) -> bytes:
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
 def _text(head: bytes) -> tuple[str, str] | None:
     """What kind of text this is; None if it is none."""
-    begin = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    again = "download the file itself"
-    if begin.lower().startswith(_PAGES):
-        return "a web page (HTML)", f"{again}, not the page about it (/resolve/, not /blob/)"
-    if begin.startswith(_POINTER):
-        return "a git-LFS pointer", f"fetch what it stands for with `git lfs pull`, or {again}"
     text = head.decode("utf-8", "replace")
     printable = sum(c in string.printable or c.isalpha() for c in text)
     if printable < 0.95 * len(text):
         return None
     shown = ascii(" ".join(text.split())[:60])
-    return f"{'JSON' if begin[:1] in (b'{', b'[') else 'a text file'}: {shown}", again
+    return f"{'JSON' if _begin(head)[:1] in (b'{', b'[') else 'a text file'}: {shown}", _AGAIN

@@ -202,13 +202,30 @@ class TestWholeNames:
 
     @pytest.mark.parametrize(
         ("word", "near"),
-        [("--tmp", "--temp"), ("--n-gpu-layer", "--n-gpu-layers"), ("-cttk", "-ctk"),
-         ("--contxt", "--context"), ("-nglx", "-ngl"), ("--promt=a", "--prompt")],
+        [("--tmp", "--temp"), ("-cttk", "-ctk"), ("--contxt", "--context"), ("-seed", "--seed"),
+         ("--promt=a", "--prompt")],
     )  # fmt: skip
     def test_the_nearest_name_is_offered(self, invoke, word, near):
         result = invoke("run", word)
         assert result.exit_code == 2 and result.stderr.count("\n") == 1
         assert f"no option {word.partition('=')[0]}: did you mean {near}?" in result.stderr
+
+    @pytest.mark.parametrize(
+        "args",
+        ["quantize -o", "quantize --nothing", "convert -t", "convert -x", "run -nglx",
+         "inspect --kv-tipe", "convert --batch-siz"],
+    )  # fmt: skip
+    def test_none_is_offered_that_the_command_lacks(self, invoke, args):
+        result = invoke(*args.split())
+        assert f"error: no option {args.split()[1]} (" in result.stderr
+
+    def test_the_most_threads(self, invoke):
+        from runtime.backends.cpu import MAX_THREADS
+        from runtime.cli.parsing import THREADS
+
+        assert THREADS.max == MAX_THREADS
+        for name in ("quantize", "imatrix", "perplexity", "run"):
+            assert "'-t' / '--threads': 999999" in invoke(name, "-t", "999999", "x").stderr
 
     def test_names_are_plain(self):
         """No foreign name hides one of ours by mistake, and none is written twice."""

@@ -134,10 +134,10 @@ REFUSED = {
                       r"hf: tensor 'model.embed_tokens.weight' is missing"),
     "shape": (tensors(**{UP: bf16(np.ones((5, 64)))}),
               rf"'{UP}' has shape \[5, 64\], but config.json asks for \[96, 64\]"),
-    "no bias known": (tensors(**{"model.layers.0.mlp.up_proj.bias": bf16(np.ones(96))}),
-                      r"tensor 'model.layers.0.mlp.up_proj.bias' of the checkpoint .* wrong$"),
-    "no size": (settings(hidden_size=None, head_dim=16),
-                r"hf: hidden_size of config.json is missing$"),
+    "no bias known": (tensors(**{"model.layers.0.input_layernorm.bias": bf16(np.ones(64))}),
+                      r"tensor 'model.layers.0.input_layernorm.bias' of the checkpoint .* wrong$"),
+    "no size": (settings(intermediate_size=None),
+                r"hf: intermediate_size of config.json is missing$"),
     "layers": (settings(num_hidden_layers=3),
                r"hf: num_hidden_layers of config.json says 3 layers, but the checkpoint has tens"),
     "rows": (settings(vocab_size=289),
@@ -147,7 +147,8 @@ REFUSED = {
     "kind elsewhere": (settings(layer_types=["linear_attention"] * 2), r"has 'linear_attention'"),
     "no window": (settings(layer_types=["sliding_attention"] * 2), r"sliding_window is missing"),
     "biases": (settings(attention_bias=True),
-               r"attention_bias = True, but there is no tensor 'model.layers.0.self_attn.q_proj.b"),
+               r"config.json: attention_bias = True, but no tensor .*self_attn.q_proj.bias"),
+    "qwen2's biases": (settings(architectures=["Qwen2ForCausalLM"]), r"self_attn.q_proj.bias"),
     "pointer": (pointer("model.safetensors"), POINTER),
     "pointer to JSON": (pointer("tokenizer.json"), POINTER),
     "pointer to pieces": (pointer("tokenizer.model"), POINTER),
@@ -202,6 +203,12 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         with pytest.raises(runtime.OptionError, match=rf"^{name}=.* must be "):
             runtime.convert(*args, **more)
     assert runtime.convert(folder, tmp_path / "m.gguf", "F16").is_file()
+    (tmp_path / "link").symlink_to(folder / "model.safetensors")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in (*before, tmp_path / "link"):
+        with pytest.raises(runtime.FileError, match=r"this is a file that is read"):
+            runtime.convert(folder, path)
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(runtime.FileError, match=r"this is a folder"):
         runtime.convert(folder, tmp_path)
     for missing in (tmp_path / "none", folder / "config.json"):
@@ -213,6 +220,17 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 def test_the_command_knows_all_types() -> None:
     assert [*convert.OUTTYPES] == ["auto", *plan.OUTTYPES]
+
+
+def test_an_interrupt_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("runtime.conversion.convert.write_gguf", interrupted)
+    folder, out = llama(tmp_path / "hf"), tmp_path / "m.gguf"
+    result = CliRunner().invoke(main, ["convert", str(folder), str(out)])
+    assert result.exit_code == 130
+    assert f"stopped: {out} was not written\n" in result.stderr
 
 
 def test_command(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ print(threading.active_count())
     )
     lines = _run(program, str(small_model)).splitlines()
     assert "of 8 cannot be started (can't start new thread)" in lines[0]
-    assert "load the model with threads=" in lines[0]
+    assert "give threads=" in lines[0]
     assert all("thread 2 of 2 cannot be started" in line for line in lines[1:5])
     assert lines[4].endswith(" 0") and lines[5] == "2"
 

@@ -17,7 +17,7 @@ from runtime.cli import main
 from runtime.errors import FileError
 from runtime.ops.tensor import stored_name
 from runtime.quantise.collect import collect, merged, windows
-from runtime.quantise.imatrix_file import Entry, Imatrix, read, write_dat
+from runtime.quantise.imatrix_file import Entry, Imatrix, read, write, write_dat
 from runtime.quantise.observe import Observer
 from runtime.quantise.statistics import SCHEMA, statistics
 
@@ -184,14 +184,49 @@ def test_command(tmp_path: Path) -> None:
     )
     table = run("--in-file", out, "--show-statistics")
     assert len(table.splitlines()) == 2 + len(found.entries)
-    both = tmp_path / "both.gguf"
+    both, model, latin, other = (tmp_path / n for n in ("both.gguf", "m.gguf", "l.txt", "o.gguf"))
+    model.write_bytes(DEMO.read_bytes())
+    latin.write_bytes(b"caf\xe9 au lait")
+    write(other, Imatrix({"blk.0.attn_q.weight": _entry(np.random.default_rng(0))}, [], 1, 64))
     run("--in-file", out, "--in-file", out, "-o", both)
     assert read(both).chunks == 6
     for args, line in (
-        ((), "nothing to collect"), ((DEMO, "-f", text, "-c", 4096), "no window of 4096 tokens"),
+        ((), "nothing to collect"),
+        ((DEMO, "-f", text, "-c", 4096), "t.txt: shorter than a window of 4096 tokens"),
+        ((DEMO, "-f", text, "-c", 64, "--from-chunk", 999), "999 leaves none of the 6 windows"),
+        ((DEMO, "-f", text, "--chunks", 0), "--chunks 0 leaves no window"),
         (("--in-file", DEMO), "not an importance matrix"),
         ((DEMO, "-f", text, "-o", tmp_path / "no" / "i.gguf"), "there is no folder"),
+        ((DEMO, "-f", text, "-o", text), f"{text}: this is a file that is read"),
+        ((model, "-f", text, "-c", 64, "-o", model), f"{model}: this is a file that is read"),
+        ((DEMO, "-f", model), f"{model}: this is no text (there are zero bytes"),
+        ((DEMO, "-f", latin), f"{latin}: not UTF-8 at byte 3"),
+        ((DEMO, "-f", text, "-c", 64, "--in-file", other), f"{other}: this importance matrix is"),
     ):  # fmt: skip
         result = CliRunner().invoke(main, ["imatrix", *map(str, args)])
         assert result.exit_code
         assert line in result.output or line in str(result.exception)
+    assert model.read_bytes() == DEMO.read_bytes()
+
+
+@needs_demo
+@pytest.mark.parametrize(
+    ("steps", "said"), [(1, "was not written"), (2, "has the first 8 windows")]
+)
+def test_what_an_interrupt_leaves(tmp_path: Path, monkeypatch, steps: int, said: str) -> None:
+    text, out, add = tmp_path / "t.txt", tmp_path / "i.gguf", Observer.add
+
+    def interrupted(self, windows) -> None:
+        nonlocal steps
+        steps -= 1
+        if not steps:
+            raise KeyboardInterrupt
+        add(self, windows)
+
+    monkeypatch.setattr(Observer, "add", interrupted)
+    text.write_text("Once upon a time there was a fox. " * 80)
+    args = ["imatrix", str(DEMO), "-f", str(text), "-c", "64", "-o", str(out), "-ofreq", "8"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 130
+    assert f"stopped: {out} {said}\n" in result.output
+    assert not out.exists() or read(out).chunks == 8

@@ -23,7 +23,7 @@ from runtime.cli.options import (
     precision_options,
 )
 from runtime.cli.output import note
-from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.parsing import THREADS, Command, Refused, option
 from runtime.cli.perplexity import measured_text, within_context
 from runtime.progress import reporter
 
@@ -82,7 +82,7 @@ Examples:
 @option("--svg", "Draw divergence against bytes, and the speeds.", _OUTPUT, metavar="FILE")
 @option("-q --quiet", "Nothing on stderr.", _OUTPUT, is_flag=True)
 @option("-t --threads", "Threads of all devices together (default: one per core).", "Model",
-        type=click.IntRange(1), metavar="N")  # fmt: skip
+        type=THREADS, metavar="N")  # fmt: skip
 @precision_options
 def command(models: tuple[str, ...], model_option: str | None, **options: Any) -> None:
     """Show in one table what cache types or quantised files cost and give.

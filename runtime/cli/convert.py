@@ -6,7 +6,7 @@ import time
 
 import click
 
-from runtime.cli.output import size
+from runtime.cli.output import note, size
 from runtime.cli.parsing import Command, option
 
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
@@ -37,12 +37,17 @@ def command(folder: str, out: str, outtype: str, no_mtp: bool) -> None:
 
     FOLDER has config.json, tokenizer.json and safetensors files in it. The new file is what
     llama.cpp's converter makes of them. No more than a piece of a tensor is in memory at a time.
+    An existing OUT.gguf is replaced, once the new one is whole; a file of FOLDER is not.
     """
     from runtime.conversion.convert import convert
     from runtime.gguf.reader import open_gguf
 
     started = time.perf_counter()
-    file = open_gguf(convert(folder, out, outtype, mtp=not no_mtp, progress=True))
+    try:
+        file = open_gguf(convert(folder, out, outtype, mtp=not no_mtp, progress=True))
+    except KeyboardInterrupt:
+        note(f"stopped: {out} was not written")
+        raise
     click.echo(
         f"{file.path}: {file.architecture}, {file.get('general.size_label')}, "
         f"{len(file.tensors)} tensors, {size(file.nbytes)}, "

@@ -148,6 +148,7 @@ _REFUSED = (
     ("-embd --embeddings --embedding", -1,
      "{name} is not supported: Model.eval gives logits, embeddings are not in this version"),
     ("--list-devices", 0, "{name}: 'runtime devices' shows them"),
+    ("--outfile", 1, "{name}: give the new file's name without it, behind the folder"),
     ("--host --port --api-key", 1, "{name}: there is no server in this version"),
 )  # fmt: skip
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import load_arguments, precision_options
-from runtime.cli.output import check_folder, note, table
-from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.output import note, table
+from runtime.cli.parsing import THREADS, Command, Refused, option
 from runtime.cli.perplexity import measured_text
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ Examples:
 @option("--from-chunk skipped | --chunk", "Leave out the first N windows (0).", _TEXT,
         type=click.IntRange(0), default=0, metavar="N")  # fmt: skip
 @option("--parse-special", "Control tokens written in the text are such.", _TEXT, is_flag=True)
-@option("-o --output | --output-file", "The file to write.", _FILE, default="imatrix.gguf",
+@option("-o --output | --output-file", "The file to write. An existing one is replaced once the "
+        "new one is whole, unless it is the model or a text.", _FILE, default="imatrix.gguf",
         show_default=True, metavar="FILE")  # fmt: skip
 @option("--output-format", "gguf, or dat: the older one, with means of squares alone.", _FILE,
         type=click.Choice(["gguf", "dat"]), default="gguf", show_default=True)  # fmt: skip
@@ -53,7 +55,7 @@ Examples:
         multiple=True, metavar="FILE")  # fmt: skip
 @option("--show-statistics", "Print a table of the importance matrix; it is written only where "
         "there is a text.", _FILE, is_flag=True)  # fmt: skip
-@option("-t --threads", "Threads (default: one per core).", "Model", type=click.IntRange(1),
+@option("-t --threads", "Threads (default: one per core).", "Model", type=THREADS,
         metavar="N")  # fmt: skip
 @precision_options
 def command(
@@ -67,53 +69,77 @@ def command(
     """
     from dataclasses import replace
 
+    from runtime.outputs import check_outputs
     from runtime.quantise.collect import merged
     from runtime.quantise.imatrix_file import read, write, write_dat
 
     if not files and not in_files:
         raise click.UsageError("there is nothing to collect: give a text (-f) or --in-file")
-    check_folder(output)
+    writes = bool(files) or not show_statistics
+    if writes:
+        check_outputs([output], files)
     before = [(path, read(path)) for path in in_files]
     window, every = options["context"], options["output_frequency"]
 
     def save(*found: Imatrix) -> Imatrix:
         of_texts = [(output, replace(each, datasets=files)) for each in found]
         total = merged([*before, *of_texts], window)
-        if files or not show_statistics:
+        if writes:
             (write if options["output_format"] == "gguf" else write_dat)(output, total)
         return total
 
     saved, total = 0, None
-    if files:
-        for done, last, so_far in _collected(model_argument(model, model_option), files, options):
+    try:
+        for done, last, so_far in _collected(
+            model_argument(model, model_option), files, before, output, options
+        ):
             if last or (every and done - saved >= every):
                 saved, total = done, save(so_far())
+    except KeyboardInterrupt:
+        kept = f"has the first {saved} windows" if saved else "was not written"
+        note(f"stopped: {output} {kept}")
+        raise
     total = total or save()
     if show_statistics:
         click.echo(_table(total))
-    if files or not show_statistics:
+    if writes:
         note(f"{output}: {len(total.entries)} weights, {total.chunks} windows")
     _note_missing(total)
 
 
 def _collected(
-    model: str | None, files: Sequence[str], options: dict[str, Any]
-) -> Iterator[tuple[int, bool, Callable[[], Imatrix]]]:
-    """Windows done, whether that is all, and what was collected so far."""
+    model: str | None, files: Sequence[str], before: Sequence[tuple[str, Imatrix]], output: str,
+    options: dict[str, Any],
+) -> Iterator[tuple[int, bool, Callable[[], Imatrix]]]:  # fmt: skip
+    """Windows done, whether that is all, and what was collected so far; nothing without files.
+
+    before, output: files that are read and written; they have to fit the model.
+    """
+    from runtime.outputs import check_outputs
     from runtime.progress import reporter
     from runtime.quantise.collect import collect, sequences, windows
+    from runtime.quantise.job import importance_of
 
+    if not files:
+        return
+    if options["chunks"] == 0:
+        raise Refused("--chunks 0 leaves no window; give 1 or more, or -1 for all")
     size, texts = options["context"], [measured_text(file) for file in files]
     arguments = load_arguments(options) | {"sequences": sequences(size)}
     with load(model, **arguments) as loaded, reporter(True) as report:
+        check_outputs([output], loaded.file.paths)
+        for path, imatrix in before:
+            importance_of(loaded.file, Path(path), imatrix)
         each = [windows(loaded.tokenizer, text, size, options["parse_special"]) for text in texts]
-        found = [window for of_text in each for window in of_text][options["skipped"] :]
-        found = found if options["chunks"] < 0 else found[: options["chunks"]]
-        if not found:
+        every, skipped = [window for of_text in each for window in of_text], options["skipped"]
+        if not every:
             raise Refused(
-                f"no window of {size} tokens: {', '.join(files)} has {sum(map(len, each))} of "
-                "them; give a longer text, or a smaller -c"
+                f"{', '.join(files)}: shorter than a window of {size} tokens; give a longer text, "
+                "or a smaller -c"
             )
+        if skipped >= len(every):
+            raise Refused(f"--from-chunk {skipped} leaves none of the {len(every)} windows")
+        found = every[skipped:] if options["chunks"] < 0 else every[skipped:][: options["chunks"]]
         for done, so_far in collect(loaded, found, options["process_output"]):
             if report is not None:
                 report(done, len(found), "collecting")

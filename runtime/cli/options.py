@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from runtime.cli.parsing import F, Refused, decorated, option
+from runtime.cli.parsing import THREADS, F, Refused, decorated, option
 
 _MODEL, _CHOICE, _MORE = "Model", "Choice of tokens", "More about the choice of tokens"
 
@@ -65,7 +65,7 @@ _SIZE_OPTIONS = (
            "Tokens of context (default: what the model was trained for, or fits).", _MODEL,
            type=_Context(0), metavar="N"),
     option("-t --threads", "Threads of all devices together (default: one per core).", _MODEL,
-           type=click.IntRange(1), metavar="N"),
+           type=THREADS, metavar="N"),
 )  # fmt: skip
 
 # One row per field of runtime.Sampling that an option sets: names, field, type, what it takes,

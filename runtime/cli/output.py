@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -30,13 +29,6 @@ def printable(text: str) -> str:
 
 def _steers(character: str) -> bool:
     return character != "\n" and unicodedata.category(character) == "Cc"
-
-
-def check_folder(path: str) -> None:
-    """UsageError where a file that is to be written has no folder to be in: before a long wait."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise click.BadParameter(f"{path}: there is no folder {folder}")
 
 
 def is_terminal(stream: Any) -> bool:

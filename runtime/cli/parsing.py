@@ -24,6 +24,9 @@ _ATTACHED = re.compile(r"(-[A-Za-z])(\d+)")
 _NOTES = "runtime.notes"
 
 
+THREADS = click.IntRange(1, 1024)  # as backends/cpu has it, which is not imported here
+
+
 class Option(click.Option):
     """An option with a place in the help text, and other names that the help does not repeat."""
 
@@ -165,9 +168,9 @@ def _foreign(
     """Take an option of another program, with its value; UsageError where it changes results."""
     found = foreign.OPTIONS.get(name)
     if found is None:
-        others = [other for other, what in foreign.OPTIONS.items() if not what.refused]
-        near = difflib.get_close_matches(name, [*known, *others], n=1)
-        hint = f": did you mean {near[0]}?" if near else ""
+        plain = {other.lstrip("-"): other for other in known}
+        near = difflib.get_close_matches(name.lstrip("-"), plain, n=1)
+        hint = f": did you mean {plain[near[0]]}?" if near else ""
         ctx.fail(f"no option {name}{hint}")
     value = attached if attached is not None else found.value(rest)
     line = found.says(name, value)

@@ -13,7 +13,7 @@ import click
 from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import Windows, kv_type, precision_arguments, precision_options
 from runtime.cli.output import is_terminal, note, pairs, table
-from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.parsing import THREADS, Command, Refused, option
 from runtime.cli.prompt import bytes_of
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ Examples:
 @option("--json as_json", "Everything as JSON.", "Output", is_flag=True)
 @option("-q --quiet", "Nothing on stderr.", "Output", is_flag=True)
 @option("-t --threads", "Threads of all devices together (default: one per core).", "Model",
-        type=click.IntRange(1), metavar="N")  # fmt: skip
+        type=THREADS, metavar="N")  # fmt: skip
 @precision_options
 def command(
     model: str | None, model_option: str | None, file: str | None, window: int | None,
@@ -102,6 +102,8 @@ def measured_text(file: str | None, quiet: bool = False) -> str:
         note("no -f: the text is that of runtime/data/demo-heldout.txt", quiet)
         return bundled_text()
     data = bytes_of(file)
+    if b"\0" in data:
+        raise Refused(f"{file}: this is no text (there are zero bytes in it)")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

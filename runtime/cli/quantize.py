@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from runtime.cli.output import note, size, table
-from runtime.cli.parsing import Command, Refused, option
+from runtime.cli.parsing import THREADS, Command, Refused, option
 from runtime.cli.quantize_target import aimed, check_no_target, report, target_options
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ Examples:
 @option("--imatrix", "Importance matrix, as runtime imatrix or llama-imatrix writes it: errors in "
         "columns that matter more weigh more.", "Options", metavar="FILE")  # fmt: skip
 @option("--dry-run", "Only show the table of tensors, types and sizes.", "Options", is_flag=True)
-@option("-t --threads", "Threads (one per core).", "Options", type=click.IntRange(1), metavar="N")
+@option("-t --threads", "Threads (one per core).", "Options", type=THREADS, metavar="N")
 @option("--allow-requantize", "Also read weights that are quantised already; that costs quality.",
         "Options", is_flag=True)  # fmt: skip
 @option("--tensor-type", "TYPE for the tensors in whose names a pattern (a regular expression) is "

@@ -146,7 +146,10 @@ CONVERSIONS = (
         _LLAMA_RULES, _llama_keys, {"rms_norm_eps": 1e-6, "head_dim": None},
         rope_types=("default", "linear", "yarn", "llama3"),
     ),
-    Conversion("qwen2", ("Qwen2ForCausalLM",), _DENSE),
+    Conversion(
+        "qwen2", ("Qwen2ForCausalLM",), _DENSE,
+        defaults={"rms_norm_eps": 1e-6, "attention_bias": True},
+    ),
     Conversion(
         "qwen3", ("Qwen3ForCausalLM",), _DENSE, defaults={"rms_norm_eps": 1e-6, "head_dim": 128}
     ),

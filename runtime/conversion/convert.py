@@ -23,7 +23,8 @@ from runtime.conversion.words import translated
 from runtime.gguf.writer import NewTensor, write_gguf
 from runtime.models.registry import build
 from runtime.ops.dtypes import MXFP4, DType
-from runtime.ops.errors import FileError, ModelError, OptionError, shown
+from runtime.ops.errors import ModelError, OptionError, shown
+from runtime.outputs import check_outputs, check_room
 from runtime.progress import Progress, reporter
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -41,14 +42,15 @@ def convert(
 ) -> Path:
     """Write the checkpoint in `folder` as the GGUF file `out`; its path.
 
-    The file is what llama.cpp's converter makes of the checkpoint. It appears when it is whole,
-    and no tensor is in memory as a whole on the way.
+    The file is what llama.cpp's converter makes of the checkpoint. It appears when it is whole, in
+    place of one that was there; no tensor is in memory as a whole on the way.
 
     outtype: the type of most matrices, "f32", "f16", "bf16", "q8_0", or "auto" for the
     checkpoint's. mtp: keep blocks that predict further tokens. progress: show a bar (None: when it
     takes long), or a function (done, total, what).
 
-    Raises OptionError for an argument of another type or value, FileError for files that are missing or damaged,
+    Raises OptionError for an argument of another type or value, FileError for files that are
+    missing or damaged and for an `out` that cannot be written or is a file of the checkpoint,
     ModelError for an architecture or setting that is not implemented, TextError for a tokenizer
     that is not. Each names the file.
     """
@@ -65,8 +67,7 @@ def convert(
             f"outtype {shown(outtype)} is not known; there are auto, {', '.join(OUTTYPES)}"
         )
     path = Path(out)
-    if path.is_dir():
-        raise FileError(f"{path}: this is a folder; give the name of the new file")
+    check_outputs([out], [folder])
     checkpoint = Checkpoint(Path(folder))
     config = Config(checkpoint.config, checkpoint.folder / "config.json")
     dtype = guessed(checkpoint) if outtype == "auto" else OUTTYPES[outtype]
@@ -137,6 +138,7 @@ def _write(
             kind = dtype_of(tensor, dtype)
             chunks = partial(tensor.chunks, kind, quantise)
             new.append(NewTensor(tensor.name, tensor.shape, kind, chunks))
+        check_room(path, sum(t.nbytes for t in new))
         write_gguf(path, metadata, new, _counter(report, sum(t.nbytes for t in new)))
 
 

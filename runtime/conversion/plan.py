@@ -29,6 +29,7 @@ _AHEAD = {
     "fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm",
     "norm": "shared_head.norm",
 }  # fmt: skip
+_BIASES = {"attention_bias": "self_attn.q_proj.bias", "mlp_bias": "mlp.up_proj.bias"}
 _PARTS = re.compile(
     r"(?:model\.)?(?:layers\.(?P<block>\d+)\.)?(?P<stem>.+?)(?P<tail>\.weight|\.bias)?"
 )
@@ -100,6 +101,7 @@ class Planner:
                 f"{have}: layer {block} has {len(left)} of {3 * self._count} matrices of experts"
             )
         self._check_tied(made)
+        self._check_biases()
         return made
 
     def _packed(self, weights: dict[str, Any]) -> Iterator[Planned]:
@@ -191,6 +193,15 @@ class Planner:
                 f"{self.checkpoint.folder}: no tensor lm_head.weight, and tie_word_embeddings is "
                 "not true; the checkpoint is incomplete"
             )
+
+    def _check_biases(self) -> None:
+        for setting, ending in _BIASES.items():
+            told = self.config.get(setting)
+            if told is True and not any(n.endswith(ending) for n in self.checkpoint.tensors):
+                raise ModelError(
+                    f"{self.config.path}: {setting} = True, but no tensor has a name that ends "
+                    f"with {ending}"
+                )
 
 
 class _Given:

@@ -53,7 +53,11 @@ def describe(head: bytes, size: int) -> tuple[str, str]:
         return "a safetensors file", "convert its folder with 'runtime convert FOLDER OUT.gguf'"
     if not head.strip(b"\0"):
         return "filled with zeros, a download that did not finish", "download it again"
-    return stand_in(head) or _text(head) or (f"not a GGUF file (it starts with {head[:4]!r})", _OTHER_FILE)
+    return (
+        stand_in(head)
+        or _text(head)
+        or (f"not a GGUF file (it starts with {head[:4]!r})", _OTHER_FILE)
+    )
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:

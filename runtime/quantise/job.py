@@ -83,7 +83,7 @@ def plan(
         metadata[_TYPE] = file.metadata[_TYPE]
     importance: dict[str, np.ndarray] = {}
     if imatrix is not None and found is not None:
-        importance = _importance(file, Path(imatrix), found)
+        importance = importance_of(file, Path(imatrix), found)
         metadata |= _origin(imatrix, found)
         bare = [c.name for c in _changed(file, choices) if c.name not in {*importance, *OUTER}]
         if bare:
@@ -183,7 +183,7 @@ def _requantised(file: GGUFFile, choices: Sequence[Choice]) -> str:
     )
 
 
-def _importance(file: GGUFFile, path: Path, imatrix: Imatrix) -> dict[str, np.ndarray]:
+def importance_of(file: GGUFFile, path: Path, imatrix: Imatrix) -> dict[str, np.ndarray]:
     """float32 [matrices, columns] by tensor; FileError: an imatrix of another model."""
     found = {}
     for name, entry in imatrix.entries.items():

@@ -147,8 +147,8 @@ class ThreadTeam:
             _end(*ends)
             started = sum(thread.ident is not None for thread in threads)
             raise BackendError(
-                f"thread {started + 2} of {self.n_threads} cannot be started ({error}): load the "
-                f"model with threads={started + 1} or fewer, or raise the system's limit "
+                f"thread {started + 2} of {self.n_threads} cannot be started ({error}): give "
+                f"threads={started + 1} (-t) or fewer, or raise the system's limit "
                 "(`ulimit -u`; memory; in a container its number of processes)"
             ) from None
         except BaseException:

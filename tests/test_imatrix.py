@@ -184,9 +184,12 @@ def test_command(tmp_path: Path) -> None:
     )
     table = run("--in-file", out, "--show-statistics")
     assert len(table.splitlines()) == 2 + len(found.entries)
-    both, model, latin, other = (tmp_path / n for n in ("both.gguf", "m.gguf", "l.txt", "o.gguf"))
+    names = "both.gguf", "m.gguf", "l.txt", "o.gguf", "more.gguf"
+    both, model, latin, other, more = (tmp_path / name for name in names)
     model.write_bytes(DEMO.read_bytes())
     latin.write_bytes(b"caf\xe9 au lait")
+    several = dict(found.entries) | {"blk.99.attn_q.weight": _entry(np.random.default_rng(0))}
+    write(more, Imatrix(several, [], 1, 64))
     write(other, Imatrix({"blk.0.attn_q.weight": _entry(np.random.default_rng(0))}, [], 1, 64))
     run("--in-file", out, "--in-file", out, "-o", both)
     assert read(both).chunks == 6
@@ -202,6 +205,7 @@ def test_command(tmp_path: Path) -> None:
         ((DEMO, "-f", model), f"{model}: this is no text (there are zero bytes"),
         ((DEMO, "-f", latin), f"{latin}: not UTF-8 at byte 3"),
         ((DEMO, "-f", text, "-c", 64, "--in-file", other), f"{other}: this importance matrix is"),
+        ((DEMO, "-f", text, "-c", 64, "--in-file", more), f"{more}: this importance matrix is"),
     ):  # fmt: skip
         result = CliRunner().invoke(main, ["imatrix", *map(str, args)])
         assert result.exit_code

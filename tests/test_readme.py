@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -35,6 +38,16 @@ def test_its_python_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert names["logits"].shape == (3, names["model"].vocab_size)
     assert names["answer"].reason and "get_rows" in capsys.readouterr().out
     names["model"].close()
+
+
+def test_what_else_is_called_from_python_can_be():
+    calls = re.findall(r"^- `((?:runtime|model)\.(\w+)\(.*?\))`", README, re.MULTILINE)
+    assert {name for _, name in calls} == {"convert", "quantize", "perplexity"}
+    for call, name in calls:
+        bind = inspect.signature(getattr(runtime, name, None) or runtime.Model.perplexity).bind
+        given = bind if hasattr(runtime, name) else partial(bind, None)
+        eval(call, {"runtime": SimpleNamespace(**{name: given}), "text": "",
+                    "model": SimpleNamespace(**{name: given})})  # fmt: skip
 
 
 def test_its_commands_and_variables_exist():

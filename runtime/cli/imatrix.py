@@ -130,6 +130,11 @@ def _collected(
         check_outputs([output], loaded.file.paths)
         for path, imatrix in before:
             importance_of(loaded.file, Path(path), imatrix)
+            if absent := [name for name in imatrix.entries if name not in loaded.file.tensors]:
+                raise Refused(
+                    f"{path}: this importance matrix is of another model: {absent[0]} is not in "
+                    f"{loaded.file.path}"
+                )
         each = [windows(loaded.tokenizer, text, size, options["parse_special"]) for text in texts]
         every, skipped = [window for of_text in each for window in of_text], options["skipped"]
         if not every:

@@ -130,6 +130,8 @@ def aim(
         if imatrix is None:
             job = replace(job, importance=_collected(model, windows, job.file))
         measured = _Measured(job, model, found, Path(scratch), report, threads)
+        if target.kld is None:  # what is too small is said before the long wait
+            measured.chosen(measured.untried(free), target)
         possible = measured.options(free)
         chosen = measured.chosen(possible, target)
     return Aimed(measured.job(chosen), chosen, possible)
@@ -169,6 +171,13 @@ class _Measured:
     ) -> None:  # fmt: skip
         self._job, self._model, self._kinds, self._folder = job, model, kinds, folder
         self._report, self._threads, self._files = report, threads, 0
+
+    def untried(self, free: Sequence[Choice]) -> dict[str, list[Option]]:
+        """Types and bytes of each tensor."""
+        return {
+            c.name: [Option(kind, nbytes_for(kind, c.shape), 0.0) for kind in self._fitting(c)]
+            for c in free
+        }
 
     def options(self, free: Sequence[Choice]) -> dict[str, list[Option]]:
         """Types, bytes and cost of each tensor."""

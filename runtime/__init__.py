@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from runtime.generation import Generation as Generation
     from runtime.model import Model as Model
     from runtime.model import load as load
-    from runtime.quantise.job import quantize as quantize
+    from runtime.quantise.quantize import quantize as quantize
     from runtime.session import Session as Session
     from runtime.session import Snapshot as Snapshot
     from runtime.text.sampling import Sampling as Sampling
@@ -41,7 +41,7 @@ _NAMES = {
     ),
     "runtime.generation": ("Generation",),
     "runtime.model": ("Model", "load"),
-    "runtime.quantise.job": ("quantize",),
+    "runtime.quantise.quantize": ("quantize",),
     "runtime.session": ("Session", "Snapshot"),
     "runtime.text.sampling": ("Sampling", "Token"),
     "runtime.text.tokenizer": ("Tokenizer",),

@@ -14,7 +14,7 @@ from small_models import Sizes, write_model
 import runtime
 from runtime.backends.cpu.quantising import Quantiser
 from runtime.cli import main
-from runtime.errors import OptionError
+from runtime.errors import OptionError, TextError
 from runtime.gguf.reader import open_gguf
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.quants import dequantize
@@ -141,6 +141,19 @@ def test_a_divergence_is_kept_and_predicted(source: Path, tmp_path: Path) -> Non
     assert found.predicted == pytest.approx(got, rel=0.5)
     with pytest.raises(OptionError, match="out of reach"):
         aim(source, Target(kld=1e-9), WINDOWS, kinds=KINDS)
+
+
+@needs_demo
+def test_a_target_in_python(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.gguf"
+    with pytest.raises(OptionError, match="give a type, such as 'Q8_0', or a target"):
+        runtime.quantize(source, out)
+    with pytest.raises(TextError, match="has no vocabulary"):
+        runtime.quantize(source, out, target=6)
+    with pytest.raises(TextError, match="shorter than 256 tokens"):
+        runtime.quantize(DEMO, out, target=6, text="short", allow_requantize=True)
+    runtime.quantize(DEMO, out, target="1.5MB", allow_requantize=True, progress=False)
+    assert 1_400_000 < out.stat().st_size <= 1_500_000
 
 
 def test_what_a_user_wishes_is_no_choice(source: Path) -> None:

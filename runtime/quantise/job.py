@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from runtime.arguments import check_has_weights, check_progress, flag, listed, whole, wrong
+from runtime.arguments import check_has_weights
 from runtime.errors import FileError, OptionError
 from runtime.gguf.reader import GGUFFile, open_gguf
-from runtime.outputs import check_outputs
 from runtime.progress import Progress
 
 from .choose import NONE, OUTER, Choice, Wishes, choose, needs_imatrix
@@ -97,45 +96,6 @@ def plan(
     return Job(file, choices, metadata, importance, notes)
 
 
-def quantize(
-    src: str | os.PathLike[str], dst: str | os.PathLike[str], type: str, *,
-    imatrix: str | os.PathLike[str] | None = None,
-    tensor_types: Mapping[str, str] | Iterable[tuple[str, str]] = (),
-    output_tensor_type: str | None = None, token_embedding_type: str | None = None,
-    pure: bool = False, leave_output_tensor: bool = False, allow_requantize: bool = False,
-    threads: int | None = None, progress: bool | Progress | None = None,
-) -> Job:  # fmt: skip
-    """Write the model file `src` to `dst` with weights of a type or mix: "Q4_K_M", "Q8_0", "F16".
-
-    Types per tensor are those that llama-quantize chooses. imatrix: a file of column importance.
-    tensor_types: patterns (regular expressions, searched for in names) with their types, before
-    the mix; the first that is found counts. pure: the mix's base type everywhere.
-    allow_requantize: also read weights that are quantised already. progress: True for a bar,
-    False for none, None for one if it lasts, or a function (done, total, what).
-
-    OptionError for a type or option that cannot be used, FileError where a file cannot be read or
-    written. `dst` appears only when it is whole.
-    """
-    for name, path in (("src", src), ("dst", dst), ("imatrix", imatrix)):
-        needed = name != "imatrix" or path is not None
-        if needed and (path == "" or not isinstance(path, str | os.PathLike)):
-            raise wrong(name, path, "the path of a file, as text or Path")
-    check_outputs([dst], [src, imatrix])
-    for name, text in (("type", type), ("output_tensor_type", output_tensor_type or ""),
-                       ("token_embedding_type", token_embedding_type or "")):  # fmt: skip
-        if not isinstance(text, str):
-            raise wrong(name, text, "text, such as 'Q8_0'")
-    check_progress(progress)
-    wishes = Wishes(
-        _pairs(tensor_types), output_tensor_type, token_embedding_type, flag("pure", pure),
-        flag("leave_output_tensor", leave_output_tensor),
-    )  # fmt: skip
-    threads = None if threads is None else whole("threads", threads, 1)
-    job = plan(src, type, wishes, imatrix, flag("allow_requantize", allow_requantize))
-    job.write(dst, threads, progress)
-    return job
-
-
 def _model(src: str | os.PathLike[str]) -> GGUFFile:
     """An open model; FileError for a file without weights, and for an importance matrix."""
     file = open_gguf(src)
@@ -143,15 +103,6 @@ def _model(src: str | os.PathLike[str]) -> GGUFFile:
         raise FileError(f"{file.path}: this is an importance matrix, not a model")
     check_has_weights(file)
     return file
-
-
-def _pairs(given: Any) -> list[tuple[str, str]]:
-    """Patterns with their types; OptionError for what is none."""
-    legal = "a dict or pairs of a pattern and a type, as text"
-    pairs = [*given.items()] if isinstance(given, Mapping) else listed("tensor_types", given, legal)
-    if any(not isinstance(p, tuple | list) or [*map(type, p)] != [str, str] for p in pairs):
-        raise wrong("tensor_types", given, legal)
-    return [(pattern, dtype) for pattern, dtype in pairs]
 
 
 def _changed(file: GGUFFile, choices: Sequence[Choice]) -> list[Choice]:

@@ -40,7 +40,8 @@ class TestCaches:
         picture = tmp_path / "a.svg"
         done = compare(*QUICK, "--types", "f16,q8_0/f16", "-d", "0,32", "--svg", picture)
         assert done.exit_code == 0, done.stderr
-        first, empty, header, rule, *rows = done.stdout.splitlines()
+        first, made, empty, header, rule, *rows = done.stdout.splitlines()
+        assert made.startswith("model demo.gguf, text demo-heldout.txt, ")
         assert "KLD from f32, 2 windows of 64 tokens, 62 of them scored" in first and not empty
         assert cells(header) == [
             *("cache", "bytes/token", "bits", "perplexity", "mean KLD", "99 % KLD", "same top, %"),
@@ -64,12 +65,15 @@ class TestCaches:
         assert (base["name"], base["kld"], base["bits"]) == ("f32", "", "32.0")
         assert (rotated["name"], plain["name"]) == ("q8_0", "q8_0 plain")
         assert rotated["bits"] == plain["bits"] == "8.5"
+        assert (base["model"], base["text"]) == ("demo.gguf", "demo-heldout.txt")
         assert 0 < float(rotated["kld"]) != float(plain["kld"]) > 0
         done = compare(*QUICK, "--types", "q8_0", "-o", "json")
         data = json.loads(done.stdout)
         row = data["rows"][1]
         assert row["perplexity"]["kl"]["kld"]["mean"]["value"] == float(rotated["kld"])
         assert row["speeds"]["tg2"]["value"] > 0 and data["sweep"] == "cache"
+        done = compare(*QUICK, "--types", "q8_0,Q8_0", "--no-speed", "--no-cache-rotation")
+        assert [cells(line)[0] for line in done.stdout.splitlines()[5:]] == ["f32", "q8_0 plain"]
 
     def test_what_was_measured_is_shown(self, monkeypatch):
         """When a later type cannot be, or the user has waited long enough."""
@@ -109,6 +113,13 @@ class TestWeights:
         rows = [*csv.DictReader(io.StringIO(compare(*args).stdout))]
         assert [row["name"] for row in rows] == ["all F32", "Q8_0", "Q4_0"]
         assert float(rows[1]["kld"]) < float(rows[2]["kld"])
+        assert [row["file"] for row in rows] == [
+            "model-f32.gguf", "model-Q8_0.gguf", "model-Q4_0.gguf"
+        ]  # fmt: skip
+        args = (*args[:-2], "-ctk", "q8_0", "--no-cache-rotation")
+        _, made, _, header, _, *lines = compare(*args, paths[1]).stdout.splitlines()
+        assert ", cache q8_0/f16 plain, " in made and cells(header)[-1] == "file"
+        assert [cells(line)[-1] for line in lines] == [row["file"] for row in rows]
 
 
 @needs_demo
@@ -181,7 +192,7 @@ class TestPicture:
 
     def test_labels_do_not_overlap(self):
         """Nor do they leave the chart, however near the points are."""
-        near = [self.row(f"type{n}", 1000 + n, 1e-3 * 1.02**n) for n in range(5)]
+        near = [self.row(f"type{n}", 1000 + n % 9, 1e-3 * 1.02**n) for n in range(14)]
         base = self.row("f32", 4000, 1)
         base = base._replace(perplexity=base.perplexity._replace(kl=None))
         tree = ElementTree.fromstring(draw(Table("m", "cache", [base, *near], 2)))
@@ -189,12 +200,24 @@ class TestPicture:
             (float(x.get("x")), float(x.get("y")), 6.3 * len(x.text))
             for x in tree.iter(f"{SVG}text") if x.text.startswith("type")
         ]  # fmt: skip
-        assert len(places) == 5
+        assert len(places) == 14
         for n, (x, y, width) in enumerate(places):
-            assert 0 < x < float(tree.get("width")) - width
+            assert 0 < x < float(tree.get("width")) - width and y > 124
             for a, b, other in places[n + 1 :]:
                 assert abs(y - b) >= 12 or x + width <= a or a + other <= x
 
-    def test_what_does_not_diverge_is_drawn_at_the_floor(self):
+    def test_what_does_not_diverge_is_at_the_bottom(self):
+        """The axis begins below the least that does."""
         rows = [self.row("f16", 10, -1e-9), self.row("q8_0", 5, 1e-3)]
-        assert "f16" in draw(Table("m", "types", rows, 2))
+        tree = ElementTree.fromstring(draw(Table("m", "types", rows, 2, "m.gguf", "a.txt")))
+        texts = [x.text for x in tree.iter(f"{SVG}text")]
+        assert {"f16 (about 0)", "model m.gguf, text a.txt, 2 threads", "0.001"} <= {*texts}
+        assert "1e-08" not in texts and "0.0001" not in texts
+
+    def test_all_points_are_labelled_and_bars_within(self):
+        rows = [self.row(name, 10 + n, 9.5 * 10**-n) for n, name in enumerate(["a", "a plain"], 1)]
+        tree = ElementTree.fromstring(draw(Table("m", "cache", rows, 2)))
+        assert {"a", "a plain"} <= {x.text for x in tree.iter(f"{SVG}text")}
+        bars = [x.get("d") for x in tree.iter(f"{SVG}path") if x.get("stroke") in ("#e15759",)]
+        tops = [float(d.partition("V")[2]) for d in bars if " V" in d]
+        assert tops and min(tops) >= 124

@@ -22,7 +22,7 @@ from runtime.cli.options import (
     precision_arguments,
     precision_options,
 )
-from runtime.cli.output import note
+from runtime.cli.output import note, printable
 from runtime.cli.parsing import THREADS, Command, Refused, option
 from runtime.cli.perplexity import measured_text, within_context
 from runtime.progress import reporter
@@ -94,8 +94,10 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     from runtime.cli import facts
     from runtime.gguf.reader import open_gguf
     from runtime.model import demo_path
+    from runtime.ops.kv_formats import KV_FORMATS
     from runtime.outputs import check_outputs, write_text
-    from runtime.report.sweep import FORMATS, Table
+    from runtime.quality.windows import BUNDLED
+    from runtime.report.sweep import FORMATS, PLAIN, Table
 
     given = [model_option] if model_option is not None else []
     paths = [str(model_file(path)) for path in (*given, *models)] or [str(demo_path())]
@@ -125,11 +127,15 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
     read = [part for path in paths for part in open_gguf(path).paths]
     check_outputs([picture], [options["file"], options["imatrix"], *read])
     rows: list[Row] = []
+    cache = ""
     with TemporaryDirectory() as folder:
         if kind == "cache":
             variants = _caches(file, options, partial(loaded, paths[0]))
         else:
+            cache = kv_type(options).replace(",", "/")
             weights = partial(loaded, kv_type=kv_type(options))
+            shared = any(KV_FORMATS[kind].shared for kind in cache.split("/"))
+            cache += PLAIN * (shared and not options["cache_rotation"])
             variants = _weights(paths, options, weights, folder)
         try:
             for row in _rows(variants, timed, options):
@@ -137,8 +143,11 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
         finally:  # what was measured is shown, whatever ends it
             if rows:
                 threads = options["threads"] or physical_cores()
-                table = Table(facts.model_type(file), kind, rows, threads)
-                click.echo(FORMATS[options["output"]](table))
+                text = Path(options["file"] or BUNDLED).name if options["file"] != "-" else "stdin"
+                table = Table(
+                    facts.model_type(file), kind, rows, threads, file.path.name, text, cache
+                )
+                click.echo(printable(FORMATS[options["output"]](table)))
     if picture is not None:
         from runtime.report.sweep_svg import draw
 
@@ -219,17 +228,19 @@ def _weights(
         names = [file.path.stem for file in files]
     sizes = [(file.tensors_nbytes, facts.n_params(file)) for file in files]
     loads = [partial(loaded, path) for path in paths]
+    origins = [Path(path).name for path in paths]
     for kind in dict.fromkeys(name.upper() for name in _names(options)):
         try:
             job = plan(paths[0], kind, imatrix=options["imatrix"])
         except OptionError as error:
             raise Refused(f"--types: {error}") from None
         names.append(kind)
+        origins.append("")
         sizes.append((job.nbytes, sizes[0][1]))
         loads.append(partial(_made, job, Path(folder) / f"{kind}.gguf", options["threads"], loaded))
     found = [
-        Variant(name, nbytes, 8 * nbytes / n_params, load)
-        for name, (nbytes, n_params), load in zip(names, sizes, loads, strict=True)
+        Variant(name, nbytes, 8 * nbytes / n_params, load, origin)
+        for name, (nbytes, n_params), load, origin in zip(names, sizes, loads, origins, strict=True)
     ]
     return [found[0], *sorted(found[1:], key=lambda variant: -variant.nbytes)]
 

@@ -96,10 +96,10 @@ def command(
 
 def measured_text(file: str | None, quiet: bool = False) -> str:
     """The text of -f, or the one that comes with the package."""
-    from runtime.quality.windows import bundled_text
+    from runtime.quality.windows import BUNDLED, bundled_text
 
     if file is None:
-        note("no -f: the text is that of runtime/data/demo-heldout.txt", quiet)
+        note(f"no -f: the text is that of runtime/data/{BUNDLED}", quiet)
         return bundled_text()
     data = bytes_of(file)
     if b"\0" in data:

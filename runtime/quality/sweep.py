@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 
 class Variant(NamedTuple):
-    """`nbytes`, and `bits` of a value, of what differs: a token's cache, or the file's weights."""
+    """`nbytes`, and `bits` of a value, of what differs: a token's cache, or the file's weights.
+
+    file: the name of the weights' own, where they are not made.
+    """
 
     name: str
     nbytes: float
     bits: float
     load: Callable[[], Model]
+    file: str = ""
 
 
 class Row(NamedTuple):
@@ -36,6 +40,7 @@ class Row(NamedTuple):
     bits: float
     perplexity: Perplexity
     speeds: dict[str, Estimate]
+    file: str = ""
 
 
 def sweep(
@@ -64,7 +69,7 @@ def sweep(
                 for name, speed in speeds(model) if speeds is not None else ():
                     found[name] = speed
                     report(Soon(len(windows), len(windows)), len(found))
-                yield Row(*variant[:3], quality, found)
+                yield Row(*variant[:3], quality, found, variant.file)
 
 
 class _Kept:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.model import Model
 
 SIZE = 512  # tokens of a window
+BUNDLED = "demo-heldout.txt"
 _CHARACTERS, _MARGIN = 8, 16  # of a token, more than most have; tokens that what follows may change
 
 
@@ -121,6 +122,6 @@ def ids_of(model: Model, text: Any, most: int | None = None) -> list[int]:
 
 def bundled_text() -> str:
     """Stories and questions that the bundled model was not trained on, without its chat marks."""
-    path = Path(__file__).parent.parent / "data" / "demo-heldout.txt"
+    path = Path(__file__).parent.parent / "data" / BUNDLED
     marks = r"<\|im_\w+\|>(user\n|assistant\n|)|<\|endoftext\|>"
     return re.sub(marks, "", path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 from runtime.quality.sweep import Row
 from runtime.report.drawing import LINE, MARGIN, Drawing
@@ -12,11 +13,12 @@ from runtime.report.sweep import PLAIN, Table, nbytes
 _POINT, _BEST = "#4e79a7", "#e15759"
 _BARS = {"pp": ("#4e79a7", "prompt"), "tg": ("#f28e2b", "decode")}
 _FADE = (1.0, 0.62, 0.38, 0.24)  # of each depth's colour
-_LEFT, _TOP, _WIDTH, _LEAST = MARGIN + 66, 104, 430, 250  # of the chart, and its least height
+_LEFT, _TOP, _WIDTH, _LEAST = MARGIN + 66, 124, 430, 250  # of the chart, and its least height
 _BAR, _GAP, _LENGTH = 13, 12, 190  # of bars: height, space between variants, longest
 _FLOOR = 1e-8  # what is less is not told apart from nothing
 _CHAR = 6.3  # width of a character of a label
 _AWAY = [sign * 8 * n for n in range(12) for sign in (-1, 1)]  # how far up or down a label may be
+_ASIDE = [8 + 24 * n for n in range(5)]  # and how far aside
 _GRID, _QUIET = 'stroke="#e4e6ea"', 'fill="#5b626d"'
 _HALO = 'paint-order="stroke" stroke="#ffffff" stroke-width="3"'
 _END, _MIDDLE = 'text-anchor="end"', 'text-anchor="middle"'
@@ -28,7 +30,8 @@ def draw(table: Table) -> str:
     kind = "cache types" if table.kind == "cache" else "weight types"
     out.text(MARGIN, 34, f"{table.model}: {kind}", 17, 'font-weight="bold"')
     out.text(MARGIN, 56, table.how, 12)
-    out.width = MARGIN + _CHAR * len(table.how)
+    out.text(MARGIN, 74, table.made_with, 12)
+    out.width = MARGIN + _CHAR * max(len(table.how), len(table.made_with))
     depths = sum(name.startswith("tg") for name in table.rows[0].speeds)
     each = _BAR * max(depths, len(table.rows[0].speeds) - depths) + _GAP
     height = max(_LEAST, each * len(table.rows)) if table.rows[0].speeds else 330
@@ -46,10 +49,17 @@ def _kld(row: Row) -> float:
     return max(_FLOOR, row.perplexity.kl.kld.mean.value)
 
 
+def _error(row: Row) -> float:
+    assert row.perplexity.kl is not None, "the base is not drawn"
+    return row.perplexity.kl.kld.mean.error
+
+
 def _chart(out: Drawing, table: Table, rows: Sequence[Row], height: float) -> None:
     """Points over a logarithmic axis, and a line through those that nothing smaller beats."""
-    low = math.floor(math.log10(min(map(_kld, rows))))
-    high = max(low + 1, math.ceil(math.log10(max(map(_kld, rows)))))
+    klds = [_kld(row) for row in rows]
+    low = math.floor(math.log10(min((kld for kld in klds if kld > _FLOOR), default=_FLOOR)))
+    most_kld = max(kld + _error(row) for row, kld in zip(rows, klds, strict=True))
+    high = max(low + 1, math.ceil(math.log10(most_kld)))
     most = max(row.nbytes for row in rows) * 1.12
     least = 0 if min(row.nbytes for row in rows) < most / 3 else most / 4
     bottom = _TOP + height
@@ -64,7 +74,7 @@ def _chart(out: Drawing, table: Table, rows: Sequence[Row], height: float) -> No
     out.text(_LEFT, _TOP - 14, what, 12, 'font-weight="bold"')
     out.width = max(out.width, _LEFT + _WIDTH)
     hollow = "; hollow: not rotated" if any(row.name.endswith(PLAIN) for row in rows) else ""
-    note = f"red: nothing as small diverges less{hollow}"
+    note = f"red: of its size and below, the closest to {table.rows[0].name}{hollow}"
     out.text(_LEFT, bottom + 38, note, 11, f'fill="{_BEST}"')
     for power in range(low, high + 1):
         y = bottom - height * (power - low) / (high - low)
@@ -85,11 +95,10 @@ def _chart(out: Drawing, table: Table, rows: Sequence[Row], height: float) -> No
         value, error = row.perplexity.kl.kld.mean
         ends = [at(row, max(10.0**low, value + sign * error))[1] for sign in (-1, 1)]
         out.path(f"M{x:.1f} {ends[0]:.1f} V{ends[1]:.1f}", f'stroke="{colour}"')
-        plain = row.name.endswith(PLAIN)
+        plain, nothing = row.name.endswith(PLAIN), " (about 0)" * (value <= _FLOOR)
         more = f'fill="{"#ffffff" if plain else colour}" stroke="{colour}" stroke-width="1.4"'
         out.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {more}/>')
-        if not plain:
-            _label(out, row.name, x, y, taken)
+        _label(out, row.name + nothing, x, y, taken)
 
 
 def _label(
@@ -97,12 +106,16 @@ def _label(
 ) -> None:
     """Beside a point, where nothing is yet; a line leads to a label that is further away."""
     w, h = _CHAR * len(text) + 4, 13
-    sides = ((x + 8, 1), (x - w - 8, -1))
-    places = [(left, y - 6 + dy, side) for dy in _AWAY for left, side in sides]
+    places = [
+        (left, y - 6 + dy, side)
+        for dx, dy in sorted(product(_ASIDE, _AWAY), key=lambda away: away[0] + abs(away[1]))
+        for left, side in ((x + dx, 1), (x - w - dx, -1))
+    ]
 
     def free(place: tuple[float, float, int]) -> bool:
         a, b, _ = place
-        return a > _LEFT and not any(
+        within = a > _LEFT and a + w < _LEFT + _WIDTH and b > _TOP - h / 2
+        return within and not any(
             a < c + cw + 4 and c - 4 < a + w and b < d + dh + 3 and d - 3 < b + h
             for c, d, cw, dh in taken
         )
@@ -110,8 +123,8 @@ def _label(
     a, b, side = next(filter(free, places), places[0])
     taken.append((a, b, w, h))
     out.text(a + 2, b + 10, text, 11, _HALO)
-    if abs(b + 6 - y) > h:
-        end = a if side > 0 else a + w
+    end = a if side > 0 else a + w
+    if abs(b + 6 - y) > h or abs(end - x) > _ASIDE[0]:
         out.path(f"M{x:.1f} {y:.1f} L{end:.1f} {b + 6:.1f}", f'stroke="{LINE}" stroke-width="0.7"')
     out.width = max(out.width, a + w)
 

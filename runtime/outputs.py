@@ -21,14 +21,17 @@ Name = str | os.PathLike[str]
 _ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def check_outputs(outputs: Iterable[Name | None], inputs: Iterable[Name | None] = ()) -> None:
+def check_outputs(
+    outputs: Iterable[Name | None], inputs: Iterable[Name | None] = (), folder: Name | None = None
+) -> None:
     """FileError where files cannot be written, or would take the place of what is read.
 
     An output has to be no folder, to be in one that is there and can be written to, and to be
-    neither an input nor a file of a folder that is one nor another output, by whatever names or
-    links. None is left out, and "-" among the inputs.
+    neither an input, nor a file of the `folder` that is read, nor another output, by whatever
+    names or links. None is left out, and "-" among the inputs.
     """
-    read = {_identity(path) for given in inputs if given not in (None, "-") for path in _all(given)}
+    inside = [] if folder is None or not Path(folder).is_dir() else Path(folder).iterdir()
+    read = {_identity(path) for path in (*inputs, *inside) if path not in (None, "-")}
     written: set[Any] = set()
     for path in outputs:
         if path is None:
@@ -131,11 +134,6 @@ def _checked(path: Name) -> set[Any]:
         if needed.exists() and not os.access(needed, os.W_OK):
             raise ValueError(f"no permission to write to {needed}")
     return {str(whole), _identity(path)} - {None}
-
-
-def _all(given: Any) -> Iterator[Any]:
-    """A file, or those of a folder."""
-    yield from (Path(given).iterdir() if Path(given).is_dir() else [given])
 
 
 def _identity(path: Any) -> Any:

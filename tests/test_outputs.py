@@ -54,11 +54,12 @@ def test_what_is_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.touch()
     Path("soft").symlink_to("in")
     os.link("in", "hard")
-    inputs = [tmp_path / "in", folder, "-", None, "none"]
+    inputs = [tmp_path / "in", "-", None, "none", "."]
     for name in ("in", "./in", "checkpoint/../in", "soft", "hard", weights, blob):
         with pytest.raises(FileError, match="that is read"):
-            check_outputs([name], inputs)
-    check_outputs(["none", folder / "new", None, os.devnull], inputs)
+            check_outputs([name], inputs, folder)
+    check_outputs(["none", folder / "new", None, os.devnull], inputs, folder)
+    check_outputs(["hard"], [], "none")
 
 
 def test_two_outputs_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

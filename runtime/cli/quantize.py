@@ -87,11 +87,9 @@ def command(
     if more["target"] is None:
         check_no_target(more)
     found = _parsed(words, more["target"])
-    target = found.target
-    if target is None and not dry_run:
-        target = _beside(found.source, found.type)
-    check_outputs([target], [found.source, imatrix, more["tensor_type_file"]])
-    wishes = _wishes(more)
+    read = found.source, imatrix, more["tensor_type_file"]
+    check_outputs([found.target], read)
+    target, wishes = found.target or _beside(found.source, found.type), _wishes(more)
     started = time.perf_counter()
     try:
         with _options_named():
@@ -103,12 +101,13 @@ def command(
                 job = plan(found.source, found.type, wishes, imatrix, allow_requantize, dry_run)
             for line in job.notes:
                 note(_named(line))
-            if dry_run or target is None:
+            if dry_run:
                 click.echo(f"{_table(job)}\n\n{_total(job)}")
                 return
+            check_outputs([target], read)
             job.write(target, threads or found.threads)
     except KeyboardInterrupt:
-        note(f"stopped: {target} was not written" if target else "stopped")
+        note(f"stopped: {target} was not written")
         raise
     click.echo(f"{_by_type(job)}\n\n{_total(job)}")
     note(f"{target}: written in {time.perf_counter() - started:.1f} s")

@@ -67,7 +67,7 @@ def convert(
             f"outtype {shown(outtype)} is not known; there are auto, {', '.join(OUTTYPES)}"
         )
     path = Path(out)
-    check_outputs([out], [folder])
+    check_outputs([out], folder=folder)
     checkpoint = Checkpoint(Path(folder))
     config = Config(checkpoint.config, checkpoint.folder / "config.json")
     dtype = guessed(checkpoint) if outtype == "auto" else OUTTYPES[outtype]

@@ -324,6 +324,8 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
         assert line in say(*words, code=1) and model.read_bytes() == before
     result = CliRunner().invoke(main, ["quantize", str(tmp_path / "no" / "m.gguf"), "Q8_0"])
     assert "m.gguf: no such file" in result.output  # not that there is no folder to write in
+    assert "/ggml-model-Q8_0.gguf: written in" in say("7")
+    (model.with_name("ggml-model-Q8_0.gguf")).unlink()
     text = " ".join(say("-h").split())
     assert all(f"{name}, " in text for name in MIXES) and "COPY" in text
 

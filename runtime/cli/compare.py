@@ -215,6 +215,7 @@ def _weights(
 ) -> list[Variant]:
     """The base, then its files of other types and what is made of it, the largest first."""
     from runtime.cli import facts
+    from runtime.cli.quantize import named
     from runtime.errors import OptionError
     from runtime.gguf.reader import open_gguf
     from runtime.quality.sweep import Variant
@@ -233,7 +234,7 @@ def _weights(
         try:
             job = plan(paths[0], kind, imatrix=options["imatrix"])
         except OptionError as error:
-            raise Refused(f"--types: {error}") from None
+            raise Refused(f"--types: {named(str(error))}") from None
         names.append(kind)
         origins.append("")
         sizes.append((job.nbytes, sizes[0][1]))

@@ -100,7 +100,7 @@ def command(
             else:
                 job = plan(found.source, found.type, wishes, imatrix, allow_requantize, dry_run)
             for line in job.notes:
-                note(_named(line))
+                note(named(line))
             if dry_run:
                 click.echo(f"{_table(job)}\n\n{_total(job)}")
                 return
@@ -121,10 +121,11 @@ def _options_named() -> Iterator[None]:
     try:
         yield
     except Error as error:
-        raise type(error)(_named(str(error))) from error
+        raise type(error)(named(str(error))) from error
 
 
-def _named(text: str) -> str:
+def named(text: str) -> str:
+    """What is said of arguments of `runtime.quantize`, with the names of options."""
     for argument, name in _ARGUMENTS.items():
         text = text.replace(argument, name)
     return text
@@ -164,7 +165,10 @@ def _is_type(word: str) -> bool:
 
 
 def _beside(source: str, type: str) -> str:
-    return str(Path(source).with_name(f"ggml-model-{type.upper()}.gguf"))
+    from runtime.quantise.mixes import MIXES
+
+    numbers = {str(mix.file_type): name for name, mix in MIXES.items()}
+    return str(Path(source).with_name(f"ggml-model-{numbers.get(type, type.upper())}.gguf"))
 
 
 def _wishes(types: dict[str, Any]) -> Wishes:

@@ -224,7 +224,7 @@ class TestWholeNames:
         from runtime.cli.parsing import THREADS
 
         assert THREADS.max == MAX_THREADS
-        for name in ("quantize", "imatrix", "perplexity", "run"):
+        for name in ("quantize", "imatrix", "perplexity", "run", "devices"):
             assert "'-t' / '--threads': 999999" in invoke(name, "-t", "999999", "x").stderr
 
     def test_names_are_plain(self):

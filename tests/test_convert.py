@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -207,6 +208,26 @@ def test_rows_far_apart_and_in_any_order(tmp_path: Path) -> None:
     for order in ([0, 199, 7, 8, 9], [5, 4, 3], [], range(200), range(0, 200, 2)):
         index = np.asarray([*order], np.int64)
         np.testing.assert_array_equal(matrix.take(index), array[index])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("qwen35", "linear_attn.in_proj_qkv"), ("qwen35", "linear_attn.conv1d"),
+     ("qwen3next", "linear_attn.in_proj_qkvz"), ("qwen35", "linear_attn.A_log")],
+)  # fmt: skip
+def test_no_row_is_left_out(golden: Path, tmp_path: Path, model: str, name: str) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(golden / model / "hf", source)
+    found = Checkpoint(source).tensors
+    arrays = {}
+    for key, t in found.items():
+        array = t.take(np.arange(math.prod(t.shape) // t.width)).reshape(t.shape)
+        arrays[key] = (t.kind, np.concatenate([array, array[:1]]) if name in key else array)
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    safetensors(source / "model.safetensors", arrays)
+    with pytest.raises(runtime.ModelError, match=rf"{name}.*' ?: shape .* is not what config.json"):
+        runtime.convert(source, tmp_path / "m.gguf")
 
 
 def test_brain_floats_round_to_even() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from runtime.cli.output import note, size, table
-from runtime.cli.parsing import Command, option
+from runtime.cli.parsing import THREADS, Command, option
 
 
 @click.command(
@@ -24,7 +24,7 @@ Examples:
 )
 @option("-b --bandwidth", "Measure memory bandwidth (1 GiB, seconds).", "Options", is_flag=True)
 @option("-t --threads", "Threads for the measurement (default: one per core).", "Options",
-        type=click.IntRange(1), metavar="N")  # fmt: skip
+        type=THREADS, metavar="N")  # fmt: skip
 @option("--json as_json", "As JSON.", "Options", is_flag=True)
 def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
     """Show the processor, the instruction sets kernels are compiled for, and memory."""

@@ -29,6 +29,7 @@ _AHEAD = {
     "fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm",
     "norm": "shared_head.norm",
 }  # fmt: skip
+_NUMBER = re.compile(r"\d+")
 _BIASES = {"attention_bias": "self_attn.q_proj.bias", "mlp_bias": "mlp.up_proj.bias"}
 _PARTS = re.compile(
     r"(?:model\.)?(?:layers\.(?P<block>\d+)\.)?(?P<stem>.+?)(?P<tail>\.weight|\.bias)?"
@@ -195,6 +196,14 @@ class Planner:
             )
 
     def _check_biases(self) -> None:
+        names = self.checkpoint.tensors
+        kinds = {_NUMBER.sub("#", name) for name in names if name.endswith(".bias")}
+        for name in names:
+            bias = name.removesuffix(".weight") + ".bias"
+            if bias != name + ".bias" and bias not in names and _NUMBER.sub("#", bias) in kinds:
+                raise ModelError(
+                    f"{self.checkpoint.folder}: tensor '{bias}' is missing, which other layers have"
+                )
         for setting, ending in _BIASES.items():
             told = self.config.get(setting)
             if told is True and not any(n.endswith(ending) for n in self.checkpoint.tensors):

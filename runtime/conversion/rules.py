@@ -38,9 +38,11 @@ def copied(w: Matrix, name: Name, config: Config, change: Change | None = None) 
     return [Planned(str(name), w.shape, [Rows(w, range(rows_of(w)), change)])]
 
 
-def _ordered(w: Matrix, name: Name, order: np.ndarray, change: Change | None = None) -> Planned:
-    """Rows in another order, or some of them, of a tensor of up to two axes."""
-    if order.size and order.max() >= rows_of(w):
+def _ordered(
+    w: Matrix, name: Name, order: np.ndarray, change: Change | None = None, rows: int | None = None
+) -> Planned:
+    """Rows of a tensor of up to two axes in another order; rows: of how many they are some."""
+    if (len(order) if rows is None else rows) != rows_of(w):
         raise ModelError(f"{w.label}: shape {list(w.shape)} is not what config.json says")
     return Planned(str(name), (len(order), *w.shape[1:]), [Rows(w, order, change)])
 
@@ -158,7 +160,10 @@ def mixed_queries_keys_values(w: Matrix, name: Name, config: Config) -> list[Pla
     cuts = np.cumsum([d.key_dim, d.key_dim, values])
     *mixed, gates = (part.reshape(-1) for part in np.split(rows, cuts, axis=1))
     gate = name._replace(stem="attn_gate")
-    return [_ordered(w, name, np.concatenate(mixed)), _ordered(w, gate, gates)]
+    return [
+        _ordered(w, new, order, rows=rows.size)
+        for new, order in ((name, np.concatenate(mixed)), (gate, gates))
+    ]
 
 
 # Experts

@@ -23,7 +23,9 @@ from runtime.report.sweep import Table
 from runtime.report.sweep_svg import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
-QUICK = ("-p", "8", "-n", "2", "-r", "1", "--chunks", "2", "-c", "64", "-q")
+SHORT = ("--chunks", "2", "-c", "64", "-q")
+QUICK = (*SHORT, "-p", "8", "-n", "2", "-r", "1")
+UNTIMED = (*SHORT, "--no-speed")
 
 
 def compare(*args):
@@ -60,7 +62,7 @@ class TestCaches:
         assert {"f16", "q8_0/f16", "f32", "depth 32"} <= set(texts)
 
     def test_numbers(self):
-        done = compare(*QUICK, "--types", "q8_0", "--no-speed", "-o", "csv", "--rotation", "both")
+        done = compare(*UNTIMED, "--types", "q8_0", "-o", "csv", "--rotation", "both")
         base, rotated, plain = csv.DictReader(io.StringIO(done.stdout))
         assert (base["name"], base["kld"], base["bits"]) == ("f32", "", "32.0")
         assert (rotated["name"], plain["name"]) == ("q8_0", "q8_0 plain")
@@ -72,7 +74,7 @@ class TestCaches:
         row = data["rows"][1]
         assert row["perplexity"]["kl"]["kld"]["mean"]["value"] == float(rotated["kld"])
         assert row["speeds"]["tg2"]["value"] > 0 and data["sweep"] == "cache"
-        done = compare(*QUICK, "--types", "q8_0,Q8_0", "--no-speed", "--no-cache-rotation")
+        done = compare(*UNTIMED, "--types", "q8_0,Q8_0", "--no-cache-rotation")
         assert [cells(line)[0] for line in done.stdout.splitlines()[5:]] == ["f32", "q8_0 plain"]
 
     def test_what_was_measured_is_shown(self, monkeypatch):
@@ -82,7 +84,7 @@ class TestCaches:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("runtime.quality.perplexity.divergence", stop)
-        done = compare(*QUICK, "--no-speed", "-o", "csv")
+        done = compare(*UNTIMED, "-o", "csv")
         assert done.exit_code == 130
         assert [row["name"] for row in csv.DictReader(io.StringIO(done.stdout))] == ["f32"]
 
@@ -94,7 +96,7 @@ class TestCaches:
 @needs_demo
 class TestWeights:
     def test_made_of_the_model(self):
-        done = compare(*QUICK, "--sweep", "types", "--types", "Q8_0", "--no-speed", "-o", "csv")
+        done = compare(*UNTIMED, "--sweep", "types", "--types", "Q8_0", "-o", "csv")
         assert done.exit_code == 0, done.stderr
         base, made = csv.DictReader(io.StringIO(done.stdout))
         assert (base["name"], made["name"]) == ("F16", "Q8_0")
@@ -109,7 +111,7 @@ class TestWeights:
 
     def test_files(self, golden):
         paths = [golden / "qwen3" / f"model-{kind}.gguf" for kind in ("f32", "Q4_0", "Q8_0")]
-        args = (paths[0], "--files", *paths[1:], *QUICK, "--no-speed", "-o", "csv")
+        args = (paths[0], "--files", *paths[1:], *UNTIMED, "-o", "csv")
         rows = [*csv.DictReader(io.StringIO(compare(*args).stdout))]
         assert [row["name"] for row in rows] == ["all F32", "Q8_0", "Q4_0"]
         assert float(rows[1]["kld"]) < float(rows[2]["kld"])
@@ -131,7 +133,9 @@ class TestWeights:
         (("--sweep", "cache", "--files", DEMO), "--sweep cache compares caches of one MODEL"),
         (("--sweep", "types", "--types", "Q9"), "--types: weight type 'Q9' is not known"),
         (("-d", "505"), "-d, with the tokens that are timed 513: the model was trained for"),
-        (("-d", "0", "--no-speed"), "-d has no meaning with --no-speed"),
+        (("-d", "0", "--no-speed"), "--depths has no meaning with --no-speed"),
+        (("--kv-type", "f16"), "--kv-type has no meaning with --sweep cache"),
+        (("-f", ""), "the name of the text's file is empty"),
         (("--rotation", "both", "--no-cache-rotation"), "no --no-cache-rotation"),
         (("-p", "0", "-n", "0"), "nothing to time"),
         (("--chunks", "0"), "--chunks"),

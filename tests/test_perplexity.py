@@ -369,6 +369,16 @@ class TestCommand:
         last = [line for line in done.stderr.splitlines() if line][-1]
         assert last.startswith("stopped after 1 window of 4: perplexity ")
 
+    def test_a_long_file_is_read_as_far_as_is_needed(self, tmp_path):
+        """Where the rest is no UTF-8, or where a character is cut."""
+        path = tmp_path / "long.txt"
+        path.write_bytes(b"a" + ("one two é" * 40000).encode())
+        short = self.run("-f", path, "-c", 16, "--chunks", 1, "-q")
+        path.write_bytes(path.read_bytes() + b"\xff")
+        again = self.run("-f", path, "-c", 16, "--chunks", 1, "-q")
+        assert short.exit_code == 0 and again.stdout == short.stdout
+        assert f"not UTF-8 at byte {1 + 10 * 40000}" in self.run("-f", path, "-c", 16).stderr
+
     def test_a_base_is_written_through_a_link(self, tmp_path):
         (tmp_path / "b").symlink_to(tmp_path / "a")
         assert self.run("-c", 64, "--chunks", 1, "--kl-base", tmp_path / "b").exit_code == 0

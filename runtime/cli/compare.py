@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from runtime.cli import bench
 from runtime.cli.bench_plan import UBATCH, Numbers, Setting, Test, tests
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from runtime.quality.sweep import Row, Variant
 
 _WHAT, _TEXT, _SPEED, _OUTPUT = "What is compared", "Text", "Speed", "Output"
-_FOREIGN = {"cache": ("cache_type_k", "cache_type_v", "imatrix"), "types": ("rotation",)}
+_FOREIGN = {
+    "cache": ("kv_type", "cache_type_k", "cache_type_v", "imatrix"), "types": ("rotation",)
+}  # fmt: skip
 _DEPTHS = (0, 4096, 16384)
 
 
@@ -110,13 +113,13 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
             "--sweep cache compares caches of one MODEL; --sweep types needs --files or --types, "
             "which are made of MODEL"
         )
-    for name in _FOREIGN[kind]:
-        if options[name] is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --sweep {kind}")
+    _check_meaning(f"--sweep {kind}", _FOREIGN[kind])
+    if kind == "types" and not options["types"]:
+        _check_meaning("--files alone", ("imatrix",))
     if options["rotation"] and not options["cache_rotation"]:
         raise click.UsageError("--rotation both has rotated caches, too: no --no-cache-rotation")
-    if options["no_speed"] and options["depths"] is not None:
-        raise click.UsageError("-d has no meaning with --no-speed: nothing is timed")
+    if options["no_speed"]:
+        _check_meaning("--no-speed", ("depths", "n_prompt", "n_gen", "repetitions"))
     file, quiet = open_gguf(paths[0]), options["quiet"]
     timed = [] if options["no_speed"] else _tests(file, options)
     context = max([options["window"], *(test.n_depth + test.tokens for test in timed)])
@@ -155,13 +158,24 @@ def command(models: tuple[str, ...], model_option: str | None, **options: Any) -
         note(f"wrote {picture}", quiet)
 
 
+def _check_meaning(where: str, names: Sequence[str]) -> None:
+    """UsageError for options that are given and would have no effect."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            shown = name.replace("_", "-")
+            raise click.UsageError(f"--{shown} has no meaning with {where}")
+
+
 def _rows(
     variants: Sequence[Variant], timed: Sequence[Test], options: dict[str, Any]
 ) -> Iterator[Row]:
     """Of each variant, as it has been measured."""
     from runtime.quality.sweep import sweep
 
-    text = measured_text(options["file"], options["quiet"])
+    count = options["chunks"]
+    most = None if count is None else options["window"] * max(2, count)
+    text = measured_text(options["file"], options["quiet"], most)
     speeds = partial(_speeds, timed, options["repetitions"])
     with reporter(not options["quiet"]) as report:
         yield from sweep(variants, text, options["window"], options["chunks"], speeds,

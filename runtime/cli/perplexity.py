@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 
 from runtime.cli.model_path import load, model_argument, model_option
 from runtime.cli.options import Windows, kv_type, precision_arguments, precision_options
-from runtime.cli.output import is_terminal, note, pairs, table
+from runtime.cli.output import is_terminal, note, pairs, size, table
 from runtime.cli.parsing import THREADS, Command, Refused, option
 from runtime.cli.prompt import bytes_of
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from runtime.quality.perplexity import Perplexity, Soon
 
 _TEXT, _BASE = "Text", "Comparison"
+_BYTES = 256  # of text that a token takes at most, on average
+_LONG = 1 << 24  # bytes of a text whose tokens take a while
 
 
 @click.command(
@@ -77,9 +80,10 @@ def command(
     path, quiet, kinds = model_argument(model, model_option), options["quiet"], kv_type(options)
     model_file = open_gguf(path or demo_path())
     check_outputs([kl_base], [file, *model_file.paths])
-    text = None if kl is not None and file is None else measured_text(file, quiet)
     context = (window or SIZE) if kl is None else _base_size(kl)
     within_context(model_file, context, "-c" if kl is None else f"{kl}, windows of")
+    most = None if chunks is None else context * max(2, chunks)
+    text = None if kl is not None and file is None else measured_text(file, quiet, most)
     loaded = load(
         path, context=context, threads=options["threads"], kv_type=kinds,
         progress=not quiet, **precision_arguments(options),
@@ -94,18 +98,21 @@ def command(
         note(f"wrote {kl_base}", quiet)
 
 
-def measured_text(file: str | None, quiet: bool = False) -> str:
-    """The text of -f, or the one that comes with the package."""
+def measured_text(file: str | None, quiet: bool = False, tokens: int | None = None) -> str:
+    """The text of -f, or the one that comes with the package; as much as so many tokens take."""
     from runtime.quality.windows import BUNDLED, bundled_text
 
     if file is None:
         note(f"no -f: the text is that of runtime/data/{BUNDLED}", quiet)
         return bundled_text()
-    data = bytes_of(file)
+    most = -1 if tokens is None else _BYTES * tokens
+    data = bytes_of(file, most)
+    if len(data) > _LONG and tokens is None:
+        note(f"{size(len(data))} of text take a while; --chunks N reads less", quiet)
     if b"\0" in data:
         raise Refused(f"{file}: this is no text (there are zero bytes in it)")
     try:
-        return data.decode("utf-8")
+        return getincrementaldecoder("utf-8")().decode(data, len(data) != most)
     except UnicodeDecodeError as error:
         raise Refused(f"{file}: not UTF-8 at byte {error.start}: give a text in UTF-8") from None
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from runtime.cli.output import is_terminal, note
+from runtime.cli.parsing import Refused
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\", '"': '"', "'": "'"}
 
@@ -52,9 +53,14 @@ def text_of(file: str) -> str:
     return bytes_of(file).decode("utf-8", "replace")
 
 
-def bytes_of(file: str) -> bytes:
-    """A file; - is stdin."""
-    return _stdin() if file == "-" else Path(file).read_bytes()
+def bytes_of(file: str, most: int = -1) -> bytes:
+    """A file, or its first `most` bytes; - is stdin."""
+    if not file:
+        raise Refused("the name of the text's file is empty")
+    if file == "-":
+        return _stdin(most)
+    with Path(file).open("rb") as opened:
+        return opened.read(most)
 
 
 def unescaped(text: str) -> str:
@@ -62,7 +68,7 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr0\\\"'])", lambda found: _ESCAPES[found[1]], text)
 
 
-def _stdin() -> bytes:
+def _stdin(most: int = -1) -> bytes:
     """All of stdin. Says so when nothing comes: a pipe left open looks like a hanging program."""
     if sys.stdin is None:
         return b""
@@ -72,4 +78,4 @@ def _stdin() -> bytes:
         waiting = False
     if waiting:
         note("reading the prompt from stdin; -p TEXT gives one directly")
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer.read(most)

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,10 +198,10 @@ class Planner:
 
     def _check_biases(self) -> None:
         names = self.checkpoint.tensors
-        kinds = {_NUMBER.sub("#", name) for name in names if name.endswith(".bias")}
-        for name in names:
-            bias = name.removesuffix(".weight") + ".bias"
-            if bias != name + ".bias" and bias not in names and _NUMBER.sub("#", bias) in kinds:
+        kinds = {_NUMBER.sub("#", name) for name in names if name.endswith("bias")}
+        for name, end in product(names, (".bias", "_bias")):
+            bias = name.removesuffix(".weight").removesuffix("_blocks") + end
+            if bias not in names and _NUMBER.sub("#", bias) in kinds:
                 raise ModelError(
                     f"{self.checkpoint.folder}: tensor '{bias}' is missing, which other layers have"
                 )

@@ -35,6 +35,9 @@ _PHRASES = (
     (r"\bthe metadata\b", "config.json"),
     (r"\b(the|this) file\b", "the checkpoint"),
 )
+_TOGETHER = dict.fromkeys(
+    ("ffn_gate_exps", "ffn_up_exps"), "ffn_gate_up_exps"
+)  # one tensor of both
 
 
 def translated(message: str, conversion: Conversion, tensors: Iterable[str]) -> str:
@@ -61,7 +64,8 @@ def original(name: str, conversion: Conversion, tensors: Iterable[str]) -> str:
     assert match is not None  # the pattern takes any text
     block, stem, tail = match[1], match[2], match[3] or ""
     known = OUTSIDE if block is None else conversion.names
-    found = next((have for have, made in known.items() if made in (stem, stem + tail)), None)
+    makes = (stem + tail, stem, _TOGETHER.get(stem))
+    found = next((have for made in makes for have in known if known[have] == made), None)
     if found is None:
         return name
     whole = "" if known[found] == stem + tail and tail else tail

@@ -30,7 +30,7 @@ _AHEAD = {
     "fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm",
     "norm": "shared_head.norm",
 }  # fmt: skip
-_NUMBER = re.compile(r"\d+")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or expert
 _BIASES = {"attention_bias": "self_attn.q_proj.bias", "mlp_bias": "mlp.up_proj.bias"}
 _PARTS = re.compile(
     r"(?:model\.)?(?:layers\.(?P<block>\d+)\.)?(?P<stem>.+?)(?P<tail>\.weight|\.bias)?"

@@ -212,10 +212,10 @@ class Model(TextModel):
         """Perplexity of a text (or of ids) as llama-perplexity defines it, with its error.
 
         The text is cut into windows of `window` tokens (512), read each by itself, and scored on
-        the second half of each; `windows`: the first so many, default all. kl_base: write the
-        log-probabilities to this file, in llama-perplexity's format. kl: compare with such a file
-        of another model, on its text; `.kl` then holds the divergence. on_window: called with what
-        is known after each window.
+        the second half of each; `windows`: the first so many, all by default or for -1. kl_base:
+        write the log-probabilities to this file, in llama-perplexity's format. kl: compare with
+        such a file of another model, on its text; `.kl` then holds the divergence. on_window:
+        called with what is known after each window. `print` the result for a line of it.
         Raises OptionError for a text shorter than two windows and for a base of another
         vocabulary, text or window; FileError for one that is damaged or cannot be written.
         """

@@ -347,12 +347,22 @@ class TestCommand:
             (("-f", "none.txt"), "none.txt: No such file or directory"),
             (("-f", "-"), "the text has 2 tokens, and two windows of 512 take 1024"),
             (("--kl-base", "none/a"), "there is no folder none"),
+            (("--kl-base", "-"), "-: cannot be written (give the name of a file)"),
+            (("--kl-base", "."), "cannot be written (this is a folder"),
+            (("--kl-base", "a.gguf", "-m", "a.gguf"), "this is a file that is read"),
+            (("--kl-base", "bad.txt", "-f", "bad.txt"), "this is a file that is read"),
+            (("-f", "bad.txt"), "bad.txt: not UTF-8 at byte 3"),
+            (("--chunks", "0"), "--chunks': 0 windows leave nothing to measure"),
+            (("-c", "513"), "-c 513: the model was trained for a context of 512 tokens"),
+            (("-ctk", "q9"), "-ctk q9 is no type of a cache; there are f32, f16"),
+            (("-ctv", ""), "-ctv '' is no type of a cache"),
+            (("-ctk", "q8_0,f16"), "-ctk q8_0,f16: give one type; --kv-type takes two"),
+            (("--kv-type", "q8_0,"), "--kv-type q8_0, has '', which is no type of a cache"),
         ],
     )  # fmt: skip
     def test_mistakes_are_one_line(self, args, said, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "bad.txt").write_bytes(b"abc\xe4bc")
-        (tmp_path / "good.txt").write_bytes(b"abc")
         (tmp_path / "a.gguf").symlink_to(DEMO)
         done = self.run(*args, input=b"abc\n")
         assert done.exit_code != 0 and said in done.stderr and not done.stdout

@@ -10,6 +10,7 @@ from runtime import ops
 from runtime.backends.reference import compute
 from runtime.ops.dtypes import F32, I32
 from runtime.ops.kv_formats import PAGE
+from runtime.ops.rotation import hadamard
 from runtime.ops.tensor import Tensor, stored_name
 
 Values = dict[str, np.ndarray]  # by the name of a leaf
@@ -128,6 +129,9 @@ class RandomGraph:
     def op_rope(self) -> Tensor:
         x = self._heads(int(self.rng.integers(1, 5)), 4)
         return ops.rope(x, self.angles, style="neox")
+
+    def op_hadamard(self) -> Tensor:
+        return hadamard(self._heads(int(self.rng.integers(1, 5)), 4), block=4)
 
     def op_attention(self) -> Tensor:
         keys, ratio = int(self.rng.integers(1, 5)), int(self.rng.integers(1, 4))

@@ -21,6 +21,7 @@ class Windows(click.IntRange):
         super().__init__(-1)
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """None for -1; 0 is refused."""
         found = super().convert(value, param, ctx)
         if found == 0:
             self.fail("0 windows leave nothing to measure; -1 is all of them.", param, ctx)

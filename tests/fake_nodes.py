@@ -25,6 +25,15 @@ from runtime.ops.errors import BackendError
 class FakeLibrary:
     """Kernels without code: `FakeDriver.load` knows them by name and constants."""
 
+    def prepare(self, kernels: list[Kernel], progress: Any = None) -> None:
+        """Nothing is compiled."""
+        for kernel in kernels:
+            declared(kernel)
+
+    def missing(self, kernels: list[Kernel]) -> list[Kernel]:
+        """None."""
+        return []
+
     def get(self, kernel: Kernel) -> Compiled:
         """What compiling would give, as far as launching goes."""
         found = declared(kernel)

@@ -53,6 +53,14 @@ class Device(Owned):
             self._functions[kernel] = Function(self, kernel, self._kernels.get(kernel))
         return self._functions[kernel]
 
+    def prepare(self, kernels: list[Kernel], progress: Any = None) -> None:
+        """Compile at once what has yet to be. BackendError: it cannot be."""
+        self._kernels.prepare(kernels, progress)
+
+    def missing(self, kernels: list[Kernel]) -> int:
+        """How many kernels have yet to be compiled."""
+        return len(self._kernels.missing(kernels))
+
     def launch(self, kernel: Kernel, grid: int | tuple[int, ...], *values: Any) -> Launch:
         """A launch of a kernel, ready to run as often as wanted."""
         return Launch(self.function(kernel), grid, *values)

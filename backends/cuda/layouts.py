@@ -19,13 +19,82 @@ A piece of consecutive blocks lies beside the next, so the lanes of a warp read 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from runtime.ops.blocks import BLOCK_FORMATS, BlockFormat, Number
+from runtime.ops.dtypes import DTYPES, DType
 from runtime.ops.errors import BackendError
 from runtime.ops.quant_blocks import numbers, struct_of
 
 BLOCK = 32  # values
+ALIGNMENT = 256  # bytes, of each part of a packed weight
+
+
+class Part(NamedTuple):
+    """One array of a packed weight: `nbytes` for each `values` values of a row."""
+
+    name: str
+    nbytes: int
+    values: int
+
+
+FORMATS = {
+    "Q8_0": (Part("weights", 32, 32), Part("scales", 2, 32)),
+    "Q4_0": (Part("weights", 16, 32), Part("scales", 2, 32)),
+    "Q4_K": (Part("weights", 16, 32), Part("scales", 2, 32), Part("supers", 4, 256)),
+    "Q6_K": (
+        Part("weights", 16, 32), Part("pairs", 8, 32), Part("scales", 2, 32),
+        Part("supers", 2, 256),
+    ),
+    "F32": (Part("weights", 4, 1),),
+}  # fmt: skip
+
+
+def packed_type(dtype: DType) -> str:
+    """The format a weight of this type is packed as: its own, or float32."""
+    name = dtype.name.upper()
+    return name if name in FORMATS else "F32"
+
+
+def parts(format: str, rows: int, inner: int) -> dict[str, int]:
+    """Name -> first byte of each part of a packed matrix; the end under ""."""
+    found, at = {}, 0
+    for part in FORMATS[format]:
+        found[part.name] = at
+        at += -(-rows * (inner // part.values) * part.nbytes // ALIGNMENT) * ALIGNMENT
+    return found | {"": at}
+
+
+def packed_nbytes(format: str, rows: int, inner: int) -> int:
+    """Bytes of a packed matrix."""
+    return parts(format, rows, inner)[""]
+
+
+def meta_offset(columns: int, inner: int) -> int:
+    """Where the scales of packed activations begin."""
+    return -(-columns * inner // ALIGNMENT) * ALIGNMENT
+
+
+def activations_nbytes(columns: int, inner: int) -> int:
+    """Bytes of packed activations."""
+    return meta_offset(columns, inner) + columns * inner // BLOCK * 8
+
+
+def pack(raw: np.ndarray, format: str, rows: int, inner: int) -> np.ndarray:
+    """A matrix of the file, its rows one after another as uint8, as kernels read it: uint8."""
+    out = np.zeros(packed_nbytes(format, rows, inner), np.uint8)
+    if format == "F32":
+        out[: raw.nbytes] = raw.reshape(-1)
+        return out
+    make = {"Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_K": pack_q4_k, "Q6_K": pack_q6_k}[format]
+    size = DTYPES[format.lower()]
+    made = make(raw.reshape(rows, inner // size.block, size.nbytes))
+    for (name, at), array in zip(parts(format, rows, inner).items(), made, strict=False):
+        assert name, "as many arrays as parts"
+        out[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+    return out
 
 
 def pack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

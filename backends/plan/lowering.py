@@ -11,7 +11,16 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Buffer, Call, Plan, Ref, Share, place_buffers, schedule
+from runtime.backends.plan.plan import (
+    Argument,
+    Buffer,
+    Call,
+    Plan,
+    Ref,
+    Share,
+    place_buffers,
+    schedule,
+)  # fmt: skip
 from runtime.ops.dtypes import F32, I32, DType
 from runtime.ops.errors import BackendError, OpError
 from runtime.ops.graph import Graph
@@ -125,12 +134,13 @@ class Lowering:
 
     def emit(
         self, kernel: str, node: Tensor, constants: dict | None = None, share: Share | None = None,
-        **arguments: Any,
+        grid: tuple[int, ...] = (), **arguments: Any,
     ) -> None:  # fmt: skip
         """Append a call; arguments by the names that the kernel's function gives them.
 
-        They are integers, Refs to read, or `Out(ref)` to write.
+        They are numbers, Refs to read, or `Out(ref)` to write.
         share: how the kernel divides some of them between threads, where it promises something.
+        grid: see `Call`.
         """
         plain = {n: a.ref if isinstance(a, Out) else a for n, a in arguments.items()}
         writes = [a.ref.buffer for a in arguments.values() if isinstance(a, Out)]
@@ -140,7 +150,7 @@ class Lowering:
             Call(
                 Kernel.of(kernel, **(constants or {})), plain,
                 tuple(dict.fromkeys(reads + updates)), tuple(dict.fromkeys(writes)), node,
-                share.length if share else 0, _own(share, plain),
+                share.length if share else 0, _own(share, plain), grid,
             )
         )  # fmt: skip
 
@@ -173,15 +183,20 @@ class Lowering:
         return self.results[node]
 
     def weight(self, x: Tensor, form: str) -> Ref:
-        """A weight in one of its forms: "raw" file bytes, "vector" float32, or "repacked"."""
+        """A weight in one of its forms: "raw" file bytes, "vector" float32, "repacked", or "turns",
+        which a device makes of frequencies."""
         if x.op not in ("weight", "constant"):
             raise Declined(f"{x!r} is computed, not a weight of the file")
-        memory = "constant" if x.op == "constant" else form
+        memory = "constant" if x.op == "constant" and form != "turns" else form
         return Ref(self._fixed_one(memory, x.name, x))
 
     def state(self, x: Tensor) -> Ref:
         """Pages of a state leaf."""
         return Ref(self._buffer(x.base))
+
+    def room(self, node: Tensor, name: str, nbytes: int) -> Out:
+        """New arena memory for what one of a node's calls leaves to another."""
+        return Out(Ref(Buffer("arena", f"{node.name or node.op}.{name}", nbytes)))
 
     def scratch(self, nbytes: int) -> Ref:
         """Memory that lives for one call; all calls share the largest."""
@@ -271,7 +286,7 @@ class Out:
         self.ref, self.also_read = ref, also_read
 
 
-def _own(share: Share | None, arguments: dict[str, int | Ref]) -> frozenset[Buffer]:
+def _own(share: Share | None, arguments: dict[str, Argument]) -> frozenset[Buffer]:
     """The buffers a share speaks of; an argument that begins inside a row is none of them."""
     refs = [arguments[name] for name in share.arguments] if share else []
     length = share.length if share else 0

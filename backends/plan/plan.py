@@ -52,6 +52,9 @@ class Ref(NamedTuple):
     offset: int = 0
 
 
+Argument = int | float | Ref  # of a kernel
+
+
 class Share(NamedTuple):
     """A call that divides the last axis of some of its arguments between the threads.
 
@@ -68,19 +71,21 @@ class Share(NamedTuple):
 
 @dataclass
 class Call:
-    """One kernel with its arguments (addresses or integers), made by every thread.
+    """One kernel with its arguments (addresses or numbers), made by every thread.
 
     `own`: of these buffers a thread touches its own part alone; see Share, whose length `divided`
-    repeats (0: none).
+    repeats (0: none). `grid`: of a device that launches kernels, how many blocks of threads, along
+    up to three axes.
     """
 
     kernel: Kernel
-    arguments: dict[str, int | Ref]
+    arguments: dict[str, Argument]
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
     node: Tensor
     divided: int = 0
     own: frozenset[Buffer] = frozenset()
+    grid: tuple[int, ...] = ()
 
     @property
     def meets(self) -> bool:

@@ -57,7 +57,8 @@ from runtime.ops.kv_formats import PAGE
 
 ROWS = 16  # of a tile
 WARPS = 4
-_DIMS = (64, 128)  # head sizes
+SPLIT_PAGES = 8  # of the cache, that a block takes
+_DIMS = (32, 64, 128)  # head sizes
 _LOWEST = f32(-float("inf"))
 _LOG2_E = f32(1.4426950408889634)
 
@@ -330,15 +331,16 @@ def build_kv_write(which: str, dim: int) -> Declared:
     `kv_slots` i32 [tokens]: page x 32 + token of the page. Grid (KV heads, tokens).
     """
 
-    @entry("x:f32* pages:u16* kv_slots:i32* x_stride:u32", threads=dim)
-    def kv_write(x, pages, kv_slots, x_stride):
+    @entry("x:f32* pages:u16* kv_slots:i32* live:u32* x_stride:u32", threads=dim)
+    def kv_write(x, pages, kv_slots, live, x_stride):
         launch_next()
         i = thread_x()
         launch_wait()
-        slot = u32(load(kv_slots, block_y()))
-        value = load(x, u32(u32(block_y() * x_stride) + u32(block_x() * dim + i)))
-        base = u32(u32((slot >> 5) * grid_x() + block_x()) * (PAGE * dim))
-        inside = u32((slot & 31) * dim + i) if which == "k" else u32(i * PAGE + (slot & 31))
-        store(pages, u32(base + inside), f32_to_f16(value))
+        if block_y() < load(live, u32(0)):
+            slot = u32(load(kv_slots, block_y()))
+            value = load(x, u32(u32(block_y() * x_stride) + u32(block_x() * dim + i)))
+            base = u32(u32((slot >> 5) * grid_x() + block_x()) * (PAGE * dim))
+            inside = u32((slot & 31) * dim + i) if which == "k" else u32(i * PAGE + (slot & 31))
+            store(pages, u32(base + inside), f32_to_f16(value))
 
     return kv_write

@@ -1,0 +1,141 @@
+"""The CUDA backend: kernels that numba-cuda compiles, one graph of launches replayed per step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import Progress
+from runtime.backends.cuda import arena
+from runtime.backends.cuda.driver import Driver
+from runtime.backends.cuda.launcher import Device
+from runtime.backends.cuda.planner import Planner, options
+from runtime.backends.cuda.program import Program
+from runtime.backends.cuda.stores import WEIGHTS, Store, stored_nbytes
+from runtime.backends.plan.plan import Buffer, Plan
+from runtime.ops.errors import OptionError
+from runtime.ops.graph import Graph
+from runtime.ops.tensor import Tensor
+
+
+class CudaBackend:
+    """See backends/base.py: one GPU, or one of several virtual devices on it.
+
+    driver, kernels: by default NVIDIA's, and the user's library for the GPU; tests give others.
+    graphs: replay each step as one CUDA graph; False: launch by launch, the same bits.
+    """
+
+    def __init__(
+        self, file: Any = None, index: int = 0, activations: str = "int8",
+        driver: Driver | None = None, kernels: Any = None, fuse: bool = True, graphs: bool = True,
+    ) -> None:  # fmt: skip
+        if activations not in ("int8", "f32"):
+            raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
+        if driver is None:
+            from runtime.backends.cuda.opening import open_driver
+
+            driver = open_driver()
+        self.device = Device(driver, index, kernels)
+        self.name = f"cuda:{index} ({self.device.info.name})"
+        self.threads = 1
+        self.planner, self._graphs = Planner(options(activations, fuse)), graphs
+        self.stream = self.device.stream()
+        self.store = Store(self.device, self.stream, file)
+        self._programs: dict[str, Program] = {}
+        self._work: arena.Buffer | None = None
+        self._rooms: list[arena.Arena] = []
+        self._nothing = self._room(256, "nothing").take(256)
+        self._nothing.fill(0, self.stream)
+
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """Bytes of one page of all KV heads of a layer, or of one slot."""
+        return self.planner.page_nbytes(leaf)
+
+    def copy_pages(
+        self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
+    ) -> None:
+        """See backends/base.py."""
+        self.device.activate()
+        for leaf in leaves:
+            self.store.copy(leaf, sources, targets)
+
+    def read_state(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """See backends/base.py."""
+        self.device.activate()
+        return self.store.read(leaf, rows)
+
+    def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """See backends/base.py."""
+        self.device.activate()
+        self.store.write(leaf, rows, values)
+
+    def plan(self, graph: Graph) -> Plan:
+        """The plan of a graph, not yet bound to memory; equal graphs give the same plan."""
+        return self.planner.plan(graph)
+
+    def program(self, graph: Graph) -> Program:
+        """The program of a graph, from the cache where an equal graph was seen before."""
+        key = graph.key()
+        if key not in self._programs:
+            self._programs[key] = self.bind(self.plan(graph))
+        return self._programs[key]
+
+    def bind(self, plan: Plan) -> Program:
+        """A program for a plan; kernels and weights it needs are made ready."""
+        self.device.activate()
+        self.device.prepare(plan.kernels())
+        if self._work is None or plan.arena_nbytes > self._work.nbytes:
+            nbytes = max(plan.arena_nbytes, 256)  # older programs keep theirs
+            self._work = self._room(nbytes, "activations").take(nbytes)
+        return Program(
+            plan, self.device, self.stream, self.store, self._work, self._nothing, self._graphs
+        )
+
+    def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
+        """Compile or load all kernels of these graphs, then pack and upload the weights."""
+        self.device.activate()
+        plans = [self.plan(graph) for graph in graphs]
+        self.device.prepare([k for plan in plans for k in plan.kernels()], progress)
+        buffers = weight_buffers(plans)
+        total, done = sum(map(stored_nbytes, buffers)), 0
+        for nbytes in self.store.load(buffers):
+            done += nbytes
+            if progress:
+                progress(done, total, "loading weights")
+
+    def abort(self) -> None:
+        """A step cannot be ended early: it takes milliseconds."""
+
+    def missing(self, graphs: Sequence[Graph]) -> int:
+        """How many kernels of these graphs have yet to be compiled."""
+        return self.device.missing([k for g in graphs for k in self.plan(g).kernels()])
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """See backends/base.py."""
+        return self.planner.distinct_sizes(graph, sizes)
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.device.activate()
+        self.stream.synchronize()
+        for program in self._programs.values():
+            program.close()
+        self._programs.clear()
+        self.planner.clear()
+        self.store.close()
+        for room in self._rooms:
+            room.close()
+        self.stream.close()
+        self.device.close()
+
+    def _room(self, nbytes: int, name: str) -> arena.Arena:
+        self._rooms.append(self.device.arena(nbytes, name))
+        return self._rooms[-1]
+
+
+def weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
+    """The weights these plans read, each form once, in order of use."""
+    found = {b.content: b for plan in plans for b in plan.buffers() if b.memory in WEIGHTS}
+    return list(found.values())

@@ -1,0 +1,52 @@
+"""Plans of graphs for a GPU; made without a GPU, a driver or a compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
+from runtime.backends.passes.packing import Options
+from runtime.backends.plan import planner
+from runtime.backends.plan.lowering import Rules
+from runtime.ops.cost import page_nbytes
+from runtime.ops.graph import Graph
+from runtime.ops.tensor import Tensor
+
+MAX_HEAD_DIM = 0  # no fused qkv_post yet
+
+
+def options(activations: str = "int8", fuse: bool = True) -> Options:
+    """See `Options`; the width of tiles means nothing here."""
+    return Options(frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse)
+
+
+class Planner(planner.Planner):
+    """Plans for any GPU."""
+
+    def rules(self) -> Rules:
+        """See plan/planner.py."""
+        from runtime.backends.cuda.rules import RULES
+
+        return RULES
+
+    def packed_nbytes(self, weight: Tensor) -> int:
+        """See plan/planner.py."""
+        *experts, rows, inner = map(int, weight.shape)
+        return math.prod(experts) * packed_nbytes(packed_type(weight.dtype), rows, inner)
+
+    def page_nbytes(self, leaf: Tensor) -> int:
+        """Bytes of one page of all KV heads of a layer, or of one slot."""
+        return page_nbytes(leaf)
+
+    def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
+        """Of these numbers of tokens the first of each that takes other kernels."""
+        first: dict[int, int] = {}
+        for size in sizes:
+            first.setdefault(columns_of(size), size)
+        return list(first.values())
+
+
+def columns_of(tokens: int) -> int:
+    """Columns of a product that share the reading of a weight: 1, 2, 4 or 8, more in turns."""
+    return next((n for n in (1, 2, 4) if tokens <= n), 8)

@@ -1,0 +1,152 @@
+"""Weights, constants and state of one model in a GPU's memory, made on first use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.backends.base import stored_tensor
+from runtime.backends.cuda.arena import Arena, Buffer
+from runtime.backends.cuda.driver import ALIGNMENT
+from runtime.backends.cuda.launcher import Device, Stream
+from runtime.backends.cuda.layouts import pack, packed_nbytes, packed_type, turns_of
+from runtime.backends.cuda.pages import from_plain, to_plain
+from runtime.backends.plan import plan
+from runtime.ops.cost import page_nbytes
+from runtime.ops.quants import dequantize
+from runtime.ops.tensor import Tensor
+
+
+class Store:
+    """What all programs of a model share on one device."""
+
+    def __init__(self, device: Device, stream: Stream, file: Any) -> None:
+        self.device, self._stream, self._file = device, stream, file
+        self._made: dict[Hashable, Buffer] = {}
+        self._arenas: list[Arena] = []
+        self._room: Arena | None = None  # of `load`: weights lie in it one after another
+
+    def place(self, buffer: plan.Buffer) -> Buffer:
+        """Where a weight, a constant or a state leaf lies. MemoryLimitError: there is no room."""
+        if buffer.content not in self._made:
+            assert buffer.tensor is not None, "what is fixed is a tensor"
+            if buffer.memory == "state":
+                self._made[buffer.content] = self._state(buffer.tensor)
+            else:
+                self._made[buffer.content] = self._upload(_MAKERS[buffer.memory](self, buffer.tensor))
+        return self._made[buffer.content]
+
+    def load(self, buffers: Iterable[plan.Buffer]) -> Iterator[int]:
+        """Make all; yields the file bytes finished after each tensor."""
+        wanted = [b for b in buffers if b.content not in self._made]
+        nbytes = sum(-(-made_nbytes(b) // ALIGNMENT) * ALIGNMENT for b in wanted)
+        if nbytes:
+            self._room = self._arena(nbytes, "weights")
+        for buffer in wanted:
+            self.place(buffer)
+            yield stored_nbytes(buffer)
+        self._room = None
+
+    def state(self, leaf: Tensor) -> Buffer:
+        """Pages or slots of a state leaf."""
+        return self.place(plan.Buffer("state", leaf.name, leaf.nbytes, tensor=leaf))
+
+    def copy(self, leaf: Tensor, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages or slots of a leaf, in the stream's order."""
+        at, size = self.state(leaf).address, page_nbytes(leaf)
+        driver = self.device.driver
+        for source, target in zip(sources, targets, strict=True):
+            driver.copy(at + target * size, at + source * size, size, self._stream.handle)
+
+    def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """See `Backend.read_state`."""
+        buffer, size = self.state(leaf), page_nbytes(leaf)
+        found = np.empty((len(rows), size), np.uint8)
+        for row, out in zip(rows, found, strict=True):
+            buffer.view(row * size, size).read(out, self._stream)
+        if leaf.attrs["storage"] == "slots":
+            return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
+        return to_plain(found, leaf)
+
+    def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
+        """The inverse of `read`."""
+        if leaf.attrs["storage"] == "slots":
+            raw = np.ascontiguousarray(values, np.float32).reshape(len(rows), -1).view(np.uint8)
+        else:
+            raw = from_plain(values, leaf)
+        buffer, size = self.state(leaf), page_nbytes(leaf)
+        for row, page in zip(rows, raw, strict=True):
+            buffer.view(row * size, size).write(page, self._stream)
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self._made.clear()
+        for arena in self._arenas:
+            arena.close()
+
+    def _arena(self, nbytes: int, name: str) -> Arena:
+        self._arenas.append(self.device.arena(nbytes, name))
+        return self._arenas[-1]
+
+    def _state(self, leaf: Tensor) -> Buffer:
+        nbytes = int(leaf.shape[0]) * page_nbytes(leaf)
+        buffer = self._arena(nbytes, leaf.name).take(nbytes)
+        buffer.fill(0, self._stream)
+        return buffer
+
+    def _upload(self, array: np.ndarray) -> Buffer:
+        nbytes = max(array.nbytes, 1)
+        arena = self._room or self._arena(nbytes, "a weight")
+        buffer = arena.take(nbytes)
+        buffer.write(array, self._stream)
+        self._stream.synchronize()
+        return buffer
+
+    def _raw(self, w: Tensor) -> np.ndarray:
+        return np.ascontiguousarray(stored_tensor(self._file, w).data).view(np.uint8).reshape(-1)
+
+    def _vector(self, w: Tensor) -> np.ndarray:
+        return np.ascontiguousarray(dequantize(self._raw(w), w.dtype, w.shape), np.float32)
+
+    def _turns(self, w: Tensor) -> np.ndarray:
+        return turns_of(self._constant(w) if w.op == "constant" else self._vector(w))
+
+    def _repacked(self, w: Tensor) -> np.ndarray:
+        format, (rows, inner) = packed_type(w.dtype), (int(w.shape[-2]), int(w.shape[-1]))
+        raw = self._raw(w)
+        if format != w.dtype.name.upper():
+            raw = np.ascontiguousarray(dequantize(raw, w.dtype, w.shape), np.float32).view(np.uint8)
+        matrices = raw.reshape(math.prod(w.shape[:-2]), -1)
+        return np.concatenate([pack(matrix, format, rows, inner) for matrix in matrices])
+
+    def _constant(self, w: Tensor) -> np.ndarray:
+        return np.ascontiguousarray(w.attrs["value"])
+
+
+_MAKERS: dict[str, Callable[[Store, Tensor], np.ndarray]] = {
+    "raw": Store._raw,
+    "vector": Store._vector,
+    "turns": Store._turns,
+    "repacked": Store._repacked,
+    "constant": Store._constant,
+}
+WEIGHTS = ("raw", "vector", "turns", "repacked")  # forms
+
+
+def stored_nbytes(buffer: plan.Buffer) -> int:
+    """Bytes of the file that a weight is made from."""
+    return buffer.tensor.nbytes if buffer.tensor is not None else 0
+
+
+def made_nbytes(buffer: plan.Buffer) -> int:
+    """Bytes of a weight in its form."""
+    w = buffer.tensor
+    assert w is not None, "a weight buffer has its tensor"
+    if buffer.memory == "repacked":
+        each = packed_nbytes(packed_type(w.dtype), int(w.shape[-2]), int(w.shape[-1]))
+        return math.prod(map(int, w.shape[:-2])) * each
+    return {"raw": w.nbytes, "vector": 4 * w.size, "turns": 8 * w.size}[buffer.memory]

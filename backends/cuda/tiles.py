@@ -1,0 +1,28 @@
+"""How a step's tokens are cut into the tiles that attention works on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.backends.cuda.kernels.attention import ROWS
+from runtime.ops.tensor import Tensor
+
+
+def tile_rows(node: Tensor) -> int:
+    """Tokens of a tile: their query heads of one KV head are its rows."""
+    q, k = node.inputs[:2]
+    return max(1, ROWS * int(k.shape[2]) // int(q.shape[1]))
+
+
+def attention_tiles(sequences: np.ndarray, tokens: int, most: int) -> np.ndarray:
+    """Runs of live tokens of one sequence, `most` at most: int32 [tiles, 4], sequence, first, count
+
+    The tiles of a sequence begin at its first token of the step.
+    """
+    row = np.asarray(sequences[:tokens])
+    starts = np.flatnonzero(np.diff(row, prepend=-1))
+    found = []
+    for start, end in zip(starts, [*starts[1:], tokens], strict=True):
+        for first in range(start, end, most):
+            found.append((row[first], first, min(most, end - first), 0))
+    return np.array(found, np.int32).reshape(-1, 4)

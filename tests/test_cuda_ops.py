@@ -24,7 +24,9 @@ HAVE = set(RULES.names()) | {name for name, op in OPS.items() if op.view}
 SOME = ("whole", "partly", "empty")  # variants of a plain run; CUDA_OPS=all takes all of them
 ALL = os.environ.get("CUDA_OPS") == "all"
 POINTS = [
-    p for p in RUN if p.values[0] in HAVE and (ALL or p.values[2] in SOME) and p.values[2] not in INPUTS
+    p
+    for p in RUN
+    if p.values[0] in HAVE and (ALL or p.values[2] in SOME) and p.values[2] not in INPUTS
 ]
 
 

@@ -82,6 +82,11 @@ def activations_nbytes(columns: int, inner: int) -> int:
     return meta_offset(columns, inner) + columns * inner // BLOCK * 8
 
 
+def columns_of(tokens: int) -> int:
+    """Columns of a product that share the reading of a weight: 1, 2, 4 or 8, more in turns."""
+    return next((n for n in (1, 2, 4) if tokens <= n), 8)
+
+
 def pack(raw: np.ndarray, format: str, rows: int, inner: int) -> np.ndarray:
     """A matrix of the file, its rows one after another as uint8, as kernels read it: uint8."""
     out = np.zeros(packed_nbytes(format, rows, inner), np.uint8)

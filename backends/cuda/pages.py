@@ -18,7 +18,12 @@ def to_plain(pages: np.ndarray, leaf: Tensor) -> np.ndarray:
     if leaf.dtype.name != "f16":
         raise BackendError(f"{leaf!r}: not yet")
     if leaf.attrs["storage"] == "v":
-        return pages.view(np.float16).reshape(-1, heads, dim, tokens).transpose(0, 3, 1, 2).astype("f4")
+        return (
+            pages.view(np.float16)
+            .reshape(-1, heads, dim, tokens)
+            .transpose(0, 3, 1, 2)
+            .astype("f4")
+        )
     return pages.view(np.float16).reshape(-1, heads, tokens, dim).swapaxes(1, 2).astype(np.float32)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
+from runtime.backends.cuda.layouts import FORMATS, columns_of, packed_nbytes, packed_type
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
@@ -45,8 +45,3 @@ class Planner(planner.Planner):
         for size in sizes:
             first.setdefault(columns_of(size), size)
         return list(first.values())
-
-
-def columns_of(tokens: int) -> int:
-    """Columns of a product that share the reading of a weight: 1, 2, 4 or 8, more in turns."""
-    return next((n for n in (1, 2, 4) if tokens <= n), 8)

@@ -7,6 +7,7 @@ one block of memory, which is copied to the device before the launches run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,13 +80,13 @@ class Program:
         for output in self._outputs:
             output.fetch(self._stream)
         self._stream.synchronize()
-        seconds = [after.since(before) for before, after in zip(events, events[1:], strict=False)]
+        seconds = [after.since(before) for before, after in pairwise(events)]
         for event in events:
             event.close()
         nanoseconds = np.nan_to_num(np.array(seconds) * 1e9).astype(np.int64)
         counts = [len(instruction.calls) for instruction in self.plan.instructions]
         starts = np.concatenate([[0], np.cumsum(counts)])
-        each = [int(nanoseconds[a:b].sum()) for a, b in zip(starts, starts[1:], strict=False)]
+        each = [int(nanoseconds[a:b].sum()) for a, b in pairwise(starts)]
         return [output.array(live) for output in self._outputs], np.array(each, np.int64)
 
     def close(self) -> None:

@@ -36,7 +36,9 @@ class Store:
             if buffer.memory == "state":
                 self._made[buffer.content] = self._state(buffer.tensor)
             else:
-                self._made[buffer.content] = self._upload(_MAKERS[buffer.memory](self, buffer.tensor))
+                self._made[buffer.content] = self._upload(
+                    _MAKERS[buffer.memory](self, buffer.tensor)
+                )
         return self._made[buffer.content]
 
     def load(self, buffers: Iterable[plan.Buffer]) -> Iterator[int]:

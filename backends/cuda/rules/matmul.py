@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from runtime.backends.cuda.kernels.matvec import rows_of
 from runtime.backends.cuda.layouts import (
-    FORMATS,
     activations_nbytes,
+    columns_of,
     meta_offset,
     packed_type,
     parts,
 )
-from runtime.backends.cuda.planner import columns_of
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.plan.lowering import Declined, Lowering, Out
 from runtime.backends.plan.plan import Ref
@@ -26,7 +25,7 @@ def packed(lowering: Lowering, node: Tensor, rows: int, n: int) -> tuple[Out, Ou
 @lowers("pack")
 def pack(lowering: Lowering, node: Tensor) -> None:
     """Rows of float32 to int8 blocks, or as they are for weights that are floats."""
-    address, n, live, stride = lowering.rows(node.inputs[0])
+    address, n, _, stride = lowering.rows(node.inputs[0])
     rows = node.inputs[0].size // n
     if node.attrs["coding"] == "f32":
         lowering.emit(

@@ -141,3 +141,19 @@ class Staged(Protocol):
         the outputs are the caller's. When it is closed no step is under way any more.
         """
         ...
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """What a backend has beside whose memory is not the host's."""
+
+    def memory(self, graph: Graph) -> tuple[int, int]:
+        """(free bytes, bytes that the weights of a model and its work take beside its cache).
+
+        graph: of its largest step.
+        """
+        ...
+
+    def bandwidth(self) -> float | None:
+        """Bytes per second that its memory gives, read and written; None where it is not known."""
+        ...

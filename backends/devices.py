@@ -15,6 +15,8 @@ from runtime.backends.meta.expression import Device
 from runtime.backends.meta.stages import Stage
 from runtime.ops.errors import OptionError, shown
 
+AUTO = "auto"
+
 
 def open_backend(
     devices: str, file: Any, threads: int | None, activations: str, split_mode: str | None = None,
@@ -25,6 +27,8 @@ def open_backend(
     file: an open GGUF file. threads: of all devices together, by default one per core; of a NUMA
     node its own. OptionError names what cannot be used, and what is known.
     """
+    if devices.strip().lower() == AUTO:
+        devices = automatic()
     stages = chosen(devices, split_mode, tensor_split, main_device, count)
     every = list(dict.fromkeys(device for stage in stages for device in stage.devices))
     kinds = sorted({device.kind for device in every})
@@ -51,7 +55,14 @@ def names_mpi(expression: str) -> bool:
 
 
 def count(kind: str) -> int:
-    """How many devices of a kind this machine has; of MPI, how many processes this run has."""
+    """How many devices of a kind this machine has; of MPI, how many processes this run has.
+
+    Of GPUs those whose driver is there, usable or not.
+    """
+    if kind == "cuda":
+        from runtime.backends.cuda.found import count as gpus
+
+        return gpus()
     if kind == "mpi":
         from runtime.backends.meta.processes import processes
 
@@ -59,6 +70,16 @@ def count(kind: str) -> int:
     from runtime.backends.cpu.run.cores import numa_nodes
 
     return len(numa_nodes()) or 1 if kind == "numa" else 1
+
+
+def automatic() -> str:
+    """What "auto" stands for: the first GPU that kernels run on, or the CPU where there is none."""
+    from runtime.backends.cuda.found import gpus
+
+    usable = [gpu for gpu in gpus() if not gpu.problem]
+    if debug() >= 1:
+        print(f"devices='auto': {usable[0] if usable else 'cpu'}", file=sys.stderr)
+    return f"cuda:{usable[0].index}" if usable else "cpu"
 
 
 def _shares_of_all(expression: str, stage: Stage) -> list[float]:
@@ -78,8 +99,8 @@ def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> No
     what = ""
     if any(device.nbytes is not None for device in every):
         what = "sizes of memory are for 'runtime plan'; leave them out"
-    elif "cuda" in kinds:
-        what = "models do not run on CUDA yet; 'runtime plan' shows how they would"
+    elif "cuda" in kinds and len(every) > 1:
+        what = "a GPU runs a model alone; 'runtime plan' shows how several would"
     elif "mpi" in kinds:
         what = "mpi is all processes of this run, each with a part of every tensor: tensor(mpi)"
     elif set(kinds) & {"null", "reference"}:
@@ -109,7 +130,7 @@ def _beside(stage: Stage, opened: _Opened) -> Backend:
 
 
 class _Opened:
-    """Opens the CPU devices of stages, each with its part of the threads and of the cores.
+    """Opens the devices of stages, those of the CPU with their part of the threads and the cores.
 
     A device of several stages is opened for each of them, with as many threads.
     """
@@ -134,6 +155,10 @@ class _Opened:
             print(f"{len(weights)} devices for {total} threads: each has one", file=sys.stderr)
 
     def device(self, device: Device) -> Any:
+        if device.kind == "cuda":
+            from runtime.backends.cuda.backend import CudaBackend
+
+            return CudaBackend(self._file, device.number or 0, self._activations)
         from runtime.backends.cpu import CpuBackend
         from runtime.backends.cpu.run.cores import shared_out
 

@@ -27,11 +27,12 @@ def fake_cuda(file: Any = None, execute: bool = True, **options: Any) -> CudaBac
 def on_fake_cuda(path: Path, activations: str = "int8", **options: Any) -> Iterator[runtime.Model]:
     """A model on such a backend; `backend`: what else it takes."""
     given = options.pop("backend", {})
+    options = {"context": 64, "sequences": 1, "progress": False} | options
 
     def opened(devices: str, file: Any, *_: Any, **__: Any) -> CudaBackend:
         return fake_cuda(file, activations=activations, **given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.model.open_backend", opened)
-        with runtime.load(path, context=64, sequences=1, progress=False, **options) as model:
+        with runtime.load(path, **options) as model:
             yield model

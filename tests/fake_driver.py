@@ -40,7 +40,13 @@ from fake_order import Order
 from runtime.backends.cuda.accesses import accesses
 from runtime.backends.cuda.arena import sized
 from runtime.backends.cuda.catalogue import Compiled
-from runtime.backends.cuda.driver import ALIGNMENT, NEEDED_CUDA, DeviceInfo, Driver
+from runtime.backends.cuda.driver import (
+    ALIGNMENT,
+    NEEDED_CUDA,
+    DeviceInfo,
+    DeviceLostError,
+    Driver,
+)
 from runtime.backends.cuda.launcher import Launch
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import MemoryLimitError
@@ -49,7 +55,10 @@ H100 = DeviceInfo(0, "fake H100", (9, 0), 80 << 30, 132, 227 << 10, 50 << 20, 1_
 
 
 class FakeDriver(Driver):
-    """`Driver` for GPUs that are not there; `calls` lists what was asked, oldest first."""
+    """`Driver` for GPUs that are not there; `calls` lists what was asked, oldest first.
+
+    `lost`: an error from which on all calls fail, as they do after one of a kernel.
+    """
 
     fake = True
 
@@ -66,6 +75,7 @@ class FakeDriver(Driver):
         self._count = 0
         self._pinned: dict[int, Any] = {}
         self._order = Order()
+        self.lost = ""
 
     def version(self) -> int:
         return self._version
@@ -86,6 +96,8 @@ class FakeDriver(Driver):
         self._alive(self._contexts[index], "context").alive = False
 
     def use_context(self, context: Handle) -> None:
+        if self.lost:
+            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
         if context.kind != "context" or not context.alive:
             raise wrong(f"{context} cannot be made current")
         self._thread.current = context.of
@@ -248,6 +260,8 @@ class FakeDriver(Driver):
         self.calls.append(call)
 
     def _current(self) -> int:
+        if self.lost:
+            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
         current = getattr(self._thread, "current", None)
         if current is None or not self._contexts[current].alive:
             raise wrong("no context is current in this thread: activate the device first")
@@ -263,6 +277,8 @@ class FakeDriver(Driver):
         return handle
 
     def _alive(self, handle: Any, kind: str) -> Handle:
+        if self.lost and kind != "context":
+            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
         if not isinstance(handle, Handle) or handle.kind != kind:
             raise wrong(f"{handle!r} is no {kind}")
         if not handle.alive:

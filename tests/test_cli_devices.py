@@ -49,7 +49,7 @@ def test_what_is_given_reaches_the_model(invoke, command: str, args: str, want: 
         ("-dev tpu", "devices='tpu': 'tpu' is no device (did you mean cpu?); there are"),
         ("-dev tensor(cpu:0", "devices='tensor(cpu:0': there is no ) where tensor( ends"),
         ("-dev=", "devices='': it is empty; give a device, such as cpu"),
-        ("-dev cuda:0", "devices='cuda:0': models do not run on CUDA yet; 'runtime plan' shows"),
+        ("-dev cuda:0,cpu", "devices='cuda:0,cpu': a GPU runs a model alone; 'runtime plan'"),
         ("-dev cpu:8GB", "devices='cpu:8GB': sizes of memory are for 'runtime plan'"),
         ("-dev -1*cpu", "devices='-1*cpu': a share is a number of 0 and more"),
         ("-dev 0*cpu", "devices='0*cpu': every share is 0"),

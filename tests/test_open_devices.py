@@ -128,7 +128,7 @@ def test_more_devices_than_threads_are_told_to_who_debugs(
 @pytest.mark.parametrize(
     ("expression", "says"),
     [
-        ("tensor(cuda:0,cpu)", "models do not run on CUDA yet; 'runtime plan' shows how they"),
+        ("tensor(cuda:0,cpu)", "a GPU runs a model alone; 'runtime plan' shows how several"),
         ("cpu:64GiB", "sizes of memory are for 'runtime plan'; leave them out"),
         ("cuda:24GB", "sizes of memory are for 'runtime plan'"),
         ("layers(mpi:2)", r"mpi is all processes of this run, .*: tensor\(mpi\)"),

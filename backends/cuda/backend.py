@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,15 +10,17 @@ import numpy as np
 
 from runtime.backends.base import Progress
 from runtime.backends.cuda import arena
-from runtime.backends.cuda.driver import Driver
+from runtime.backends.cuda.driver import DeviceLostError, Driver
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.planner import Planner, options
 from runtime.backends.cuda.program import Program
-from runtime.backends.cuda.stores import WEIGHTS, Store, stored_nbytes
+from runtime.backends.cuda.stores import WEIGHTS, Store, made_nbytes, stored_nbytes
 from runtime.backends.plan.plan import Buffer, Plan
 from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
+
+_KERNELS_AND_GRAPHS = 256 << 20  # bytes, of all programs of a model
 
 
 class CudaBackend:
@@ -105,6 +108,20 @@ class CudaBackend:
             if progress:
                 progress(done, total, "loading weights")
 
+    def memory(self, graph: Graph) -> tuple[int, int]:
+        """See backends/base.py.
+
+        Programs of several sizes keep their working memory; kernels and graphs take some, too.
+        """
+        plan = self.plan(graph)
+        weights = sum(map(made_nbytes, weight_buffers([plan])))
+        free, _ = self.device.memory_info()
+        return free, weights + 2 * plan.arena_nbytes + _KERNELS_AND_GRAPHS
+
+    def bandwidth(self) -> float | None:
+        """See backends/base.py: a copy's, measured once on this machine."""
+        return None
+
     def abort(self) -> None:
         """A step cannot be ended early: it takes milliseconds."""
 
@@ -118,8 +135,9 @@ class CudaBackend:
 
     def close(self) -> None:
         """Give everything back."""
-        self.device.activate()
-        self.stream.synchronize()
+        with contextlib.suppress(DeviceLostError):
+            self.device.activate()
+            self.stream.synchronize()
         for program in self._programs.values():
             program.close()
         self._programs.clear()

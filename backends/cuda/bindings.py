@@ -6,6 +6,7 @@ well under a microsecond of host time: the argument block was packed when the la
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -14,9 +15,33 @@ from runtime.ops.errors import BackendError, MemoryLimitError
 from .arena import sized
 from .arguments import WIDTHS
 from .catalogue import Compiled
-from .driver import DeviceInfo, Driver
+from .driver import DeviceInfo, DeviceLostError, Driver
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+# errors after which a context can do nothing any more
+_LOST = frozenset(
+    "CUDA_ERROR_" + name
+    for name in (
+        "ASSERT",
+        "CONTAINED",
+        "CONTEXT_IS_DESTROYED",
+        "DEINITIALIZED",
+        "DEVICE_UNAVAILABLE",
+        "ECC_UNCORRECTABLE",
+        "EXTERNAL_DEVICE",
+        "HARDWARE_STACK_ERROR",
+        "ILLEGAL_ADDRESS",
+        "ILLEGAL_INSTRUCTION",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "MISALIGNED_ADDRESS",
+        "NVLINK_UNCORRECTABLE",
+        "TENSOR_MEMORY_LEAK",
+        "UNKNOWN",
+    )
+)
 
 
 class BoundDriver(Driver):
@@ -26,10 +51,15 @@ class BoundDriver(Driver):
 
     def __init__(self, api: Any) -> None:
         self._api = api
+        self._names: dict[int, str] = {}  # of the contexts' GPUs
+        self._current = threading.local()
+        self._lost: dict[str, str] = {}  # GPU -> the error that ended it
         self._configurations: dict[tuple[int, int], Any] = {}
 
     def _call(self, name: str, *arguments: Any, what: str = "") -> Any:
         """A driver function's result. BackendError, or MemoryLimitError, names the function."""
+        if self._lost:
+            self._check_lost()
         code, *values = getattr(self._api, name)(*arguments)
         if int(code):
             self._fail(name, code, what)
@@ -37,12 +67,27 @@ class BoundDriver(Driver):
 
     def _fail(self, name: str, code: Any, what: str = "") -> NoReturn:
         if code != self._api.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise BackendError(f"{name} failed: {self._error(code)}")
+            said = f"{name} failed: {self._error(code)}"
+            if getattr(code, "name", "") in _LOST and (gpu := self._here()):
+                self._lost.setdefault(gpu, said)
+                self._check_lost()
+            raise BackendError(said)
         free, total = self.memory_info()
         raise MemoryLimitError(
             f"the GPU has no room{what or ' (' + name + ')'}: {sized(free)} of {sized(total)} are "
             "free; use a shorter context, a smaller kv_type or more devices"
         )
+
+    def _here(self) -> str:
+        """The GPU whose context is current in this thread, or ""."""
+        return getattr(self._current, "name", "")
+
+    def _check_lost(self) -> None:
+        if error := self._lost.get(self._here()):
+            raise DeviceLostError(
+                f"{self._here()} is lost: {error}; close the model and load it again, which "
+                "starts from an empty context"
+            )
 
     def _error(self, code: Any) -> str:
         name = getattr(code, "name", str(code))
@@ -82,12 +127,18 @@ class BoundDriver(Driver):
         )
 
     def retain_context(self, index: int) -> Any:
-        return self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", index))
+        device = self._call("cuDeviceGet", index)
+        context = self._call("cuDevicePrimaryCtxRetain", device)
+        name = self._call("cuDeviceGetName", 128, device).partition(b"\0")[0].decode()
+        self._names[int(context)] = f"cuda:{index} ({name})"
+        return context
 
     def release_context(self, index: int) -> None:
+        self._current.name = ""  # also where the GPU is lost
         self._call("cuDevicePrimaryCtxRelease", self._call("cuDeviceGet", index))
 
     def use_context(self, context: Any) -> None:
+        self._current.name = self._names.get(int(context), "")
         self._call("cuCtxSetCurrent", context)
 
     def memory_info(self) -> tuple[int, int]:
@@ -169,7 +220,7 @@ class BoundDriver(Driver):
     def launch(self, launch: Any, stream: Any) -> None:
         (code,) = self._api.cuLaunchKernel(*launch.shape, stream, launch.address, 0)
         if code:
-            raise BackendError(f"launching {launch} failed: {self._error(code)}")
+            self._fail(f"launching {launch}", code)
 
     def launch_programmatic(self, launch: Any, stream: Any) -> None:
         key = launch.number, int(stream)
@@ -178,7 +229,7 @@ class BoundDriver(Driver):
             kept = self._configurations[key] = launch.shape, self._configuration(launch, stream)
         (code,) = self._api.cuLaunchKernelEx(kept[1], launch.shape[0], launch.address, 0)
         if code:
-            raise BackendError(f"launching {launch} failed: {self._error(code)}")
+            self._fail(f"launching {launch}", code)
 
     def _configuration(self, launch: Any, stream: Any) -> Any:
         api = self._api
@@ -232,7 +283,7 @@ class BoundDriver(Driver):
     def launch_graph(self, executable: Any, stream: Any) -> None:
         (code,) = self._api.cuGraphLaunch(executable, stream)
         if code:
-            raise BackendError(f"launching a graph failed: {self._error(code)}")
+            self._fail("launching a graph", code)
 
     def destroy_executable(self, executable: Any) -> None:
         self._call("cuGraphExecDestroy", executable)

@@ -7,9 +7,12 @@ on the context made current in the calling thread.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from runtime.ops.errors import BackendError
 
 if TYPE_CHECKING:
     from .catalogue import Compiled
@@ -21,16 +24,21 @@ SHARED_NBYTES = 48 << 10  # of a block, without asking
 ALIGNMENT = 256  # bytes, of what a driver allocates
 
 
+class DeviceLostError(BackendError):
+    """The GPU fails from now on, whatever it is asked: what lay in its memory is gone."""
+
+
 class Owned:
     """What a driver has made for us, until `close` or the end of a `with`."""
 
     _open = True
 
     def close(self) -> None:
-        """Give it back; a second call does nothing."""
+        """Give it back; a second call does nothing, and neither does one to a GPU that is lost."""
         if self._open:
             self._open = False
-            self._free()
+            with contextlib.suppress(DeviceLostError):
+                self._free()
 
     def _free(self) -> None:
         raise NotImplementedError
@@ -60,7 +68,8 @@ class DeviceInfo:
 
 
 class Driver(Protocol):
-    """A CUDA driver. BackendError: a call failed; MemoryLimitError: no room on the device."""
+    """A CUDA driver. BackendError: a call failed; MemoryLimitError: no room on the device;
+    DeviceLostError: a kernel or the hardware failed, and every later call will."""
 
     fake: bool
 

@@ -87,11 +87,13 @@ class Device(Owned):
         return self.driver.memory_info()
 
     def _free(self) -> None:
-        self.activate()
-        for function in self._functions.values():
-            self.driver.unload(function.library)
-        self._functions.clear()
-        self.driver.release_context(self.index)
+        try:
+            self.activate()
+            for function in self._functions.values():
+                self.driver.unload(function.library)
+            self._functions.clear()
+        finally:  # the last one to release a context that failed makes room for a new one
+            self.driver.release_context(self.index)
 
 
 class Function:

@@ -27,17 +27,18 @@ Examples:
         type=THREADS, metavar="N")  # fmt: skip
 @option("--json as_json", "As JSON.", "Options", is_flag=True)
 def command(bandwidth: bool, threads: int | None, as_json: bool) -> None:
-    """Show the processor, the instruction sets kernels are compiled for, and memory."""
-    found = _cpu()
+    """Show the processor, the instruction sets kernels are compiled for, memory, and GPUs."""
+    found, cuda = _cpu(), _cuda()
     if bandwidth:
         from runtime.cli.bandwidth import measured
 
         note("measuring memory bandwidth ...")
         found["read_bandwidth"] = measured(threads or found["physical_cores"])
     if as_json:
-        click.echo(json.dumps({"cpu": found, "cuda": None}, indent=1))
+        click.echo(json.dumps({"cpu": found, "cuda": cuda}, indent=1))
         return
-    click.echo(table(_rows(found), ("device", "what", "value")))
+    rows = [*_rows(found), *_gpu_rows(cuda), *_example_rows(bool(cuda["devices"]))]
+    click.echo(table(rows, ("device", "what", "value")))
 
 
 def _cpu() -> dict[str, Any]:
@@ -59,6 +60,33 @@ def _cpu() -> dict[str, Any]:
     }
 
 
+def _cuda() -> dict[str, Any]:
+    from runtime.backends.cuda.found import described
+
+    return described()
+
+
+def _gpu_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """GPUs, their driver, and why one cannot be used."""
+    if not found["devices"]:
+        return [("cuda", "none", found["problem"])]
+    rows = []
+    for gpu in found["devices"]:
+        memory = f"{size(gpu['memory_total'])} in all"
+        if gpu["memory_free"] is not None:
+            memory += f", {size(gpu['memory_free'])} free"
+        target = f", kernels for {gpu['target']}" if gpu["target"] else ""
+        rows += [
+            (gpu["device"], "GPU", f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors"),
+            ("", "capability", f"{gpu['capability']}{target}"),
+            ("", "memory", memory),
+        ]
+        if gpu["problem"]:
+            rows.append(("", "not usable", gpu["problem"]))
+    version = f"{found['driver']}, " if found["driver"] else ""
+    return [*rows, ("", "driver", f"{version}supports CUDA {found['cuda']}")]
+
+
 def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     memory = [
         f"{size(n)} {word}"
@@ -76,12 +104,16 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if "read_bandwidth" in found:
         rows.append(("", "bandwidth", f"{found['read_bandwidth'] / 1e9:.1f} GB/s read"))
-    rows.append(("cuda", "", "not in this version: models run on the CPU"))
-    return rows + [
-        ("--devices" * (n == 0), what, example) for n, (what, example) in enumerate(_EXAMPLES)
-    ]
+    return rows
 
 
+def _example_rows(gpu: bool) -> list[tuple[str, str, str]]:
+    """What `--devices` takes."""
+    examples = [*_GPU_EXAMPLES * gpu, *_EXAMPLES]
+    return [("--devices" * (n == 0), *example) for n, example in enumerate(examples)]
+
+
+_GPU_EXAMPLES = (("a GPU", "cuda:0"), ("a GPU, or else the CPU", "auto"))
 _EXAMPLES = (
     ("all cores", "cpu"),
     ("parts of tensors", "tensor(cpu:0,cpu:1)"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import forks
-from runtime.backends.base import Backend, Program, Progress, Staged, Step
+from runtime.backends.base import Apart, Backend, Program, Progress, Staged, Step
 from runtime.backends.environment import debug, inspected, validate
 from runtime.engine.advance import Advance, Piece, begin, commit
 from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
@@ -23,7 +23,7 @@ from runtime.engine.programs import Programs
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import BackendError, Error, MemoryLimitError, OptionError
 from runtime.gguf.reader import GGUFFile
-from runtime.memory.budget import Memory, choose
+from runtime.memory.budget import CacheSize, Memory, choose
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
 from runtime.models.registry import Architecture
@@ -59,12 +59,18 @@ class Engine:
             said = f"{self.staged.stages} stages for {layers} layers: some begin inside a layer"
             print(said, file=sys.stderr)
         page, slot = state_nbytes(backend, architecture, kv_types)
-        weights, trained = file.tensors_nbytes, architecture.p.context
-        size = choose(context, trained, sequences, page, weights, slot)
-        self.context, self.vocabulary = size.context, architecture.p.vocabulary
+        trained, self.vocabulary = architecture.p.context, architecture.p.vocabulary
+        self.most_tokens, self.most_rows = _limits(file, self.vocabulary)
+        weights, free, where = file.tensors_nbytes, None, ""
+        if isinstance(backend, Apart):
+            most = CacheSize(min(context or trained, trained), 1, 2)
+            graphs = StepGraphs(architecture, kv_types, most, cache_rotation)
+            largest = capacity(self.most_tokens, min(self.most_tokens, self.most_rows))
+            (free, weights), where = backend.memory(graphs.graph(*largest)), f" on {backend.name}"
+        size = choose(context, trained, sequences, page, weights, slot, free, where)
+        self.context = size.context
         self.memory = Memory(weights, page, slot, size.pages, size.slots)
         self.graphs = StepGraphs(architecture, kv_types, size, cache_rotation)
-        self.most_tokens, self.most_rows = _limits(file, self.vocabulary)
         step = self.graphs.inputs(1, 1)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
         self.pools = Pools(size.pages, copy_pages, size.slots)

@@ -86,18 +86,20 @@ class Memory(NamedTuple):
 
 def choose(
     context: int | None, trained: int, sequences: int, page_nbytes: int, weights: int,
-    slot_nbytes: int = 0,
+    slot_nbytes: int = 0, free: int | None = None, where: str = "",
 ) -> CacheSize:  # fmt: skip
     """Context, pages and slots: `context` if given, else the trained one, or what fits in memory.
 
     `page_nbytes` is a page of all layers, `weights` what the model itself will take, `slot_nbytes`
-    the recurrent state of one sequence (0: the model has none). Sequences share one pool: room
+    the recurrent state of one sequence (0: the model has none), `free` what is free of the memory
+    `where` they go (by default the host's). Sequences share one pool: room
     for as many full contexts as asked for and fit, at least one, and for the last pages of
     snapshots. Slots come first, in a quarter of the budget. Pages and slots count in full, though
     the system gives memory only to those ever used.
     MemoryLimitError says what would fit.
     """
-    free, page_nbytes = available_memory(), max(1, page_nbytes)
+    free, page_nbytes = available_memory() if free is None else free, max(1, page_nbytes)
+    more = " or more devices" if where else ""
     budget = sys.maxsize if free is None else max(0, int((free - weights) * SHARE))
     slots = _slots(sequences, budget, slot_nbytes)
     state = slots * slot_nbytes
@@ -106,15 +108,15 @@ def choose(
         also = f" and {gib(state)} of recurrent state" if state else ""
         raise MemoryLimitError(
             f"context={context} needs {gib(-(-context // PAGE) * page_nbytes)} of KV cache{also}, "
-            f"and {gib(budget)} is free beside the model: at most context={most} fits "
-            "(a smaller kv_type such as 'q8_0' fits more)"
+            f"and {gib(budget)} is free beside the model{where}: at most context={most} fits "
+            f"(a smaller kv_type such as 'q8_0'{more} fits more)"
         )
     wanted = context or min(trained, most)
     if wanted < 1:
         also = f" beside {gib(state)} of recurrent state" if state else ""
         raise MemoryLimitError(
-            f"the model takes {gib(weights)} and {gib(free or 0)} of memory is free: "
-            f"no room is left for a KV cache{also}; use a smaller or more quantised model"
+            f"the model takes {gib(weights)} and {gib(free or 0)} of memory is free{where}: "
+            f"no room is left for a KV cache{also}; use a smaller or more quantised model{more}"
         )
     each = -(-wanted // PAGE)
     pages = min((each + _SPARE_PAGES) * sequences, (budget - state) // page_nbytes)

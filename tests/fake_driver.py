@@ -213,10 +213,12 @@ class FakeDriver(Driver):
         nodes = self._alive(graph, "graph").value
         if len(before) != len(programmatic) or not all(0 <= n < len(nodes) for n in before):
             raise wrong(f"{launch} waits for nodes that are not of {graph}")
+        if any(programmatic) and not all(programmatic):
+            raise wrong(f"{launch} has edges of both kinds")
         if any(programmatic) and not accesses(launch.kernel).waits:
             raise wrong(f"{launch} has a programmatic edge and no launch_wait")
         node = self._checked(launch)
-        node.before = tuple(before)
+        node.before, node.programmatic = tuple(before), any(programmatic)
         nodes.append(node)
         return len(nodes) - 1
 
@@ -234,6 +236,7 @@ class FakeDriver(Driver):
         if changed.shape[0] is not nodes[node].shape[0]:
             raise wrong(f"node {node} is {nodes[node].name}, not {changed.name}")
         changed.before = nodes[node].before
+        changed.programmatic = nodes[node].programmatic
         after = [*nodes[:node], changed, *nodes[node + 1 :]]
         check_order(after)
         nodes[node] = changed

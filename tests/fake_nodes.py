@@ -66,14 +66,20 @@ class Function:
 
 @dataclass
 class Node:
-    """A launch as it was when it was given to the driver, and the nodes it waits for."""
+    """A launch as it was when it was given to the driver, and the nodes it waits for.
+
+    `programmatic`: it begins when these begin, and waits for them in its `launch_wait`. `early`: of
+    its `spans` those that must be done before it begins.
+    """
 
     name: str
     shape: tuple[Any, ...]
     values: tuple[int | float, ...]
     buffers: dict[str, Any]
     spans: list[Span]
+    early: list[Span]
     before: tuple[int, ...] = ()
+    programmatic: bool = False
 
     def pointers(self) -> list[tuple[str, int, int]]:
         """(name, address, bytes of its buffer) of every pointer argument."""
@@ -96,9 +102,12 @@ def seen(launch: Launch) -> Node:
         raise wrong(f"{name} has {nbytes} bytes of shared memory, needs {entry.shared_nbytes}")
     if nbytes > function.shared_nbytes:
         raise wrong(f"{name} is allowed {function.shared_nbytes} of {nbytes} bytes shared memory")
-    touched = [Span(*span) for span in spans(launch)] if _all_alive(launch) else []
+    touched, early = (
+        [Span(*span) for span in spans(launch, early)] if _all_alive(launch) else []
+        for early in (False, True)
+    )
     values = unpacked(entry, launch.address)
-    return Node(name, launch.shape, values, dict(launch.buffers), touched)
+    return Node(name, launch.shape, values, dict(launch.buffers), touched, early)
 
 
 def unpacked(entry: Entry, address: int) -> tuple[int | float, ...]:
@@ -125,18 +134,30 @@ def check_pointers(node: Node, memory: Memory) -> None:
 
 
 def check_order(nodes: list[Node]) -> None:
-    """BackendError: two nodes touch the same bytes, one writing, and no edges order them."""
-    reached: list[int] = []  # of each node, the set of those before it, as bits
+    """BackendError: two nodes touch the same bytes, one writing, and no edges order them.
+
+    A node that is launched early is behind the nodes before it only from its `launch_wait` on; what
+    it touches earlier has to be done when these begin.
+    """
+    ended: list[int] = []  # of each node, the set of those before it, as bits
+    begun: list[int] = []  # and of those that have ended when it begins
     for i, node in enumerate(nodes):
-        bits = 0
+        bits = start = 0
         for before in node.before:
-            bits |= reached[before] | 1 << before
-        reached.append(bits)
+            bits |= ended[before] | 1 << before
+            start |= begun[before] if node.programmatic else ended[before] | 1 << before
+        ended.append(bits)
+        begun.append(start)
         for j, other in enumerate(nodes[:i]):
             if not bits >> j & 1 and overlap(node.spans, other.spans):
                 raise wrong(
                     f"no edges lead from {other.name} (node {j}) to {node.name} (node {i}), and "
                     "one writes what the other uses"
+                )
+            if not start >> j & 1 and overlap(node.early, other.spans):
+                raise wrong(
+                    f"{node.name} (node {i}) uses before its launch_wait, or as unchanging, what "
+                    f"{other.name} (node {j}) writes, and may begin before that has ended"
                 )
 
 

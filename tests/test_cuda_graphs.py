@@ -7,8 +7,10 @@ import random
 
 import numpy as np
 import pytest
-from fake_gpu import NBYTES, ROWS, Gpu, N, normed
+from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
 
+from runtime.backends.cuda.accesses import accesses
+from runtime.backends.cuda.catalogue import KERNELS
 from runtime.backends.cuda.graphs import Edge, Graph, chain, conflict, dependencies, spans
 from runtime.ops.errors import BackendError
 
@@ -129,6 +131,36 @@ def test_programmatic_edges_where_one_launch_follows_another():
         (0, 1, True), (0, 2, True), (1, 3, False), (2, 3, False),
     ]  # fmt: skip
     Graph(gpu.device, launches, edges).replay(gpu.stream)
+
+
+def test_what_a_kernel_reads_before_it_waits_is_done_before_it_begins():
+    """A norm reads its weight as unchanging, so it may not begin while that is being written.
+
+    Waiting for launch 1 alone is not enough: it begins, and lets launch 2 begin, when 0 begins.
+    """
+    gpu = Gpu()
+    a, w, b, c, d, e = gpu.buffers(6)
+
+    def norm(x, weight, out):
+        return gpu.device.launch(NORM, ROWS, x, weight, out, N // 4, 1e-6)
+
+    assert accesses(NORM).early == {"w"}
+    launches = [gpu.norm(a, w), gpu.norm(w, b), norm(b, w, c), gpu.norm(c, d), norm(d, w, e)]
+    edges = dependencies(launches, programmatic=True)
+    assert [(e.before, e.after, e.programmatic) for e in edges] == [
+        (0, 1, True), (1, 2, False), (2, 3, True), (3, 4, True),
+    ]  # fmt: skip
+    Graph(gpu.device, launches, edges).replay(gpu.stream)
+    with pytest.raises(BackendError, match=r"\(node 2\) uses before its launch_wait.*\(node 0\)"):
+        Graph(gpu.device, launches, chain(5, programmatic=True))
+    direct = [gpu.norm(a, w), norm(b, w, c)]
+    assert not dependencies(direct, programmatic=True)[0].programmatic
+
+
+def test_no_kernel_writes_what_it_takes_for_unchanging():
+    for kernel in KERNELS.every():
+        used = accesses(kernel)
+        assert not used.early & used.writes, kernel
 
 
 def test_a_kernel_that_does_not_wait_has_no_programmatic_edge(monkeypatch):

@@ -11,7 +11,7 @@ import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,15 @@ class Accesses:
 
     `widths`: name -> bytes of its widest access, to which the pointer must be aligned. `waits`:
     every thread passes `launch_wait`, so the kernel may be launched before the last one ended.
+    `early`: what it touches before that, or reads through a cache that takes it for unchanging, so
+    that it must be done before the kernel begins.
     """
 
     reads: frozenset[str]
     writes: frozenset[str]
     widths: dict[str, int]
     waits: bool
+    early: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -46,24 +49,35 @@ def accesses(kernel: Kernel) -> Accesses:
     kinds = {name: kind[:-1] for name, kind in found.entry.arguments if kind.endswith("*")}
     uses = _uses(found.function, frozenset(kinds))
     widths: dict[str, int] = {}
-    for name, _, count in uses:
+    for name, mode, count in uses:
+        if mode == "unchanging":
+            continue
         nbytes = _WIDE if count is None else count * WIDTH[kinds[name]]
         widths[name] = max(nbytes, widths.get(name, 0))
-    reads, writes = (frozenset(n for n, mode, _ in uses if mode == m) for m in ("read", "write"))
-    return Accesses(reads, writes, widths, waits(found.function))
+    reads, writes, early = (
+        frozenset(n for n, mode, _ in uses if mode == m) for m in ("read", "write", "unchanging")
+    )
+    early |= {name for name, _, _ in _uses(found.function, frozenset(kinds), before_wait=True)}
+    return Accesses(reads, writes, widths, waits(found.function), early)
 
 
-def _uses(function: Callable, names: frozenset[str]) -> set[tuple[str, str, int | None]]:
-    """(parameter, "read" or "write", elements at once) of everything done with `names`."""
+def _uses(
+    function: Callable, names: frozenset[str], before_wait: bool = False
+) -> set[tuple[str, str, int | None]]:
+    """(parameter, what, elements at once) of everything done with `names`.
+
+    What: "read", "write", and also "unchanging" for reads of what is taken to be so.
+    """
     scope, found = _scope(function), set()
-    for call in ast.walk(_tree(function)):
+    for call in _calls(function, before_wait):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             continue
         passed = [(i, a.id) for i, a in enumerate(call.args) if isinstance(a, ast.Name)]
         handed = [(i, name) for i, name in passed if name in names]
         called = scope.get(call.func.id)
         if handed and isinstance(called, Intrinsic):
-            found |= {(name, *_mode(called)) for i, name in handed if _is_pointer(called, i)}
+            pointers = [name for i, name in handed if _is_pointer(called, i)]
+            found |= {(name, *mode) for name in pointers for mode in _modes(called)}
         elif handed and isinstance(called, types.FunctionType):
             found |= _handed_on(called, handed)
     return found
@@ -89,10 +103,13 @@ def _is_pointer(called: Intrinsic, position: int) -> bool:
     return position == 0 and called.rule in ("load", "stream", "store")
 
 
-def _mode(called: Intrinsic) -> tuple[str, int | None]:
+def _modes(called: Intrinsic) -> list[tuple[str, int | None]]:
     if called.rule == "copy_async":
-        return "read", None
-    return "write" if called.rule == "store" else "read", called.parameters[0]
+        return [("read", None)]
+    if called.rule == "store":
+        return [("write", called.parameters[0])]
+    unchanging = called.rule == "stream" or called.parameters[1] == "constant"
+    return [("read", called.parameters[0])] + [("unchanging", None)] * unchanging
 
 
 def _scope(function: Callable) -> dict[str, Any]:
@@ -112,13 +129,24 @@ def _tree(function: Callable) -> ast.FunctionDef:
     return tree
 
 
+def _calls(function: Callable, before_wait: bool) -> Iterator[ast.AST]:
+    body: list[ast.stmt] = _tree(function).body
+    at = _wait_of(body) if before_wait else None
+    for statement in body[:at]:
+        yield from ast.walk(statement)
+
+
 def waits(function: Callable) -> bool:
     """Whether every thread passes `launch_wait`: in the body itself, behind no early end."""
-    for statement in _tree(function).body:
+    return _wait_of(_tree(function).body) is not None
+
+
+def _wait_of(body: list[ast.stmt]) -> int | None:
+    for i, statement in enumerate(body):
         if any(isinstance(node, ast.Return) for node in ast.walk(statement)):
-            return False
+            return None
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             called = statement.value.func
             if isinstance(called, ast.Name) and called.id == "launch_wait":
-                return True
-    return False
+                return i
+    return None

@@ -6,6 +6,7 @@ effect by `update`. Buffers must live as long as the graph.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ class Edge:
     """Launch `after` waits for launch `before` (places in the list, before < after).
 
     `programmatic`: it may start as soon as all blocks of `before` called `launch_next`, and waits
-    in its own `launch_wait`.
+    for its end in its own `launch_wait`, so that it is also behind all that `before` waited for.
     """
 
     before: int
@@ -76,18 +77,21 @@ def chain(count: int, programmatic: bool = False) -> list[Edge]:
     return [Edge(i, i + 1, programmatic) for i in range(count - 1)]
 
 
-def spans(launch: Launch) -> list[tuple[int, int, bool]]:
-    """(first byte, end, written) of the memory a launch may touch, as large as its buffers."""
+Touched = list[tuple[int, int, bool]]  # first byte, end, whether it is written
+
+
+def spans(launch: Launch, early: bool = False) -> Touched:
+    """The memory a launch may touch, as large as its buffers; `early`: that of `Accesses.early`."""
     used = accesses(launch.kernel)
     found = []
     for name, buffer in launch.buffers.items():
-        if name in used.reads | used.writes:
+        if name in (used.early if early else used.reads | used.writes):
             start = buffer.address
             found.append((start, start + buffer.nbytes, name in used.writes))
     return found
 
 
-def conflict(a: list[tuple[int, int, bool]], b: list[tuple[int, int, bool]]) -> bool:
+def conflict(a: Touched, b: Touched) -> bool:
     """Whether two launches touch the same bytes and one of them writes these."""
     return any(
         start < other_end and other < end and (writes or other_writes)
@@ -99,21 +103,52 @@ def conflict(a: list[tuple[int, int, bool]], b: list[tuple[int, int, bool]]) -> 
 def dependencies(launches: Sequence[Launch], programmatic: bool = False) -> list[Edge]:
     """The fewest edges that keep every launch behind those whose results or inputs it touches.
 
-    `programmatic`: edges to kernels that have but one are programmatic where the kernel waits.
+    `programmatic`: edges to kernels that have but one are programmatic where the kernel waits, and
+    needs nothing earlier than that: it may begin before all that `before` is still waiting for.
     """
     touched = [spans(launch) for launch in launches]
-    reached: list[int] = []  # of each launch, the set of those before it, as bits
+    written = [(start, end) for each in touched for start, end, writes in each if writes]
+    changed = _Ranges(written)
+    ended: list[int] = []  # of each launch, the set of those that ended before it ends, as bits
+    begun: list[int] = []  # and of those that ended before it begins
     edges = []
-    for after, mine in enumerate(touched):
-        bits, before_me = 0, []
+    for after, launch in enumerate(launches):
+        mine, bits, before_me = touched[after], 0, []
         for before in range(after - 1, -1, -1):
             if not bits >> before & 1 and conflict(touched[before], mine):
                 before_me.append(before)
-                bits |= reached[before] | 1 << before
-        reached.append(bits)
-        early = programmatic and len(before_me) == 1 and accesses(launches[after].kernel).waits
+                bits |= ended[before] | 1 << before
+        early = programmatic and len(before_me) == 1 and accesses(launch.kernel).waits
+        if early:
+            settled = begun[before_me[0]]
+            needed = [span for span in spans(launch, early=True) if changed.meets(*span[:2])]
+            early = not needed or not any(
+                conflict(touched[before], needed)
+                for before in range(after)
+                if not settled >> before & 1
+            )
+        ended.append(bits)
+        begun.append(begun[before_me[0]] if early else bits)
         edges += [Edge(before, after, early) for before in before_me]
     return sorted(edges)
+
+
+class _Ranges:
+    """Bytes of many stretches, found again quickly."""
+
+    def __init__(self, stretches: Iterable[tuple[int, int]]) -> None:
+        self._starts, self._ends = list[int](), list[int]()
+        for start, end in sorted(stretches):
+            if self._ends and start <= self._ends[-1]:
+                self._ends[-1] = max(end, self._ends[-1])
+            else:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def meets(self, start: int, end: int) -> bool:
+        """Whether any of these bytes are among them."""
+        at = bisect_right(self._ends, start)
+        return at < len(self._starts) and self._starts[at] < end
 
 
 def _check(launches: list[Launch], edges: list[Edge]) -> None:

@@ -15,18 +15,20 @@ import runtime
 from runtime.backends.cuda.backend import CudaBackend
 
 
-def fake_cuda(file: Any = None, execute: bool = True, **options: Any) -> CudaBackend:
-    """A CUDA backend whose kernels run on the simulator."""
-    if execute:
+def fake_cuda(
+    file: Any = None, execute: bool = True, quick: bool = False, **options: Any
+) -> CudaBackend:
+    """A CUDA backend whose kernels run on the simulator; quick: on numpy_grid.py."""
+    if execute and not quick:
         pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
-    driver = options.pop("driver", None) or FakeDriver(execute=execute)
+    driver = options.pop("driver", None) or FakeDriver(execute=execute, quick=quick)
     return CudaBackend(file, driver=driver, kernels=FakeLibrary(), **options)
 
 
 @contextmanager
 def on_fake_cuda(path: Path, activations: str = "int8", **options: Any) -> Iterator[runtime.Model]:
-    """A model on such a backend; `backend`: what else it takes."""
-    given = options.pop("backend", {})
+    """A model on such a backend, by default a quick one; `backend`: what else it takes."""
+    given = {"quick": True} | options.pop("backend", {})
     options = {"context": 64, "sequences": 1, "progress": False} | options
 
     def opened(devices: str, file: Any, *_: Any, **__: Any) -> CudaBackend:

@@ -11,7 +11,8 @@ It refuses, in one line, what a GPU would punish by wrong numbers, a dead contex
     programmatic edges and launches to kernels that do not wait
 
 With `execute`, memory has contents and kernels run on the simulator, nodes of a graph in a random
-order that its edges allow. Time does not exist: `elapsed` is NaN.
+order that its edges allow; with `quick` on numpy_grid.py instead, for whole models. Time
+does not exist: `elapsed` is NaN.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ class FakeDriver(Driver):
 
     def __init__(
         self, devices: Sequence[DeviceInfo] = (H100,), execute: bool = False, seed: int = 0,
-        version: int = NEEDED_CUDA,
+        version: int = NEEDED_CUDA, quick: bool = False,
     ) -> None:  # fmt: skip
         self.calls: list[tuple[Any, ...]] = []
-        self._devices, self._execute, self._version = list(devices), execute, version
+        self._devices, self._version = list(devices), version
+        self._execute, self._quick = execute or quick, quick
         self._random = random.Random(seed)
-        self._memory = [Memory(d.total_nbytes, execute) for d in devices]
+        self._memory = [Memory(d.total_nbytes, self._execute) for d in devices]
         self._contexts: dict[int, Handle] = {}
         self._thread = threading.local()
         self._count = 0
@@ -247,7 +249,7 @@ class FakeDriver(Driver):
             self._check_alive(node)
         self._touch("graph", stream, [span for node in nodes for span in node.spans])
         for node in shuffled(nodes, self._random) if self._execute else ():
-            perform(node, self._here(), self._random.randrange(1 << 30))
+            perform(node, self._here(), self._random.randrange(1 << 30), self._quick)
 
     def destroy_executable(self, executable: Handle) -> None:
         self._alive(executable, "executable").alive = False
@@ -317,4 +319,4 @@ class FakeDriver(Driver):
 
     def _perform(self, node: Node) -> None:
         if self._execute:
-            perform(node, self._here(), self._random.randrange(1 << 30))
+            perform(node, self._here(), self._random.randrange(1 << 30), self._quick)

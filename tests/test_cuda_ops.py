@@ -1,7 +1,7 @@
 """Every op on the CUDA backend, its kernels on the simulator: the cases of test_ops.py.
 
-A point whose op has no rule yet, or whose form the rule declines, says so by name: WAITING lists
-the ops that are still to come, REFUSED what will stay refused.
+All of them in numpy_grid.py, one form of each op in the simulator, which finds races as well and
+takes far longer (CUDA_OPS=all: all of them there too).
 """
 
 from __future__ import annotations

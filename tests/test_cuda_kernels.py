@@ -7,6 +7,7 @@ import pytest
 from cuda_calls import error, simulate, unset
 
 from runtime.backends.cuda import layouts
+from runtime.ops.elementwise import silu, swiglu_oai
 from runtime.ops.norm import rms_norm as norm_op
 from runtime.ops.rope import rope as rope_op
 from runtime.ops.rope import rope_angles as angles_op
@@ -53,23 +54,32 @@ def test_rms_norm_packed(rng, n: int):
     np.testing.assert_array_equal(meta, expected_meta)
 
 
+@pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize(("rows", "n"), [(1, 4), (2, 36), (3, 1056)])
-def test_swiglu(rng, rows: int, n: int):
-    gate, up = (4 * rng.standard_normal((2, rows, n))).astype(np.float32)
-    gate[0, :2] = -200, 200
-    out = unset(rows, n)
-    grid = (-(-n // 1024), rows)
-    simulate("swiglu", grid, gate, up, out, n // 4, constants={"packed": False})
-    wide = gate.astype(np.float64)
-    assert error(out, wide / (1 + np.exp(-wide)) * up) < 3e-7
+def test_swiglu(rng, rows: int, n: int, clamp: bool):
+    """Rows of gate and up are parts of wider ones."""
+    both = (4 * rng.standard_normal((rows, 2 * n + 4))).astype(np.float32)
+    both[0, :2] = -200, 200
+    gate, up = both[:, :n], both[:, n : 2 * n]
+    out, bounds = unset(rows, n), (1.702, 3.0) if clamp else (0, 0)
+    call = both, both.reshape(-1)[n:], out, n // 4, n // 2 + 1, n // 2 + 1, *bounds
+    simulate("swiglu", (-(-n // 1024), rows), *call, constants={"packed": False, "clamp": clamp})
+    gate, up = gate.astype(np.float64), up.astype(np.float64)
+    if clamp:
+        expected = swiglu_oai.reference(gate, up, alpha=1.702, limit=3.0)
+    else:
+        expected = silu.reference(gate) * up
+    assert error(out, expected) < 3e-7
 
 
-def test_swiglu_packed(rng):
+@pytest.mark.parametrize("clamp", [False, True])
+def test_swiglu_packed(rng, clamp: bool):
     gate, up = rng.standard_normal((2, 2, 96)).astype(np.float32)
-    out = unset(2, 96)
-    simulate("swiglu", (1, 2), gate, up, out, 24, constants={"packed": False})
+    out, rest = unset(2, 96), (24, 24, 24, 1.702, 0.7)
+    simulate("swiglu", (1, 2), gate, up, out, *rest, constants={"packed": False, "clamp": clamp})
     packed, meta = _packed(2, 3)
-    simulate("swiglu", (1, 2), gate, up, packed, meta, 24, constants={"packed": True})
+    call = gate, up, packed, meta, *rest
+    simulate("swiglu", (1, 2), *call, constants={"packed": True, "clamp": clamp})
     expected, expected_meta = layouts.quantize(out)
     np.testing.assert_array_equal(packed, expected)
     np.testing.assert_array_equal(meta, expected_meta)

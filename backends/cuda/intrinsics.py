@@ -142,6 +142,10 @@ vote_all = _op("vote_all", m.vote_all, "u32", "u32", ptx=_VOTE % "all.pred", eff
 ballot = _op("ballot", m.ballot, "u32", "u32", ptx=_BALLOT, effect="volatile")
 _REDUX = "redux.sync.add.s32 $0, $1, 0xffffffff;"
 warp_sum_i32 = _op("warp_sum_i32", m.warp_sum, "i32", "i32", ptx=_REDUX, effect="volatile")
+_REDUX_MAX = "redux.sync.max.s32 $0, $1, 0xffffffff;"
+_REDUX_MIN = "redux.sync.min.u32 $0, $1, 0xffffffff;"
+warp_max_i32 = _op("warp_max_i32", m.warp_max, "i32", "i32", ptx=_REDUX_MAX, effect="volatile")
+warp_min_u32 = _op("warp_min_u32", m.warp_min, "u32", "u32", ptx=_REDUX_MIN, effect="volatile")
 
 # Meeting points
 syncwarp = _op("syncwarp", m.syncwarp, ptx="bar.warp.sync 0xffffffff;", effect="memory")

@@ -274,6 +274,18 @@ def warp_sum(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
 
 
 @_warp
+def warp_max(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """redux.sync.max: the largest over the lanes, signed."""
+    return [max(i32(v[0]) for v in values)] * len(lanes)
+
+
+@_warp
+def warp_min(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
+    """redux.sync.min: the smallest over the lanes, unsigned."""
+    return [min(u32(v[0]) for v in values)] * len(lanes)
+
+
+@_warp
 def syncwarp(lanes: Sequence[Lane], values: Sequence[Any]) -> list[Any]:
     """Accesses of the warp before it are seen after it, by the warp."""
     lanes[0].block.epochs[lanes[0].warp] += 1

@@ -9,6 +9,7 @@ from runtime.backends.cuda.layouts import FORMATS, columns_of, packed_nbytes, pa
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
+from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.cost import page_nbytes
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -23,6 +24,8 @@ def options(activations: str = "int8", fuse: bool = True) -> Options:
 
 class Planner(planner.Planner):
     """Plans for any GPU."""
+
+    readable = ("f32", "f16", "bf16", *BLOCK_FORMATS)
 
     def rules(self) -> Rules:
         """See plan/planner.py."""

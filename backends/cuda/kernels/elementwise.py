@@ -1,6 +1,7 @@
-"""SwiGLU: one thread per 4 elements, 16-byte accesses; rows lie one after another.
+"""Ops that look at one element at a time, each a function of numbers; a thread an element.
 
-With `packed` the result is int8 for the product that follows.
+An op of this kind needs nothing but its function here: the first table has those of one operand,
+the second those of two. Their last arguments are the op's attributes, in the order of ATTRIBUTES.
 """
 
 from __future__ import annotations
@@ -8,57 +9,137 @@ from __future__ import annotations
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
     block_x,
-    block_y,
+    divide,
     entry,
     exp2,
     f32,
+    fabs,
+    fma,
+    fmax,
+    fmin,
     launch_next,
     launch_wait,
-    load4,
+    load,
     rcp,
-    store4,
+    store,
     thread_x,
     u32,
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
-from .pack import pack_values
-
-_THREADS = 256
+THREADS = 128
 _LOG2_E = f32(1.4426950408889634)
+# 2 artanh(s) / s in powers of s^2, the highest first
+_ARTANH = tuple(f32(2 / n) for n in (15, 13, 11, 9, 7, 5, 3, 1))
+_C7, _C6, _C5, _C4, _C3, _C2, _C1, _C0 = _ARTANH
+
+
+def exp(x):
+    """e^x."""
+    return exp2(x * _LOG2_E)
+
+
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return rcp(f32(1) + exp(-x))
 
 
 def silu(x):
     """x / (1 + e^-x); for large negative x the reciprocal of infinity gives -0."""
-    return x * rcp(f32(1) + exp2(-x * _LOG2_E))
+    return x * sigmoid(x)
 
 
-def gated(g, v):
-    """silu(g) * v of four values."""
-    return silu(g[0]) * v[0], silu(g[1]) * v[1], silu(g[2]) * v[2], silu(g[3]) * v[3]
+def softplus(x):
+    """log(1 + e^x), of small terms too: log(1 + t) = 2 artanh(t / (2 + t))."""
+    t = exp(-fabs(x))
+    s = divide(t, f32(2) + t)
+    p = s * s
+    high = fma(fma(fma(_C7, p, _C6), p, _C5), p, _C4)
+    return fmax(x, f32(0)) + s * fma(fma(fma(fma(high, p, _C3), p, _C2), p, _C1), p, _C0)
 
 
-@constants(packed=(False, True))
-def build_swiglu(packed: bool) -> Declared:
-    """out = silu(gate) * up: f32 rows of 4 `pieces` elements. Grid (pieces / 256, rows)."""
+def gated(gate, up):
+    """silu(gate) * up (Shazeer 2020)."""
+    return silu(gate) * up
 
-    @entry("gate:f32* up:f32* out:f32* pieces:u32", threads=_THREADS)
-    def swiglu(gate, up, out, pieces):
+
+def clamped(gate, up, alpha, limit):
+    """(up + 1) * gate * sigmoid(alpha * gate); gate at most limit, up within -limit..limit."""
+    gate = fmin(gate, limit)
+    up = fmax(fmin(up, limit), -limit)
+    return (up + f32(1)) * (gate * sigmoid(alpha * gate))
+
+
+def _silu(x, a, b):
+    return silu(x)
+
+
+def _sigmoid(x, a, b):
+    return sigmoid(x)
+
+
+def _softplus(x, a, b):
+    return softplus(x)
+
+
+def _scale(x, a, b):
+    return x * a
+
+
+def _add(x, y, a, b):
+    return x + y
+
+
+def _mul(x, y, a, b):
+    return x * y
+
+
+def _swiglu(x, y, a, b):
+    return gated(x, y)
+
+
+UNARY = {"silu": _silu, "sigmoid": _sigmoid, "softplus": _softplus, "scale": _scale}
+BINARY = {
+    "add": _add, "mul": _mul, "row_scale": _mul, "swiglu": _swiglu, "swiglu_oai": clamped,
+}  # fmt: skip
+ATTRIBUTES = ("factor", "alpha", "limit")
+
+
+@constants(op=tuple(UNARY))
+def build_unary(op: str) -> Declared:
+    """out[row, i] = op(x[row, i]): `count` elements f32 in rows of n. Grid (count / 128)."""
+    value = UNARY[op]
+
+    @entry("x:f32* out:f32* n:u32 count:u32 x_stride:u32 a:f32 b:f32", threads=THREADS)
+    def unary(x, out, n, count, x_stride, a, b):
         launch_next()
-        i = u32(block_x() * _THREADS + thread_x())
-        at = u32(block_y() * pieces + i)
+        at = u32(block_x() * THREADS + thread_x())
+        row = u32(at // n)
         launch_wait()
-        if i < pieces:
-            v = gated(load4(gate, at), load4(up, at))
-            store4(out, at, v[0], v[1], v[2], v[3])
+        if at < count:
+            i = u32(at - u32(row * n))
+            store(out, at, value(load(x, u32(row * x_stride + i)), a, b))
 
-    @entry("gate:f32* up:f32* out:u32* meta:u32* pieces:u32", threads=_THREADS)
-    def swiglu_packed(gate, up, out, meta, pieces):
+    return unary
+
+
+@constants(op=tuple(BINARY))
+def build_binary(op: str) -> Declared:
+    """out[row, i] = op(x[row, i], y[row, i]), as `unary`; neighbours in y are `y_step` apart."""
+    value = BINARY[op]
+
+    @entry(
+        "x:f32* y:f32* out:f32* n:u32 count:u32 x_stride:u32 y_stride:u32 y_step:u32 a:f32 b:f32",
+        threads=THREADS,
+    )
+    def binary(x, y, out, n, count, x_stride, y_stride, y_step, a, b):
         launch_next()
-        i = u32(block_x() * _THREADS + thread_x())
-        at = u32(block_y() * pieces + min(i, u32(pieces - 1)))
+        at = u32(block_x() * THREADS + thread_x())
+        row = u32(at // n)
         launch_wait()
-        v = gated(load4(gate, at), load4(up, at))
-        pack_values(v, out, meta, block_y(), i, u32(pieces >> 3), i < pieces)
+        if at < count:
+            i = u32(at - u32(row * n))
+            other = load(y, u32(row * y_stride + i * y_step))
+            store(out, at, value(load(x, u32(row * x_stride + i)), other, a, b))
 
-    return swiglu_packed if packed else swiglu
+    return binary

@@ -4,6 +4,7 @@ from runtime.backends.cuda.rules import (  # noqa: F401  they register
     attention,
     elementwise,
     matmul,
+    moe,
     norm,
     rope,
     rows,

@@ -10,6 +10,7 @@ from runtime.backends.cuda.layouts import (
     packed_type,
     parts,
 )
+from runtime.backends.cuda.rules.elementwise import emit_by_element
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.plan.lowering import Declined, Lowering, Out
 from runtime.backends.plan.plan import Ref
@@ -44,21 +45,27 @@ def pack(lowering: Lowering, node: Tensor) -> None:
 
 @lowers("swiglu_pack")
 def swiglu_pack(lowering: Lowering, node: Tensor) -> None:
-    """silu(gate) * up straight to int8, or to float32 for weights that are floats."""
+    """silu(gate) * up, or its clamped form, to int8; to float32 for weights that are floats."""
     gate, up = node.inputs
     address, n, _, gate_stride = lowering.rows(gate)
     up_address, _, _, up_stride = lowering.rows(up)
-    rows = gate.size // n
-    if "alpha" in node.attrs or (rows > 1 and {gate_stride, up_stride} != {n}):
-        raise Declined("not yet")
-    common = {"gate": address, "up": up_address, "pieces": n // 4}
-    grid = (-(-n // 1024), rows)
-    if node.attrs["coding"] == "f32":
-        out = lowering.write(node, 4 * gate.size)
-        lowering.emit("swiglu", node, {"packed": False}, out=out, grid=grid, **common)
+    rows, clamp, plain = gate.size // n, "alpha" in node.attrs, node.attrs["coding"] == "f32"
+    if n % 4 or gate_stride % 4 or up_stride % 4 or address.offset % 16 or up_address.offset % 16:
+        if not plain:
+            raise Declined("rows of gate or up are not multiples of 16 bytes")
+        emit_by_element(lowering, node, "swiglu_oai" if clamp else "swiglu")
         return
-    out, meta = packed(lowering, node, rows, n)
-    lowering.emit("swiglu", node, {"packed": True}, out=out, meta=meta, grid=grid, **common)
+    arguments = {
+        "gate": address, "up": up_address, "pieces": n // 4, "gate_stride": gate_stride // 4,
+        "up_stride": up_stride // 4, "alpha": node.attrs.get("alpha", 0),
+        "limit": node.attrs.get("limit", 0),
+    }  # fmt: skip
+    if plain:
+        arguments["out"] = lowering.write(node, 4 * gate.size)
+    else:
+        arguments["out"], arguments["meta"] = packed(lowering, node, rows, n)
+    constants = {"packed": not plain, "clamp": clamp}
+    lowering.emit("swiglu", node, constants, grid=(-(-n // 1024), rows), **arguments)
 
 
 @lowers("linear")

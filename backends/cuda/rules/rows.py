@@ -1,20 +1,54 @@
-"""Lowering of ops/rows.py."""
+"""Lowering of ops/rows.py, and of copies of views."""
 
 from __future__ import annotations
 
+from runtime.backends.cuda.kernels.blocks import book_words
+from runtime.backends.cuda.kernels.copy import THREADS
+from runtime.backends.cuda.kernels.get_rows import FORMATS
 from runtime.backends.cuda.rules.registry import lowers
-from runtime.backends.plan.lowering import Lowering
-from runtime.ops.tensor import Tensor
+from runtime.backends.plan.lowering import Declined, Lowering
+from runtime.backends.plan.plan import Ref
+from runtime.ops.blocks import BLOCK_FORMATS
+from runtime.ops.dtypes import BF16, F16, F32, I32, nbytes_for
+from runtime.ops.tensor import Tensor, constant
 
 
 @lowers("get_rows")
 def get_rows(lowering: Lowering, node: Tensor) -> None:
-    """Rows of a matrix that was widened at load."""
+    """Rows decoded from the file's bytes; of types that no kernel knows, widened at load."""
     matrix, ids = node.inputs
-    n = int(matrix.shape[1])
+    name, n = matrix.dtype.name, int(matrix.shape[1])
+    format, form = (name, "raw") if name in FORMATS else ("f32", "vector")
+    blocks = format in BLOCK_FORMATS
     lowering.emit(
-        "gather_rows", node, x=lowering.weight(matrix, "vector"), ids=lowering.read(ids),
-        out=lowering.write(node), n=n, x_stride=n, grid=(-(-n // 256), int(node.shape[0])),
+        "get_rows", node, {"format": format}, matrix=lowering.weight(matrix, form),
+        book=_book(lowering, format), ids=lowering.read(ids), out=lowering.write(node), n=n,
+        row_units=nbytes_for(matrix.dtype, (n,)) if blocks else n,
+        grid=(-(-n // THREADS), int(node.shape[0])),
+    )  # fmt: skip
+
+
+def _book(lowering: Lowering, format: str) -> Ref | int:
+    """The code book of a format that has one."""
+    row = BLOCK_FORMATS.get(format)
+    if row is None or not row.book:
+        return 0
+    return lowering.weight(constant(f"book.{row.book}", book_words(row.book)), "vector")
+
+
+@lowers("copy")
+def copy(lowering: Lowering, node: Tensor) -> None:
+    """A view with up to four axes, of f32, i32, f16 or bf16."""
+    (x,) = node.inputs
+    axes = list(zip(map(int, x.shape), x.layout.strides, strict=True))
+    (_, first), *inner = axes or [(1, 0)]
+    if len(inner) > 3:
+        raise Declined(f"{x!r} has more than four axes")
+    (b, stride_b), (c, stride_c), (n, stride_n) = [(1, 0)] * (3 - len(inner)) + inner
+    lowering.emit(
+        "copy", node, {"item": x.dtype.nbytes}, x=lowering.place(x, (F32, I32, F16, BF16)),
+        out=lowering.write(node), count=x.size, b=b, c=c, n=n, stride_a=first, stride_b=stride_b,
+        stride_c=stride_c, stride_n=stride_n, grid=(max(1, -(-x.size // THREADS)),),
     )  # fmt: skip
 
 

@@ -1,0 +1,92 @@
+"""What comes behind the products of experts: biases, and the weighted sum; a thread an element."""
+
+from __future__ import annotations
+
+from runtime.backends.cuda.intrinsic import Declared
+from runtime.backends.cuda.intrinsics import (
+    block_x,
+    block_y,
+    entry,
+    f32,
+    fma,
+    launch_next,
+    launch_wait,
+    load,
+    store,
+    thread_x,
+    u32,
+)  # fmt: skip
+from runtime.backends.plan.catalogue import constants
+
+from .elementwise import sigmoid
+
+THREADS = 128
+
+
+def build_expert_bias() -> Declared:
+    """out[row] = y[row] + bias[ids[row]], ids below 0 with any: `count` elements in rows of n.
+
+    Rows of y lie `y_stride` apart. Grid (count / 128).
+    """
+
+    @entry("y:f32* bias:f32* ids:i32* out:f32* n:u32 count:u32 y_stride:u32", threads=THREADS)
+    def expert_bias(y, bias, ids, out, n, count, y_stride):
+        launch_next()
+        at = u32(block_x() * THREADS + thread_x())
+        row = u32(at // n)
+        launch_wait()
+        if at < count:
+            i, expert = u32(at - u32(row * n)), max(load(ids, row), 0)
+            own = load(bias, u32(u32(expert) * n + i))
+            store(out, at, load(y, u32(row * y_stride + i)) + own)
+
+    return expert_bias
+
+
+@constants(own=(False, True))
+def build_expert_sum(own: bool) -> Declared:
+    """out f32 [rows, n]: sum over j < k of weights[row, j] * y[row, j], in the order of j.
+
+    Then `shared` times the sigmoid of its `gate`, then `add`, where has_... says so: rows that lie
+    so far apart. With `own` the experts of ids below 0 are left out. Grid (n / 128, rows).
+    """
+
+    def kept(ids, at):
+        """Whether the expert of a rank is one of ours."""
+        return load(ids, at) >= 0
+
+    def every(ids, at):
+        return True
+
+    counts = kept if own else every
+
+    @entry(
+        "y:f32* weights:f32* ids:i32* shared:f32* gate:f32* add:f32* out:f32* n:u32 k:u32 "
+        "shared_stride:u32 gate_stride:u32 add_stride:u32 has_shared:u32 has_gate:u32 has_add:u32",
+        threads=THREADS,
+    )
+    def expert_sum(
+        y, weights, ids, shared, gate, add, out, n, k, shared_stride, gate_stride, add_stride,
+        has_shared, has_gate, has_add,
+    ):  # fmt: skip
+        launch_next()
+        i, row = u32(block_x() * THREADS + thread_x()), block_y()
+        launch_wait()
+        if i < n:
+            total, first = f32(0), u32(row * k)
+            j = u32(0)
+            while j < k:
+                at = u32(first + j)
+                if counts(ids, at):
+                    total = fma(load(y, u32(at * n + i)), load(weights, at), total)
+                j = u32(j + 1)
+            if has_shared:
+                opening = f32(1)
+                if has_gate:
+                    opening = sigmoid(load(gate, u32(row * gate_stride)))
+                total += load(shared, u32(row * shared_stride + i)) * opening
+            if has_add:
+                total += load(add, u32(row * add_stride + i))
+            store(out, u32(row * n + i), total)
+
+    return expert_sum

@@ -372,6 +372,18 @@ def _plain(function: Callable) -> Callable:
     return lambda run, intrinsic, *arguments: function(*arguments)
 
 
+def _atomic_add(run: Run, intrinsic: Intrinsic, pointer: Pointer, index: Any, value: Any) -> Any:
+    """Threads of the branch, one after another."""
+    old, saved = np.zeros(run.thread.shape, np.int64), run.mask
+    at, added = run.whole(index), run.whole(value)
+    for thread in np.flatnonzero(np.ones_like(old) if saved is None else saved):
+        run.mask = np.arange(len(old)) == thread
+        old[thread] = pointer.read(at, 1)[0][thread]
+        pointer.write(at, (u32(old + added),))
+    run.mask = saved
+    return old
+
+
 def _nothing(run: Run, intrinsic: Intrinsic, *arguments: Any) -> None:
     """All threads are in step."""
 
@@ -439,6 +451,9 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "vote_all": _vote(lambda found: found.all(1)),
     "ballot": _vote(lambda found: (found << np.arange(32)).sum(1)),
     "warp_sum_i32": lambda run, _, v: np.repeat(i32(_of_warp(run, v).sum(1)), 32),
+    "warp_max_i32": lambda run, _, v: np.repeat(_of_warp(run, v).max(1), 32),
+    "warp_min_u32": lambda run, _, v: np.repeat(_of_warp(run, v).min(1), 32),
+    "atomic_add": _atomic_add,
     "syncwarp": _nothing,
     "syncthreads": _nothing,
     "launch_wait": _nothing,

@@ -34,7 +34,8 @@ OPCODES = {
     "mma_bf16": "HMMA.16816.F32.BF16", "shuffle_xor": "SHFL.BFLY", "shuffle_xor_u32": "SHFL.BFLY",
     "shuffle_index": "SHFL.IDX", "shuffle_index_u32": "SHFL.IDX", "shuffle_down": "SHFL.DOWN",
     "shuffle_up": "SHFL.UP", "vote_any": "VOTE", "vote_all": "VOTE", "ballot": "VOTE",
-    "warp_sum_i32": "REDUX.SUM", "launch_wait": "ACQBULK", "launch_next": "PREEXIT",
+    "warp_sum_i32": "REDUX.SUM", "warp_max_i32": "REDUX.MAX", "warp_min_u32": "REDUX.MIN",
+    "launch_wait": "ACQBULK", "launch_next": "PREEXIT",
 }  # fmt: skip
 # told by other tests of what kernels compile to, or no instruction of their own
 ELSEWHERE = {
@@ -52,6 +53,7 @@ _COPIED = (
 )
 # operations on memory: the body of a kernel, and the opcode
 BODIES = {
+    "atomic_add": ("store(out, 0, {op}(out, 1, 1))", "ATOMG.E.ADD"),
     "load": ("store(out, 0, {op}(words, 1))", "LDG.E "),
     "load2": (_FIRST_TWO, "LDG.E.64 "),
     "load4": (_FIRST_FOUR, "LDG.E.128 "),

@@ -100,12 +100,14 @@ def _is_pointer(called: Intrinsic, position: int) -> bool:
     """The first argument of an access; the third of a copy to shared memory."""
     if called.rule == "copy_async":
         return position == 2
-    return position == 0 and called.rule in ("load", "stream", "store")
+    return position == 0 and called.rule in ("load", "stream", "store", "atomic")
 
 
 def _modes(called: Intrinsic) -> list[tuple[str, int | None]]:
     if called.rule == "copy_async":
         return [("read", None)]
+    if called.rule == "atomic":
+        return [("read", 1), ("write", 1)]
     if called.rule == "store":
         return [("write", called.parameters[0])]
     unchanging = called.rule == "stream" or called.parameters[1] == "constant"

@@ -249,6 +249,18 @@ def _copy_async(operation: Intrinsic) -> Rule:
     return Rule(5, sign, generate)
 
 
+def _atomic(operation: Intrinsic) -> Rule:
+    text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;"
+
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        place = builder.ptrtoint(_address(builder, values[0], values[1], 1, _GLOBAL), _I64)
+        letters = ["=r", "l", "r"]
+        found = assemble(builder, text, [_I32], letters, [place, values[2]], operation.effect)
+        return _returned(context, builder, sig, found)
+
+    return Rule(3, lambda pointer, i, v: signature(_U32, pointer, _U32, _U32), generate)
+
+
 def _ldmatrix(operation: Intrinsic) -> Rule:
     count, mode = operation.parameters
     outputs = ", ".join(f"${i}" for i in range(count))
@@ -274,5 +286,6 @@ _RULES: dict[str, Callable[[Intrinsic], Rule]] = {
     "shared": _shared,
     "dynamic_shared": _shared,
     "copy_async": _copy_async,
+    "atomic": _atomic,
     "ldmatrix": _ldmatrix,
 }

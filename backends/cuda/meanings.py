@@ -201,6 +201,13 @@ def dynamic_shared(kind: str) -> SharedArray:
     return SharedArray(current().block.memory, start, kind, nbytes // WIDTH[kind])
 
 
+def atomic_add(pointer: Pointer, index: int, value: int) -> int:
+    """atom.add of u32: the value before."""
+    (old,) = pointer.read(index)
+    pointer.write(index, (u32(old + int(value)),))
+    return old
+
+
 def copy_async16(
     target: SharedArray, piece: int, source: Pointer, source_piece: int, nbytes: int
 ) -> None:

@@ -41,6 +41,7 @@ class Program:
         self._sequences = attention_node.inputs[4].name if attention_node is not None else ""
         self._capacity = int(attention_node.shape[0]) if attention_node is not None else 1
         self._given = _Given(device, plan, self._capacity)
+        self._tickets = _Tickets(device, stream, plan)
         self.launches = [self._launch(device, call) for call in plan.calls()]
         edges = dependencies(self.launches, programmatic=True)
         self._graph = Graph(device, self.launches, edges) if graph else None
@@ -94,6 +95,7 @@ class Program:
         if self._graph is not None:
             self._graph.close()
         self._given.close()
+        self._tickets.close()
         for output in self._outputs:
             output.close()
 
@@ -124,6 +126,8 @@ class Program:
         if memory == "arena":
             size = ref.buffer.nbytes - ref.offset
             return self._arena.view(ref.buffer.offset + ref.offset, min(size, nbytes or size))
+        if memory == "tickets":
+            return self._tickets.place(ref)
         if memory in ("input", "count"):
             return self._given.place(ref)
         return self._store.place(ref.buffer).view(ref.offset)
@@ -196,6 +200,29 @@ class _Given:
         start, (shape, dtype) = self._starts[name], self._shapes[name]
         nbytes = int(np.prod(shape)) * dtype.itemsize
         return self._host.array[start : start + nbytes].view(dtype).reshape(shape)
+
+
+class _Tickets:
+    """What the blocks of a launch count in to find the last of them; 0 between launches."""
+
+    def __init__(self, device: Device, stream: Stream, plan: Plan) -> None:
+        self._starts: dict[str, int] = {}
+        at = 0
+        for buffer in plan.buffers():
+            if buffer.memory == "tickets":
+                self._starts[buffer.key] = at
+                at += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+        self._room = device.arena(max(at, 1), "tickets")
+        self._memory = self._room.take(max(at, 1))
+        self._memory.fill(0, stream)
+
+    def place(self, ref: Ref) -> Buffer:
+        """Where the tickets of a call lie."""
+        at = self._starts[ref.buffer.key] + ref.offset
+        return self._memory.view(at, ref.buffer.nbytes - ref.offset)
+
+    def close(self) -> None:
+        self._room.close()
 
 
 class _Output:

@@ -125,7 +125,7 @@ class Lowering:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.counts: dict[tuple[str, int], int] = {}
-        self.scratch_nbytes = 0
+        self.scratch_nbytes = self.n_tickets = 0
         self.router_results: dict[Tensor, dict[str, Buffer]] = {}
         self.results: dict[Tensor, Buffer] = {}
         self._fixed: dict[Hashable, Buffer] = {}
@@ -210,6 +210,12 @@ class Lowering:
     def step(self, name: str) -> Ref:
         """A step input that the program makes itself, such as attention tiles."""
         return Ref(self._fixed_one("input", name))
+
+    def tickets(self, node: Tensor, count: int = 1) -> Out:
+        """`count` u32 of a call's own that are 0 before it and that it leaves so."""
+        self.n_tickets += 1
+        name = f"{node.name or node.op}.tickets{self.n_tickets}"
+        return Out(Ref(Buffer("tickets", name, 4 * count)), also_read=True)
 
     def count(self, dim: str, factor: int = 1) -> Ref:
         """The address of a live count: how many of `dim` this step has, times `factor`."""

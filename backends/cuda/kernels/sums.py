@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runtime.backends.cuda.intrinsics import (
+    atomic_add,
     f32,
     shared,
     shuffle_xor,
@@ -42,6 +43,28 @@ def block_sum(warps: int) -> Callable:
         return value
 
     return total
+
+
+def last_block() -> Callable:
+    """A function that says, in every thread of a block, whether it is the last to come.
+
+    It takes `tickets` u32, one of them, and how many blocks come; what they stored before is seen
+    by the last. The ticket is 0 before the first and after the last. Used once.
+    """
+    told = shared("u32", 1)
+
+    def last(tickets, ticket, blocks):
+        earlier = told()
+        syncthreads()
+        if thread_x() == 0:
+            earlier[0] = atomic_add(tickets, ticket, u32(1))
+        syncthreads()
+        final = earlier[0] == u32(blocks - 1)
+        if final and thread_x() == 0:
+            store(tickets, ticket, u32(0))
+        return final
+
+    return last
 
 
 def store_row_sums(warps: int, rows: int, columns: int) -> Callable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -156,4 +156,37 @@ class Apart(Protocol):
 
     def bandwidth(self) -> float | None:
         """Bytes per second that its memory gives, read and written; None where it is not known."""
+        ...
+
+
+class Choice(NamedTuple):
+    """How a token is chosen of a row of logits: see runtime/text/sampling.py.
+
+    Of its first `columns`; top_k, top_p and min_p come before the temperature, which is 0 where the
+    best is taken, the lowest id of equals. chance: from 0 to below 1, where in the running sum of
+    the probabilities of those that are left, best first, the token lies.
+    """
+
+    columns: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    chance: float = 0.0
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """What a program has beside whose device chooses tokens: a step need not wait for the host."""
+
+    def choose(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        choices: Sequence[Choice],
+    ) -> Callable[[], np.ndarray]:  # fmt: skip
+        """Begin a step of as many tokens as rows of logits, in one order, and a choice for each.
+
+        What is returned waits for it and gives int32 [rows]: the token chosen of each, -1 where the
+        logits are not all finite; it is to be called before the step after the next is begun.
+        Inputs without "tokens": the step evaluates those that the last one of this program chose.
+        """
         ...

@@ -11,6 +11,7 @@ import numpy as np
 from runtime.backends.base import Progress
 from runtime.backends.cuda import arena
 from runtime.backends.cuda.driver import DeviceLostError, Driver
+from runtime.backends.cuda.gaps import Gaps
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.planner import Planner, options
 from runtime.backends.cuda.program import Program
@@ -27,7 +28,8 @@ class CudaBackend:
     """See backends/base.py: one GPU, or one of several virtual devices on it.
 
     driver, kernels: by default NVIDIA's, and the user's library for the GPU; tests give others.
-    graphs: replay each step as one CUDA graph; False: launch by launch, the same bits.
+    graphs: replay each step as one CUDA graph; False: launch by launch, the same bits. `gaps`: how
+    long the GPU waits between steps.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class CudaBackend:
         self.planner, self._graphs = Planner(options(activations, fuse)), graphs
         self.stream = self.device.stream()
         self.store = Store(self.device, self.stream, file)
+        self.gaps = Gaps(self.device)
         self._programs: dict[str, Program] = {}
         self._work: arena.Buffer | None = None
         self._rooms: list[arena.Arena] = []
@@ -93,8 +96,9 @@ class CudaBackend:
             nbytes = max(plan.arena_nbytes, 256)  # older programs keep theirs
             self._work = self._room(nbytes, "activations").take(nbytes)
         return Program(
-            plan, self.device, self.stream, self.store, self._work, self._nothing, self._graphs
-        )
+            plan, self.device, self.stream, self.store, self._work, self._nothing, self.gaps,
+            self._graphs,
+        )  # fmt: skip
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels of these graphs, then pack and upload the weights."""

@@ -264,9 +264,11 @@ def build_attention(dim: int) -> Declared:
         row, query, acc = u32((thread_x() & 31) >> 2), queries(), sums()
         launch_wait()
         tile = load4(tiles, block_z())
-        last = u32(load(places, u32(tile[1] + tile[2] - 1)))
         page = u32(block_x() * split_pages)
-        end = u32(min(u32(page + split_pages), u32((last >> 5) + 1)))
+        end = page
+        if tile[2]:
+            last = u32(load(places, u32(tile[1] + tile[2] - 1)))
+            end = u32(min(u32(page + split_pages), u32((last >> 5) + 1)))
         if page < end:
             low_place = load_row(query, 0, row, q, places, tile, q_stride, group)
             high_place = load_row(query, 4, u32(row + 8), q, places, tile, q_stride, group)

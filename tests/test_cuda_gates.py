@@ -54,6 +54,8 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),
     "renumber": (24, ("LDG.E",), ()),
     "rms_norm": (48, ("LDG.E.128", "MUFU.RSQ", "SHFL"), ()),
+    "router": (96, ("REDUX.MAX", "REDUX.MIN", "MUFU.EX2"), ()),
+    "router_linear": (104, ("LDG.E.128.CONSTANT", "REDUX.MAX", "ATOMG", "FFMA"), ()),
     "rope": (40, ("LDG.E.64", "FFMA"), ("MUFU",)),
     "rope_angles": (32, ("LDG.E.64", "FFMA"), ("MUFU",)),
     "softmax": (40, ("LDG.E", "SHFL", "MUFU.EX2"), ()),

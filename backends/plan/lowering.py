@@ -178,6 +178,21 @@ class Lowering:
         """The result of `node` lies in a buffer that another node wrote."""
         self.results[node] = buffer
 
+    def take_back(self, node: Tensor) -> bool:
+        """Whether another call may do the work of a node's calls, which are then dropped.
+
+        Not where a call has read the result, or made other results too.
+        """
+        buffer, mine = self.results[node], [c for c in self.calls if c.node is node]
+        rest = [c for c in self.calls if c.node is not node]
+        others = {*self.results.values()} - {buffer}
+        if not mine or any(buffer in c.reads for c in rest):
+            return False
+        if any(b in others for c in mine for b in c.writes):
+            return False
+        self.calls = rest
+        return True
+
     def result(self, node: Tensor) -> Buffer:
         """The buffer a node was written to."""
         return self.results[node]

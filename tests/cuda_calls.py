@@ -12,6 +12,7 @@ pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 from runtime.backends.cuda.catalogue import declared
 from runtime.backends.cuda.simulator import launch
 from runtime.backends.plan.kernel import Kernel
+from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.quants import dequantize
 
@@ -24,12 +25,15 @@ def simulate(name: str, grid: Any, *arguments: Any, constants: dict | None = Non
 
 def random_blocks(rng: np.random.Generator, format: str, rows: int, n: int) -> np.ndarray:
     """uint8 [rows, n, bytes]: every quant equally likely, scales near 1/100."""
-    dtype = DTYPES[format.lower()]
-    blocks = rng.integers(0, 256, (rows, n, dtype.nbytes), dtype=np.uint8)
-    scales = rng.uniform(0.005, 0.02, (rows, n, 2)) * rng.choice([-1, 1], (rows, n, 2))
-    halves = scales.astype(np.float16).view(np.uint8)
-    first, places = {"Q4_K": (0, 4), "Q6_K": (208, 2)}.get(format, (0, 2))
-    blocks[..., first : first + places] = halves[..., :places]
+    described = BLOCK_FORMATS[format.lower()]
+    blocks = rng.integers(0, 256, (rows, n, described.nbytes), dtype=np.uint8)
+    for field in described.fields.values():
+        places = slice(field.offset, field.offset + field.nbytes)
+        if field.kind == "f2":
+            scales = rng.uniform(0.005, 0.02, (rows, n, 1)) * rng.choice([-1, 1], (rows, n, 1))
+            blocks[..., places] = scales.astype(np.float16).view(np.uint8)
+        elif field.kind == "half_e8m0":
+            blocks[..., places] = rng.integers(118, 124, (rows, n, 1), dtype=np.uint8)
     return blocks
 
 

@@ -16,21 +16,22 @@ rms_norm, rope, rope_angles = norm_op.reference, rope_op.reference, angles_op.re
 EDGES = np.array([0, -0.0, 1e-30, -1e30, 1e30, 3e-39], np.float32)
 
 
-def _packed(columns: int, blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    shape = (columns, 2, blocks, 16), (columns, blocks, 2)
-    return np.full(shape[0], 0xCD, np.uint8), np.full(shape[1], 0xCDCDCDCD, np.uint32)
+def _packed(columns: int, n: int) -> tuple[np.ndarray, int, int]:
+    """Room for packed columns of n values, and how a kernel is told of it."""
+    cut = layouts.cut(n)
+    room = np.full((columns, layouts.column_nbytes(n)), 0xCD, np.uint8)
+    return room, cut.stretches, cut.length
 
 
-@pytest.mark.parametrize(("columns", "blocks"), [(1, 1), (3, 5), (2, 33)])
-def test_quantize_is_the_reference_bit_for_bit(rng, columns: int, blocks: int):
-    x = rng.standard_normal((columns, 32 * blocks)).astype(np.float32)
+@pytest.mark.parametrize(("columns", "n"), [(1, 32), (3, 160), (2, 1056), (2, 2880), (2, 77)])
+def test_quantize_is_the_reference_bit_for_bit(rng, columns: int, n: int):
+    x = rng.standard_normal((columns, n + 3)).astype(np.float32)
     x[0, : len(EDGES)] = EDGES
     x[-1, -32:] = 0
-    packed, meta = _packed(columns, blocks)
-    simulate("quantize", (-(-blocks // 32), columns), x, packed, meta, blocks)
-    expected, expected_meta = layouts.quantize(x)
-    np.testing.assert_array_equal(packed, expected)
-    np.testing.assert_array_equal(meta, expected_meta)
+    packed, *how = _packed(columns, n)
+    grid = -(-layouts.cut(n).places // 32), columns
+    simulate("quantize", grid, x, packed, n, n + 3, *how)
+    np.testing.assert_array_equal(packed, layouts.quantize(x[:, :n]))
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 4), (3, 36), (2, 1100)])
@@ -47,11 +48,9 @@ def test_rms_norm_packed(rng, n: int):
     x, w = rng.standard_normal((2, n)).astype(np.float32), rng.random(n).astype(np.float32)
     out = unset(2, n)
     simulate("rms_norm", 2, x, w, out, n // 4, 1e-6, constants={"packed": False})
-    packed, meta = _packed(2, n // 32)
-    simulate("rms_norm", 2, x, w, packed, meta, n // 4, 1e-6, constants={"packed": True})
-    expected, expected_meta = layouts.quantize(out)
-    np.testing.assert_array_equal(packed, expected)
-    np.testing.assert_array_equal(meta, expected_meta)
+    packed, *how = _packed(2, n)
+    simulate("rms_norm", 2, x, w, packed, n // 4, 1e-6, *how, constants={"packed": True})
+    np.testing.assert_array_equal(packed, layouts.quantize(out))
 
 
 @pytest.mark.parametrize("clamp", [False, True])
@@ -77,12 +76,10 @@ def test_swiglu_packed(rng, clamp: bool):
     gate, up = rng.standard_normal((2, 2, 96)).astype(np.float32)
     out, rest = unset(2, 96), (24, 24, 24, 1.702, 0.7)
     simulate("swiglu", (1, 2), gate, up, out, *rest, constants={"packed": False, "clamp": clamp})
-    packed, meta = _packed(2, 3)
-    call = gate, up, packed, meta, *rest
+    packed, *how = _packed(2, 96)
+    call = gate, up, packed, *rest, *how
     simulate("swiglu", (1, 2), *call, constants={"packed": True, "clamp": clamp})
-    expected, expected_meta = layouts.quantize(out)
-    np.testing.assert_array_equal(packed, expected)
-    np.testing.assert_array_equal(meta, expected_meta)
+    np.testing.assert_array_equal(packed, layouts.quantize(out))
 
 
 def test_rope_angles_hold_at_far_positions(rng):

@@ -21,6 +21,7 @@ from runtime.ops.registry import OPS
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
 
 HAVE = set(RULES.names()) | {name for name, op in OPS.items() if op.view}
+HAVE |= {op for op, fused in (("matmul", "linear"), ("matmul_id", "linear_id")) if fused in HAVE}
 SOME = ("whole", "partly", "empty")  # variants of a plain run; CUDA_OPS=all takes all of them
 ALL = os.environ.get("CUDA_OPS") == "all"
 POINTS = [

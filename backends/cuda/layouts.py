@@ -1,20 +1,46 @@
 """How weights and activations lie in GPU memory, and packing them with numpy.
 
-A row is cut into blocks of 32 values along k. 16 bytes are a piece. Shapes, outermost first:
+**The canonical sum.** A row of `inner` values is `blocks` of 32 along k, the last filled up with
+zeros. It is cut into stretches of `length` (even) consecutive blocks; `Cut` has the numbers, which
+depend on `inner` alone. Within a stretch, block after block in order,
 
-    Q8_0  quants [row, half, block] pieces: 16 int8 of each half   scales f16 [row, block]
-    Q4_0  quants [row, block] pieces: low nibbles are the first    scales f16 [row, block]
-          half, high ones the second, value = nibble - 8
-    Q4_K  quants [row, block] pieces as Q4_0, block = eighth     scales u16 [row, block]: scale
-          of the super-block, value = d s nibble - dmin m        and minimum, 6 bits each in a byte
-                                                                 supers [row, block / 8] f16 d, dmin
-    Q6_K  quants [row, block] pieces: low 4 bits as Q4_0         scales u16 [row, block]: int8 of
-          pairs [row, block] of 8 bytes: bits 4 and 5;           the first and the second half
-          word = half, bits 2 w + 8 j of value 4 w + j           supers f16 [row, block / 8]
-    activations  x [column, half, block] pieces of int8
-                 meta [column, block] of (f32 scale, two int16: the negated sums of the halves)
+    acc = fma(y * n, xs, acc)     n: the block's integer sum of products, of codes as they are meant
+                                  (less their offset, by the level table, times the integer scales
+                                  of the block's halves), below 2^24; y: the row's float scale,
+                                  xs: the column's; y * n is rounded once
+    acc = fma(m, xs * s, acc)     formats with minima: m (float) is subtracted from each value, s is
+                                  the negated integer sum of the activations that it concerns: of
+                                  the block, or of the first and then of the second half (Q2_K)
 
-A piece of consecutive blocks lies beside the next, so the lanes of a warp read 512 bytes at once.
+Then the stretches' sums are added one after the other, then a bias, then a residual. All kernels
+follow this, so a result's bits do not depend on which one computed it.
+
+**Places.** Block `i` of stretch `s` lies at place ((i // 2) * stretches + s) * 2 + i % 2 of
+`places` = stretches * length; places behind the last block hold zeros. So two neighbouring blocks
+are 32 consecutive bytes of a plane of pieces (16 bytes), and one pair of every stretch, a lane
+each, 32 * stretches.
+
+**A packed matrix** is its rows one after another, each of `row_nbytes`; in a row lie the format's
+parts (`parts` says where), each a multiple of 16 bytes:
+
+    codes   16 bytes a block: low nibbles are the first half, high ones the second. IQ4_NL, IQ4_XS
+            and MXFP4: word w is values 4 w .. 4 w + 3 of the first half, then of the second
+            Q8_0: 32 bytes, int8: a plane of first halves [place], then one of second halves
+            Q2_K, Q3_K: 8 bytes a block, pairs: word = half, bits 2 w + 8 j of value 4 w + j
+    high    Q6_K: 8 bytes a block, bits 4 and 5 as pairs
+            Q3_K, Q5_*: 4 bytes, bit 8 j + w + 4 h of value 16 h + 4 w + j
+    scales  f16; Q4_1, Q5_1: f16 scale, f16 minimum; Q4_K, Q5_K: a byte of scale, one of minimum
+            Q2_K: a byte a half, scale in the low nibble, minimum in the high one
+            Q3_K, Q6_K: int8 a half; IQ4_XS: int8 a block; MXFP4: a byte, exponent
+    supers  by eights of blocks in the order of the row: f16, or f16 scale and f16 minimum
+
+Rows of F32, F16 and BF16 lie as in the file, filled up with zeros to a multiple of 8 values; their
+sum is cut otherwise: of n units of 8 values stretch s of S takes units s, s + S, .. in order, a
+fma a value, and S is the largest power of two <= 32 and <= max(1, n // 2).
+
+**Packed activations** are columns one after another, each `column_nbytes`: a plane of first halves
+(16 int8) by place, one of second halves, and by place f32 scale and two int16, the negated sums of
+the halves. Where weights are floats, a column is float32 filled up to a multiple of 8 values.
 """
 
 from __future__ import annotations
@@ -29,57 +55,106 @@ from runtime.ops.errors import BackendError
 from runtime.ops.quant_blocks import numbers, struct_of
 
 BLOCK = 32  # values
-ALIGNMENT = 256  # bytes, of each part of a packed weight
+SUPER = 8  # blocks
+PIECE = 16  # bytes
+UNIT = 8  # values of a float row
+
+
+class Cut(NamedTuple):
+    """A row's `blocks`, the `lanes` they are meant for, `length` and number of `stretches`.
+
+    `lanes` is the largest power of two <= 32 and <= max(1, blocks // 2), and >= `stretches`.
+    """
+
+    blocks: int
+    lanes: int
+    length: int
+    stretches: int
+
+    @property
+    def places(self) -> int:
+        """Blocks of all stretches."""
+        return self.stretches * self.length
+
+    def order(self) -> np.ndarray:
+        """The block of each place; those from `blocks` on do not exist."""
+        pair, odd = np.divmod(np.arange(self.places), 2)
+        step, stretch = np.divmod(pair, self.stretches)
+        return stretch * self.length + 2 * step + odd
+
+
+def cut(inner: int) -> Cut:
+    """How the sum over rows of `inner` values is cut."""
+    blocks = -(-inner // BLOCK)
+    lanes = 1 << max(1, min(32, blocks // 2)).bit_length() - 1
+    length = 2 * -(-blocks // (2 * lanes))
+    return Cut(blocks, lanes, length, -(-blocks // length))
 
 
 class Part(NamedTuple):
-    """One array of a packed weight: `nbytes` for each `values` values of a row."""
+    """One kind of numbers of a packed row: `nbytes` for each block, or each super-block."""
 
     name: str
     nbytes: int
-    values: int
+    blocks: int = 1
 
 
-FORMATS = {
-    "Q8_0": (Part("weights", 32, 32), Part("scales", 2, 32)),
-    "Q4_0": (Part("weights", 16, 32), Part("scales", 2, 32)),
-    "Q4_K": (Part("weights", 16, 32), Part("scales", 2, 32), Part("supers", 4, 256)),
-    "Q6_K": (
-        Part("weights", 16, 32), Part("pairs", 8, 32), Part("scales", 2, 32),
-        Part("supers", 2, 256),
-    ),
-    "F32": (Part("weights", 4, 1),),
-}  # fmt: skip
+_NIBBLES, _PAIRS, _FIFTH = Part("codes", 16), Part("codes", 8), Part("high", 4)
+_F16, _TWO_F16 = Part("supers", 2, SUPER), Part("supers", 4, SUPER)
+FORMATS: dict[str, tuple[Part, ...]] = {
+    "Q8_0": (Part("codes", 32), Part("scales", 2)),
+    "Q4_0": (_NIBBLES, Part("scales", 2)),
+    "Q4_1": (_NIBBLES, Part("scales", 4)),
+    "Q5_0": (_NIBBLES, _FIFTH, Part("scales", 2)),
+    "Q5_1": (_NIBBLES, _FIFTH, Part("scales", 4)),
+    "Q2_K": (_PAIRS, Part("scales", 2), _TWO_F16),
+    "Q3_K": (_PAIRS, _FIFTH, Part("scales", 2), _F16),
+    "Q4_K": (_NIBBLES, Part("scales", 2), _TWO_F16),
+    "Q5_K": (_NIBBLES, _FIFTH, Part("scales", 2), _TWO_F16),
+    "Q6_K": (_NIBBLES, Part("high", 8), Part("scales", 2), _F16),
+    "IQ4_NL": (_NIBBLES, Part("scales", 2)),
+    "IQ4_XS": (_NIBBLES, Part("scales", 1), _F16),
+    "MXFP4": (_NIBBLES, Part("scales", 1)),
+}
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # -> bytes of a value
 
 
 def packed_type(dtype: DType) -> str:
     """The format a weight of this type is packed as: its own, or float32."""
     name = dtype.name.upper()
-    return name if name in FORMATS else "F32"
+    return name if name in FORMATS or name in FLOATS else "F32"
 
 
-def parts(format: str, rows: int, inner: int) -> dict[str, int]:
-    """Name -> first byte of each part of a packed matrix; the end under ""."""
-    found, at = {}, 0
+def parts(format: str, inner: int) -> dict[str, int]:
+    """Name -> first byte of each part in a packed row; the bytes of a row under ""."""
+    if format in FLOATS:
+        return {"codes": 0, "": float_nbytes(inner, FLOATS[format])}
+    found, at, cuts = {}, 0, cut(inner)
     for part in FORMATS[format]:
         found[part.name] = at
-        at += -(-rows * (inner // part.values) * part.nbytes // ALIGNMENT) * ALIGNMENT
-    return found | {"": at}
+        count = -(-cuts.places // part.blocks)
+        at += -(-count * part.nbytes // PIECE) * PIECE
+    return found | {"": -(-at // (2 * PIECE)) * 2 * PIECE}
+
+
+def float_nbytes(inner: int, size: int = 4) -> int:
+    """Bytes of a row of floats, filled up."""
+    return -(-inner // UNIT) * UNIT * size
+
+
+def row_nbytes(format: str, inner: int) -> int:
+    """Bytes of a row of a packed matrix."""
+    return parts(format, inner)[""]
 
 
 def packed_nbytes(format: str, rows: int, inner: int) -> int:
     """Bytes of a packed matrix."""
-    return parts(format, rows, inner)[""]
+    return rows * row_nbytes(format, inner)
 
 
-def meta_offset(columns: int, inner: int) -> int:
-    """Where the scales of packed activations begin."""
-    return -(-columns * inner // ALIGNMENT) * ALIGNMENT
-
-
-def activations_nbytes(columns: int, inner: int) -> int:
-    """Bytes of packed activations."""
-    return meta_offset(columns, inner) + columns * inner // BLOCK * 8
+def column_nbytes(inner: int, coding: str = "int8") -> int:
+    """Bytes of a column of packed activations."""
+    return cut(inner).places * (BLOCK + 8) if coding == "int8" else float_nbytes(inner)
 
 
 def columns_of(tokens: int) -> int:
@@ -88,105 +163,127 @@ def columns_of(tokens: int) -> int:
 
 
 def pack(raw: np.ndarray, format: str, rows: int, inner: int) -> np.ndarray:
-    """A matrix of the file, its rows one after another as uint8, as kernels read it: uint8."""
-    out = np.zeros(packed_nbytes(format, rows, inner), np.uint8)
-    if format == "F32":
-        out[: raw.nbytes] = raw.reshape(-1)
-        return out
-    make = {"Q8_0": pack_q8_0, "Q4_0": pack_q4_0, "Q4_K": pack_q4_k, "Q6_K": pack_q6_k}[format]
-    size = DTYPES[format.lower()]
-    made = make(raw.reshape(rows, inner // size.block, size.nbytes))
-    for (name, at), array in zip(parts(format, rows, inner).items(), made, strict=False):
-        assert name, "as many arrays as parts"
-        out[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+    """A matrix of the file, its rows one after another as uint8, as kernels read it: uint8.
+
+    BackendError: `raw` is not as many bytes as that.
+    """
+    dtype = DTYPES[format.lower()]
+    if raw.dtype != np.uint8 or raw.size != rows * inner // dtype.block * dtype.nbytes:
+        raise BackendError(
+            f"{rows} rows of {inner} values in {format} are not {raw.dtype} {list(raw.shape)}"
+        )
+    places = parts(format, inner)
+    out = np.zeros((rows, places[""]), np.uint8)
+    if format in FLOATS:
+        out[:, : inner * FLOATS[format]] = raw.reshape(rows, -1)
+        return out.reshape(-1)
+    described, cuts = BLOCK_FORMATS[format.lower()], cut(inner)
+    blocks = raw.reshape(-1).view(struct_of(described))
+    for part in FORMATS[format]:
+        found = _MAKERS[part.name](described, blocks).reshape(rows, -1, part.nbytes)
+        planes = _by_place(found, cuts) if part.blocks == 1 else found
+        at = places[part.name]
+        out[:, at : at + planes[0].size] = planes.reshape(rows, -1)
+    return out.reshape(-1)
+
+
+def _by_place(found: np.ndarray, cuts: Cut) -> np.ndarray:
+    """[rows, blocks, bytes] -> [rows, planes, places, bytes of a piece or less]."""
+    rows, _, nbytes = found.shape
+    width = min(nbytes, PIECE)
+    out = np.zeros((rows, nbytes // width, cuts.places, width), np.uint8)
+    order = cuts.order()
+    there = order < cuts.blocks
+    out[:, :, there] = found.reshape(rows, -1, nbytes // width, width).swapaxes(1, 2)[
+        :, :, order[there]
+    ]
     return out
 
 
-def pack_q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """GGUF blocks uint8 [rows, n, 34] -> quants uint8 [rows, 2, n, 16], scales uint16 [rows, n]."""
-    blocks = _checked(blocks, 34)
-    quants = blocks[..., 2:].reshape(*blocks.shape[:2], 2, 16).swapaxes(1, 2)
-    return np.ascontiguousarray(quants), _u16(blocks[..., :2])
+def _codes(described: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    codes = _numbers(described, described.codes, blocks)
+    if described.name == "q8_0":
+        return codes.view(np.uint8)
+    if described.name in ("q2_k", "q3_k"):
+        return _as_pairs(codes & 3)
+    low, high = codes[..., :16] & 15, codes[..., 16:] & 15
+    if not described.levels:
+        return low | high << 4
+    quads = np.concatenate([low.reshape(-1, 4, 4), high.reshape(-1, 4, 4)], -1)
+    return quads[..., ::2] | quads[..., 1::2] << 4
 
 
-def pack_q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """GGUF blocks uint8 [rows, n, 18] -> quants uint8 [rows, n, 16], scales uint16 [rows, n]."""
-    blocks = _checked(blocks, 18)
-    return np.ascontiguousarray(blocks[..., 2:]), _u16(blocks[..., :2])
+def _high(described: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    codes = _numbers(described, described.codes, blocks)
+    if described.name == "q6_k":
+        return _as_pairs(codes >> 4)
+    bits = codes >> (2 if described.name == "q3_k" else 4)
+    places = np.arange(8, dtype=np.uint8).reshape(2, 4, 1)  # w + 4 h
+    return np.bitwise_or.reduce(bits.reshape(-1, 8, 4) << places.reshape(8, 1), 1)
 
 
-def pack_q4_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """GGUF blocks uint8 [rows, n, 144] -> quants uint8 [rows, 8 n, 16], scales uint16 [rows, 8 n],
-    supers uint32 [rows, n]."""
-    described = BLOCK_FORMATS["q4_k"]
-    assert described.scale.steps and described.minimum and described.minimum.steps
-    supers = np.ascontiguousarray(_checked(blocks, 144)[..., :4]).view(np.uint32)[..., 0]
-    codes = _numbers(blocks, described, described.codes)
-    scales = _numbers(blocks, described, described.scale.steps).astype(np.uint16)
-    minima = _numbers(blocks, described, described.minimum.steps).astype(np.uint16)
-    return _nibble_pieces(codes.reshape(len(blocks), -1, 32)), scales | minima << 8, supers
-
-
-def _numbers(blocks: np.ndarray, row: BlockFormat, number: Number) -> np.ndarray:
-    """Numbers of a format's blocks [rows, n, bytes] as [rows, numbers of a row]."""
-    flat = np.ascontiguousarray(blocks).reshape(-1).view(struct_of(row))
-    return numbers(row, number, flat).reshape(len(blocks), -1)
-
-
-def pack_q6_k(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """GGUF blocks uint8 [rows, n, 210] -> quants uint8 [rows, 8 n, 16], pairs uint8 [rows, 8 n, 8],
-    scales uint16 [rows, 8 n], supers uint16 [rows, n]."""
-    described = BLOCK_FORMATS["q6_k"]
-    codes = _numbers(_checked(blocks, 210), described, described.codes).reshape(len(blocks), -1, 32)
-    high = (codes >> 4).reshape(*codes.shape[:2], 2, 4, 4)
+def _as_pairs(values: np.ndarray) -> np.ndarray:
+    """uint8 [n, 32] below 4 -> [n, 8]."""
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    pairs = np.bitwise_or.reduce(high << shifts, 3).reshape(*codes.shape[:2], 8)
-    scales = _u16(blocks[..., 192:208].reshape(*codes.shape[:2], 2))
-    return _nibble_pieces(codes & 15), pairs, scales, _u16(blocks[..., 208:])
+    return np.bitwise_or.reduce(values.reshape(-1, 2, 4, 4) << shifts, 2).reshape(-1, 8)
 
 
-def _nibble_pieces(values: np.ndarray) -> np.ndarray:
-    """uint8 [..., 32] below 16 -> [..., 16]: the first half in the low nibbles."""
-    return values[..., :16] | values[..., 16:] << 4
+def _scales(described: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    name, scale, minimum = described.name, described.scale, described.minimum
+    if name == "q2_k":
+        return blocks["scales"]
+    if not scale.steps:
+        fields = (scale.base, minimum.base) if minimum else (scale.base,)
+        return np.concatenate([blocks[f].view(np.uint8) for f in map(str, fields)], -1)
+    steps = numbers(described, scale.steps, blocks).astype(np.int8) + np.int8(scale.plus)
+    if not minimum:
+        return steps.view(np.uint8)
+    assert minimum.steps
+    return np.stack([steps.view(np.uint8), numbers(described, minimum.steps, blocks)], -1)
 
 
-def quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [columns, k] -> packed activations: x uint8 [columns, 2, n, 16], meta uint32.
+def _supers(described: BlockFormat, blocks: np.ndarray) -> np.ndarray:
+    fields = ("d", "dmin") if described.minimum else ("d",)
+    return np.concatenate([blocks[f].view(np.uint8) for f in fields], -1)
 
-    Per block scale = max |x| / 127, values to the nearest integer; meta is [columns, n, 2]. The
-    last block is filled up with zeros.
+
+_MAKERS = {"codes": _codes, "high": _high, "scales": _scales, "supers": _supers}
+
+
+def _numbers(described: BlockFormat, number: Number, blocks: np.ndarray) -> np.ndarray:
+    """Numbers of a format's blocks as [blocks of 32, 32]."""
+    return numbers(described, number, blocks).reshape(-1, BLOCK)
+
+
+def quantize(x: np.ndarray) -> np.ndarray:
+    """float32 [columns, k] -> packed activations uint8 [columns, column_nbytes].
+
+    Per block scale = max |x| / 127, values to the nearest integer.
     """
-    columns, k = x.shape
-    padded = np.zeros((columns, -(-k // BLOCK) * BLOCK), np.float32)
+    (columns, k), cuts = x.shape, cut(x.shape[1])
+    padded = np.zeros((columns, cuts.places * BLOCK), np.float32)
     padded[:, :k] = x
-    blocks = padded.reshape(columns, -1, 2, 16)
-    scales = np.abs(blocks).max((2, 3)) / np.float32(127)
+    blocks = padded.reshape(columns, -1, BLOCK)[:, cuts.order()]
+    scales = np.abs(blocks).max(2) / np.float32(127)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    quants = np.rint(blocks * inverse[..., None, None]).astype(np.int8)
-    sums = -quants.astype(np.int16).sum(3, dtype=np.int16)
+    quants = np.rint(blocks * inverse[..., None]).astype(np.int8)
+    halves = quants.reshape(columns, -1, 2, PIECE)
+    sums = -halves.astype(np.int16).sum(3, dtype=np.int16)
     meta = np.stack([scales.view(np.uint32), sums.view(np.uint32)[..., 0]], -1)
-    return np.ascontiguousarray(quants.swapaxes(1, 2)).view(np.uint8), meta
+    planes = halves.swapaxes(1, 2).reshape(columns, -1).view(np.uint8)
+    return np.concatenate([planes, meta.reshape(columns, -1).view(np.uint8)], 1)
 
 
-def dequantized(x: np.ndarray, meta: np.ndarray) -> np.ndarray:
-    """The values of packed activations, float64 [columns, 32 n]: what kernels multiply with."""
-    columns, _, n, _ = x.shape
-    scales = meta[..., 0].copy().view(np.float32).astype(np.float64)
-    quants = x.view(np.int8).swapaxes(1, 2).reshape(columns, n, BLOCK)
-    return (quants * scales[..., None]).reshape(columns, -1)
-
-
-def _checked(blocks: np.ndarray, nbytes: int) -> np.ndarray:
-    if blocks.dtype != np.uint8 or blocks.ndim != 3 or blocks.shape[2] != nbytes:
-        raise BackendError(
-            f"weights to pack are uint8 [rows, blocks, {nbytes}], not {blocks.dtype} "
-            f"{list(blocks.shape)}"
-        )
-    return blocks
-
-
-def _u16(raw: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(raw).view(np.uint16)[..., 0]
+def dequantized(packed: np.ndarray, k: int) -> np.ndarray:
+    """The values of packed activations, float64 [columns, k]: what kernels multiply with."""
+    columns, cuts = len(packed), cut(k)
+    n = cuts.places * PIECE
+    quants = packed[:, : 2 * n].reshape(columns, 2, -1, PIECE).swapaxes(1, 2).view(np.int8)
+    meta = np.ascontiguousarray(packed[:, 2 * n :]).view(np.float32).reshape(columns, -1, 2)
+    placed = quants.reshape(columns, -1, BLOCK) * meta[..., :1].astype(np.float64)
+    found = np.empty_like(placed)
+    found[:, cuts.order()] = placed
+    return found.reshape(columns, -1)[:, :k]
 
 
 def turns_of(frequencies: np.ndarray) -> np.ndarray:

@@ -1,11 +1,9 @@
 """Quantised weights times 1 to 8 columns of int8 activations: decode, where weights are read once.
 
-A block of threads owns ROWS neighbouring rows; its threads share the blocks of 32 values of those
-rows among them, one block a thread at a time, and sum up over warps at the end. Consecutive lanes
-read consecutive 16 bytes. Every sum over a block of 32 is exact (int32); a column's order of
-additions depends on the row length alone, never on the number of columns.
-
-Layouts: `layouts.py`. `x` and `meta` are the packed activations of `quantize`.
+As many lanes as a row has stretches share it (see `layouts.py`), a lane a stretch, two blocks at a
+time; a warp has 32 / lanes rows at a time, ROWS times over. So neighbouring lanes read neighbouring
+32 bytes, and rows of any length keep a warp busy. At the end the stretches' sums meet in shared
+memory, where one lane each adds them in order.
 """
 
 from __future__ import annotations
@@ -14,107 +12,96 @@ from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
     bits_to_f32,
     block_x,
-    constant,
-    dp2a,
-    dp4a,
+    block_y,
     entry,
-    f16_to_f32,
     f32,
-    i32,
-    int_to_f32,
     launch_next,
     launch_wait,
-    load2,
+    load,
     load4,
     registers,
-    stream4,
     thread_x,
     u32,
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
-from .matvec_k import THREADS, WARPS, dot_nibbles, matvec_k
+from .formats import FORMATS, adder
 from .sums import store_row_sums
 
-
-def dot_q8_0(weights, quants, blocks, x, cell, start):
-    """start + the sum of 32 products; `quants` and `cell` count pieces of 16 bytes."""
-    a, b = stream4(weights, quants), stream4(weights, u32(quants + blocks))
-    v, w = load4(x, cell), load4(x, u32(cell + blocks))
-    t = dp4a(a[0], v[0], start)
-    t = dp4a(a[1], v[1], t)
-    t = dp4a(a[2], v[2], t)
-    t = dp4a(a[3], v[3], t)
-    t = dp4a(b[0], w[0], t)
-    t = dp4a(b[1], w[1], t)
-    t = dp4a(b[2], w[2], t)
-    return dp4a(b[3], w[3], t)
+WARPS = 4
+THREADS = 32 * WARPS
 
 
-def dot_q4_0(weights, quants, blocks, x, cell, start):
-    """The same of unsigned nibbles: low ones are the block's first half, high ones the second."""
-    a = stream4(weights, quants)
-    v, w = load4(x, cell), load4(x, u32(cell + blocks))
-    return dot_nibbles(a, v, w, start)
-
-
-def no_offset(sums):
-    """Codes that are signed as they lie: their sum starts at 0."""
-    return i32(0)
-
-
-def offset_8(sums):
-    """-8 times the sum of a block's activations, of which `sums` holds the negated halves."""
-    return dp2a(sums, u32(0x0808), i32(0))
-
-
-# format -> pieces of 16 bytes in a block, its dot product, and where the sum starts
-FORMATS = {"Q8_0": (2, dot_q8_0, no_offset), "Q4_0": (1, dot_q4_0, offset_8)}
-
-
-@constants(format=("Q8_0", "Q4_0", "Q4_K", "Q6_K"), columns=(1, 2, 4, 8))
+@constants(format=tuple(FORMATS), columns=(1, 2, 4, 8))
 def build_matvec(format: str, columns: int) -> Declared:
-    """out[c, row] = sum over k of weights[row, k] x[c, k].
+    """out[c, row] = sum over k of weights[row, k] x[c, k], + bias[row] + residual[c, row].
 
-    `n_rows` rows of `blocks` blocks; `out` f32 [columns, out_stride]. Grid: rows / rows_of(...).
+    `x`: packed columns, `n_columns` of them, of which 8 `block_y` .. are taken; `live`: how many
+    mean something. Rows have `row_pieces` pieces and their parts begin at words `high`, `scales`,
+    `supers`; 2^`shift` lanes, `stretches`, and `pairs` of blocks in each are those of their `cut`.
+    `sums`: 1 with a bias, 2 with a residual, 3 with both. Grid (`blocks_of`, columns / 8).
     """
-    if format not in FORMATS:
-        return matvec_k(format, rows_of(format, columns), columns)
-    PIECES, dot, offset = FORMATS[format]
-    ROWS, COLUMNS = rows_of(format, columns), columns
-    N = ROWS * COLUMNS
-    accumulators, places = registers("f32", N), registers("u32", ROWS)
-    finish = store_row_sums(WARPS, ROWS, COLUMNS)
+    form = FORMATS[format]
+    ROWS, COLUMNS, WORDS, fetch = rows_of(format, columns), columns, form.words, form.fetch
+    accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
+    words, bases = registers("u32", ROWS * WORDS), registers("u32", COLUMNS)
+    add, finish = adder(format), store_row_sums(WARPS, ROWS, COLUMNS)
 
     @entry(
-        "weights:u32* scales:u16* x:u32* meta:u32* out:f32* n_rows:u32 blocks:u32 out_stride:u32",
+        "weights:u32* x:u32* bias:f32* residual:f32* out:f32* live:u32* n_rows:u32 n_columns:u32 "
+        "row_pieces:u32 high:u32 scales:u32 supers:u32 shift:u32 stretches:u32 pairs:u32 "
+        "out_stride:u32 residual_stride:u32 sums:u32",
         threads=THREADS,
-        min_blocks=8 if N <= 8 else 4,
     )
-    def matvec(weights, scales, x, meta, out, n_rows, blocks, out_stride):
+    def matvec(
+        weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, high, scales, supers,
+        shift, stretches, pairs, out_stride, residual_stride, sums,
+    ):  # fmt: skip
         launch_next()
-        acc, row = accumulators(), places()
+        acc, row, raw, base = accumulators(), places_of_rows(), words(), bases()
+        lane, slots = u32(thread_x() & 31), u32(u32(32) >> shift)
+        stretch = u32(lane & u32((u32(1) << shift) - 1))
+        first = u32(u32(block_x() * WARPS + (thread_x() >> 5)) * u32(ROWS * slots))
+        mine = u32(first + (lane >> shift))
         for r in range(ROWS):
-            row[r] = u32(min(u32(block_x() * ROWS + r), u32(n_rows - 1)) * blocks)
-        for n in range(N):
+            row[r] = u32(min(u32(mine + r * slots), u32(n_rows - 1)) * row_pieces)
+        for n in range(ROWS * COLUMNS):
             acc[n] = f32(0)
+        places, column = u32(2 * stretches * pairs), u32(8 * block_y())
+        for c in range(COLUMNS):
+            base[c] = u32(min(u32(column + c), u32(n_columns - 1)) * u32((places >> 1) * 5))
+        pair, block = stretch, u32(2 * pairs * stretch)
+        end = u32(stretches * pairs) if stretch < stretches else u32(0)
         launch_wait()
-        b = thread_x()
-        while b < blocks:
+        if column >= load(live, 0):
+            return
+        while pair < end:
+            for r in range(ROWS):
+                fetch(raw, r * WORDS, weights, row[r], high, scales, supers, places, pair, block)
             for c in range(COLUMNS):
-                scale, sums = load2(meta, u32(c * blocks + b))
-                start = offset(sums)
-                cell = u32(2 * c * blocks + b)
+                p = u32(base[c] + 2 * pair)
+                a, b = load4(x, p), load4(x, u32(p + 1))
+                v, w = load4(x, u32(p + places)), load4(x, u32(p + places + 1))
+                m = load4(x, u32(base[c] + 2 * places + pair))
+                xs, ys = bits_to_f32(m[0]), bits_to_f32(m[2])
                 for r in range(ROWS):
-                    total = dot(weights, u32(PIECES * row[r] + b), blocks, x, cell, start)
-                    d = f16_to_f32(constant(scales, u32(row[r] + b))) * bits_to_f32(scale)
-                    acc[r * COLUMNS + c] += d * int_to_f32(total)
-            b = u32(b + THREADS)
-        finish(acc, out, u32(block_x() * ROWS), n_rows, out_stride)
+                    n = r * COLUMNS + c
+                    acc[n] = add(raw, r * WORDS, 0, a, v, xs, m[1], acc[n])
+                    acc[n] = add(raw, r * WORDS, 1, b, w, ys, m[3], acc[n])
+            pair, block = u32(pair + stretches), u32(block + 2)
+        finish(
+            acc, out, bias, residual, first, n_rows, column, n_columns, out_stride,
+            residual_stride, sums, shift,
+        )  # fmt: skip
 
     return matvec
 
 
 def rows_of(format: str, columns: int) -> int:
-    """Rows that a block of threads owns."""
-    return 2 if format in ("Q8_0", "Q6_K") or columns == 4 else 4
+    """Rows that a lane takes part in."""
+    return 2 if columns > 1 or FORMATS[format].words > 12 else 4
+
+
+def blocks_of(format: str, columns: int, rows: int, lanes: int) -> int:
+    """Blocks of threads that take `rows` rows of `lanes` lanes each."""
+    return -(-rows // (WARPS * rows_of(format, columns) * (32 // lanes)))

@@ -71,19 +71,20 @@ def build_rms_norm(packed: bool) -> Declared:
             store4(out, u32(base + i), v[0], v[1], v[2], v[3])
             i = u32(i + _THREADS)
 
-    @entry("x:f32* w:f32* out:u32* meta:u32* pieces:u32 eps:f32", threads=_THREADS)
-    def rms_norm_packed(x, w, out, meta, pieces, eps):
+    @entry("x:f32* w:f32* out:u32* pieces:u32 eps:f32 stretches:u32 length:u32", threads=_THREADS)
+    def rms_norm_packed(x, w, out, pieces, eps, stretches, length):
         launch_next()
         base = u32(block_x() * pieces)
         launch_wait()
         r = row_factor(x, base, pieces, eps)
-        first = u32(0)
-        while first < pieces:
+        first, end = u32(0), u32(8 * u32(stretches * length))
+        while first < end:
             i = u32(first + thread_x())
-            live = i < pieces
             at = min(i, u32(pieces - 1))
             v = scaled(load4(x, u32(base + at)), constant4(w, at), r)
-            pack_values(v, out, meta, block_x(), i, u32(pieces >> 3), live)
+            if i >= pieces:
+                v = f32(0), f32(0), f32(0), f32(0)
+            pack_values(v, out, block_x(), i, stretches, length, i < end)
             first = u32(first + _THREADS)
 
     return rms_norm_packed if packed else rms_norm

@@ -1,7 +1,7 @@
 """Activations to int8, 32 values under one scale: 8 lanes take a block, 4 values each.
 
 Alone (`quantize`), and at the end of kernels whose output only feeds quantised products.
-Layout of x and meta: `layouts.py`; numbers are those of `layouts.quantize`, bit for bit.
+Layout: `layouts.py`; numbers are those of `layouts.quantize`, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from runtime.backends.cuda.intrinsics import (
     i32,
     launch_next,
     launch_wait,
+    load,
     load4,
     round_i32,
     shuffle_xor,
@@ -42,8 +43,12 @@ def sign_extended(word, shift):
     return i32(i32(u32(word << shift)) >> 24)
 
 
-def pack_values(v, x, meta, column, i, blocks, live):
-    """Store values 4 i .. 4 i + 3 of a column; all lanes of a warp must come, `live` ones store."""
+def pack_values(v, x, column, i, stretches, length, live):
+    """Store values 4 i .. 4 i + 3 of a column, which are zero behind its end.
+
+    `stretches`, `length`: of the column's `cut`; i runs to 8 `stretches` `length`. All lanes of a
+    warp must come, `live` ones store.
+    """
     peak = fmax(fmax(fabs(v[0]), fabs(v[1])), fmax(fabs(v[2]), fabs(v[3])))
     peak = fmax(peak, shuffle_xor(peak, 4))
     peak = fmax(peak, shuffle_xor(peak, 2))
@@ -61,25 +66,52 @@ def pack_values(v, x, meta, column, i, blocks, live):
     negated = u32(negated + shuffle_xor_u32(negated, 2))
     second = shuffle_xor_u32(negated, 4)
     if live:
-        block, part = u32(i >> 3), u32(i & 7)
-        half = u32(u32(2 * column + (part >> 2)) * blocks + block)
-        store(x, u32(4 * half + (part & 3)), word)
+        part, places = u32(i & 7), u32(stretches * length)
+        place, base = place_of(u32(i >> 3), stretches, length), u32(column * places)
+        at = u32(4 * u32(u32((part >> 2) * places) + place) + (part & 3))
+        store(x, u32(10 * base + at), word)
         if part == 0:
             sums = u32(u32(negated & 0xFFFF) | u32(second << 16))
-            store2(meta, u32(column * blocks + block), f32_to_bits(scale), sums)
+            store2(x, u32(5 * base + u32(4 * places + place)), f32_to_bits(scale), sums)
+
+
+def place_of(block, stretches, length):
+    """Where a block of a row lies; see `layouts.py`."""
+    stretch = u32(block // length)
+    i = u32(block - u32(stretch * length))
+    return u32(2 * u32(u32((i >> 1) * stretches) + stretch) + (i & 1))
 
 
 def build_quantize() -> Declared:
-    """`x` f32 [columns, 32 blocks] to packed activations. Grid (blocks / 32, columns)."""
+    """Rows of `n` values of `x` f32 to packed activations, a column each.
 
-    @entry("x:f32* packed:u32* meta:u32* blocks:u32", threads=_THREADS)
-    def quantize(x, packed, meta, blocks):
+    Grid (stretches x length / 32, rows).
+    """
+
+    @entry("x:f32* packed:u32* n:u32 stride:u32 stretches:u32 length:u32", threads=_THREADS)
+    def quantize(x, packed, n, stride, stretches, length):
         launch_next()
         i, column = u32(block_x() * _THREADS + thread_x()), block_y()
-        pieces = u32(8 * blocks)
-        live = i < pieces
+        live = i < u32(8 * u32(stretches * length))
         launch_wait()
-        v = load4(x, u32(column * pieces + min(i, u32(pieces - 1))))
-        pack_values(v, packed, meta, column, i, blocks, live)
+        v = values_of(x, u32(column * stride), u32(4 * i), n)
+        pack_values(v, packed, column, i, stretches, length, live)
 
     return quantize
+
+
+def values_of(x, base, k, n):
+    """Values k .. k + 3 of a row that begins at `base` and has `n`; zeros behind its end."""
+    a, b, c, d = f32(0), f32(0), f32(0), f32(0)
+    if u32(k + 3) < n and u32(u32(base + k) & 3) == 0:
+        a, b, c, d = load4(x, u32(u32(base + k) >> 2))
+    else:
+        if k < n:
+            a = load(x, u32(base + k))
+        if u32(k + 1) < n:
+            b = load(x, u32(u32(base + k) + 1))
+        if u32(k + 2) < n:
+            c = load(x, u32(u32(base + k) + 2))
+        if u32(k + 3) < n:
+            d = load(x, u32(u32(base + k) + 3))
+    return a, b, c, d

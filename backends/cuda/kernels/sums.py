@@ -7,14 +7,19 @@ from collections.abc import Callable
 from runtime.backends.cuda.intrinsics import (
     atomic_add,
     f32,
+    load,
     shared,
+    shared_load4,
     shuffle_xor,
     shuffle_xor_u32,
     store,
     syncthreads,
+    syncwarp,
     thread_x,
     u32,
 )  # fmt: skip
+
+STRIDE = 36  # words of shared memory for a value of each lane
 
 
 def warp_sum(value):
@@ -67,29 +72,49 @@ def last_block() -> Callable:
     return last
 
 
+def stretch_sum(sums, at, shift):
+    """2^`shift` values of shared memory from `at` on, a multiple of as many, added in order."""
+    if shift < 2:
+        total = sums[at]
+        if shift == 1:
+            total += sums[u32(at + 1)]
+        return total
+    a = shared_load4(sums, u32(at >> 2))
+    total = a[0] + a[1] + a[2] + a[3]
+    for k in range(1, 8):
+        if u32(4 * k) < u32(u32(1) << shift):
+            a = shared_load4(sums, u32((at >> 2) + k))
+            total = total + a[0] + a[1] + a[2] + a[3]
+    return total
+
+
 def store_row_sums(warps: int, rows: int, columns: int) -> Callable:
-    """The end of a matrix-vector kernel: sums of `rows` x `columns` registers over the block.
-
-    The function takes them, the output [columns, out_stride], the block's first row, the number
-    of rows, and out_stride.
-    """
+    """The end of a matrix-vector kernel: sums of `rows` x `columns` registers over the lanes that
+    share a row, plus bias and residual; see `matvec`."""
     count = rows * columns
-    partial = shared("f32", warps * count)
+    partial = shared("f32", warps * count * STRIDE)
 
-    def finish(values, out, first, n_rows, out_stride):
-        sums = partial()
+    def finish(
+        values, out, bias, residual, first, n_rows, column, n_columns, out_stride,
+        residual_stride, terms, shift,
+    ):  # fmt: skip
+        sums, lane = partial(), u32(thread_x() & 31)
+        base, slots = u32((thread_x() >> 5) * (count * STRIDE)), u32(u32(32) >> shift)
         for n in range(count):
-            value = warp_sum(values[n])
-            if thread_x() & 31 == 0:
-                sums[u32((thread_x() >> 5) * count + n)] = value
-        syncthreads()
-        i = thread_x()
-        row = u32(first + i // columns)
-        if i < count and row < n_rows:
-            value = f32(0)
-            for w in range(warps):
-                value += sums[u32(w * count + i)]
-            store(out, u32((i % columns) * out_stride + row), value)
+            sums[u32(base + n * STRIDE + lane)] = values[n]
+        syncwarp()
+        job = lane
+        while job < u32(count * slots):
+            n, slot = u32(job >> (5 - shift)), u32(job & u32(slots - 1))
+            total = stretch_sum(sums, u32(base + n * STRIDE + u32(slot << shift)), shift)
+            row, c = u32(first + u32(n // columns) * slots + slot), u32(column + n % columns)
+            if row < n_rows and c < n_columns:
+                if terms & 1:
+                    total += load(bias, row)
+                if terms & 2:
+                    total += load(residual, u32(c * residual_stride + row))
+                store(out, u32(c * out_stride + row), total)
+            job = u32(job + 32)
 
     return finish
 

@@ -10,6 +10,7 @@ from runtime.backends.cuda.intrinsics import (
     block_x,
     block_y,
     entry,
+    f32,
     launch_next,
     launch_wait,
     load4,
@@ -60,17 +61,21 @@ def build_swiglu(packed: bool, clamp: bool) -> Declared:
             store4(out, u32(row * pieces + i), v[0], v[1], v[2], v[3])
 
     @entry(
-        "gate:f32* up:f32* out:u32* meta:u32* pieces:u32 gate_stride:u32 up_stride:u32 alpha:f32 "
-        "limit:f32",
+        "gate:f32* up:f32* out:u32* pieces:u32 gate_stride:u32 up_stride:u32 alpha:f32 limit:f32 "
+        "stretches:u32 length:u32",
         threads=_THREADS,
     )
-    def swiglu_packed(gate, up, out, meta, pieces, gate_stride, up_stride, alpha, limit):
+    def swiglu_packed(
+        gate, up, out, pieces, gate_stride, up_stride, alpha, limit, stretches, length
+    ):
         launch_next()
         i, row = u32(block_x() * _THREADS + thread_x()), block_y()
         at = min(i, u32(pieces - 1))
         launch_wait()
         g, u = load4(gate, u32(row * gate_stride + at)), load4(up, u32(row * up_stride + at))
         v = four(g, u, alpha, limit)
-        pack_values(v, out, meta, row, i, u32(pieces >> 3), i < pieces)
+        if i >= pieces:
+            v = f32(0), f32(0), f32(0), f32(0)
+        pack_values(v, out, row, i, stretches, length, i < u32(8 * u32(stretches * length)))
 
     return swiglu_packed if packed else swiglu

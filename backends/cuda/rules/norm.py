@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.backends.cuda.rules.matmul import packed
+from runtime.backends.cuda.rules.matmul import floats, packed
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.plan.lowering import Declined, Lowering
 from runtime.ops.tensor import Tensor
@@ -35,8 +35,8 @@ def rms_norm_pack(lowering: Lowering, node: Tensor) -> None:
         "eps": node.attrs["eps"],
     }  # fmt: skip
     if node.attrs["coding"] == "f32":
-        out = lowering.write(node, 4 * x.size)
+        out = floats(lowering, node, rows, n)
         lowering.emit("rms_norm", node, {"packed": False}, out=out, grid=(rows,), **common)
         return
-    out, meta = packed(lowering, node, rows, n)
-    lowering.emit("rms_norm", node, {"packed": True}, out=out, meta=meta, grid=(rows,), **common)
+    how = packed(lowering, node, rows, n)
+    lowering.emit("rms_norm", node, {"packed": True}, **how, grid=(rows,), **common)

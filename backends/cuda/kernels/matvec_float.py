@@ -1,0 +1,146 @@
+"""Float weights times 1 to 8 columns of float32, 8 values of a row at a time; lanes share rows as
+in `matvec.py`. Also the columns themselves, where rows are not a multiple of 8 values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from runtime.backends.cuda.intrinsic import Declared
+from runtime.backends.cuda.intrinsics import (
+    bits_to_f32,
+    block_x,
+    block_y,
+    constant4,
+    entry,
+    f16_high,
+    f16_low,
+    f32,
+    fma,
+    launch_next,
+    launch_wait,
+    load,
+    load4,
+    registers,
+    store,
+    thread_x,
+    u32,
+)  # fmt: skip
+from runtime.backends.plan.catalogue import constants
+
+from .sums import store_row_sums
+
+WARPS = 4
+THREADS = 32 * WARPS
+
+
+def _fetch_f32(values, at, weights, row, unit):
+    p = u32(row + 2 * unit)
+    a, b = constant4(weights, p), constant4(weights, u32(p + 1))
+    for i in range(4):
+        values[at + i], values[at + 4 + i] = bits_to_f32(a[i]), bits_to_f32(b[i])
+
+
+def _fetch_f16(values, at, weights, row, unit):
+    a = constant4(weights, u32(row + unit))
+    for i in range(4):
+        values[at + 2 * i], values[at + 2 * i + 1] = f16_low(a[i]), f16_high(a[i])
+
+
+def _fetch_bf16(values, at, weights, row, unit):
+    a = constant4(weights, u32(row + unit))
+    for i in range(4):
+        values[at + 2 * i] = bits_to_f32(u32(a[i] << 16))
+        values[at + 2 * i + 1] = bits_to_f32(u32(a[i] & 0xFFFF0000))
+
+
+FETCH: dict[str, Callable] = {"F32": _fetch_f32, "F16": _fetch_f16, "BF16": _fetch_bf16}
+
+
+def add_unit(values, at, x, p, total):
+    """total + 8 products in order: `values` with pieces p and p + 1 of `x`."""
+    a, b = load4(x, p), load4(x, u32(p + 1))
+    for i in range(4):
+        total = fma(values[at + i], a[i], total)
+    for i in range(4):
+        total = fma(values[at + 4 + i], b[i], total)
+    return total
+
+
+@constants(format=tuple(FETCH), columns=(1, 2, 4, 8))
+def build_matvec_float(format: str, columns: int) -> Declared:
+    """As `matvec`: rows have `row_pieces` pieces and `units` of 8 values; columns `units` too."""
+    ROWS, COLUMNS, fetch = rows_of(columns), columns, FETCH[format]
+    accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
+    weight_values, bases = registers("f32", ROWS * 8), registers("u32", COLUMNS)
+    finish = store_row_sums(WARPS, ROWS, COLUMNS)
+
+    @entry(
+        "weights:u32* x:f32* bias:f32* residual:f32* out:f32* live:u32* n_rows:u32 n_columns:u32 "
+        "row_pieces:u32 shift:u32 units:u32 out_stride:u32 residual_stride:u32 sums:u32",
+        threads=THREADS,
+    )
+    def matvec_float(
+        weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, shift, units,
+        out_stride, residual_stride, sums,
+    ):  # fmt: skip
+        launch_next()
+        acc, row, values, base = accumulators(), places_of_rows(), weight_values(), bases()
+        lane, slots, lanes = u32(thread_x() & 31), u32(u32(32) >> shift), u32(u32(1) << shift)
+        first = u32(u32(block_x() * WARPS + (thread_x() >> 5)) * u32(ROWS * slots))
+        mine = u32(first + (lane >> shift))
+        for r in range(ROWS):
+            row[r] = u32(min(u32(mine + r * slots), u32(n_rows - 1)) * row_pieces)
+        for n in range(ROWS * COLUMNS):
+            acc[n] = f32(0)
+        column, unit = u32(8 * block_y()), u32(lane & u32(lanes - 1))
+        for c in range(COLUMNS):
+            base[c] = u32(min(u32(column + c), u32(n_columns - 1)) * u32(2 * units))
+        launch_wait()
+        if column >= load(live, 0):
+            return
+        while unit < units:
+            for r in range(ROWS):
+                fetch(values, r * 8, weights, row[r], unit)
+            for c in range(COLUMNS):
+                for r in range(ROWS):
+                    n = r * COLUMNS + c
+                    acc[n] = add_unit(values, r * 8, x, u32(base[c] + 2 * unit), acc[n])
+            unit = u32(unit + lanes)
+        finish(
+            acc, out, bias, residual, first, n_rows, column, n_columns, out_stride,
+            residual_stride, sums, shift,
+        )  # fmt: skip
+
+    return matvec_float
+
+
+def rows_of(columns: int) -> int:
+    """Rows that a lane takes part in."""
+    return 4 if columns == 1 else 2
+
+
+def float_lanes(inner: int) -> int:
+    """Lanes that share a row of floats: of 8 values, every so many are one lane's."""
+    return 1 << max(1, min(32, -(-inner // 8) // 2)).bit_length() - 1
+
+
+def blocks_of(columns: int, rows: int, lanes: int) -> int:
+    """Blocks of threads that take `rows` rows of `lanes` lanes each."""
+    return -(-rows // (WARPS * rows_of(columns) * (32 // lanes)))
+
+
+def build_pad_rows() -> Declared:
+    """Rows of `n` floats filled up with zeros to `width`. Grid (width / 256, rows)."""
+
+    @entry("x:f32* out:f32* n:u32 stride:u32 width:u32", threads=256)
+    def pad_rows(x, out, n, stride, width):
+        launch_next()
+        i = u32(block_x() * 256 + thread_x())
+        launch_wait()
+        if i < width:
+            value = f32(0)
+            if i < n:
+                value = load(x, u32(u32(block_y() * stride) + i))
+            store(out, u32(u32(block_y() * width) + i), value)
+
+    return pad_rows

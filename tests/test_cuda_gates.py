@@ -60,6 +60,8 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "router_linear": (104, ("LDG.E.128.CONSTANT", "REDUX.MAX", "ATOMG", "FFMA"), ()),
     "rope": (40, ("LDG.E.64", "FFMA"), ("MUFU",)),
     "rope_angles": (32, ("LDG.E.64", "FFMA"), ("MUFU",)),
+    "sample_merge": (48, ("REDUX.MAX", "REDUX.MIN", "LDS", "MUFU.EX2"), ()),
+    "sample_parts": (96, ("LDG.E", "REDUX.MAX", "REDUX.MIN"), ()),
     "softmax": (40, ("LDG.E", "SHFL", "MUFU.EX2"), ()),
     "take": (24, ("LDG.E",), ()),
     "tile": (200, ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8"), ("I2F",)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ from runtime.backends.base import Progress
 from runtime.backends.cuda import arena
 from runtime.backends.cuda.driver import DeviceLostError, Driver
 from runtime.backends.cuda.gaps import Gaps
+from runtime.backends.cuda.joint import Joint
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.planner import Planner, options
 from runtime.backends.cuda.program import Program
-from runtime.backends.cuda.stores import WEIGHTS, Store, made_nbytes, stored_nbytes
-from runtime.backends.plan.plan import Buffer, Plan
+from runtime.backends.cuda.stores import Store, made_nbytes, stored_nbytes, weight_buffers
+from runtime.backends.plan.plan import Plan
 from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -45,7 +46,7 @@ class CudaBackend:
         self.device = Device(driver, index, kernels)
         self.name = f"cuda:{index} ({self.device.info.name})"
         self.threads = 1
-        self.planner, self._graphs = Planner(options(activations, fuse)), graphs
+        self.planner, self.graphs = Planner(options(activations, fuse)), graphs
         self.stream = self.device.stream()
         self.store = Store(self.device, self.stream, file)
         self.gaps = Gaps(self.device)
@@ -88,17 +89,31 @@ class CudaBackend:
             self._programs[key] = self.bind(self.plan(graph))
         return self._programs[key]
 
-    def bind(self, plan: Plan) -> Program:
-        """A program for a plan; kernels and weights it needs are made ready."""
+    def bind(
+        self, plan: Plan, peers: Callable[[str], arena.Buffer] | None = None
+    ) -> Program:  # fmt: skip
+        """A program for a plan; kernels and weights it needs are made ready.
+
+        peers: of a plan of one of several devices, whose launches run together; see `Program`.
+        """
         self.device.activate()
         self.device.prepare(plan.kernels())
-        if self._work is None or plan.arena_nbytes > self._work.nbytes:
-            nbytes = max(plan.arena_nbytes, 256)  # older programs keep theirs
-            self._work = self._room(nbytes, "activations").take(nbytes)
         return Program(
-            plan, self.device, self.stream, self.store, self._work, self._nothing, self.gaps,
-            self._graphs,
+            plan, self.device, self.stream, self.store, self.work(plan.arena_nbytes),
+            self._nothing, self.gaps, self.graphs, peers,
         )  # fmt: skip
+
+    def work(self, nbytes: int) -> arena.Buffer:
+        """Memory for what programs compute, at least so much; older programs keep theirs."""
+        if self._work is None or nbytes > self._work.nbytes:
+            nbytes = max(nbytes, 256)
+            self._work = self._room(nbytes, "activations").take(nbytes)
+        return self._work
+
+    @staticmethod
+    def joined(devices: Sequence[CudaBackend]) -> Joint:
+        """Several that work on every tensor together."""
+        return Joint(devices)
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels of these graphs, then pack and upload the weights."""
@@ -155,9 +170,3 @@ class CudaBackend:
     def _room(self, nbytes: int, name: str) -> arena.Arena:
         self._rooms.append(self.device.arena(nbytes, name))
         return self._rooms[-1]
-
-
-def weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
-    """The weights these plans read, each form once, in order of use."""
-    found = {b.content: b for plan in plans for b in plan.buffers() if b.memory in WEIGHTS}
-    return list(found.values())

@@ -141,6 +141,15 @@ class BoundDriver(Driver):
         self._current.name = self._names.get(int(context), "")
         self._call("cuCtxSetCurrent", context)
 
+    def can_reach(self, index: int, other: int) -> bool:
+        devices = [self._call("cuDeviceGet", n) for n in (index, other)]
+        return bool(self._call("cuDeviceCanAccessPeer", *devices))
+
+    def reach(self, context: Any) -> None:
+        (code,) = self._api.cuCtxEnablePeerAccess(context, 0)
+        if int(code) and code != self._api.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+            self._fail("cuCtxEnablePeerAccess", code)
+
     def memory_info(self) -> tuple[int, int]:
         return self._call("cuMemGetInfo")
 

@@ -91,6 +91,12 @@ class Driver(Protocol):
     def use_context(self, context: Any) -> None:
         """Make it current in this thread."""
 
+    def can_reach(self, index: int, other: int) -> bool:
+        """Whether kernels on one GPU can be given memory of another."""
+
+    def reach(self, context: Any) -> None:
+        """Let kernels of the current context use memory of another GPU's; twice is once."""
+
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes of the current device."""
 

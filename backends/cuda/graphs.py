@@ -118,7 +118,7 @@ def dependencies(launches: Sequence[Launch], programmatic: bool = False) -> list
             if not bits >> before & 1 and conflict(touched[before], mine):
                 before_me.append(before)
                 bits |= ended[before] | 1 << before
-        early = programmatic and len(before_me) == 1 and accesses(launch.kernel).waits
+        early = programmatic and len(before_me) == 1 and _follows(*before_me, after, launches)
         if early:
             settled = begun[before_me[0]]
             needed = [span for span in spans(launch, early=True) if changed.meets(*span[:2])]
@@ -149,6 +149,12 @@ class _Ranges:
         """Whether any of these bytes are among them."""
         at = bisect_right(self._ends, start)
         return at < len(self._starts) and self._starts[at] < end
+
+
+def _follows(before: int, after: int, launches: Sequence[Launch]) -> bool:
+    """Whether a launch may be begun before the other has ended: on the same GPU, where it waits."""
+    one, other = (launches[n].function.device.index for n in (before, after))
+    return one == other and accesses(launches[after].kernel).waits
 
 
 def _check(launches: list[Launch], edges: list[Edge]) -> None:

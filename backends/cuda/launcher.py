@@ -47,6 +47,18 @@ class Device(Owned):
         """Make this the calling thread's device. Launches act on the thread's device."""
         self.driver.use_context(self._context)
 
+    def reach(self, other: Device) -> None:
+        """Let kernels here use that device's memory. BackendError: there is no way."""
+        if other.index == self.index:
+            return
+        if not self.driver.can_reach(self.index, other.index):
+            raise BackendError(
+                f"cuda:{self.index} cannot read the memory of cuda:{other.index} (no peer access): "
+                f"split by layers, as layers(cuda:{self.index},cuda:{other.index})"
+            )
+        self.activate()
+        self.driver.reach(other._context)
+
     def function(self, kernel: Kernel) -> Function:
         """A kernel, compiled if need be and loaded. BackendError: it cannot be."""
         if kernel not in self._functions:

@@ -31,14 +31,19 @@ from runtime.ops.errors import BackendError
 
 
 class Program:
-    """See backends/base.py. `graph` False: the same launches, one by one."""
+    """See backends/base.py. `graph` False: the same launches, one by one.
+
+    peers: where what other devices give to collectives lies, by the key of its buffer.
+    """
 
     observable = False
 
     def __init__(
         self, plan: Plan, device: Device, stream: Stream, store: Store, arena: Buffer,
         nothing: Buffer, gaps: Gaps, graph: bool = True,
+        peers: Callable[[str], Buffer] | None = None,
     ) -> None:  # fmt: skip
+        self._peers = peers
         self.plan, self._stream, self._arena, self._store = plan, stream, arena, store
         self._nothing, self._gaps, self._device = nothing, gaps, device
         attention_node = next((c.node for c in plan.calls() if attention.made(c.node)), None)
@@ -59,9 +64,9 @@ class Program:
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step; see backends/base.py."""
-        self._give(inputs, live)
+        self.give(inputs, live)
         self._replay(self.launches)
-        return self._fetched(live)
+        return self.fetched(live)
 
     def choose(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
@@ -73,7 +78,7 @@ class Program:
             self._choosing = Choosing(
                 self._device, self._inputs, logits, self.plan.output_tensors[0]
             )
-        self._give(inputs, live, choices)
+        self.give(inputs, live, choices)
         self._replay([*self.launches, *self._choosing.launches])
         return self._choosing.fetch(self._stream, len(choices))
 
@@ -81,13 +86,13 @@ class Program:
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """As `run`, launch by launch between events: nanoseconds of each instruction."""
-        self._give(inputs, live)
+        self.give(inputs, live)
         events = [self._device.event() for _ in range(len(self.launches) + 1)]
         events[0].record(self._stream)
         for launch, event in zip(self.launches, events[1:], strict=True):
             launch.run(self._stream)
             event.record(self._stream)
-        found = self._fetched(live)
+        found = self.fetched(live)
         seconds = [after.since(before) for before, after in pairwise(events)]
         for event in events:
             event.close()
@@ -109,7 +114,7 @@ class Program:
         if self._choosing is not None:
             self._choosing.close()
 
-    def _give(
+    def give(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
         choices: Sequence[Choice] = (),
     ) -> None:  # fmt: skip
@@ -134,7 +139,8 @@ class Program:
                 self._graphs[len(launches)] = Graph(self._device, launches, edges)
             self._graphs[len(launches)].replay(self._stream)
 
-    def _fetched(self, live: Mapping[str, int]) -> list[np.ndarray]:
+    def fetched(self, live: Mapping[str, int]) -> list[np.ndarray]:
+        """The outputs, once the stream has done what it was given; the device is active."""
         for output in self._outputs:
             output.fetch(self._stream, live)
         self._stream.synchronize()
@@ -166,6 +172,9 @@ class Program:
             return self._tickets.place(ref)
         if memory in ("input", "count"):
             return self._inputs.place_of(ref)
+        if memory == "peer":
+            assert self._peers is not None, "a graph with collectives is one device's of several"
+            return self._peers(ref.buffer.key).view(ref.offset)
         return self._store.place(ref.buffer).view(ref.offset)
 
 

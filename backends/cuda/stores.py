@@ -152,3 +152,9 @@ def made_nbytes(buffer: plan.Buffer) -> int:
         each = packed_nbytes(packed_type(w.dtype), int(w.shape[-2]), int(w.shape[-1]))
         return math.prod(map(int, w.shape[:-2])) * each
     return {"raw": w.nbytes, "vector": 4 * w.size, "turns": 8 * w.size}[buffer.memory]
+
+
+def weight_buffers(plans: Sequence[plan.Plan]) -> list[plan.Buffer]:
+    """The weights these plans read, each form once, in order of use."""
+    found = {b.content: b for each in plans for b in each.buffers() if b.memory in WEIGHTS}
+    return list(found.values())

@@ -113,7 +113,7 @@ class Rules:
         results = [lowering.place(o, (o.dtype,)) for o in kept]
         plan = Plan(
             graph.name, schedule(lowering.calls), results, kept, lowering.counts,
-            scratch_nbytes=lowering.scratch_nbytes, results=lowering.results,
+            scratch_nbytes=lowering.scratch_nbytes, results=lowering.results, parts=lowering.parts,
         )  # fmt: skip
         place_buffers(plan, guarded)
         return plan
@@ -128,6 +128,7 @@ class Lowering:
         self.scratch_nbytes = self.n_tickets = 0
         self.router_results: dict[Tensor, dict[str, Buffer]] = {}
         self.results: dict[Tensor, Buffer] = {}
+        self.parts: dict[int, Ref] = {}  # see Plan
         self._fixed: dict[Hashable, Buffer] = {}
         self._inputs: dict[str, Tensor] = {}
         self._counts = Buffer("count", "counts", 0)

@@ -14,7 +14,7 @@ from runtime.ops.tensor import Tensor
 
 ALIGNMENT = 64  # of buffers: a cache line, and a 512-bit vector
 GUARD = 64  # bytes after a buffer that a guarded plan checks for stray writes
-JOINT = ("part", "whole", "parts", "member", "meeting")  # memories of buffers: see Buffer
+JOINT = ("part", "whole", "parts", "member", "meeting", "peer")  # memories of buffers: see Buffer
 KEPT = 1 << 30  # the moment until which outputs are in use
 Key = TypeVar("Key", bound=Hashable)
 
@@ -25,7 +25,8 @@ class Buffer:
 
     `memory`, where they are: arena, scratch, input, count, constant, state, or a form of weight.
     Where devices share a graph (JOINT) also the `part` of one that all read, a `whole` that they
-    have in common, addresses of `parts`, a `member`'s number, and where the `meeting` is.
+    have in common, addresses of `parts`, a `member`'s number, where the `meeting` is, and what a
+    `peer` gives.
     `offset` is set by the memory planner for arena buffers; the others are found by `content`, and
     `key` is what plans call them.
     """
@@ -134,6 +135,7 @@ class Plan:
     arena_nbytes: int = 0
     scratch_nbytes: int = 0
     results: dict[Tensor, Buffer] = field(default_factory=dict)  # where each computed tensor lies
+    parts: dict[int, Ref] = field(default_factory=dict)  # what it gives to collectives, by number
 
     def calls(self) -> list[Call]:
         """The calls of all instructions in order."""

@@ -2,6 +2,7 @@
 
 from runtime.backends.cuda.rules import (  # noqa: F401  they register
     attention,
+    collective,
     elementwise,
     matmul,
     moe,

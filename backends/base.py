@@ -125,6 +125,45 @@ class Backend(Planner, Protocol):
         ...
 
 
+class Joint(Protocol):
+    """Devices of one kind that compute the graphs of a step together; their owner closes them."""
+
+    def bind(self, plans: Sequence[Plan]) -> Program:
+        """The program of a plan of each device; its `plan` is the first one's."""
+        ...
+
+    def missing(self, plans: Sequence[Sequence[Plan]]) -> int:
+        """How many kernels of these plans, of each device some, have yet to be compiled."""
+        ...
+
+    def load(self, plans: Sequence[Sequence[Plan]], progress: Progress | None = None) -> None:
+        """Kernels of these plans, of each device some; then their weights."""
+        ...
+
+    def abort(self) -> None:
+        """See `Backend.abort`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is neither a device's nor a program's."""
+        ...
+
+
+class Joinable(Backend, Protocol):
+    """A device of which several can be joined.
+
+    exact: whether they cut no sum unless told to. grain: elements that its kernels take together.
+    """
+
+    exact: bool
+    grain: int
+
+    @staticmethod
+    def joined(devices: Sequence[Any]) -> Joint:
+        """Devices of this kind. BackendError: they cannot work together."""
+        ...
+
+
 Step = tuple[Program, Mapping[str, np.ndarray], Mapping[str, int]]  # what a program is run with
 
 

@@ -21,10 +21,10 @@ import ctypes
 import math
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from fake_memory import Memory, Span
+from fake_memory import Memory, Reached, Span
 from fake_nodes import (
     Function,
     Handle,
@@ -66,12 +66,15 @@ class FakeDriver(Driver):
     def __init__(
         self, devices: Sequence[DeviceInfo] = (H100,), execute: bool = False, seed: int = 0,
         version: int = NEEDED_CUDA, quick: bool = False,
+        unreachable: Collection[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
+        """unreachable: (GPU, another whose memory its kernels cannot use)."""
         self.calls: list[tuple[Any, ...]] = []
         self._devices, self._version = list(devices), version
         self._execute, self._quick = execute or quick, quick
         self._random = random.Random(seed)
-        self._memory = [Memory(d.total_nbytes, self._execute) for d in devices]
+        self._memory = [Memory(d.total_nbytes, self._execute, n) for n, d in enumerate(devices)]
+        self._unreachable, self._peers = set(unreachable), set[tuple[int, int]]()
         self._contexts: dict[int, Handle] = {}
         self._thread = threading.local()
         self._count = 0
@@ -90,12 +93,15 @@ class FakeDriver(Driver):
 
     def retain_context(self, index: int) -> Handle:
         if index not in self._contexts:
-            self._contexts[index] = self._new("context", index)
+            self._contexts[index] = self._new("context", index, value=0)
         self._contexts[index].alive = True
+        self._contexts[index].value += 1
         return self._contexts[index]
 
     def release_context(self, index: int) -> None:
-        self._alive(self._contexts[index], "context").alive = False
+        context = self._alive(self._contexts[index], "context")
+        context.value -= 1
+        context.alive = context.value > 0
 
     def use_context(self, context: Handle) -> None:
         if self.lost:
@@ -103,6 +109,15 @@ class FakeDriver(Driver):
         if context.kind != "context" or not context.alive:
             raise wrong(f"{context} cannot be made current")
         self._thread.current = context.of
+
+    def can_reach(self, index: int, other: int) -> bool:
+        return (index, other) not in self._unreachable
+
+    def reach(self, context: Handle) -> None:
+        here, other = self._current(), self._alive(context, "context").of
+        if here == other or not self.can_reach(here, other):
+            raise wrong(f"GPU {here} cannot reach the memory of GPU {other}")
+        self._peers.add((here, other))
 
     def memory_info(self) -> tuple[int, int]:
         memory = self._here()
@@ -219,7 +234,7 @@ class FakeDriver(Driver):
             raise wrong(f"{launch} has edges of both kinds")
         if any(programmatic) and not accesses(launch.kernel).waits:
             raise wrong(f"{launch} has a programmatic edge and no launch_wait")
-        node = self._checked(launch)
+        node = self._checked(launch, of_thread=False)
         node.before, node.programmatic = tuple(before), any(programmatic)
         nodes.append(node)
         return len(nodes) - 1
@@ -234,7 +249,7 @@ class FakeDriver(Driver):
         nodes = self._alive(executable, "executable").value
         if not 0 <= node < len(nodes):
             raise wrong(f"node {node} is not of {executable}")
-        changed = self._checked(launch)
+        changed = self._checked(launch, of_thread=False)
         if changed.shape[0] is not nodes[node].shape[0]:
             raise wrong(f"node {node} is {nodes[node].name}, not {changed.name}")
         changed.before = nodes[node].before
@@ -247,9 +262,10 @@ class FakeDriver(Driver):
         nodes = self._mine(executable, "executable").value
         for node in nodes:
             self._check_alive(node)
-        self._touch("graph", stream, [span for node in nodes for span in node.spans])
+            self._check_reach(node.shape[0].of, node.spans, node.name)
+        self._touch("graph", stream, [span for node in nodes for span in node.spans], check=False)
         for node in shuffled(nodes, self._random) if self._execute else ():
-            perform(node, self._here(), self._random.randrange(1 << 30), self._quick)
+            self._perform(node)
 
     def destroy_executable(self, executable: Handle) -> None:
         self._alive(executable, "executable").alive = False
@@ -296,20 +312,30 @@ class FakeDriver(Driver):
             raise wrong(f"{handle} is of GPU {handle.of}, and GPU {self._current()} is current")
         return handle
 
-    def _touch(self, what: str, stream: Handle, touched: list[Span], name: str = "") -> None:
+    def _touch(
+        self, what: str, stream: Handle, touched: list[Span], name: str = "", check: bool = True
+    ) -> None:
         self._mine(stream, "stream")
-        for span in touched:
-            self._here().check(span.start, span.end, name or what)
+        if check:
+            self._check_reach(self._current(), touched, name or what)
         self._note(what, *([name] if name else []), stream)
         self._order.add(stream, touched, name or what)
 
-    def _checked(self, launch: Launch) -> Node:
+    def _checked(self, launch: Launch, of_thread: bool = True) -> Node:
         """The launch as the driver sees it: through its address and shape alone."""
-        self._mine(launch.shape[0], "function")
+        function = (self._mine if of_thread else self._alive)(launch.shape[0], "function")
         node = seen(launch)
         self._check_alive(node)
-        check_pointers(node, self._here())
+        check_pointers(node, self._reached(function.of))
         return node
+
+    def _check_reach(self, device: int, touched: list[Span], what: str) -> None:
+        memory = self._reached(device)
+        for span in touched:
+            memory.check(span.start, span.end, what)
+
+    def _reached(self, device: int) -> Reached:
+        return Reached(self._memory, device, self._peers)
 
     def _check_alive(self, node: Node) -> None:
         self._alive(self._alive(node.shape[0], "function").value.library, "library")
@@ -319,4 +345,5 @@ class FakeDriver(Driver):
 
     def _perform(self, node: Node) -> None:
         if self._execute:
-            perform(node, self._here(), self._random.randrange(1 << 30), self._quick)
+            memory = self._reached(node.shape[0].of)
+            perform(node, memory, self._random.randrange(1 << 30), self._quick)

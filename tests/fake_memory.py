@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from runtime.ops.errors import BackendError
 
 _FIRST = 1 << 44  # no address of this process looks like it
+_EACH = 1 << 42  # addresses of a device
 _GAP = 1 << 20  # between allocations, so that an overrun never lands in the next
 _POISONED = 1 << 24  # larger allocations begin as zeros, which cost nothing until touched
 
@@ -30,9 +32,9 @@ def overlap(a: list[Span], b: list[Span]) -> bool:
 class Memory:
     """One device's. Contents exist with `execute` only, and begin as bytes 0xCD."""
 
-    def __init__(self, total: int, execute: bool) -> None:
+    def __init__(self, total: int, execute: bool, device: int = 0) -> None:
         self.total, self.used = total, 0
-        self._execute, self._next = execute, _FIRST
+        self._execute, self._next = execute, _FIRST + device * _EACH
         self._sizes: dict[int, int] = {}
         self._contents: dict[int, np.ndarray] = {}
 
@@ -95,3 +97,31 @@ class Memory:
         """Every byte `value`."""
         if self._execute:
             self.contents(address, nbytes).fill(value)
+
+
+class Reached:
+    """The memory of all devices as kernels on one of them see it. peers: (who reaches, whom)."""
+
+    def __init__(
+        self, memories: Sequence[Memory], reader: int, peers: Container[tuple[int, int]]
+    ) -> None:
+        self._memories, self._reader, self._peers = memories, reader, peers
+
+    def check(self, start: int, end: int, what: str) -> int:
+        """As `Memory.check`. BackendError also for another device's that is out of reach."""
+        return self._of(start, what).check(start, end, what)
+
+    def contents(self, address: int, nbytes: int) -> np.ndarray:
+        """As `Memory.contents`."""
+        return self._of(address, "an access").contents(address, nbytes)
+
+    def _of(self, address: int, what: str) -> Memory:
+        device = (address - _FIRST) // _EACH
+        if not 0 <= device < len(self._memories):
+            device = self._reader
+        if device != self._reader and (self._reader, device) not in self._peers:
+            raise BackendError(
+                f"fake driver: {what} on GPU {self._reader} touches memory of GPU {device}, which "
+                "it does not reach"
+            )
+        return self._memories[device]

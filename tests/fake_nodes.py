@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fake_memory import Memory, Span, overlap
+from fake_memory import Reached, Span, overlap
 
 from runtime.backends.cuda.accesses import accesses
 from runtime.backends.cuda.arguments import CODES, WIDTHS
@@ -124,7 +124,7 @@ def _all_alive(launch: Launch) -> bool:
     return all(buffer.alive for buffer in launch.buffers.values())
 
 
-def check_pointers(node: Node, memory: Memory) -> None:
+def check_pointers(node: Node, memory: Reached) -> None:
     """BackendError: a pointer leads out of the device's memory or is misaligned."""
     widths = accesses(node.shape[0].value.kernel).widths
     for name, address, nbytes in node.pointers():
@@ -174,7 +174,7 @@ def shuffled(nodes: list[Node], generator: random.Random) -> list[Node]:
     return ordered
 
 
-def perform(node: Node, memory: Memory, seed: int, quick: bool = False) -> None:
+def perform(node: Node, memory: Reached, seed: int, quick: bool = False) -> None:
     """Run a launch on the simulator; what the kernel only reads is read-only there.
 
     quick: all threads at once, in numpy.

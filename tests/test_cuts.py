@@ -13,8 +13,8 @@ from stored_tensors import Stored, file_of
 
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.run.stored import StoredRows
 from runtime.backends.plan.plan import Buffer
+from runtime.backends.plan.stored import StoredRows
 from runtime.backends.reference import ReferenceBackend
 from runtime.ops.cuts import canonical, cut_array, cut_rows, cut_shape
 from runtime.ops.dtypes import DTYPES, F32, I32

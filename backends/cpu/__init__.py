@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Progress
+from runtime.backends.base import Joint, Progress
 from runtime.backends.cpu.compile.library import Library, library
 from runtime.backends.cpu.planner import Planner, options
 from runtime.backends.cpu.run.cores import checked, physical_cores
@@ -17,7 +17,7 @@ from runtime.backends.cpu.run.program import Program
 from runtime.backends.cpu.run.weights import WeightStore, aligned
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Buffer, Plan
+from runtime.backends.plan.plan import Buffer, Plan, weight_buffers
 from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -31,6 +31,9 @@ class CpuBackend:
     cores: the logical processors that its threads keep to, such as range(0, 2); None: any. Memory
     is first written by those, so that it lies on their NUMA node.
     """
+
+    exact = True  # several cut no sum: a meeting of threads costs next to nothing
+    grain = 1
 
     def __init__(
         self, file: Any = None, threads: int | None = None, activations: str = "int8",
@@ -94,6 +97,13 @@ class CpuBackend:
             plan, self.team, self.library.get, self.memory, self._arena, self._scratch, joint
         )
 
+    @staticmethod
+    def joined(devices: Sequence[CpuBackend]) -> Joint:
+        """See `Joinable`."""
+        from runtime.backends.cpu.joint import Joint as CpuJoint
+
+        return CpuJoint(devices)
+
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels of these graphs, then pack the weights."""
         plans = [self.plan(graph) for graph in graphs]
@@ -139,13 +149,3 @@ def check_threads(threads: int | None) -> None:
     """OptionError for what no device can have."""
     if threads is not None and not 1 <= threads <= MAX_THREADS:
         raise OptionError(f"threads={threads} must be from 1 to {MAX_THREADS}")
-
-
-def weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
-    """The weights these plans read, each form once, in order of use."""
-    found: dict[Hashable, Buffer] = {}
-    for plan in plans:
-        for buffer in plan.buffers():
-            if buffer.memory in ("raw", "vector", "repacked"):
-                found.setdefault(buffer.content, buffer)
-    return list(found.values())

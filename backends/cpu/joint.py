@@ -7,17 +7,20 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.backends.base import Progress
-from runtime.backends.cpu import CpuBackend, weight_buffers
 from runtime.backends.cpu.run.exchange import Exchange
 from runtime.backends.cpu.run.group import TeamGroup
 from runtime.backends.cpu.run.program import Pace, Program
 from runtime.backends.cpu.run.weights import aligned
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Plan
+from runtime.backends.plan.plan import Plan, weight_buffers
+
+if TYPE_CHECKING:
+    from runtime.backends.cpu import CpuBackend
 
 _HEAR = 0.05  # seconds between two looks at signals
 _LEADING = (Kernel.of("lead_teams"), Kernel.of("meet"))

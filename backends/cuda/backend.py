@@ -16,8 +16,8 @@ from runtime.backends.cuda.joint import Joint
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.planner import Planner, options
 from runtime.backends.cuda.program import Program
-from runtime.backends.cuda.stores import Store, made_nbytes, stored_nbytes, weight_buffers
-from runtime.backends.plan.plan import Plan
+from runtime.backends.cuda.stores import Store, made_nbytes, stored_nbytes
+from runtime.backends.plan.plan import Plan, weight_buffers
 from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -32,6 +32,9 @@ class CudaBackend:
     graphs: replay each step as one CUDA graph; False: launch by launch, the same bits. `gaps`: how
     long the GPU waits between steps.
     """
+
+    exact = False  # several sum parts: twice a layer, where gathers would be four times
+    grain = 4
 
     def __init__(
         self, file: Any = None, index: int = 0, activations: str = "int8",

@@ -19,8 +19,8 @@ from runtime.backends.cuda.arena import Buffer
 from runtime.backends.cuda.graphs import Graph, dependencies
 from runtime.backends.cuda.launcher import Event
 from runtime.backends.cuda.rules.collective import peer_key
-from runtime.backends.cuda.stores import stored_nbytes, weight_buffers
-from runtime.backends.plan.plan import Plan
+from runtime.backends.cuda.stores import stored_nbytes
+from runtime.backends.plan.plan import Plan, weight_buffers
 
 if TYPE_CHECKING:
     from runtime.backends.cuda.backend import CudaBackend
@@ -33,6 +33,7 @@ class Joint:
     def __init__(self, devices: Sequence[CudaBackend]) -> None:
         """BackendError: one cannot read the memory of another."""
         self._devices = tuple(devices)
+        self._programs: list[JointProgram] = []
         for one in devices:
             for other in devices:
                 one.device.reach(other.device)
@@ -47,7 +48,8 @@ class Joint:
                 given[peer_key(number, n)] = work.view(start, nbytes)
         pairs = zip(self._devices, plans, strict=True)
         programs = [device.bind(plan, given.__getitem__) for device, plan in pairs]
-        return JointProgram(self._devices, programs)
+        self._programs.append(JointProgram(self._devices, programs))
+        return self._programs[-1]
 
     def missing(self, plans: Sequence[Sequence[Plan]]) -> int:
         """How many kernels of these plans, of each device some, have yet to be compiled."""
@@ -72,7 +74,10 @@ class Joint:
         """A step cannot be ended early: it takes milliseconds."""
 
     def close(self) -> None:
-        """Nothing is its own."""
+        """Give back what programs have beside what is the devices'."""
+        for program in self._programs:
+            program.close()
+        self._programs.clear()
 
 
 class JointProgram:
@@ -87,32 +92,22 @@ class JointProgram:
         places = list(merged([program.plan for program in programs]))
         self.launches = [(n, programs[n].launches[at]) for n, at in places]
         self._graph: Graph | None = None
-        if devices[0].graphs:
-            launches = [launch for _, launch in self.launches]
-            edges = dependencies(launches, programmatic=True)
-            self._graph = Graph(devices[0].device, launches, edges)
         self._events = [device.device.event() for device in devices]
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step of all devices; results as the first one has them."""
         for program in self._programs:
-            program.prepare(inputs, live)
-        if self._graph is None:
-            for n, launches in groupby(self.launches, lambda pair: pair[0]):
-                self._alone(n)
-                for _, launch in launches:
-                    launch.run(self._devices[n].stream)
+            program.give(inputs, live)
         self._alone(0)
-        if self._graph is not None:
-            self._graph.replay(self._devices[0].stream)
-        return self._programs[0].results(live)
+        self._replay()
+        return self._programs[0].fetched(live)
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """As `run`, launch by launch: nanoseconds of each instruction of the first device."""
         for program in self._programs:
-            program.prepare(inputs, live)
+            program.give(inputs, live)
         first = self._devices[0]
         spans: list[tuple[Event, Event]] = []
         for n, launch in self.launches:
@@ -125,7 +120,8 @@ class JointProgram:
             launch.run(first.stream)
             spans[-1][1].record(first.stream)
         self._alone(0)
-        results = self._programs[0].results(live)
+        results = self._programs[0].fetched(live)
+        self._behind(0)
         seconds = [end.since(start) for start, end in spans]
         for event in (event for span in spans for event in span):
             event.close()
@@ -141,6 +137,33 @@ class JointProgram:
             event.close()
         for program in self._programs:
             program.close()
+
+    def _replay(self) -> None:
+        """All launches, behind what the first device's stream was given; the others' wait."""
+        first = self._devices[0]
+        if first.graphs:
+            if self._graph is None:
+                launches = [launch for _, launch in self.launches]
+                edges = dependencies(launches, programmatic=True)
+                self._graph = Graph(first.device, launches, edges)
+            self._graph.replay(first.stream)
+        else:
+            for n, launches in groupby(self.launches, lambda pair: pair[0]):
+                self._alone(n)
+                for _, launch in launches:
+                    launch.run(self._devices[n].stream)
+            self._alone(0)
+        self._behind(0)
+
+    def _behind(self, device: int) -> None:
+        """The others' streams go on when that device's has done what it was given."""
+        self._devices[device].device.activate()
+        self._events[device].record(self._devices[device].stream)
+        for n, other in enumerate(self._devices):
+            if n != device:
+                other.device.activate()
+                other.stream.wait(self._events[device])
+        self._devices[device].device.activate()
 
     def _alone(self, device: int) -> None:
         """That device's stream goes on when all others have done what they were given."""

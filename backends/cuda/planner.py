@@ -18,8 +18,11 @@ MAX_HEAD_DIM = 0  # no fused qkv_post yet
 
 
 def options(activations: str = "int8", fuse: bool = True) -> Options:
-    """See `Options`; the width of tiles means nothing here."""
-    return Options(frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse)
+    """See `Options`; the width of tiles means nothing here.
+
+    The blocks of a packed row lie in an order that depends on its length, so parts are not packed.
+    """
+    return Options(frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse, pack_parts=False)
 
 
 class Planner(planner.Planner):

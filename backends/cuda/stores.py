@@ -15,6 +15,7 @@ from runtime.backends.cuda.launcher import Device, Stream
 from runtime.backends.cuda.layouts import pack, packed_nbytes, packed_type, turns_of
 from runtime.backends.cuda.pages import from_plain, to_plain
 from runtime.backends.plan import plan
+from runtime.backends.plan.stored import StoredRows
 from runtime.ops.cost import page_nbytes
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
@@ -109,7 +110,11 @@ class Store:
         return buffer
 
     def _raw(self, w: Tensor) -> np.ndarray:
-        return np.ascontiguousarray(stored_tensor(self._file, w).data).view(np.uint8).reshape(-1)
+        tensor = stored_tensor(self._file, w)
+        if "cut" in w.attrs:
+            rows = StoredRows(w, tensor).read(0, math.prod(w.shape[:-1]), np.empty(0, np.uint8))
+            return np.ascontiguousarray(rows).reshape(-1)
+        return np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:
         return np.ascontiguousarray(dequantize(self._raw(w), w.dtype, w.shape), np.float32)
@@ -136,7 +141,6 @@ _MAKERS: dict[str, Callable[[Store, Tensor], np.ndarray]] = {
     "repacked": Store._repacked,
     "constant": Store._constant,
 }
-WEIGHTS = ("raw", "vector", "turns", "repacked")  # forms
 
 
 def stored_nbytes(buffer: plan.Buffer) -> int:
@@ -152,9 +156,3 @@ def made_nbytes(buffer: plan.Buffer) -> int:
         each = packed_nbytes(packed_type(w.dtype), int(w.shape[-2]), int(w.shape[-1]))
         return math.prod(map(int, w.shape[:-2])) * each
     return {"raw": w.nbytes, "vector": 4 * w.size, "turns": 8 * w.size}[buffer.memory]
-
-
-def weight_buffers(plans: Sequence[plan.Plan]) -> list[plan.Buffer]:
-    """The weights these plans read, each form once, in order of use."""
-    found = {b.content: b for each in plans for b in each.buffers() if b.memory in WEIGHTS}
-    return list(found.values())

@@ -80,25 +80,29 @@ class Layout:
 
 
 def infer(
-    graph: Graph, shares: Sequence[float], across: bool | None = None, exact: bool = False
-) -> Layout:
+    graph: Graph, shares: Sequence[float], across: bool | None = None, exact: bool = False,
+    grain: int = 1,
+) -> Layout:  # fmt: skip
     """The layout over len(shares) devices; shares are above 0, of the weights' bytes.
 
     across: whether experts stay whole, on one device each; None: where their insides are coarse.
-    exact: no sum is cut, for the bits of one device; then experts are split inside.
+    exact: no sum is cut, for the bits of one device; then experts are split inside. grain: elements
+    of an axis that stay together where it can be divided so.
     """
     refused: dict[Tensor, str] = {}
     across = False if exact else across
     while True:
-        regions = _regions(graph, shares, refused, across, exact) if len(shares) > 1 else []
+        wanted = shares if len(shares) > 1 else ()
+        regions = _regions(graph, wanted, refused, across, exact, grain) if wanted else []
         try:
             inside = _beside(graph, regions, shares)
             rows = inside if exact else None
-            layout = _layout(graph, len(shares), _dealt(regions, inside), regions, refused, rows)
+            dealt = _dealt(regions, inside)
+            layout = _layout(graph, len(shares), dealt, regions, refused, rows, grain)
         except Unsplittable:  # what experts make is wanted as it is
             if across is False:
                 raise
-            return infer(graph, shares, False)
+            return infer(graph, shares, False, grain=grain)
         if not (scattered := _scattered(layout, regions)):
             return layout
         refused |= scattered
@@ -106,7 +110,7 @@ def infer(
 
 def _regions(
     graph: Graph, shares: Sequence[float], refused: dict[Tensor, str], across: bool | None,
-    exact: bool,
+    exact: bool, grain: int,
 ) -> list[Region]:  # fmt: skip
     """The regions of all anchors that are worth it, in the order of the anchors."""
     found, taken = list[Region](), set[Tensor]()
@@ -114,7 +118,7 @@ def _regions(
         region = None
         for start, axis in () if node in refused else _starts(graph, node):
             try:
-                region = _grown(graph, node, start, axis, len(shares), taken, exact)
+                region = _grown(graph, node, start, axis, len(shares), taken, exact, grain)
                 refused.pop(node, None)
                 break
             except Unsplittable as reason:
@@ -172,7 +176,7 @@ def _starts(graph: Graph, node: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 def _grown(
     graph: Graph, node: Tensor, start: Tensor, axis: int, devices: int, taken: set[Tensor],
-    exact: bool,
+    exact: bool, grain: int,
 ) -> Region:  # fmt: skip
     """Groups stay together where there are enough of them for all devices.
 
@@ -183,7 +187,7 @@ def _grown(
     unit = max(x.dtype.block for x in node.inputs if x.op == "weight") if cut else 1
     unit = unit if n % unit == 0 else n
     if unit == 1:
-        unit = _unit(n, devices)
+        unit = _unit(n, devices, grain)
     for coarse in (True, False):
         region = Region(graph, node, n // unit, coarse, exact)
         region.grow(start, axis, np.arange(n) // unit)
@@ -198,8 +202,10 @@ def _grown(
     return region
 
 
-def _unit(n: int, devices: int) -> int:
-    return _UNIT if n % _UNIT == 0 and n // _UNIT >= _FEW * devices else 1
+def _unit(n: int, devices: int, grain: int) -> int:
+    if n % _UNIT == 0 and n // _UNIT >= _FEW * devices:
+        return _UNIT
+    return grain if n % grain == 0 else 1
 
 
 def _beside(graph: Graph, regions: Sequence[Region], shares: Sequence[float]) -> list[float]:
@@ -270,7 +276,7 @@ def _by_group(
 
 def _layout(
     graph: Graph, devices: int, dealt: Sequence[np.ndarray], regions: Sequence[Region],
-    refused: dict[Tensor, str], rows: Sequence[float] | None,
+    refused: dict[Tensor, str], rows: Sequence[float] | None, grain: int,
 ) -> Layout:  # fmt: skip
     """rows: shares of the results of products that would be sums of parts, which none then is."""
     everybody = (1 << devices) - 1
@@ -294,7 +300,7 @@ def _layout(
         if rows is None:
             summed |= {node: (number, own[x]) for node, (number, x) in region.summed.items()}
         else:
-            splits |= {node: _rows_of(node, rows) for node in region.summed}
+            splits |= {node: _rows_of(node, rows, grain) for node in region.summed}
     whole: set[Tensor] = set()  # what is summed or gathered for somebody
     while True:
         found = _Pass(graph, everybody, splits, summed, whole, rows is not None)
@@ -308,10 +314,10 @@ def _layout(
     )  # fmt: skip
 
 
-def _rows_of(node: Tensor, shares: Sequence[float]) -> Split:
+def _rows_of(node: Tensor, shares: Sequence[float], grain: int) -> Split:
     """A product's result along its last axis, of rows of the weight, a stretch for each device."""
     n = int(node.shape[-1])
-    unit = _unit(n, len(shares))
+    unit = _unit(n, len(shares), grain)
     ends = [round(end / sum(shares) * n / unit) * unit for end in accumulate(shares)]
     pairs = zip(ends, [0, *ends], strict=False)
     return normal(node.ndim - 1, [((d,), end - start) for d, (end, start) in enumerate(pairs)])

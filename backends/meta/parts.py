@@ -18,17 +18,17 @@ Split = Callable[[Graph, Sequence[float]], Sequence[Graph]]  # graph, shares -> 
 
 
 def inferred(
-    graph: Graph, shares: Sequence[float], told: bool = True, exact: bool = False
+    graph: Graph, shares: Sequence[float], told: bool = True, exact: bool = False, grain: int = 1
 ) -> list[Graph]:
     """The graphs of devices with these shares of it; told: what has no part is said on stderr.
 
-    exact: see `infer`; what is gathered for products is packed before.
+    exact, grain: see `infer`; what is gathered for products is packed before.
     """
     from runtime.backends.meta.idle import idle, tell
     from runtime.backends.meta.infer import infer
     from runtime.backends.meta.shard import shards
 
-    layout = infer(graph, shares, exact=exact)
+    layout = infer(graph, shares, exact=exact, grain=grain)
     if told:
         tell(idle(layout, "the model"))
     made = list(shards(layout))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
-from runtime.backends.base import Progress
-from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.joint import Joint, JointProgram
-from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, exactly, joined
+from runtime.backends.base import Joinable, Program, Progress
+from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, inferred, joined
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import cut_array
 from runtime.ops.graph import Graph
@@ -19,18 +18,21 @@ from runtime.ops.tensor import Tensor
 class TensorBackend:
     """See backends/base.py.
 
-    devices: each closed with this one. shares: of the work, above 0, one for each device. split:
-    so that no sum is cut, unless said otherwise; a meeting of devices here costs next to nothing.
+    devices: of one kind, each closed with this one. shares: of the work, above 0, one for each
+    device. split: by default so that no sum is cut where devices of that kind are `exact`.
     """
 
     def __init__(
-        self, devices: Sequence[CpuBackend], shares: Sequence[float], split: Split = exactly
+        self, devices: Sequence[Joinable], shares: Sequence[float], split: Split | None = None
     ) -> None:
+        first = devices[0]
+        if split is None:
+            split = partial(inferred, exact=first.exact, grain=first.grain)
         self._devices, self._split = tuple(devices), SplitGraphs(shares, split)
-        self._joint = Joint(devices)
+        self._joint = first.joined(devices)
         self.threads = sum(device.threads for device in devices)
         self.name = f"tensor ({', '.join(device.name for device in devices)})"
-        self._programs: dict[str, JointProgram] = {}
+        self._programs: dict[str, Program] = {}
 
     def graphs(self, graph: Graph) -> Sequence[Graph]:
         """Of each device its part of a graph."""
@@ -76,7 +78,7 @@ class TensorBackend:
         """How many kernels of these graphs have yet to be compiled."""
         return self._joint.missing(self._plans(graphs))
 
-    def program(self, graph: Graph) -> JointProgram:
+    def program(self, graph: Graph) -> Program:
         """The program of a graph, from the cache where an equal graph was seen before."""
         key = graph.key()
         if key not in self._programs:
@@ -100,7 +102,7 @@ class TensorBackend:
         split = [self.graphs(graph) for graph in graphs]
         return [[device.plan(each[n]) for each in split] for n, device in enumerate(self._devices)]
 
-    def _parts(self, leaf: Tensor) -> Iterator[tuple[CpuBackend, Tensor]]:
+    def _parts(self, leaf: Tensor) -> Iterator[tuple[Joinable, Tensor]]:
         """Each device that has any of a state, with its part of this leaf."""
         for device, part in zip(self._devices, self._split.states(leaf), strict=True):
             if part is not None:

@@ -42,7 +42,7 @@ class Options(NamedTuple):
     packed: weight types the device has tiles for; those of others are widened to float32.
     max_head_dim: of a head that is normed, rotated and stored in one. activations: "int8" or
     "f32". wide: columns of the widest tile. split: BF16 weights take activations in bfloat16
-    pieces.
+    pieces. pack_parts: of a row that several devices have in parts, each packs its own.
     """
 
     packed: frozenset[str]
@@ -51,6 +51,7 @@ class Options(NamedTuple):
     wide: int = 8
     fuse: bool = True
     split: bool = False
+    pack_parts: bool = True
 
 
 def coding_of(weights: DType, n: int, options: Options) -> str:
@@ -131,7 +132,8 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
         return {"C": columns(x.size // x.shape[-1], coding, options), "coding": coding}
 
     def gathered(node: Tensor, *part: Tensor) -> Tensor:
-        form = tile(node, node.attrs["weights"]) if "weights" in node.attrs else {}
+        told = options.pack_parts and "weights" in node.attrs
+        form = tile(node, node.attrs["weights"]) if told else {}
         unit = 1 if form.get("coding") == "f32" else 32
         if not form or any(n % unit for _, n in node.attrs["runs"]):
             return node.with_(inputs=part)

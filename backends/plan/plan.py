@@ -15,6 +15,7 @@ from runtime.ops.tensor import Tensor
 ALIGNMENT = 64  # of buffers: a cache line, and a 512-bit vector
 GUARD = 64  # bytes after a buffer that a guarded plan checks for stray writes
 JOINT = ("part", "whole", "parts", "member", "meeting", "peer")  # memories of buffers: see Buffer
+WEIGHTS = ("raw", "vector", "turns", "repacked")  # memories of buffers that are forms of weights
 KEPT = 1 << 30  # the moment until which outputs are in use
 Key = TypeVar("Key", bound=Hashable)
 
@@ -179,6 +180,12 @@ def _moves(call: Call) -> bool:
     op = find(call.node.op)
     picked = op.kind is Kind.GATHER and op.flops == 0 and call.node.inputs[0].op != "weight"
     return picked or op.kind is Kind.COPY
+
+
+def weight_buffers(plans: Sequence[Plan]) -> list[Buffer]:
+    """The weights these plans read, each form once, in order of use."""
+    found = {b.content: b for plan in plans for b in plan.buffers() if b.memory in WEIGHTS}
+    return list(found.values())
 
 
 def schedule(calls: Sequence[Call]) -> list[Instruction]:

@@ -16,11 +16,11 @@ from runtime.backends import forks
 from runtime.backends.base import stored_tensor
 from runtime.backends.cpu.compile.library import Library
 from runtime.backends.cpu.run.cores import pinned
-from runtime.backends.cpu.run.stored import StoredRows
 from runtime.backends.cpu.run.table import Table
 from runtime.backends.cpu.tile.formats import ROWS, packed_nbytes, tile_format
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import ALIGNMENT, Buffer
+from runtime.backends.plan.stored import StoredRows
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
 

@@ -14,6 +14,7 @@ from runtime.backends.cuda.driver import DeviceLostError, Driver
 from runtime.backends.cuda.gaps import Gaps
 from runtime.backends.cuda.joint import Joint
 from runtime.backends.cuda.launcher import Device
+from runtime.backends.cuda.layouts import UNIT
 from runtime.backends.cuda.planner import Planner, options
 from runtime.backends.cuda.program import Program
 from runtime.backends.cuda.stores import Store, made_nbytes, stored_nbytes
@@ -34,7 +35,7 @@ class CudaBackend:
     """
 
     exact = False  # several sum parts: twice a layer, where gathers would be four times
-    grain = 4
+    grain = UNIT
 
     def __init__(
         self, file: Any = None, index: int = 0, activations: str = "int8",

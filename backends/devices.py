@@ -45,7 +45,7 @@ def open_backend(
         from runtime.backends.meta.mpi import open_mpi
 
         return open_mpi(file, threads, activations, _shares_of_all(devices, stages[0]))
-    _check(devices, every, kinds)
+    _check(devices, stages, every, kinds)
     return _behind(stages, _Opened(file, activations, stages, threads))
 
 
@@ -94,19 +94,26 @@ def _shares_of_all(expression: str, stage: Stage) -> list[float]:
     return [shares[n] for n in range(size)]
 
 
-def _check(expression: str, every: Sequence[Device], kinds: Sequence[str]) -> None:
+def _check(
+    expression: str, stages: Sequence[Stage], every: Sequence[Device], kinds: Sequence[str]
+) -> None:
     """OptionError for devices that can be named and not be used."""
     what = ""
     if any(device.nbytes is not None for device in every):
         what = "sizes of memory are for 'runtime plan'; leave them out"
-    elif "cuda" in kinds and len(every) > 1:
-        what = "a GPU runs a model alone; 'runtime plan' shows how several would"
     elif "mpi" in kinds:
         what = "mpi is all processes of this run, each with a part of every tensor: tensor(mpi)"
     elif set(kinds) & {"null", "reference"}:
         what = f"null and reference stand alone, and not beside {', '.join(kinds)}"
     if what:
         raise OptionError(f"devices={shown(expression)}: {what}")
+    for stage in stages:
+        if len({device.kind == "cuda" for device in stage.devices}) > 1:
+            raise OptionError(
+                f"devices={shown(expression)}: {stage} would split tensors over a GPU and the CPU, "
+                f"which have no memory in common: split by layers, as "
+                f"layers({','.join(map(str, stage.devices))})"
+            )
 
 
 def _behind(stages: Sequence[Stage], opened: _Opened) -> Backend:
@@ -142,7 +149,7 @@ class _Opened:
         from runtime.backends.cpu.run.cores import physical_cores
 
         check_threads(threads)
-        self._file, self._activations = file, activations
+        self._file, self._activations, self._driver = file, activations, None
         weights: dict[Device, Fraction] = {}
         for stage in stages:
             for device, share in zip(stage.devices, stage.shares, strict=True):
@@ -157,8 +164,11 @@ class _Opened:
     def device(self, device: Device) -> Any:
         if device.kind == "cuda":
             from runtime.backends.cuda.backend import CudaBackend
+            from runtime.backends.cuda.opening import open_driver
 
-            return CudaBackend(self._file, device.number or 0, self._activations)
+            self._driver = self._driver or open_driver()
+            number = device.number or 0
+            return CudaBackend(self._file, number, self._activations, self._driver)
         from runtime.backends.cpu import CpuBackend
         from runtime.backends.cpu.run.cores import shared_out
 

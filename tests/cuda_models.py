@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_driver import FakeDriver
+from fake_driver import H100, FakeDriver
 from fake_nodes import FakeLibrary
 
 import runtime
@@ -23,6 +24,25 @@ def fake_cuda(
         pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
     driver = options.pop("driver", None) or FakeDriver(execute=execute, quick=quick)
     return CudaBackend(file, driver=driver, kernels=FakeLibrary(), **options)
+
+
+def fake_gpus(count: int = 1, **options: Any) -> FakeDriver:
+    """A driver of as many alike, whose kernels run on numpy_grid.py unless said otherwise."""
+    return FakeDriver([replace(H100, index=n) for n in range(count)], quick=True, **options)
+
+
+@contextmanager
+def on_fake_gpus(
+    path: Path, devices: str, gpus: int = 1, **options: Any
+) -> Iterator[runtime.Model]:
+    """A model on devices of an expression, GPUs among them."""
+    driver = fake_gpus(gpus)
+    options = {"context": 64, "sequences": 1, "progress": False, "threads": 1} | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.backends.cuda.opening.open_driver", lambda: driver)
+        patch.setattr("runtime.backends.cuda.launcher.library", lambda target: FakeLibrary())
+        with runtime.load(path, devices=devices, **options) as model:
+            yield model
 
 
 @contextmanager

@@ -128,7 +128,10 @@ def test_more_devices_than_threads_are_told_to_who_debugs(
 @pytest.mark.parametrize(
     ("expression", "says"),
     [
-        ("tensor(cuda:0,cpu)", "a GPU runs a model alone; 'runtime plan' shows how several"),
+        (
+            "tensor(cuda:0,cpu)",
+            r"tensor.* would split .*: split by layers, as layers\(cuda:0,cpu\)",
+        ),
         ("cpu:64GiB", "sizes of memory are for 'runtime plan'; leave them out"),
         ("cuda:24GB", "sizes of memory are for 'runtime plan'"),
         ("layers(mpi:2)", r"mpi is all processes of this run, .*: tensor\(mpi\)"),

@@ -85,14 +85,17 @@ def _check_twice(devices: str, node: Node, mode: str | None = None) -> None:
             before.append(("", None, None))
             continue
         this = member.kind, member.number, member.of
-        if this in (before if "tensor" in (node.kind, mode) else before[-1:]):
+        if member.kind == "cuda" and member.nbytes is None:
+            before.append(this)  # of one GPU there may be several virtual devices
+        elif this in (before if "tensor" in (node.kind, mode) else before[-1:]):
             plain = _unnumbered(member)
             hint = f"for two devices write {plain},{plain}"
             raise OptionError(
                 f"devices={shown(devices)}: {member} stands twice in one group: "
                 + (hint if member.kind in ("cpu", "cuda") else "leave one out")
             )
-        before.append(this)
+        else:
+            before.append(this)
 
 
 def _unnumbered(device: Device) -> Device:

@@ -38,13 +38,15 @@ _TOKEN = re.compile(r"[(),*]|[^\s(),*]+")
 class Device:
     """One device. number: which of its kind; None where it is the only one or any will do.
 
-    of: it is one of so many parts of the machine. nbytes: its memory, for planning.
+    of: it is one of so many parts of the machine. nbytes: its memory, for planning. copy: which
+    of several virtual devices on one GPU, that are written alike.
     """
 
     kind: str
     number: int | None = None
     of: int | None = None
     nbytes: int | None = None
+    copy: int = 0
 
     def __str__(self) -> str:
         part = "" if self.of is None else f"/{self.of}"

@@ -56,8 +56,9 @@ def stages(node: Node, counts: Counts = one) -> tuple[Stage, ...]:
     """The stages of a tree; a bare list is split by layer.
 
     What has no share is left out. A device named more than once in a stage has the sum of its
-    shares; neighbouring stages of the same devices are one. Devices without a number are each one
-    of their own. counts: how many `numa` and `mpi` stand for.
+    shares, but in one group a GPU stands for a virtual device each time; neighbouring stages of
+    the same devices are one. Devices without a number are each one of their own. counts: how many
+    `numa` and `mpi` stand for.
     OptionError where nothing has a share, or for more than MOST_DEVICES devices.
     """
     tree = _kept(spread(node, counts))
@@ -70,7 +71,7 @@ def stages(node: Node, counts: Counts = one) -> tuple[Stage, ...]:
         )
     numbered = _numbered(devices)
     found: list[Stage] = []
-    for share, mix in _mixes(_replaced(tree, lambda: next(numbered))):
+    for share, mix in _mixes(_apart(_replaced(tree, lambda: next(numbered)))):
         if found and dict(zip(found[-1].devices, found[-1].shares, strict=True)) == mix:
             found[-1] = replace(found[-1], share=found[-1].share + share)
         else:
@@ -154,6 +155,21 @@ def _replaced(node: Node, device: Callable[[], Device]) -> Node:
     if not isinstance(node, Group):
         return device()
     return replace(node, members=tuple((s, _replaced(m, device)) for s, m in node.members))
+
+
+def _apart(node: Node) -> Node:
+    """The tree with a GPU that stands in a group several times as so many virtual devices."""
+    if not isinstance(node, Group):
+        return node
+    seen: Counter[Device] = Counter()
+    members: list[tuple[Fraction, Node]] = []
+    for share, member in node.members:
+        if isinstance(member, Device) and member.kind == "cuda" and member.nbytes is None:
+            seen[member] += 1
+            members.append((share, replace(member, copy=seen[member] - 1)))
+        else:
+            members.append((share, _apart(member)))
+    return replace(node, members=tuple(members))
 
 
 def _numbered(devices: Sequence[Device]) -> Iterator[Device]:

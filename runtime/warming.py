@@ -38,6 +38,7 @@ def kernels_of(
 ) -> list[Kernel]:
     """Those of an open GGUF file's model, in steps of all sizes. BackendError: it cannot run."""
     from runtime.backends.cuda.planner import Planner, options
+    from runtime.backends.cuda.uploads import REPACK
     from runtime.backends.null import NullBackend
     from runtime.engine.graphs import StepGraphs
     from runtime.memory.budget import LEAST_SLOTS, CacheSize
@@ -47,7 +48,8 @@ def kernels_of(
     size = CacheSize(architecture.p.context, 1, LEAST_SLOTS)
     backend = NullBackend(Planner(options(activations)))
     graphs = StepGraphs(architecture, kv_types, size, cache_rotation).warm(backend)
-    return list(dict.fromkeys(k for graph in graphs for k in backend.plan(graph).kernels()))
+    used = (k for graph in graphs for k in backend.plan(graph).kernels())
+    return list(dict.fromkeys([REPACK, *used]))
 
 
 def fill(target: str, kernels: list[Kernel], progress: Progress | None = None) -> int:

@@ -23,6 +23,7 @@ def fake_cuda(
     if execute and not quick:
         pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
     driver = options.pop("driver", None) or FakeDriver(execute=execute, quick=quick)
+    options = {"host_packing": True} | options
     return CudaBackend(file, driver=driver, kernels=FakeLibrary(), **options)
 
 

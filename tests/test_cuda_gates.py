@@ -56,6 +56,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),
     "renumber": (24, ("LDG.E",), ()),
+    "repack": (128, ("LDG.E.128.CONSTANT", "LDG.E", "STG.E"), ()),
     "rms_norm": (48, ("LDG.E.128", "MUFU.RSQ", "SHFL"), ()),
     "router": (160, ("REDUX.MAX", "REDUX.MIN", "MUFU.EX2"), ()),
     "router_linear": (160, ("LDG.E.128.CONSTANT", "REDUX.MAX", "ATOMG", "FFMA"), ()),

@@ -58,7 +58,7 @@ def test_a_model_asks_for_what_its_steps_launch(golden: Path):
     assert found < set(KERNELS.every())
     with on_fake_cuda(path, backend={"execute": False}) as model:
         session = model.session()
-        for n in (1, 2, 3, 7, 9):
+        for n in (1, 9):
             session.eval(range(n))
         used = {k for p in model.backend._programs.values() for k in p.plan.kernels()}
     assert used and used <= found

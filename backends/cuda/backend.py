@@ -18,6 +18,8 @@ from runtime.backends.cuda.layouts import UNIT
 from runtime.backends.cuda.planner import Planner, options
 from runtime.backends.cuda.program import Program
 from runtime.backends.cuda.stores import Store, made_nbytes, stored_nbytes
+from runtime.backends.cuda.uploads import REPACK
+from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Plan, weight_buffers
 from runtime.ops.errors import OptionError
 from runtime.ops.graph import Graph
@@ -30,8 +32,9 @@ class CudaBackend:
     """See backends/base.py: one GPU, or one of several virtual devices on it.
 
     driver, kernels: by default NVIDIA's, and the user's library for the GPU; tests give others.
-    graphs: replay each step as one CUDA graph; False: launch by launch, the same bits. `gaps`: how
-    long the GPU waits between steps.
+    graphs: replay each step as one CUDA graph; False: launch by launch, the same bits.
+    host_packing: weights are packed by numpy, for tests where the GPU is slower. `gaps`: how long
+    the GPU waits between steps.
     """
 
     exact = False  # several sum parts: twice a layer, where gathers would be four times
@@ -40,6 +43,7 @@ class CudaBackend:
     def __init__(
         self, file: Any = None, index: int = 0, activations: str = "int8",
         driver: Driver | None = None, kernels: Any = None, fuse: bool = True, graphs: bool = True,
+        host_packing: bool = False,
     ) -> None:  # fmt: skip
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
@@ -52,7 +56,7 @@ class CudaBackend:
         self.threads = 1
         self.planner, self.graphs = Planner(options(activations, fuse)), graphs
         self.stream = self.device.stream()
-        self.store = Store(self.device, self.stream, file)
+        self.store = Store(self.device, self.stream, file, host_packing)
         self.gaps = Gaps(self.device)
         self._programs: dict[str, Program] = {}
         self._work: arena.Buffer | None = None
@@ -123,7 +127,7 @@ class CudaBackend:
         """Compile or load all kernels of these graphs, then pack and upload the weights."""
         self.device.activate()
         plans = [self.plan(graph) for graph in graphs]
-        self.device.prepare([k for plan in plans for k in plan.kernels()], progress)
+        self.device.prepare(self._kernels(plans), progress)
         buffers = weight_buffers(plans)
         total, done = sum(map(stored_nbytes, buffers)), 0
         for nbytes in self.store.load(buffers):
@@ -150,7 +154,7 @@ class CudaBackend:
 
     def missing(self, graphs: Sequence[Graph]) -> int:
         """How many kernels of these graphs have yet to be compiled."""
-        return self.device.missing([k for g in graphs for k in self.plan(g).kernels()])
+        return self.device.missing(self._kernels([self.plan(graph) for graph in graphs]))
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """See backends/base.py."""
@@ -170,6 +174,10 @@ class CudaBackend:
             room.close()
         self.stream.close()
         self.device.close()
+
+    def _kernels(self, plans: Sequence[Plan]) -> list[Kernel]:
+        """Those of plans, and the one that packs their weights."""
+        return [REPACK, *(kernel for plan in plans for kernel in plan.kernels())]
 
     def _room(self, nbytes: int, name: str) -> arena.Arena:
         self._rooms.append(self.device.arena(nbytes, name))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,18 +16,29 @@ from runtime.backends.cuda.driver import ALIGNMENT
 from runtime.backends.cuda.launcher import Device, Stream
 from runtime.backends.cuda.layouts import pack, packed_nbytes, packed_type, turns_of
 from runtime.backends.cuda.pages import from_plain, to_plain
+from runtime.backends.cuda.uploads import PIECE, Uploads
+from runtime.backends.cuda.wiring import is_copy, wiring
 from runtime.backends.plan import plan
 from runtime.backends.plan.stored import StoredRows
 from runtime.ops.cost import page_nbytes
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
 
+_THREADS = 16  # of the host, at most: copying to pinned memory is no faster with more
+_PART = 1 << 20  # values widened at a time
+
 
 class Store:
-    """What all programs of a model share on one device."""
+    """What all programs of a model share on one device.
 
-    def __init__(self, device: Device, stream: Stream, file: Any) -> None:
+    host_packing: pack weights by numpy, which a GPU does a hundred times as fast.
+    """
+
+    def __init__(
+        self, device: Device, stream: Stream, file: Any, host_packing: bool = False
+    ) -> None:
         self.device, self._stream, self._file = device, stream, file
+        self._host_packing = host_packing
         self._made: dict[Hashable, Buffer] = {}
         self._arenas: list[Arena] = []
         self._room: Arena | None = None  # of `load`: weights lie in it one after another
@@ -37,20 +50,21 @@ class Store:
             if buffer.memory == "state":
                 self._made[buffer.content] = self._state(buffer.tensor)
             else:
-                self._made[buffer.content] = self._upload(
-                    _MAKERS[buffer.memory](self, buffer.tensor)
-                )
+                most = max(made_nbytes(buffer), buffer.tensor.nbytes, 1)
+                with self._uploads(most) as uploads:
+                    list(self._make(buffer, uploads))
         return self._made[buffer.content]
 
     def load(self, buffers: Iterable[plan.Buffer]) -> Iterator[int]:
-        """Make all; yields the file bytes finished after each tensor."""
+        """Make all; yields the file bytes finished after some MiB."""
         wanted = [b for b in buffers if b.content not in self._made]
-        nbytes = sum(-(-made_nbytes(b) // ALIGNMENT) * ALIGNMENT for b in wanted)
-        if nbytes:
-            self._room = self._arena(nbytes, "weights")
-        for buffer in wanted:
-            self.place(buffer)
-            yield stored_nbytes(buffer)
+        if not wanted:
+            return
+        nbytes = sum(-(-max(made_nbytes(b), 1) // ALIGNMENT) * ALIGNMENT for b in wanted)
+        self._room = self._arena(nbytes, "weights")
+        with self._uploads() as uploads:
+            for buffer in wanted:
+                yield from self._make(buffer, uploads)
         self._room = None
 
     def state(self, leaf: Tensor) -> Buffer:
@@ -101,13 +115,33 @@ class Store:
         buffer.fill(0, self._stream)
         return buffer
 
-    def _upload(self, array: np.ndarray) -> Buffer:
-        nbytes = max(array.nbytes, 1)
-        arena = self._room or self._arena(nbytes, "a weight")
-        buffer = arena.take(nbytes)
-        buffer.write(array, self._stream)
-        self._stream.synchronize()
-        return buffer
+    def _uploads(self, most: int | None = None) -> Uploads:
+        piece = PIECE if most is None else min(PIECE, most)
+        return Uploads(self.device, self._stream, min(_THREADS, os.cpu_count() or 1), piece)
+
+    def _make(self, buffer: plan.Buffer, uploads: Uploads) -> Iterator[int]:
+        """One weight or constant; yields the bytes of the file that are done."""
+        w, nbytes = buffer.tensor, max(made_nbytes(buffer), 1)
+        assert w is not None, "what is fixed is a tensor"
+        out = (self._room or self._arena(nbytes, "a weight")).take(nbytes)
+        table = self._wiring(w) if buffer.memory == "repacked" else None
+        if table is not None:
+            yield from uploads.repack(self._raw(w).reshape(-1, _row_nbytes(w)), out, table)
+        else:
+            made = np.ascontiguousarray(_MAKERS[buffer.memory](self, w))
+            whole, sent = stored_nbytes(buffer), 0
+            for part in uploads.copy(made.reshape(-1).view(np.uint8), out):
+                before, sent = sent, sent + part
+                yield whole * sent // made.nbytes - whole * before // made.nbytes
+        self._made[buffer.content] = out
+
+    def _wiring(self, w: Tensor) -> np.ndarray | None:
+        """How the GPU packs a weight; None where the host does."""
+        format = packed_type(w.dtype)
+        if self._host_packing or format != w.dtype.name.upper():
+            return None
+        inner = int(w.shape[-1])
+        return None if is_copy(format, inner) else wiring(format, inner)
 
     def _raw(self, w: Tensor) -> np.ndarray:
         tensor = stored_tensor(self._file, w)
@@ -117,7 +151,7 @@ class Store:
         return np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:
-        return np.ascontiguousarray(dequantize(self._raw(w), w.dtype, w.shape), np.float32)
+        return widened(self._raw(w).reshape(-1, _row_nbytes(w)), w)
 
     def _turns(self, w: Tensor) -> np.ndarray:
         return turns_of(self._constant(w) if w.op == "constant" else self._vector(w))
@@ -126,7 +160,9 @@ class Store:
         format, (rows, inner) = packed_type(w.dtype), (int(w.shape[-2]), int(w.shape[-1]))
         raw = self._raw(w)
         if format != w.dtype.name.upper():
-            raw = np.ascontiguousarray(dequantize(raw, w.dtype, w.shape), np.float32).view(np.uint8)
+            raw = widened(raw.reshape(-1, _row_nbytes(w)), w).reshape(-1).view(np.uint8)
+        if is_copy(format, inner):
+            return raw
         matrices = raw.reshape(math.prod(w.shape[:-2]), -1)
         return np.concatenate([pack(matrix, format, rows, inner) for matrix in matrices])
 
@@ -143,6 +179,25 @@ _MAKERS: dict[str, Callable[[Store, Tensor], np.ndarray]] = {
 }
 
 
+def widened(raw: np.ndarray, w: Tensor) -> np.ndarray:
+    """float32 of a weight's shape from its rows uint8 [rows, bytes], by several threads."""
+    out = np.empty((len(raw), int(w.shape[-1])), np.float32)
+    step = max(1, _PART // out.shape[1])
+
+    def widen(first: int) -> None:
+        part = raw[first : first + step]
+        out[first : first + step] = dequantize(part, w.dtype, (len(part), out.shape[1]))
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(widen, range(0, len(raw), step)))
+    return out.reshape([int(n) for n in w.shape])
+
+
+def _row_nbytes(w: Tensor) -> int:
+    """Bytes of a row in the file."""
+    return max(1, w.nbytes // math.prod(map(int, w.shape[:-1])))
+
+
 def stored_nbytes(buffer: plan.Buffer) -> int:
     """Bytes of the file that a weight is made from."""
     return buffer.tensor.nbytes if buffer.tensor is not None else 0
@@ -155,4 +210,6 @@ def made_nbytes(buffer: plan.Buffer) -> int:
     if buffer.memory == "repacked":
         each = packed_nbytes(packed_type(w.dtype), int(w.shape[-2]), int(w.shape[-1]))
         return math.prod(map(int, w.shape[:-2])) * each
+    if buffer.memory == "constant":
+        return w.attrs["value"].nbytes
     return {"raw": w.nbytes, "vector": 4 * w.size, "turns": 8 * w.size}[buffer.memory]

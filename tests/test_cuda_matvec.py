@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_calls import error, random_blocks, simulate, unset, values
+from cuda_calls import NO_NORM, error, random_blocks, simulate, unset, values
 
 from runtime.backends.cuda import layouts
 from runtime.backends.cuda.kernels.matvec import blocks_of
@@ -28,6 +28,7 @@ def _matvec(
         np.array([live, 0], np.uint32), rows, columns, parts[""] // 16,
         *(parts.get(name, 0) // 4 for name in ("high", "scales", "supers")),
         cut.lanes.bit_length() - 1, cut.stretches, cut.length // 2, stride or rows, rows, terms,
+        *NO_NORM,
         constants={"format": format, "columns": width},
     )  # fmt: skip
     return out[:, :rows]

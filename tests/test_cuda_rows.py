@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_calls import error, simulate, unset
+from cuda_calls import NO_NORM, error, simulate, unset
 
 import runtime.gguf  # noqa: F401  it has the code books
 from runtime.backends.cuda.kernels.blocks import book_words
@@ -30,11 +30,11 @@ def test_rows_of_every_format(format: str):
     row = BLOCK_FORMATS[format]
     raw = _random(row, 3)
     want = dequantize(raw.reshape(-1), DTYPES[format], (3, row.block))[[2, 0]]
-    book = book_words(row.book) if row.book else np.zeros(1, np.int32)
+    book = [book_words(row.book)] if row.book else []
     out, ids = unset(2, row.block), np.array([2, 0], np.int32)
     grid = (-(-row.block // 128), 2)
     simulate(
-        "get_rows", grid, raw, book, ids, out, row.block, row.nbytes, constants={"format": format}
+        "get_rows", grid, raw, *book, ids, out, row.block, row.nbytes, constants={"format": format}
     )
     np.testing.assert_array_equal(out, want)
 
@@ -47,7 +47,7 @@ def test_every_scale_of_a_byte(format: str):
     raw[:, : first.length] = codes[:, None]
     want = dequantize(raw.reshape(-1), DTYPES[format], (256, row.block))
     out, ids = unset(256, row.block), np.arange(256, dtype=np.int32)
-    call = raw, np.zeros(1, np.int32), ids, out, row.block, row.nbytes
+    call = raw, ids, out, row.block, row.nbytes
     simulate("get_rows", (1, 256), *call, constants={"format": format})
     np.testing.assert_array_equal(out, want)
 
@@ -69,13 +69,16 @@ def test_expert_sum(rng, terms: tuple[str, ...], own: bool):
     y, weights = rng.standard_normal((rows, k, n)), rng.random((rows, k))
     ids = np.array([[0, -1, 2], [-1, -1, -1]], np.int32)
     shared, gate, add = (rng.standard_normal((rows, n + 2)) for _ in range(3))
-    out, has = unset(rows, n), [int(bool(terms)), int("gate" in terms), int("add" in terms)]
+    out, has = (
+        unset(rows, n),
+        [int(own), int(bool(terms)), int("gate" in terms), int("add" in terms)],
+    )
     arrays = [a.astype(np.float32) for a in (y, weights, shared, gate, add)]
-    call = *arrays[:2], ids, *arrays[2:], out, n, k, n + 2, n + 2, n + 2, *has
-    simulate("expert_sum", (2, rows), *call, constants={"own": own})
+    call = *arrays[:2], ids, *arrays[2:], out, n, k, n + 2, n + 2, n + 2, *has, *NO_NORM
+    simulate("expert_sum", (2, rows), *call)
     kept = np.where(ids[..., None] < 0, 0, 1) if own else 1
     want = (y * weights[..., None] * kept).sum(1)
     if terms:
-        want = want + shared[:, :n] * (1 / (1 + np.exp(-gate[:, :1])) if has[1] else 1)
-    want = want + (add[:, :n] if has[2] else 0)
+        want = want + shared[:, :n] * (1 / (1 + np.exp(-gate[:, :1])) if has[2] else 1)
+    want = want + (add[:, :n] if has[3] else 0)
     assert error(out, want) < 3e-7

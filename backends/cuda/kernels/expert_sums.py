@@ -16,9 +16,9 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
-from runtime.backends.plan.catalogue import constants
 
 from .elementwise import sigmoid
+from .norm_tail import ARGUMENTS, norm_tail
 
 THREADS = 128
 
@@ -43,31 +43,25 @@ def build_expert_bias() -> Declared:
     return expert_bias
 
 
-@constants(own=(False, True))
-def build_expert_sum(own: bool) -> Declared:
+def build_expert_sum() -> Declared:
     """out f32 [rows, n]: sum over j < k of weights[row, j] * y[row, j], in the order of j.
 
     Then `shared` times the sigmoid of its `gate`, then `add`, where has_... says so: rows that lie
-    so far apart. With `own` the experts of ids below 0 are left out. Grid (n / 128, rows).
+    so far apart. Where has_ids the experts of ids below 0 are left out. A single row may be normed
+    at the end, see norm_tail.py. Grid (n / 128, rows).
     """
-
-    def kept(ids, at):
-        """Whether the expert of a rank is one of ours."""
-        return load(ids, at) >= 0
-
-    def every(ids, at):
-        return True
-
-    counts = kept if own else every
+    tail = norm_tail(THREADS // 32)
 
     @entry(
         "y:f32* weights:f32* ids:i32* shared:f32* gate:f32* add:f32* out:f32* n:u32 k:u32 "
-        "shared_stride:u32 gate_stride:u32 add_stride:u32 has_shared:u32 has_gate:u32 has_add:u32",
+        "shared_stride:u32 gate_stride:u32 add_stride:u32 has_ids:u32 has_shared:u32 has_gate:u32 "
+        "has_add:u32 " + ARGUMENTS,
         threads=THREADS,
     )
     def expert_sum(
         y, weights, ids, shared, gate, add, out, n, k, shared_stride, gate_stride, add_stride,
-        has_shared, has_gate, has_add,
+        has_ids, has_shared, has_gate, has_add, norm_x, norm_w, normed, norm_packed, tickets,
+        norm_n, norm_warps, norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         i, row = u32(block_x() * THREADS + thread_x()), block_y()
@@ -77,7 +71,7 @@ def build_expert_sum(own: bool) -> Declared:
             j = u32(0)
             while j < k:
                 at = u32(first + j)
-                if counts(ids, at):
+                if has_ids == 0 or load(ids, at) >= 0:
                     total = fma(load(y, u32(at * n + i)), load(weights, at), total)
                 j = u32(j + 1)
             if has_shared:
@@ -88,5 +82,9 @@ def build_expert_sum(own: bool) -> Declared:
             if has_add:
                 total += load(add, u32(row * add_stride + i))
             store(out, u32(row * n + i), total)
+        tail(
+            norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+            norm_stretches, norm_length, norm_to,
+        )  # fmt: skip
 
     return expert_sum

@@ -26,6 +26,7 @@ from runtime.backends.cuda.intrinsics import (
 from runtime.backends.plan.catalogue import constants
 
 from .formats import FORMATS, adder
+from .norm_tail import ARGUMENTS, norm_tail
 from .sums import store_row_sums
 
 WARPS = 4
@@ -39,23 +40,26 @@ def build_matvec(format: str, columns: int) -> Declared:
     `x`: packed columns, `n_columns` of them, of which 8 `block_y` .. are taken; `live`: how many
     mean something. Rows have `row_pieces` pieces and their parts begin at words `high`, `scales`,
     `supers`; 2^`shift` lanes, `stretches`, and `pairs` of blocks in each are those of their `cut`.
-    `sums`: 1 with a bias, 2 with a residual, 3 with both. Grid (`blocks_of`, columns / 8).
+    `sums`: 1 with a bias, 2 with a residual, 3 with both. A single column may be normed at the
+    end, see norm_tail.py. Grid (`blocks_of`, columns / 8).
     """
     form = FORMATS[format]
     ROWS, COLUMNS, WORDS, fetch = rows_of(format, columns), columns, form.words, form.fetch
     accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
     words, bases = registers("u32", ROWS * WORDS), registers("u32", COLUMNS)
     add, finish = adder(format), store_row_sums(WARPS, ROWS, COLUMNS)
+    tail = norm_tail(WARPS)
 
     @entry(
         "weights:u32* x:u32* bias:f32* residual:f32* out:f32* live:u32* n_rows:u32 n_columns:u32 "
         "row_pieces:u32 high:u32 scales:u32 supers:u32 shift:u32 stretches:u32 pairs:u32 "
-        "out_stride:u32 residual_stride:u32 sums:u32",
+        "out_stride:u32 residual_stride:u32 sums:u32 " + ARGUMENTS,
         threads=THREADS,
     )
     def matvec(
         weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, high, scales, supers,
-        shift, stretches, pairs, out_stride, residual_stride, sums,
+        shift, stretches, pairs, out_stride, residual_stride, sums, norm_x, norm_w, normed,
+        norm_packed, tickets, norm_n, norm_warps, norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         acc, row, raw, base = accumulators(), places_of_rows(), words(), bases()
@@ -93,6 +97,11 @@ def build_matvec(format: str, columns: int) -> Declared:
             acc, out, bias, residual, first, n_rows, column, n_columns, out_stride,
             residual_stride, sums, shift,
         )  # fmt: skip
+        if COLUMNS == 1:
+            tail(
+                norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+                norm_stretches, norm_length, norm_to,
+            )  # fmt: skip
 
     return matvec
 

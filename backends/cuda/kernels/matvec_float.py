@@ -27,6 +27,7 @@ from runtime.backends.cuda.intrinsics import (
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
+from .norm_tail import ARGUMENTS, norm_tail
 from .sums import store_row_sums
 
 WARPS = 4
@@ -72,16 +73,18 @@ def build_matvec_float(format: str, columns: int) -> Declared:
     ROWS, COLUMNS, fetch = rows_of(columns), columns, FETCH[format]
     accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
     weight_values, bases = registers("f32", ROWS * 8), registers("u32", COLUMNS)
-    finish = store_row_sums(WARPS, ROWS, COLUMNS)
+    finish, tail = store_row_sums(WARPS, ROWS, COLUMNS), norm_tail(WARPS)
 
     @entry(
         "weights:u32* x:f32* bias:f32* residual:f32* out:f32* live:u32* n_rows:u32 n_columns:u32 "
-        "row_pieces:u32 shift:u32 units:u32 out_stride:u32 residual_stride:u32 sums:u32",
+        "row_pieces:u32 shift:u32 units:u32 out_stride:u32 residual_stride:u32 sums:u32 "
+        + ARGUMENTS,
         threads=THREADS,
     )
     def matvec_float(
         weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, shift, units,
-        out_stride, residual_stride, sums,
+        out_stride, residual_stride, sums, norm_x, norm_w, normed, norm_packed, tickets, norm_n,
+        norm_warps, norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         acc, row, values, base = accumulators(), places_of_rows(), weight_values(), bases()
@@ -110,6 +113,11 @@ def build_matvec_float(format: str, columns: int) -> Declared:
             acc, out, bias, residual, first, n_rows, column, n_columns, out_stride,
             residual_stride, sums, shift,
         )  # fmt: skip
+        if COLUMNS == 1:
+            tail(
+                norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+                norm_stretches, norm_length, norm_to,
+            )  # fmt: skip
 
     return matvec_float
 

@@ -15,6 +15,7 @@ from runtime.backends.cuda.layouts import (
     packed_type,
     parts,
 )
+from runtime.backends.cuda.rules import norm_tail
 from runtime.backends.cuda.rules.elementwise import emit_by_element
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.plan.lowering import Declined, Lowering, Out
@@ -106,7 +107,7 @@ def linear(lowering: Lowering, node: Tensor) -> None:
         "x": Ref(lowering.result(x)), "out": lowering.write(node), "n_rows": rows,
         "n_columns": columns, "out_stride": rows,
         "live": lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1),
-        **_sums(lowering, extra),
+        **_sums(lowering, extra), **norm_tail.NONE,
     }  # fmt: skip
     if x.attrs["coding"] == "f32":
         form = "repacked" if format in FLOATS else "vector"

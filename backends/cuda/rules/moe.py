@@ -6,6 +6,7 @@ from typing import Any
 
 from runtime.backends.cuda.kernels.expert_sums import THREADS
 from runtime.backends.cuda.kernels.router import MOST_RANKS, PER_LANE, ROWS, SCORINGS
+from runtime.backends.cuda.rules.norm_tail import NONE
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.passes.packing import linear
 from runtime.backends.plan.lowering import Declined, Lowering, Out
@@ -82,7 +83,7 @@ def _is_product(scores: Tensor) -> bool:
     """Whether scores are a product with float weights, plus a bias perhaps, and nothing else."""
     if not linear.made(scores) or scores.inputs[0].attrs["coding"] != "f32":
         return False
-    return int(scores.inputs[1].shape[1]) % 4 == 0 and all(y.ndim == 1 for y in scores.inputs[2:])
+    return int(scores.inputs[1].shape[1]) % 8 == 0 and all(y.ndim == 1 for y in scores.inputs[2:])
 
 
 def _router_linear(
@@ -134,7 +135,7 @@ def expert_sum(lowering: Lowering, node: Tensor) -> None:
         if term in terms:
             places[name], _, _, places[f"{name}_stride"] = lowering.rows(terms[term])
     lowering.emit(
-        "expert_sum", node, {"own": bool(ids)}, y=lowering.read(y), weights=lowering.read(weights),
+        "expert_sum", node, y=lowering.read(y), weights=lowering.read(weights), has_ids=bool(ids),
         ids=lowering.read(ids[0]) if ids else 0, out=lowering.write(node), n=n,
-        k=int(y.shape[1]), **places, grid=(-(-n // THREADS), int(node.shape[0])),
+        k=int(y.shape[1]), **places, **NONE, grid=(-(-n // THREADS), int(node.shape[0])),
     )  # fmt: skip

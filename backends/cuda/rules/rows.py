@@ -22,18 +22,19 @@ def get_rows(lowering: Lowering, node: Tensor) -> None:
     blocks = format in BLOCK_FORMATS
     lowering.emit(
         "get_rows", node, {"format": format}, matrix=lowering.weight(matrix, form),
-        book=_book(lowering, format), ids=lowering.read(ids), out=lowering.write(node), n=n,
+        **_book(lowering, format), ids=lowering.read(ids), out=lowering.write(node), n=n,
         row_units=nbytes_for(matrix.dtype, (n,)) if blocks else n,
         grid=(-(-n // THREADS), int(node.shape[0])),
     )  # fmt: skip
 
 
-def _book(lowering: Lowering, format: str) -> Ref | int:
+def _book(lowering: Lowering, format: str) -> dict[str, Ref]:
     """The code book of a format that has one."""
     row = BLOCK_FORMATS.get(format)
     if row is None or not row.book:
-        return 0
-    return lowering.weight(constant(f"book.{row.book}", book_words(row.book)), "vector")
+        return {}
+    book = constant(f"book.{row.book}", book_words(row.book))
+    return {"book": lowering.weight(book, "vector")}
 
 
 @lowers("copy")

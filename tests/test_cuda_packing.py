@@ -117,13 +117,16 @@ def test_vectors_are_widened_in_parts(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_uploads_leave_nothing_behind(rng):
-    driver = FakeDriver()
+    driver = FakeDriver(execute=True)
     backend = fake_cuda(driver=driver)
-    before = driver.leaks()
-    with Uploads(backend.device, backend.stream, 2, 1000) as uploads:
+    before, raw = driver.leaks(), rng.integers(0, 256, (50, 90), np.uint8)
+    with Uploads(backend.device, backend.stream, 1000) as uploads:
         room = backend.device.arena(5000)
-        out = room.take(5000)
-        assert sum(uploads.copy(rng.integers(0, 256, 4321, np.uint8), out)) == 4321
+        out = room.take(4500)
+        read = lambda first, count, room: raw[first : first + count]  # noqa: E731
+        assert list(uploads.rows(read, raw.shape, out)) == [990, 990, 990, 990, 540]
+    found = out.read(np.empty(4500, np.uint8), backend.stream)
+    np.testing.assert_array_equal(found, raw.reshape(-1))
     room.close()
     assert driver.leaks() == before
     backend.close()

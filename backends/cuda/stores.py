@@ -16,7 +16,7 @@ from runtime.backends.cuda.driver import ALIGNMENT
 from runtime.backends.cuda.launcher import Device, Stream
 from runtime.backends.cuda.layouts import pack, packed_nbytes, packed_type, turns_of
 from runtime.backends.cuda.pages import from_plain, to_plain
-from runtime.backends.cuda.uploads import PIECE, Uploads
+from runtime.backends.cuda.uploads import PIECE, Read, Uploads
 from runtime.backends.cuda.wiring import is_copy, wiring
 from runtime.backends.plan import plan
 from runtime.backends.plan.stored import StoredRows
@@ -24,7 +24,8 @@ from runtime.ops.cost import page_nbytes
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
 
-_THREADS = 16  # of the host, at most: copying to pinned memory is no faster with more
+_THREADS = 16  # of the host, at most
+_GRAIN = 4096  # bytes
 _PART = 1 << 20  # values widened at a time
 
 
@@ -116,32 +117,32 @@ class Store:
         return buffer
 
     def _uploads(self, most: int | None = None) -> Uploads:
-        piece = PIECE if most is None else min(PIECE, most)
-        return Uploads(self.device, self._stream, min(_THREADS, os.cpu_count() or 1), piece)
+        return Uploads(self.device, self._stream, PIECE if most is None else min(PIECE, most))
 
     def _make(self, buffer: plan.Buffer, uploads: Uploads) -> Iterator[int]:
         """One weight or constant; yields the bytes of the file that are done."""
         w, nbytes = buffer.tensor, max(made_nbytes(buffer), 1)
         assert w is not None, "what is fixed is a tensor"
         out = (self._room or self._arena(nbytes, "a weight")).take(nbytes)
-        table = self._wiring(w) if buffer.memory == "repacked" else None
-        if table is not None:
-            yield from uploads.repack(self._raw(w).reshape(-1, _row_nbytes(w)), out, table)
+        if buffer.memory == "repacked" and self._gpu_packs(w):
+            format, inner = packed_type(w.dtype), int(w.shape[-1])
+            table = None if is_copy(format, inner) else wiring(format, inner)
+            stored = StoredRows(w, stored_tensor(self._file, w))
+            yield from uploads.rows(stored.read, _stored_shape(w), out, table)
         else:
-            made = np.ascontiguousarray(_MAKERS[buffer.memory](self, w))
-            whole, sent = stored_nbytes(buffer), 0
-            for part in uploads.copy(made.reshape(-1).view(np.uint8), out):
+            made = np.ascontiguousarray(_MAKERS[buffer.memory](self, w)).reshape(-1).view(np.uint8)
+            whole, sent, shape = stored_nbytes(buffer), 0, _pieces(made.nbytes)
+            for part in uploads.rows(_rows_of(made), shape, out):
                 before, sent = sent, sent + part
                 yield whole * sent // made.nbytes - whole * before // made.nbytes
         self._made[buffer.content] = out
 
-    def _wiring(self, w: Tensor) -> np.ndarray | None:
-        """How the GPU packs a weight; None where the host does."""
-        format = packed_type(w.dtype)
+    def _gpu_packs(self, w: Tensor) -> bool:
+        """Whether it packs a weight, or copies it as it is; else the host does."""
+        format, inner = packed_type(w.dtype), int(w.shape[-1])
         if self._host_packing or format != w.dtype.name.upper():
-            return None
-        inner = int(w.shape[-1])
-        return None if is_copy(format, inner) else wiring(format, inner)
+            return False
+        return is_copy(format, inner) or wiring(format, inner) is not None
 
     def _raw(self, w: Tensor) -> np.ndarray:
         tensor = stored_tensor(self._file, w)
@@ -151,7 +152,7 @@ class Store:
         return np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
 
     def _vector(self, w: Tensor) -> np.ndarray:
-        return widened(self._raw(w).reshape(-1, _row_nbytes(w)), w)
+        return widened(self._raw(w).reshape(_stored_shape(w)), w)
 
     def _turns(self, w: Tensor) -> np.ndarray:
         return turns_of(self._constant(w) if w.op == "constant" else self._vector(w))
@@ -160,7 +161,7 @@ class Store:
         format, (rows, inner) = packed_type(w.dtype), (int(w.shape[-2]), int(w.shape[-1]))
         raw = self._raw(w)
         if format != w.dtype.name.upper():
-            raw = widened(raw.reshape(-1, _row_nbytes(w)), w).reshape(-1).view(np.uint8)
+            raw = widened(raw.reshape(_stored_shape(w)), w).reshape(-1).view(np.uint8)
         if is_copy(format, inner):
             return raw
         matrices = raw.reshape(math.prod(w.shape[:-2]), -1)
@@ -193,9 +194,26 @@ def widened(raw: np.ndarray, w: Tensor) -> np.ndarray:
     return out.reshape([int(n) for n in w.shape])
 
 
-def _row_nbytes(w: Tensor) -> int:
-    """Bytes of a row in the file."""
-    return max(1, w.nbytes // math.prod(map(int, w.shape[:-1])))
+def _stored_shape(w: Tensor) -> tuple[int, int]:
+    """(rows, bytes of one) of a weight in the file."""
+    rows = math.prod(map(int, w.shape[:-1]))
+    return rows, w.nbytes // max(rows, 1)
+
+
+def _pieces(nbytes: int) -> tuple[int, int]:
+    """Bytes as rows of one shape that uploads can cut."""
+    size = math.gcd(nbytes, min(_GRAIN, PIECE))
+    return nbytes // size, size
+
+
+def _rows_of(made: np.ndarray) -> Read:
+    """Rows of a host array of bytes, for `Uploads.rows`."""
+
+    def read(first: int, count: int, room: np.ndarray) -> np.ndarray:
+        size = len(room) // count
+        return made[first * size : (first + count) * size].reshape(count, size)
+
+    return read
 
 
 def stored_nbytes(buffer: plan.Buffer) -> int:

@@ -1,13 +1,12 @@
-"""Arrays of the host to the GPU: through pinned memory, copied and packed while more is fetched.
+"""Rows of the host to the GPU: read into pinned memory, copied and packed while more is read.
 
-A piece of some MiB is copied to pinned memory by several threads; the GPU copies it from there and
-packs it, while the next piece is copied to another place.
+A piece of some MiB is read from its file straight into pinned memory; the GPU copies it from there
+and packs it, while the next piece is read into another place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,49 +18,53 @@ from runtime.backends.plan.kernel import Kernel
 
 PIECE = 16 << 20  # bytes
 _PLACES = 3  # pieces under way
-_SHARE = 1 << 20  # bytes, of a thread at least
 REPACK = Kernel.of("repack")
+Read = Callable[[int, int, np.ndarray], np.ndarray]  # as `StoredRows.read`
 
 
 class Uploads(Owned):
-    """Pinned memory and threads for a while of uploading; `close` waits for all of it."""
+    """Pinned memory for a while of uploading; `close` waits for all of it.
 
-    def __init__(self, device: Device, stream: Stream, threads: int, piece: int) -> None:
-        """threads: of the host that copy."""
+    piece: bytes that are under way at once, which a row must not have more of.
+    """
+
+    def __init__(self, device: Device, stream: Stream, piece: int) -> None:
+        device.activate()
         self._device, self._stream = device, stream
         self._piece = piece = -(-piece // 4) * 4
         self._room = device.arena(_PLACES * (piece + ALIGNMENT), "pieces of weights")
         self._places = [_Place(device, self._room.take(piece)) for _ in range(_PLACES)]
         self._tables: dict[int, Buffer] = {}
         self._arenas: list[Arena] = [self._room]
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self._next, self._threads = 0, threads
-        device.activate()
+        self._next = 0
 
-    def copy(self, source: np.ndarray, out: Buffer) -> Iterator[int]:
-        """uint8 [bytes] as it is; yields the bytes done after each piece."""
-        for start in range(0, source.nbytes, self._piece):
-            part = source[start : start + self._piece]
-            place = self._filled(part)
-            out.view(start).write(place.pinned.array[: part.nbytes], self._stream)
-            place.free.record(self._stream)
-            yield part.nbytes
+    def rows(
+        self, read: Read, shape: tuple[int, int], out: Buffer, table: np.ndarray | None = None
+    ) -> Iterator[int]:
+        """Rows of `shape` (rows, bytes), as they are or through a table of `wiring`.
 
-    def repack(self, source: np.ndarray, out: Buffer, table: np.ndarray) -> Iterator[int]:
-        """Rows uint8 [rows, bytes] through a table of `wiring`; yields the bytes done."""
-        (rows, nbytes), words = source.shape, len(table)
-        step = max(1, self._piece // nbytes)
-        wires = self._table(table)
+        read: gives the rows from one on, in the room it is given or elsewhere. Yields the bytes of
+        each piece once the GPU was given it.
+        """
+        rows, nbytes = shape
+        assert nbytes <= self._piece, "a row fits into a piece"
+        step = max(1, self._piece // max(1, nbytes))
         for first in range(0, rows, step):
-            part = source[first : first + step]
-            place = self._filled(part.reshape(-1))
-            place.device.write(place.pinned.array[: part.nbytes], self._stream)
-            target = out.view(4 * words * first, 4 * words * len(part))
-            grid = -(-words // THREADS), -(-len(part) // ROWS)
-            values = place.device, wires, target, words, len(part), 8 * nbytes
-            self._device.launch(REPACK, grid, *values).run(self._stream)
+            count = min(step, rows - first)
+            pinned, place = self._filled(read, first, count, nbytes)
+            if table is None:
+                out.view(nbytes * first, pinned.nbytes).write(pinned, self._stream)
+            else:
+                place.device.write(pinned, self._stream)
+                target = out.view(4 * len(table) * first, 4 * len(table) * count)
+                self._repack(place.device, table, target, count, nbytes)
             place.free.record(self._stream)
-            yield part.nbytes
+            yield pinned.nbytes
+
+    def _repack(self, raw: Buffer, table: np.ndarray, out: Buffer, rows: int, nbytes: int) -> None:
+        grid = -(-len(table) // THREADS), -(-rows // ROWS)
+        values = raw, self._table(table), out, len(table), rows, 8 * nbytes
+        self._device.launch(REPACK, grid, *values).run(self._stream)
 
     def _table(self, table: np.ndarray) -> Buffer:
         """The table on the device, where it stays: there are few."""
@@ -71,29 +74,20 @@ class Uploads(Owned):
             self._arenas.append(arena)
         return self._tables[id(table)]
 
-    def _filled(self, part: np.ndarray) -> _Place:
-        """A place with these bytes, once the GPU has done with what was there."""
+    def _filled(self, read: Read, first: int, count: int, nbytes: int) -> tuple[np.ndarray, _Place]:
+        """Rows in pinned memory, once the GPU has done with what was there."""
         place = self._places[self._next]
         self._next = (self._next + 1) % _PLACES
         if place.used:
             place.free.synchronize()
         place.used = True
-        target = place.pinned.array[: part.nbytes]
-        cuts = range(0, part.nbytes, max(_SHARE, -(-part.nbytes // self._threads)))
-        if self._pool is None or len(cuts) == 1:
-            target[:] = part
-            return place
-        share = cuts.step
-        for done in [
-            self._pool.submit(np.copyto, target[at : at + share], part[at : at + share])
-            for at in cuts
-        ]:
-            done.result()
-        return place
+        room = place.pinned.array[: count * nbytes]
+        found = read(first, count, room)
+        if found.ctypes.data != room.ctypes.data or not found.flags.c_contiguous:
+            room.reshape(count, nbytes)[:] = found
+        return room, place
 
     def _free(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
         self._stream.synchronize()
         for place in self._places:
             place.pinned.close()

@@ -9,6 +9,7 @@ It refuses, in one line, what a GPU would punish by wrong numbers, a dead contex
     a reader not ordered behind its writer, or a writer behind its readers: between streams
     (`fake_order.py`), and between the nodes of a graph
     programmatic edges and launches to kernels that do not wait
+    pinned memory that the host changes, or reads, before it waited for the copy (`fake_pinned.py`)
 
 With `execute`, memory has contents and kernels run on the simulator, nodes of a graph in a random
 order that its edges allow; with `quick` on numpy_grid.py instead, for whole models. Time
@@ -37,6 +38,7 @@ from fake_nodes import (
     wrong,
 )  # fmt: skip
 from fake_order import Order
+from fake_pinned import PinnedMemory
 
 from runtime.backends.cuda.accesses import accesses
 from runtime.backends.cuda.arena import sized
@@ -78,8 +80,8 @@ class FakeDriver(Driver):
         self._contexts: dict[int, Handle] = {}
         self._thread = threading.local()
         self._count = 0
-        self._pinned: dict[int, Any] = {}
         self._order = Order()
+        self._pinned = PinnedMemory(self._order)
         self.lost = ""
 
     def version(self) -> int:
@@ -140,21 +142,22 @@ class FakeDriver(Driver):
         self._order.forget(*self._here().free(address))
 
     def allocate_host(self, nbytes: int) -> int:
-        block = ctypes.create_string_buffer(nbytes)
-        self._pinned[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
+        return self._pinned.allocate(nbytes)
 
     def free_host(self, address: int) -> None:
-        if self._pinned.pop(address, None) is None:
-            raise wrong(f"freed pinned memory {address:#x}, which is none")
+        self._pinned.free(address)
 
     def copy_to_device(self, address: int, host: int, nbytes: int, stream: Handle) -> None:
         self._touch("copy to the device", stream, [Span(address, address + nbytes, True)])
         self._here().write(address, host, nbytes)
+        if self._pinned.holds(host):
+            self._pinned.sent(stream, host, nbytes)
 
     def copy_to_host(self, host: int, address: int, nbytes: int, stream: Handle) -> None:
         self._touch("copy to the host", stream, [Span(address, address + nbytes, False)])
         self._here().read(address, host, nbytes)
+        if self._pinned.holds(host):
+            self._pinned.fetched(stream, host, ctypes.string_at(host, nbytes))
 
     def copy(self, target: int, source: int, nbytes: int, stream: Handle) -> None:
         both = Span(target, target + nbytes, True), Span(source, source + nbytes, False)
@@ -174,6 +177,7 @@ class FakeDriver(Driver):
     def synchronize(self, stream: Handle) -> None:
         self._note("synchronize", self._alive(stream, "stream"))
         self._order.synchronize(stream)
+        self._pinned.settle()
 
     def create_event(self) -> Handle:
         return self._new("event")
@@ -189,6 +193,7 @@ class FakeDriver(Driver):
 
     def synchronize_event(self, event: Handle) -> None:
         self._order.synchronize_event(self._alive(event, "event"))
+        self._pinned.settle()
 
     def elapsed(self, start: Handle, end: Handle) -> float:
         self._order.happened(self._alive(start, "event"), self._alive(end, "event"))

@@ -74,6 +74,14 @@ class Order:
             if any(self._host.get(stream, 0) < time for stream, time in known):
                 raise BackendError(f"fake driver: {event} was not waited for")
 
+    def now(self, stream: Hashable) -> int:
+        """How much work the stream was given."""
+        return self._clocks.get(stream, {}).get(stream, 0)
+
+    def waited(self, stream: Hashable, time: int) -> bool:
+        """Whether the host waited for so much of a stream's work."""
+        return self._host.get(stream, 0) >= time
+
     def forget(self, start: int, end: int) -> None:
         """Bytes were freed."""
         self._history = [h for h in self._history if h.span.end <= start or end <= h.span.start]

@@ -359,3 +359,26 @@ def test_drivers_have_every_call(driver: type):
         if inspect.isfunction(call) and not name.startswith("_"):
             found = inspect.signature(getattr(driver, name)).parameters
             assert list(found) == list(inspect.signature(call).parameters), name
+
+
+def test_pinned_memory_is_left_alone_until_its_copy_was_waited_for():
+    gpu = Gpu(execute=True)
+    pinned, (buffer,) = gpu.device.pinned((ROWS, N), np.float32), gpu.buffers(1)
+    pinned.array[:] = 3
+    buffer.write(pinned.array, gpu.stream)
+    pinned.array[:] = 4
+    with pytest.raises(BackendError, match="pinned memory was changed"):
+        gpu.stream.synchronize()
+    done = gpu.device.event()
+    buffer.write(pinned.array, gpu.stream)
+    done.record(gpu.stream)
+    done.synchronize()
+    pinned.array[:] = 5
+    address, nbytes = pinned.array.ctypes.data, pinned.array.nbytes
+    gpu.driver.copy_to_host(address, buffer.address, nbytes, gpu.stream.handle)
+    assert not (pinned.array == 4).any()
+    gpu.stream.synchronize()
+    assert (pinned.array == 4).all()
+    buffer.write(pinned.array, gpu.stream)
+    with pytest.raises(BackendError, match="freed pinned memory before"):
+        pinned.close()

@@ -216,10 +216,10 @@ class Choice(NamedTuple):
 
 @runtime_checkable
 class Choosing(Protocol):
-    """What a program has beside whose device chooses tokens: a step need not wait for the host."""
+    """What a backend has beside that chooses tokens: a step need not wait for the host."""
 
     def choose(
-        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        self, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
         choices: Sequence[Choice],
     ) -> Callable[[], np.ndarray]:  # fmt: skip
         """Begin a step of as many tokens as rows of logits, in one order, and a choice for each.

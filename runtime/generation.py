@@ -15,6 +15,7 @@ from runtime.session import Session
 
 if TYPE_CHECKING:
     from runtime.model import Model
+    from runtime.text.answer import Fed
     from runtime.text.sampling import Sampling, Token
 
 
@@ -146,14 +147,31 @@ class Generation:
     def _advance(self) -> str:
         """Evaluate what is pending and choose a token; the text it completes."""
         self._check_session()
-        row = self._evaluated()
-        self._length += len(self._pending)
-        token, text, end = self._answer.feed(row)
+        token, text, end = self._fed()
         self._pending = [token.id]
         self._over = self._over or end is not None
         if self._options.on_token is not None:
             self._options.on_token(token)
         return text
+
+    def _fed(self) -> Fed:
+        """The next token, chosen by the device where that can be."""
+        chosen = self._chosen()
+        if chosen is not None:
+            self._length += 1
+            return self._answer.take(chosen)
+        row = self._evaluated()
+        self._length += len(self._pending)
+        return self._answer.feed(row)
+
+    def _chosen(self) -> int | None:
+        decoder = self._session.model._engine.decoder
+        choice = self._answer.choice() if decoder is not None and self._answer.tokens else None
+        if decoder is None or choice is None:
+            return None
+        (token,) = self._pending
+        then = self._answer.choice(1)
+        return decoder.choose(self._session._sequence, token, choice, then)
 
     def _evaluated(self) -> np.ndarray:
         """The logits after what is pending, float32 [vocabulary]."""
@@ -172,3 +190,5 @@ class Generation:
     def _give_back(self) -> None:
         if self._owned:
             self._session.close()
+        elif (decoder := self._session.model._engine.decoder) is not None:
+            decoder.end()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Progress
+from runtime.backends.base import Choice, Progress
 from runtime.backends.cuda import arena
 from runtime.backends.cuda.driver import DeviceLostError, Driver
 from runtime.backends.cuda.gaps import Gaps
@@ -122,6 +122,13 @@ class CudaBackend:
     def joined(devices: Sequence[CudaBackend]) -> Joint:
         """Several that work on every tensor together."""
         return Joint(devices)
+
+    def choose(
+        self, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        choices: Sequence[Choice],
+    ) -> Callable[[], np.ndarray]:  # fmt: skip
+        """See `Choosing` in backends/base.py."""
+        return program.choose(inputs, live, choices)
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels of these graphs, then pack and upload the weights."""

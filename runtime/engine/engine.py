@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import forks
-from runtime.backends.base import Apart, Backend, Program, Progress, Staged, Step
+from runtime.backends.base import Apart, Backend, Choosing, Program, Progress, Staged, Step
 from runtime.backends.environment import debug, inspected, validate
 from runtime.engine.advance import Advance, Piece, begin, commit
 from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
+from runtime.engine.decoder import Decoder
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
 from runtime.engine.pools import Pools
 from runtime.engine.programs import Programs
@@ -38,7 +39,8 @@ class Engine:
     """Weights, memory and programs of one model on its device.
 
     `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free;
-    `staged` is the backend where steps go through several stages of it.
+    `staged` is the backend where steps go through several stages of it; `decoder` is there where
+    the device chooses tokens.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Engine:
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
         self.lock = forks.lock()
+        self.decoder = Decoder(self, backend) if isinstance(backend, Choosing) else None
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self._closed = False
         layers = architecture.p.layers
@@ -81,6 +84,11 @@ class Engine:
 
     def alone(self) -> AbstractContextManager[Any]:
         """The lock that whoever changes sequences holds; OptionError where that cannot be."""
+        lock = self.going_on()
+        return lock if self.decoder is None else self.decoder.stopped()
+
+    def going_on(self) -> Any:
+        """The same for `decoder`, whose step ahead goes on."""
         if self.lock._is_owned():
             raise OptionError(
                 "a step of this model is under way; on_prompt can stop it by an exception, and "
@@ -235,20 +243,20 @@ class Engine:
         batches = cut(advances, most, self.most_rows)
         if stream is None:
             for batch in batches:
-                yield batch, self._execute(*self._prepared(batch, advances))
+                yield batch, self._execute(*self.prepared(batch, advances))
             return
         given = deque[Batch]()
 
         def steps() -> abc.Iterator[Step]:
             for batch in batches:
                 given.append(batch)
-                yield self._prepared(batch, advances)
+                yield self.prepared(batch, advances)
 
         with closing(stream(steps())) as results:
             for logits, *_ in results:
                 yield given.popleft(), logits
 
-    def _prepared(self, batch: Batch, advances: abc.Sequence[Advance]) -> Step:
+    def prepared(self, batch: Batch, advances: abc.Sequence[Advance]) -> Step:
         """What to run for a step of these advances, which its parts count as done."""
         if self.memory.slots:
             self.pools.reserve_slots([part.advance for part in batch.parts], advances)
@@ -270,7 +278,7 @@ class Engine:
             if finite or _finite(rows):
                 part.advance.take(rows)
             else:
-                part.advance.error = self._not_finite()
+                part.advance.error = self.not_finite()
 
     def _execute(
         self, program: Program, inputs: abc.Mapping[str, np.ndarray], live: abc.Mapping[str, int]
@@ -281,7 +289,8 @@ class Engine:
             return run_inspected(self, program, inputs, live, validate(), debug())
         return program.run(inputs, live)[0]
 
-    def _not_finite(self) -> BackendError:
+    def not_finite(self) -> BackendError:
+        """What to say of logits that are not."""
         return BackendError(
             f"{self.file.path}: the model's logits are not finite: a weight of the file is "
             "damaged, or a kernel is broken; fetch the file again; VALIDATE=1 names the op"

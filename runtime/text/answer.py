@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.backends.base import Choice
 from runtime.text.sampling import Sampler, Sampling, Token
 from runtime.text.stops import StopFilter
 from runtime.text.tokenizer import Tokenizer
@@ -61,7 +62,21 @@ class Answer:
 
     def feed(self, row: np.ndarray) -> Fed:
         """The token chosen from `row`, float32 [vocabulary], all finite, and what follows."""
-        token = self._sampler.sample(row[: self._choices], finite=True)
+        return self._fed(self._sampler.sample(row[: self._choices], finite=True))
+
+    def choice(self, ahead: int = 0) -> Choice | None:
+        """How a device chooses the next token, or the one `ahead` of it.
+
+        None: it cannot, or there is none.
+        """
+        return self._sampler.choice(ahead) if ahead < self._left else None
+
+    def take(self, token: int) -> Fed:
+        """The token that a device chose, and what follows."""
+        self._sampler.chosen()
+        return self._fed(Token(token))
+
+    def _fed(self, token: Token) -> Fed:
         self._sampler.accept(token.id)
         self._left -= 1
         text, self.reason = self._shown(token.id)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.arguments import listed, number, whole, wrong
+from runtime.backends.base import Choice
 from runtime.ops.errors import BackendError, OptionError
 from runtime.text.samplers import chain
 from runtime.text.samplers.candidates import Candidates, best, ordered, softmax
@@ -169,6 +170,8 @@ class Sampler:
             self._mirostat = Mirostat(sampling.mirostat_tau, sampling.mirostat_eta)
         self._memories = self._remember(token_bytes)
         self._steps, self._greedy = chain.steps(sampling, self._memories, self._random)
+        self._drawn: list[float] = []  # chances that the next tokens take
+        self._on_device = self._choice()
         changes = self._memories or self._bias.size
         self._scratch = np.empty(vocab_size if changes else 0, np.float32)
 
@@ -200,6 +203,22 @@ class Sampler:
         for memory in self._memories.values():
             memory.accept(token)
 
+    def choice(self, ahead: int = 0) -> Choice | None:
+        """How a device chooses the next token, or the one `ahead` of it; None: it cannot.
+
+        The token is the same, but for what the device rounds.
+        """
+        if self._on_device is None or self._greedy:
+            return self._on_device
+        while len(self._drawn) <= ahead:
+            self._drawn.append(self._random.random())
+        return self._on_device._replace(chance=self._drawn[ahead])
+
+    def chosen(self) -> None:
+        """A device has chosen the next token."""
+        if not self._greedy:
+            self._chance()
+
     def sample(self, logits: np.ndarray, finite: bool = False) -> Token:
         """Choose from `logits`, float32 [vocabulary], which is left as it is.
 
@@ -213,6 +232,18 @@ class Sampler:
         if not self.sampling.logprobs:
             return Token(chosen)
         return _with_logprobs(raw, chosen, self.sampling.logprobs)
+
+    def _chance(self) -> float:
+        return self._drawn.pop(0) if self._drawn else self._random.random()
+
+    def _choice(self) -> Choice | None:
+        """What all choices have in common where a device can make them."""
+        o = self.sampling
+        if self._memories or self._bias.size or self._mirostat is not None or o.logprobs:
+            return None
+        if self._greedy:
+            return Choice(self.vocab_size)
+        return None
 
     def _biased(self, raw: np.ndarray) -> np.ndarray:
         """The logits, float32 [vocabulary], with logit bias; a copy where anything changes them."""
@@ -244,7 +275,7 @@ class Sampler:
         c = ordered(c)
         chances = softmax(c.values)
         sums = chances.cumsum()
-        at = int(sums.searchsorted(self._random.random() * sums[-1], side="right"))
+        at = int(sums.searchsorted(self._chance() * sums[-1], side="right"))
         at = min(at, chances.size - 1)
         if self._mirostat is not None:
             self._mirostat.learn(float(chances[at]))

@@ -198,17 +198,20 @@ class Apart(Protocol):
         ...
 
 
+MOST_CANDIDATES = 64  # of a choice: top_k at most
+
+
 class Choice(NamedTuple):
     """How a token is chosen of a row of logits: see runtime/text/sampling.py.
 
-    Of its first `columns`; top_k, top_p and min_p come before the temperature, which is 0 where the
-    best is taken, the lowest id of equals. chance: from 0 to below 1, where in the running sum of
-    the probabilities of those that are left, best first, the token lies.
+    Of its first `columns`; top_k (1 at least), top_p and min_p come before the temperature, which
+    is 0 where the best is taken, the lowest id of equals. chance: from 0 to below 1, where in the
+    running sum of the probabilities of those that are left, best first, the token lies.
     """
 
     columns: int
     temperature: float = 0.0
-    top_k: int = 0
+    top_k: int = 1
     top_p: float = 1.0
     min_p: float = 0.0
     chance: float = 0.0

@@ -37,8 +37,6 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "add_rows": (24, ("LDG.E",), ("MUFU",)),
     "argmax_parts": (32, ("LDG.E", "SHFL"), ()),
     "argmax_merge": (32, ("LDG.E", "SHFL"), ()),
-    "choose_parts": (32, ("LDG.E", "SHFL"), ()),
-    "choose_merge": (32, ("LDG.E", "SHFL"), ()),
     "attention": (216, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2"), ()),
     "attention_merge": (48, ("LDG.E", "MUFU.EX2"), ()),
     "binary": (24, ("LDG.E",), ()),

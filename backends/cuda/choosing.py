@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from runtime.backends.base import MOST_CANDIDATES
 from runtime.backends.cuda.arena import Buffer
-from runtime.backends.cuda.inputs import TOKENS, Inputs
+from runtime.backends.cuda.inputs import CHOICE, TOKENS, Inputs
+from runtime.backends.cuda.kernels.sampling import MOST, PART
 from runtime.backends.cuda.launcher import Device, Launch, Stream
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.tensor import Tensor
-
-_PART = 4096  # columns that a block of threads looks at
 
 
 class Choosing:
@@ -23,19 +23,21 @@ class Choosing:
 
     def __init__(self, device: Device, inputs: Inputs, logits: Buffer, tensor: Tensor) -> None:
         """tensor: the logits, [rows, columns]."""
+        assert MOST_CANDIDATES <= MOST, "the kernels hold fewer"
         rows, columns = (int(n) for n in tensor.shape)
-        parts = -(-columns // _PART)
-        sizes = 4 * rows * parts, 4 * rows * parts, 4 * rows
+        parts = -(-columns // PART)
+        sizes = 4 * rows * parts * MOST, 4 * rows * parts * MOST, 4 * rows
         self._room = device.arena(sum(sizes) + 1024, "choices")
-        values, ids, self._chosen = (self._room.take(nbytes) for nbytes in sizes)
+        keys, ids, self._chosen = (self._room.take(nbytes) for nbytes in sizes)
+        of = {name: inputs.place(f"choice.{name}") for name in CHOICE}
         self.launches: list[Launch] = [
             device.launch(
-                Kernel.of("choose_parts"), (parts, rows), logits, inputs.place("choice.columns"),
-                values, ids, columns,
+                Kernel.of("sample_parts"), (parts, rows), logits, of["columns"],
+                of["temperature"], of["top_k"], keys, ids, columns,
             ),
             device.launch(
-                Kernel.of("choose_merge"), rows, values, ids, self._chosen, inputs.place(TOKENS),
-                parts,
+                Kernel.of("sample_merge"), rows, keys, ids, of["temperature"], of["top_k"],
+                of["top_p"], of["min_p"], of["chance"], self._chosen, inputs.place(TOKENS), parts,
             ),
         ]  # fmt: skip
         self._driver = device.driver

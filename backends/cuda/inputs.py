@@ -32,7 +32,7 @@ class Inputs:
         self._starts: dict[str, int] = {}
         self._shapes: dict[str, tuple[tuple[int, ...], Any]] = {}
         shapes = _shapes(plan, tiles)
-        shapes |= {f"choice.{name}": ((rows,), dtype) for name, dtype in _CHOICE.items()}
+        shapes |= {f"choice.{name}": ((rows,), dtype) for name, dtype in CHOICE.items()}
         at = self._behind_tokens = 0
         for name in sorted(shapes, key=lambda name: name != TOKENS):
             self._starts[name], self._shapes[name] = at, shapes[name]
@@ -97,7 +97,7 @@ class Inputs:
             room[tuple(slice(n) for n in value.shape)] = value
 
     def _fill_choices(self, copy: _Copy, choices: Sequence[Choice]) -> None:
-        for name in _CHOICE:
+        for name in CHOICE:
             column = self._array(copy, f"choice.{name}")
             column[: len(choices)] = [getattr(choice, name) for choice in choices]
             column[len(choices) :] = 0
@@ -110,7 +110,7 @@ class Inputs:
         return copy.arrays[name]
 
 
-_CHOICE = {
+CHOICE = {
     "columns": np.dtype(np.int32), "temperature": np.dtype(np.float32),
     "top_k": np.dtype(np.int32), "top_p": np.dtype(np.float32), "min_p": np.dtype(np.float32),
     "chance": np.dtype(np.float32),

@@ -50,7 +50,8 @@ class Program:
         self._tile_rows = tile_rows(attention_node) if attention_node is not None else 1
         self._sequences = attention_node.inputs[4].name if attention_node is not None else ""
         tiles = int(attention_node.shape[0]) if attention_node is not None else 1
-        self._inputs = Inputs(device, plan, tiles, int(plan.output_tensors[0].shape[0]))
+        rows = max((int(x.shape[0]) for x in plan.output_tensors if x.ndim), default=1)
+        self._inputs = Inputs(device, plan, tiles, rows)
         self._tickets = _Tickets(device, stream, plan)
         self.launches = [self._launch(device, call) for call in plan.calls()]
         self._replayed = graph

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.arguments import listed, number, whole, wrong
-from runtime.backends.base import Choice
+from runtime.backends.base import MOST_CANDIDATES, Choice
 from runtime.ops.errors import BackendError, OptionError
 from runtime.text.samplers import chain
 from runtime.text.samplers.candidates import Candidates, best, ordered, softmax
@@ -37,6 +37,7 @@ _WHOLES = {
     "top_k": -1, "penalty_last_n": -1, "dry_allowed_length": 1, "dry_penalty_last_n": -1,
     "mirostat": 0, "logprobs": 0,
 }  # fmt: skip
+_ON_DEVICES = ("top_k", "top_p", "min_p", "temperature")  # in this order
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,11 @@ class Sampler:
             return None
         if self._greedy:
             return Choice(self.vocab_size)
-        return None
+        names = chain.acting(o)
+        usual = [name for name in _ON_DEVICES if name in names]
+        if names != usual or o.dynatemp_range or not 0 < o.top_k <= MOST_CANDIDATES:
+            return None
+        return Choice(self.vocab_size, o.temperature, o.top_k, o.top_p, o.min_p)
 
     def _biased(self, raw: np.ndarray) -> np.ndarray:
         """The logits, float32 [vocabulary], with logit bias; a copy where anything changes them."""

@@ -5,7 +5,7 @@ by a warp whose lanes hold their heads: those of a block at the end of the first
 row in the second. What is chosen depends on the row and its numbers alone, not on how it is cut:
 equal logits are in the order of their ids, and all sums begin with the best.
 
-Where the logits are not all finite the token is -1, as in `choose.py`.
+Where the logits are not all finite the token is -1.
 """
 
 from __future__ import annotations

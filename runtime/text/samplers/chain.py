@@ -96,11 +96,16 @@ def steps(
         "temperature": lambda c: _cooled(c, o),
         **memories,
     }
-    acting = _steps_that_act(o)
-    names = [name for name in _names(o) if name in acting]
+    names = acting(o)
     if _greedy(o, names):
         return [made[name] for name in names if name in _CHANGE_LOGITS], True
     return [made[name] for name in names], False
+
+
+def acting(o: Sampling) -> list[str]:
+    """The samplers that act, in order."""
+    found = _steps_that_act(o)
+    return [name for name in _names(o) if name in found]
 
 
 def _names(o: Sampling) -> tuple[str, ...]:

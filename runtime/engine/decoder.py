@@ -95,7 +95,6 @@ class Decoder:
         if self._pause:
             self._pause -= 1
         elif then is not None and after.length < self._engine.context:
-            sequence.record = sequence.record._replace(pages=after.pages)  # held
             ahead = self._begun_ahead(after, step, then)
         (token,) = step.tokens().tolist()
         if token < 0:
@@ -147,7 +146,10 @@ class Decoder:
         return _Begun(advance, program, choice, tokens)
 
     def _reserved(self, advance: Advance, running: Advance) -> bool:
-        """Memory beside what the running step uses: neither of the two may need to be undone."""
+        """Memory beside what the running step uses: neither of the two may need to be undone.
+
+        Two tokens in a row do not both begin a page.
+        """
         pools = self._engine.pools
         if not advance.pages.writable(advance.start, advance.stop):
             (found,) = pools.pages.prepare([(advance.pages, advance.start, advance.stop)])

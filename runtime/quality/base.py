@@ -87,7 +87,7 @@ class BaseFile:
                 f"{self.path} has windows of {self.size} tokens, and the model's context is "
                 f"{model.context}: load it with a larger one"
             )
-        return Windows(self.ids[:count], bos_of(model))
+        return Windows(self.ids[:count], bos_of(model.tokenizer))
 
     def check(self, windows: Windows) -> None:
         """OptionError unless windows of that size begin as its own."""

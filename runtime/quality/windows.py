@@ -20,6 +20,7 @@ from runtime.ops.errors import shown
 
 if TYPE_CHECKING:
     from runtime.model import Model
+    from runtime.text.tokenizer import Tokenizer
 
 SIZE = 512  # tokens of a window
 BUNDLED = "demo-heldout.txt"
@@ -56,7 +57,7 @@ class Windows:
             )
         count = min(len(ids) // size, len(ids) if count is None else count)
         cut = np.array(ids[: count * size], np.int32).reshape(count, size)
-        return cls(cut, bos_of(model))
+        return cls(cut, bos_of(model.tokenizer))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -76,9 +77,8 @@ class Windows:
         return self.ids[window, self.first + 1 :]
 
 
-def bos_of(model: Model) -> int | None:
-    """The token that every window of a model begins with; None: the text's own."""
-    tokenizer = model.tokenizer
+def bos_of(tokenizer: Tokenizer) -> int | None:
+    """The token that every window begins with; None: the text's own."""
     return tokenizer.bos_id if tokenizer.add_bos else None
 
 

@@ -12,6 +12,7 @@ from runtime.engine.batch import UBATCH
 from runtime.errors import TextError
 from runtime.model import Model
 from runtime.ops.errors import FileError
+from runtime.quality.windows import bos_of
 from runtime.quantise.imatrix_file import Entry, Imatrix
 from runtime.quantise.observe import Observer
 from runtime.quantise.statistics import SCHEMA, statistics
@@ -34,7 +35,7 @@ def windows(
     if not tokenizer.has_text:
         raise TextError("the model's file has no vocabulary")
     ids = tokenizer.encode(text.removesuffix("\n"), parse_special=parse_special)
-    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    bos = bos_of(tokenizer)
     found = [ids[at : at + size] for at in range(0, len(ids) - size + 1, size)]
     return found if bos is None else [[bos, *window[1:]] for window in found]
 

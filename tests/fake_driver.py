@@ -13,7 +13,7 @@ It refuses, in one line, what a GPU would punish by wrong numbers, a dead contex
 
 With `execute`, memory has contents and kernels run on the simulator, nodes of a graph in a random
 order that its edges allow; with `quick` on numpy_grid.py instead, for whole models. Time
-does not exist: `elapsed` is NaN.
+does not exist, `elapsed` is NaN, but for `microseconds`: what each launch is said to take.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class FakeDriver(Driver):
     def __init__(
         self, devices: Sequence[DeviceInfo] = (H100,), execute: bool = False, seed: int = 0,
         version: int = NEEDED_CUDA, quick: bool = False,
-        unreachable: Collection[tuple[int, int]] = (),
+        unreachable: Collection[tuple[int, int]] = (), microseconds: float = math.nan,
     ) -> None:  # fmt: skip
         """unreachable: (GPU, another whose memory its kernels cannot use)."""
         self.calls: list[tuple[Any, ...]] = []
@@ -83,6 +83,8 @@ class FakeDriver(Driver):
         self._order = Order()
         self._pinned = PinnedMemory(self._order)
         self.lost = ""
+        self._microseconds, self._now = microseconds, 0.0
+        self._times: dict[Handle, float] = {}
 
     def version(self) -> int:
         return self._version
@@ -187,6 +189,8 @@ class FakeDriver(Driver):
 
     def record(self, event: Handle, stream: Handle) -> None:
         self._order.record(self._alive(event, "event"), self._alive(stream, "stream"))
+        self._times[event] = self._now
+        self._now += self._microseconds / 10
 
     def wait(self, stream: Handle, event: Handle) -> None:
         self._order.wait(self._alive(stream, "stream"), self._alive(event, "event"))
@@ -197,7 +201,7 @@ class FakeDriver(Driver):
 
     def elapsed(self, start: Handle, end: Handle) -> float:
         self._order.happened(self._alive(start, "event"), self._alive(end, "event"))
-        return math.nan
+        return (self._times[end] - self._times[start]) / 1e3
 
     def load(self, compiled: Compiled) -> tuple[Handle, Handle]:
         try:
@@ -219,6 +223,7 @@ class FakeDriver(Driver):
     def launch(self, launch: Launch, stream: Handle) -> None:
         node = self._checked(launch)
         self._touch("launch", stream, node.spans, node.name)
+        self._now += self._microseconds
         self._perform(node)
 
     def launch_programmatic(self, launch: Launch, stream: Handle) -> None:
@@ -269,6 +274,7 @@ class FakeDriver(Driver):
             self._check_alive(node)
             self._check_reach(node.shape[0].of, node.spans, node.name)
         self._touch("graph", stream, [span for node in nodes for span in node.spans], check=False)
+        self._now += self._microseconds * len(nodes)
         for node in shuffled(nodes, self._random) if self._execute else ():
             self._perform(node)
 

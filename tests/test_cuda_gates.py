@@ -54,6 +54,8 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),
     "renumber": (24, ("LDG.E",), ()),
+    "peak_copy": (40, ("LDG.E.128", "STG.E.128"), ()),
+    "peak_mma": (64, (), ("LDL",)),
     "repack": (128, ("LDG.E.128.CONSTANT", "LDG.E", "STG.E"), ()),
     "rms_norm": (48, ("LDG.E.128", "MUFU.RSQ", "SHFL"), ()),
     "router": (160, ("REDUX.MAX", "REDUX.MIN", "MUFU.EX2"), ()),
@@ -120,6 +122,13 @@ def test_tile_keeps_the_tensor_cores_busy(compiled, format: str, target: str):
     code = sass.disassemble(compiled[target].get(Kernel.of("tile", format=format)).code)
     inner = min((x for x in sass.loops(code) if x.count("IMMA")), key=lambda x: x.per("IMMA"))
     assert inner.per("IMMA") <= 13
+
+
+@pytest.mark.parametrize("target", GATED)
+@pytest.mark.parametrize(("kind", "name"), [("s8", "IMMA.16832.S8.S8"), ("f16", "HMMA.16816.F32")])
+def test_the_peak_of_products_is_nothing_but_products(compiled, kind: str, name: str, target: str):
+    code = sass.disassemble(compiled[target].get(Kernel.of("peak_mma", kind=kind)).code)
+    assert min(loop.per(name) for loop in sass.loops(code)) < 2.5
 
 
 def _inner_loop(found: Compiled) -> sass.Loop:

@@ -15,7 +15,9 @@ from op_grid import INPUTS, Built, grid
 from test_ops import RUN, _check, _fill, _left, _wanted
 
 from runtime.backends.cuda.rules import RULES
+from runtime.ops.dtypes import BF16
 from runtime.ops.errors import BackendError
+from runtime.ops.quants import dequantize
 from runtime.ops.registry import OPS
 
 pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
@@ -46,6 +48,8 @@ def test_cuda_backend(name: str, n: int, variant: str):
     _fill(backend, built)
     got = program.run(built.inputs, built.live)
     for found, want in zip(got, results, strict=True):
+        if built.node.dtype is BF16:
+            found = dequantize(found, BF16, found.shape)
         _check(np.asarray(found), want, max(built.case.tolerance, 1e-10))
     for key, value in left.items():
         _check(_left(backend, built, key), value, max(built.case.tolerance, 1e-6))

@@ -24,6 +24,7 @@ from gpu_probe_arrays import (
 from runtime.backends.cuda import layouts
 from runtime.backends.cuda.catalogue import KERNELS
 from runtime.backends.cuda.kernels.matvec import rows_of
+from runtime.backends.cuda.kernels.norm import warps_of
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import attention as attention_op
 from runtime.ops.dtypes import DTYPES
@@ -205,9 +206,10 @@ def rms_norm(rng: np.random.Generator, sizes: Sizes, packed: bool) -> Case:
     wide = x.astype(np.float64)
     expected = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6) * w
     arrays, check = result(expected, packed)
-    kernel = Kernel.of("rms_norm", packed=packed)
-    arguments = ["input", "w", *arrays, sizes.n // 4, 1e-6]
-    steps = [(kernel, sizes.tokens, arguments)]
+    n, warps = sizes.n, warps_of(sizes.n)
+    kernel = Kernel.of("rms_norm_packed") if packed else Kernel.of("norm", wide=True, warps=warps)
+    numbers = [n, n, n, 1e-6] if packed else [n, 0, n, 0, n, n, 1e-6, 1]
+    steps = [(kernel, sizes.tokens, ["input", "w", *arrays, *numbers])]
     return _elementwise(sizes, {"input": x, "w": w} | arrays, steps, list(arrays), check, packed)
 
 
@@ -252,11 +254,11 @@ def rope_angles(rng: np.random.Generator, sizes: Sizes) -> Case:
     positions = np.linspace(0, 1_000_003, sizes.tokens).astype(np.int32)
     frequencies = (10_000.0 ** (-np.arange(64) / 64)).astype(np.float32)
     arrays = {
-        "positions": positions, "turns": layouts.turns_of(frequencies),
-        "out": unset(sizes.tokens, 64, 2),
+        "positions": positions, "components": np.zeros(64, np.int32),
+        "turns": layouts.turns_of(frequencies), "out": unset(sizes.tokens, 64, 2),
     }  # fmt: skip
     expected = angles_op.reference(positions, frequencies, magnitude=1.25)
-    steps = [(Kernel.of("rope_angles"), (1, sizes.tokens), [*arrays, 64, 1.25])]
+    steps = [(Kernel.of("rope_angles"), (1, sizes.tokens), [*arrays, 1, 64, 1.25])]
     shape = f"{sizes.tokens} positions"
     return Case(shape, arrays, steps, ["out"], lambda out: farthest(out, expected), 1e-6)
 

@@ -12,6 +12,7 @@ from gpu_probe_timing import Gpu
 from runtime.backends.cuda.arena import Arena, Buffer
 from runtime.backends.cuda.graphs import Graph, dependencies
 from runtime.backends.cuda.kernels.matvec import rows_of
+from runtime.backends.cuda.kernels.norm import warps_of
 from runtime.backends.cuda.launcher import Launch
 from runtime.backends.plan.kernel import Kernel
 
@@ -43,15 +44,16 @@ class Step:
 
     def _layer(self) -> list[Launch]:
         n, inner, launch = self.n, self.inner, self.gpu.device.launch
-        into = Kernel.of("rms_norm", packed=True)
-        out_of, gated = Kernel.of("rms_norm", packed=False), Kernel.of("swiglu", packed=True)
+        into = Kernel.of("rms_norm_packed")
+        out_of = Kernel.of("norm", wide=True, warps=warps_of(n))
+        gated = Kernel.of("swiglu", packed=True)
         return [
-            launch(into, 1, self.x, self._norm, *self._packed, n // 4, 1e-6),
+            launch(into, 1, self.x, self._norm, *self._packed, n, n, n, 1e-6),
             self._product(self._gate, self._packed, self._g, inner, n),
             self._product(self._up, self._packed, self._u, inner, n),
             launch(gated, -(-inner // 1024), self._g, self._u, *self._wide, inner // 4),
             self._product(self._down, self._wide, self._y, n, inner),
-            launch(out_of, 1, self._y, self._norm, self.x, n // 4, 1e-6),
+            launch(out_of, 1, self._y, self._norm, self.x, n, 0, n, 0, n, n, 1e-6, 1),
         ]
 
     def _product(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_driver import H100, FakeDriver
-from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
+from fake_gpu import NBYTES, NORM, NUMBERS, ROWS, Gpu, N, normed
 from fake_nodes import FakeLibrary, unpacked
 
 from runtime.backends.cuda.accesses import accesses, waits
@@ -142,16 +142,16 @@ def test_arguments_of_every_kernel_arrive(kernel: Kernel):
 
 def test_wrong_arguments_are_refused_by_name():
     gpu = Gpu()
-    x, out = gpu.buffers(2)
+    (x, out), w, rest = gpu.buffers(2), gpu.weight, NUMBERS[1:]
     for values, words in [
-        ((x, gpu.weight, out, 16), r"takes 5 arguments \(x, w, out, pieces, eps\), not 4"),
-        ((x, 3, out, 16, 1e-6), r"w is f32\*: give it a buffer, not 3"),
-        ((x, gpu.weight, out, out, 1e-6), "pieces is u32, not a buffer"),
-        ((x, gpu.weight, out, 1.5, 1e-6), "pieces is u32, which 1.5 is not"),
-        ((x, gpu.weight, out, -1, 1e-6), "pieces is u32, which -1 is not"),
-        ((x, gpu.weight, out, 1 << 32, 1e-6), "pieces is u32, which 4294967296 is not"),
-        ((x, gpu.weight, out, 16, "1"), "eps is f32, which '1' is not"),
-        ((x, gpu.weight, out.view(2), 16, 1e-6), "out begins at .* not a multiple of 4"),
+        ((x, w, out, N), r"takes 11 arguments \(x, w, out, n, x_stride, .*\), not 4"),
+        ((x, 3, out, *NUMBERS), r"w is f32\*: give it a buffer, not 3"),
+        ((x, w, out, out, *rest), "n is u32, not a buffer"),
+        ((x, w, out, 1.5, *rest), "n is u32, which 1.5 is not"),
+        ((x, w, out, -1, *rest), "n is u32, which -1 is not"),
+        ((x, w, out, 1 << 32, *rest), "n is u32, which 4294967296 is not"),
+        ((x, w, out, *NUMBERS[:6], "1", 1), "eps is f32, which '1' is not"),
+        ((x, w, out.view(2), *NUMBERS), "out begins at .* not a multiple of 4"),
     ]:
         with pytest.raises(BackendError, match=words):
             gpu.device.launch(NORM, ROWS, *values)
@@ -272,7 +272,7 @@ def test_streams_are_ordered_by_events_or_the_host(how: str):
     gpu.norm(gpu.upload(np.ones((ROWS, N), np.float32)), out).run(gpu.stream)
     reader = gpu.norm(out, later)
     if how == "nothing":
-        with pytest.raises(BackendError, match=r"not ordered behind rms_norm.*wait for an event"):
+        with pytest.raises(BackendError, match=r"not ordered behind norm.*wait for an event"):
             reader.run(second)
         return
     if how == "event":
@@ -291,12 +291,12 @@ def test_later_work_of_a_stream_does_not_hide_earlier_work():
     (a, b, c), second = gpu.buffers(3), gpu.device.stream()
     gpu.norm(a, b).run(gpu.stream)
     gpu.norm(b, c).run(gpu.stream)  # reads what the first wrote
-    with pytest.raises(BackendError, match=r"not ordered behind rms_norm"):
+    with pytest.raises(BackendError, match=r"not ordered behind norm"):
         gpu.norm(b, gpu.buffers(1)[0]).run(second)
     gpu.stream.synchronize()
     gpu.norm(b, gpu.buffers(1)[0]).run(second)
     gpu.norm(b, c).run(gpu.stream)  # reads beside the other stream's read
-    with pytest.raises(BackendError, match=r"not ordered behind rms_norm"):
+    with pytest.raises(BackendError, match=r"not ordered behind norm"):
         b.fill(0, gpu.stream)
 
 

@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from fake_gpu import NBYTES, NORM, ROWS, Gpu, N, normed
+from fake_gpu import NBYTES, NORM, NUMBERS, ROWS, Gpu, N, normed
 
 from runtime.backends.cuda.accesses import accesses
 from runtime.backends.cuda.catalogue import KERNELS
@@ -142,7 +142,7 @@ def test_what_a_kernel_reads_before_it_waits_is_done_before_it_begins():
     a, w, b, c, d, e = gpu.buffers(6)
 
     def norm(x, weight, out):
-        return gpu.device.launch(NORM, ROWS, x, weight, out, N // 4, 1e-6)
+        return gpu.device.launch(NORM, ROWS, x, weight, out, *NUMBERS)
 
     assert accesses(NORM).early == {"w"}
     launches = [gpu.norm(a, w), gpu.norm(w, b), norm(b, w, c), gpu.norm(c, d), norm(d, w, e)]
@@ -160,7 +160,7 @@ def test_what_a_kernel_reads_before_it_waits_is_done_before_it_begins():
 def test_no_kernel_writes_what_it_takes_for_unchanging():
     for kernel in KERNELS.every():
         used = accesses(kernel)
-        assert not used.early & used.writes, kernel
+        assert not used.unchanging & used.writes, kernel
 
 
 def test_a_kernel_that_does_not_wait_has_no_programmatic_edge(monkeypatch):

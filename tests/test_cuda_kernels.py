@@ -7,12 +7,15 @@ import pytest
 from cuda_calls import error, simulate, unset
 
 from runtime.backends.cuda import layouts
+from runtime.backends.cuda.kernels.norm import warps_of
+from runtime.ops.delta import l2_norm as l2_op
 from runtime.ops.elementwise import silu, swiglu_oai
 from runtime.ops.norm import rms_norm as norm_op
 from runtime.ops.rope import rope as rope_op
 from runtime.ops.rope import rope_angles as angles_op
 
 rms_norm, rope, rope_angles = norm_op.reference, rope_op.reference, angles_op.reference
+l2_norm = l2_op.reference
 EDGES = np.array([0, -0.0, 1e-30, -1e30, 1e30, 3e-39], np.float32)
 
 
@@ -34,22 +37,59 @@ def test_quantize_is_the_reference_bit_for_bit(rng, columns: int, n: int):
     np.testing.assert_array_equal(packed, layouts.quantize(x[:, :n]))
 
 
-@pytest.mark.parametrize(("rows", "n"), [(1, 4), (3, 36), (2, 1100)])
-def test_rms_norm(rng, rows: int, n: int):
-    x, w = rng.standard_normal((rows, n)).astype(np.float32), rng.random(n).astype(np.float32)
-    out = unset(rows, n)
-    simulate("rms_norm", rows, x, w, out, n // 4, 1e-6, constants={"packed": False})
-    expected = rms_norm(x.astype(np.float64), w.astype(np.float64), eps=1e-6)
-    assert error(out, expected) < 3e-7
+def _norm(x: np.ndarray, w: np.ndarray | None, wide: bool = True) -> np.ndarray:
+    """Norms of x [tokens, heads, n], RMS with weights and L2 without."""
+    tokens, heads, n = x.shape
+    strides, divisor = (heads * n, n), n if w is not None else 1
+    constants = {"wide": wide, "warps": warps_of(n)}
+    out = unset(tokens, heads, n)
+    weights = np.zeros(4, np.float32) if w is None else w
+    simulate(
+        "norm", (heads, tokens), x, weights, out, n, *strides, *strides, divisor, 1e-6,
+        w is not None, constants=constants,
+    )  # fmt: skip
+    return out
 
 
-@pytest.mark.parametrize("n", [32, 1056])
+@pytest.mark.parametrize(("tokens", "heads", "n"), [(1, 1, 4), (2, 3, 36), (1, 2, 1100)])
+def test_norms(rng, tokens: int, heads: int, n: int):
+    x = rng.standard_normal((tokens, heads, n)).astype(np.float32)
+    w, exact = rng.random(n).astype(np.float32), x.astype(np.float64)
+    assert error(_norm(x, w), rms_norm(exact, w.astype(np.float64), eps=1e-6)) < 3e-7
+    assert error(_norm(x, None), l2_norm(exact, eps=1e-6)) < 3e-7
+    np.testing.assert_array_equal(_norm(x, w, wide=False), _norm(x, w))
+
+
+@pytest.mark.parametrize("n", [1, 37, 259])
+def test_norms_of_rows_of_any_length(rng, n: int):
+    x, w = rng.standard_normal((2, 2, n)).astype(np.float32), rng.random(n).astype(np.float32)
+    wanted = rms_norm(x.astype(np.float64), w.astype(np.float64), eps=1e-6)
+    assert error(_norm(x, w, wide=False), wanted) < 3e-7
+
+
+@pytest.mark.parametrize("n", [288, 1056])
 def test_rms_norm_packed(rng, n: int):
-    x, w = rng.standard_normal((2, n)).astype(np.float32), rng.random(n).astype(np.float32)
-    out = unset(2, n)
-    simulate("rms_norm", 2, x, w, out, n // 4, 1e-6, constants={"packed": False})
+    x, w = rng.standard_normal((2, 1, n)).astype(np.float32), rng.random(n).astype(np.float32)
     packed, *how = _packed(2, n)
-    simulate("rms_norm", 2, x, w, packed, n // 4, 1e-6, *how, constants={"packed": True})
+    simulate("rms_norm_packed", 2, x, w, packed, n, n, n, 1e-6, *how)
+    np.testing.assert_array_equal(packed, layouts.quantize(_norm(x, w)[:, 0]))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [(5, 32), (2, 160)])
+def test_gated_heads(rng, normed: bool, heads: int, dim: int):
+    y, n = rng.standard_normal((2, heads, dim)).astype(np.float32), heads * dim
+    w, gate = rng.random(dim).astype(np.float32), rng.standard_normal((2, 2, n)).astype(np.float32)
+    name, given, eps = ("norm_gate", [y, w], [1e-6]) if normed else ("sigmoid_gate", [y], [])
+    place, out, grid = [heads, dim, 2 * n, dim], unset(2, n), (-(-heads // 4), 2)
+    packed, *how = _packed(2, n)
+    for result, more in ((out, []), (packed, how)):
+        constants = {"packed": result is packed}
+        simulate(name, grid, *given, gate, result, *place, *eps, *more, constants=constants)
+    g = gate[:, 0].astype(np.float64).reshape(2, heads, dim)
+    opening = 1 / (1 + np.exp(-g))
+    wanted = rms_norm(y.astype(np.float64), w, eps=1e-6) * g if normed else y
+    assert error(out, (wanted * opening).reshape(2, n)) < 3e-7
     np.testing.assert_array_equal(packed, layouts.quantize(out))
 
 
@@ -87,8 +127,19 @@ def test_rope_angles_hold_at_far_positions(rng):
     frequencies = (10_000.0 ** (-np.arange(67) / 67)).astype(np.float32)
     out = unset(5, 67, 2)
     turns = layouts.turns_of(frequencies)
-    simulate("rope_angles", (2, 5), positions, turns, out, 67, 1.25)
+    none = np.zeros(1, np.int32)
+    simulate("rope_angles", (2, 5), positions, none, turns, out, 1, 67, 1.25)
     expected = rope_angles(positions, frequencies, magnitude=1.25)
+    assert abs(out - expected).max() < 5e-7
+
+
+def test_each_frequency_turns_with_its_component(rng):
+    positions = rng.integers(0, 1 << 20, (3, 4)).astype(np.int32)
+    frequencies = (10_000.0 ** (-np.arange(9) / 9)).astype(np.float32)
+    components, out = np.arange(9, dtype=np.int32) % 4, unset(3, 9, 2)
+    turns = layouts.turns_of(frequencies)
+    simulate("rope_angles", (1, 3), positions, components, turns, out, 4, 9, 1.0)
+    expected = rope_angles(positions, frequencies, components, magnitude=1.0)
     assert abs(out - expected).max() < 5e-7
 
 

@@ -89,7 +89,7 @@ def test_wrong_numbers_are_an_error_that_names_the_kernel(monkeypatch):
 
     monkeypatch.setattr(gpu_probe.cases, "cases", broken)
     found = gpu_probe.numerics(gpu_probe.Gpu(gpu_probe.opened(True, 0)))
-    assert found["error"] == "wrong: rms_norm-packed=False"
+    assert found["error"] == "wrong: norm-warps=1-wide=True"
     assert [row["right"] for row in found["rows"]] == [False, True]
 
 

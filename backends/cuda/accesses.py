@@ -29,8 +29,8 @@ class Accesses:
 
     `widths`: name -> bytes of its widest access, to which the pointer must be aligned. `waits`:
     every thread passes `launch_wait`, so the kernel may be launched before the last one ended.
-    `early`: what it touches before that, or reads through a cache that takes it for unchanging, so
-    that it must be done before the kernel begins.
+    `early`: what it touches before that, or reads through a cache that takes it for `unchanging`,
+    so that it must be done before the kernel begins.
     """
 
     reads: frozenset[str]
@@ -38,6 +38,7 @@ class Accesses:
     widths: dict[str, int]
     waits: bool
     early: frozenset[str] = frozenset()
+    unchanging: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -54,11 +55,11 @@ def accesses(kernel: Kernel) -> Accesses:
             continue
         nbytes = _WIDE if count is None else count * WIDTH[kinds[name]]
         widths[name] = max(nbytes, widths.get(name, 0))
-    reads, writes, early = (
+    reads, writes, unchanging = (
         frozenset(n for n, mode, _ in uses if mode == m) for m in ("read", "write", "unchanging")
     )
-    early |= {name for name, _, _ in _uses(found.function, frozenset(kinds), before_wait=True)}
-    return Accesses(reads, writes, widths, waits(found.function), early)
+    early = {name for name, _, _ in _uses(found.function, frozenset(kinds), before_wait=True)}
+    return Accesses(reads, writes, widths, waits(found.function), unchanging | early, unchanging)
 
 
 def _uses(

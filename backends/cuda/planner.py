@@ -15,6 +15,7 @@ from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
 MAX_HEAD_DIM = 0  # no fused qkv_post yet
+DELTA_OUT = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
 
 
 def options(activations: str = "int8", fuse: bool = True) -> Options:
@@ -22,7 +23,10 @@ def options(activations: str = "int8", fuse: bool = True) -> Options:
 
     The blocks of a packed row lie in an order that depends on its length, so parts are not packed.
     """
-    return Options(frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse, pack_parts=False)
+    return Options(
+        frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse, pack_parts=False,
+        delta_out=DELTA_OUT,
+    )  # fmt: skip
 
 
 class Planner(planner.Planner):

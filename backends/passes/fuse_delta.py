@@ -17,6 +17,11 @@ delta_step = fused(
     "delta_step", kind=Kind.STATEFUL, picks={5: 6}, reads=(5,), writes=(5,), flops=gated_delta.flops
 )
 gated_norm_pack = fused("gated_norm_pack", kind=Kind.ROWWISE)
+delta_out = fused(
+    "delta_out", kind=Kind.STATEFUL, picks={5: 6}, reads=(5,), writes=(5,), flops=gated_delta.flops
+)  # inputs of delta_step, then weights of the norm and the gate
+
+_DELTA_OUT_DIMS = (32, 64, 128)
 
 _BEFORE = (l2_norm, reshape, slice_)  # between the convolution and the recurrence
 
@@ -112,3 +117,17 @@ def fuse_gated_norm(graph: Graph, options: Options) -> Graph:
         return node_of(gated_norm_pack, (y, w, gate), node, eps=eps, **node.attrs)
 
     return rewrite(graph, {pack: normed})
+
+
+def fuse_delta_out(graph: Graph, options: Options) -> Graph:
+    """The recurrence of a few tokens with the gated norm to int8 that alone reads it."""
+
+    def join(node: Tensor, y: Tensor, w: Tensor, gate: Tensor) -> Tensor:
+        recurrence = delta_step.made(y) and only_user(graph, node.inputs[0])
+        dims = {int(x.shape[2]) for x in y.inputs[:3]} if recurrence else set()
+        few = int(y.shape[0]) <= options.delta_out and node.attrs["coding"] == "int8"
+        if not few or len(dims) != 1 or not dims <= {*_DELTA_OUT_DIMS}:
+            return node.with_(inputs=(y, w, gate))
+        return node_of(delta_out, (*y.inputs, w, gate), node, **node.attrs, **y.attrs)
+
+    return rewrite(graph, {gated_norm_pack: join})

@@ -14,7 +14,7 @@ import numpy as np
 
 import runtime.ops as ops
 from runtime.backends.passes.fuse_attention import qkv_post, sigmoid_gate_pack
-from runtime.backends.passes.fuse_delta import conv_post, delta_step, gated_norm_pack
+from runtime.backends.passes.fuse_delta import conv_post, delta_out, delta_step, gated_norm_pack
 from runtime.backends.passes.fuse_ffn import (
     rms_norm_pack,
     router,
@@ -159,6 +159,17 @@ def _delta_step(
     return ops.gated_delta.reference(q, k, v, *gates, *where, **node.attrs)
 
 
+def _delta_out(node: Tensor, *inputs: Array) -> Array:
+    *step, w, gate = inputs
+    attrs = {name: node.attrs[name] for name in ("scale", "order")}
+    y = _delta_step(node.with_(attrs=attrs), *step)
+    return _gated_norm(node, y, w, gate)
+
+
+def _gated_norm(node: Tensor, y: Array, w: Array, gate: Array) -> Array:
+    return _merged(_norm(node, y, w) * ops.silu.reference(gate))
+
+
 def _expert_sum(node: Tensor, y: Array, weights: Array, *rest: Array) -> Array:
     names = node.attrs.get("terms", ())
     ids = rest[: len(rest) - len(names)]
@@ -176,7 +187,8 @@ _MEANINGS: dict[Op, Callable[..., Array]] = {
     rms_norm_pack: _norm,
     swiglu_pack: _swiglu,
     sigmoid_gate_pack: lambda node, y, gate: _merged(y * ops.sigmoid.reference(gate)),
-    gated_norm_pack: lambda node, y, w, g: _merged(_norm(node, y, w) * ops.silu.reference(g)),
+    gated_norm_pack: _gated_norm,
+    delta_out: _delta_out,
     pack_rows: lambda node, x, tiles: _gathered(x, tiles, node.attrs["divisor"]),
     swiglu_pack_rows: lambda node, g, u, tiles: _gathered(_swiglu(node, g, u), tiles),
     linear: _linear,

@@ -42,7 +42,8 @@ class Options(NamedTuple):
     packed: weight types the device has tiles for; those of others are widened to float32.
     max_head_dim: of a head that is normed, rotated and stored in one. activations: "int8" or
     "f32". wide: columns of the widest tile. split: BF16 weights take activations in bfloat16
-    pieces. pack_parts: of a row that several devices have in parts, each packs its own.
+    pieces. pack_parts: of a row that several devices have in parts, each packs its own. delta_out:
+    tokens of a step up to which a recurrence has its gated norm behind it in one.
     """
 
     packed: frozenset[str]
@@ -52,6 +53,7 @@ class Options(NamedTuple):
     fuse: bool = True
     split: bool = False
     pack_parts: bool = True
+    delta_out: int = 0
 
 
 def coding_of(weights: DType, n: int, options: Options) -> str:

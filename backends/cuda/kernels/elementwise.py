@@ -55,7 +55,7 @@ def softplus(x):
     s = divide(t, f32(2) + t)
     p = s * s
     high = fma(fma(fma(_C7, p, _C6), p, _C5), p, _C4)
-    return fmax(x, f32(0)) + s * fma(fma(fma(fma(high, p, _C3), p, _C2), p, _C1), p, _C0)
+    return fma(s, fma(fma(fma(fma(high, p, _C3), p, _C2), p, _C1), p, _C0), fmax(x, f32(0)))
 
 
 def gated(gate, up):

@@ -12,7 +12,6 @@ from runtime.backends.cuda.intrinsics import (
     constant4,
     divide,
     f32,
-    fma,
     grid_x,
     load4,
     rsqrt,
@@ -23,7 +22,7 @@ from runtime.backends.cuda.intrinsics import (
     u32,
 )  # fmt: skip
 
-from .norm import scaled
+from .norm import scaled, squares
 from .pack import pack_values
 from .sums import last_block, warp_sum
 
@@ -36,11 +35,6 @@ ARGUMENTS = (
 NAMES = tuple(argument.split(":")[0] for argument in ARGUMENTS.split())
 FLOATS, PACKED = 1, 2
 _MOST_WARPS = 8
-
-
-def squares(v, total):
-    """total + the squares of four values."""
-    return fma(v[3], v[3], fma(v[2], v[2], fma(v[1], v[1], fma(v[0], v[0], total))))
 
 
 def norm_tail(warps: int) -> Callable:

@@ -50,17 +50,24 @@ def turned(t):
 def build_rope_angles() -> Declared:
     """out f32 [tokens, half, 2] = cos and sin of position x frequency, times `magnitude`.
 
-    `turns` f32 [half, 2]: frequency / 2 pi in two parts, the second what the first lacks, so that
-    far positions keep their angle. Grid (half / 64 rounded up, tokens).
+    positions i32 [tokens, width]; where width > 1, `components` i32 [half] says which of a token's
+    each frequency turns with. `turns` f32 [half, 2]: frequency / 2 pi in two parts, the second what
+    the first lacks, so that far positions keep their angle. Grid (half / 64 rounded up, tokens).
     """
 
-    @entry("positions:i32* turns:f32* out:f32* half:u32 magnitude:f32", threads=_THREADS)
-    def rope_angles(positions, turns, out, half, magnitude):
+    @entry(
+        "positions:i32* components:i32* turns:f32* out:f32* width:u32 half:u32 magnitude:f32",
+        threads=_THREADS,
+    )
+    def rope_angles(positions, components, turns, out, width, half, magnitude):
         launch_next()
         i, token = u32(block_x() * _THREADS + thread_x()), block_y()
         launch_wait()
         if i < half:
-            p = f32(load(positions, token))
+            place = u32(token * width)
+            if width > 1:
+                place = u32(place + load(components, i))
+            p = f32(load(positions, place))
             high, low = constant2(turns, i)
             whole = p * high
             rest = fma(p, high, -whole) + p * low

@@ -3,6 +3,7 @@
 from runtime.backends.cuda.rules import (  # noqa: F401  they register
     attention,
     collective,
+    delta,
     elementwise,
     matmul,
     moe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.backends.cuda.rules.registry import lowers
-from runtime.backends.plan.lowering import Declined, Lowering
+from runtime.backends.plan.lowering import Lowering
 from runtime.ops.tensor import Tensor
 
 
@@ -11,11 +11,11 @@ from runtime.ops.tensor import Tensor
 def rope_angles(lowering: Lowering, node: Tensor) -> None:
     """cos and sin of this step's positions, once for all layers."""
     positions, inv_freq, *components = node.inputs
-    if components:
-        raise Declined("not yet")
     half = int(inv_freq.shape[0])
     lowering.emit(
         "rope_angles", node, positions=lowering.read(positions),
+        components=lowering.read(components[0]) if components else 0,
+        width=int(positions.shape[1]) if components else 1,
         turns=lowering.weight(inv_freq, "turns"), out=lowering.write(node), half=half,
         magnitude=node.attrs["magnitude"], grid=(-(-half // 64), int(node.shape[0])),
     )  # fmt: skip

@@ -235,7 +235,8 @@ Examples:
   python scripts/make_random_model.py llama-1b F16 l.gguf --vocab-from real.gguf
 
 Presets and their sizes in Q4_0: qwen3-0.6b 358 MiB, llama-1b 730 MiB, qwen3-4b 2.1 GiB,
-qwen35-0.8b 468 MiB, qwen35moe-mini 954 MiB, qwen3next-mini 960 MiB, gpt-oss-mini 940 MiB.
+llama-8b 4.4 GiB, qwen35-0.8b 468 MiB, qwen35moe-mini 954 MiB, qwen35moe-35b 19 GiB,
+qwen3next-mini 960 MiB, qwen3next-80b 42 GiB, gpt-oss-mini 940 MiB.
 Real models compute the same way, so speeds carry over; the text does not: it is noise.
 """
 

@@ -206,6 +206,11 @@ PRESETS = {
         "qwen3", transformer_tensors, layers=36, hidden=2560, ff=9728, heads=32, kv_heads=8,
         head_dim=128, vocab=151_936, context=40_960, rope_base=1e6, epsilon=1e-6,
     ),
+    "llama-8b": Preset(
+        "llama", transformer_tensors, layers=32, hidden=4096, ff=14_336, heads=32, kv_heads=8,
+        head_dim=128, vocab=128_256, context=131_072, rope_base=5e5, epsilon=1e-5, tied=False,
+        llama3_rope=True,
+    ),
     "qwen35-0.8b": Preset(
         "qwen35", hybrid_tensors, layers=24, hidden=1024, ff=3584, heads=8, kv_heads=2,
         head_dim=256, vocab=248_320, context=262_144, rope_base=1e7, epsilon=1e-6, rotated=64,
@@ -215,6 +220,11 @@ PRESETS = {
         "qwen35moe", hybrid_tensors, layers=12, hidden=1024, ff=0, heads=8, kv_heads=2,
         head_dim=256, vocab=248_320, context=262_144, rope_base=1e7, epsilon=1e-6, rotated=64,
         delta=Delta(16, 32), experts=Experts(64, 8, 512, 512), more=_SECTIONS,
+    ),
+    "qwen35moe-35b": Preset(
+        "qwen35moe", hybrid_tensors, layers=40, hidden=2048, ff=0, heads=16, kv_heads=2,
+        head_dim=256, vocab=248_320, context=262_144, rope_base=1e7, epsilon=1e-6, rotated=64,
+        tied=False, delta=Delta(16, 32), experts=Experts(256, 8, 512, 512), more=_SECTIONS,
     ),
     "qwen3next-mini": Preset(
         "qwen3next", hybrid_tensors, layers=12, hidden=1024, ff=0, heads=8, kv_heads=2,

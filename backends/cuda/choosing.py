@@ -49,6 +49,7 @@ class Choosing:
         """The tokens of the step that the stream was given; waits when it is called."""
         self._turn ^= 1
         found, done = self._found[self._turn].array[:count], self._done[self._turn]
+        done.synchronize()  # of a step that was forgotten: nobody waited for it
         address = found.ctypes.data
         self._driver.copy_to_host(address, self._chosen.address, found.nbytes, stream.handle)
         done.record(stream)

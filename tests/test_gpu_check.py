@@ -1,0 +1,136 @@
+"""`scripts/gpu_check.py` on a driver without a GPU: every part runs, no time is made up."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("greenlet", reason="the CUDA simulator needs greenlet")
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import gpu_check
+import gpu_check_models
+import gpu_check_ops
+from gpu_check_setup import Check, Row
+
+COUNTS = {"launches", "memory_bytes_per_node", "gb", "clock_mhz", "l2_mb", "memory_gb", "free_gb"}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A whole run."""
+    return gpu_check.run(Check(True), gpu_check.PARTS, 1e9)
+
+
+def test_every_part_runs(report: dict[str, Any]):
+    parts = report["parts"]
+    assert report["dry"] and list(parts) == list(gpu_check.PARTS)
+    assert {name: part["error"] for name, part in parts.items() if "error" in part} == {}
+    (grid,) = parts["ops"]["rows"]
+    assert grid["equal"] >= 4 and grid["equal"] + grid["declined"] == grid["points"]
+    assert parts["golden"]["rows"][0]["nmse"] < 1e-6
+    assert parts["replays"]["rows"][0]["differing"] == 0
+    assert parts["splits"]["rows"][0]["equal"]
+
+
+def test_no_time_is_made_up(report: dict[str, Any]):
+    for name in ("machine", "loading", "launches", "replays", "speed"):
+        for row in report["parts"][name]["rows"]:
+            numbers = {k: v for k, v in row.items() if isinstance(v, float) and k not in COUNTS}
+            assert numbers == {}, f"{name} {row['name']}"
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_part_that_fails_keeps_what_it_found_and_costs_no_other():
+    def broken(check: Check) -> Iterator[Row]:
+        yield {"name": "first", "right": True}
+        raise ValueError("no such thing")
+
+    def wrong(check: Check) -> Iterator[Row]:
+        yield {"name": "one", "right": False}
+
+    parts = {name: gpu_check.Part(run, 9) for name, run in (("a", broken), ("b", wrong))}
+    found = gpu_check.run(Check(True), parts, 1e9)["parts"]
+    assert found["a"]["error"] == "ValueError: no such thing" and len(found["a"]["rows"]) == 1
+    assert found["b"]["error"] == "wrong: one"
+
+
+def test_a_part_apart_is_ended_in_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Of a process that hangs what it wrote is kept."""
+    program = tmp_path / "part.py"
+    program.write_text(
+        "import json, sys, time; from pathlib import Path\n"
+        "path = Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "path.write_text(json.dumps({'rows': [{'name': 'kept'}]})); time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(program))
+    start = time.monotonic()
+    found = gpu_check.apart("machine", Check(True), 3)
+    assert found == {"rows": [{"name": "kept"}], "error": "ended after 3 s"}
+    program.write_text("import sys; sys.exit(3)")
+    assert gpu_check.apart("ops", Check(True), 9) == {"rows": [], "error": "ended with 3"}
+    assert time.monotonic() - start < 20
+
+
+def test_no_part_begins_after_the_time():
+    found = gpu_check.run(Check(True), gpu_check.PARTS, 1)["parts"]
+    assert {part["error"] for part in found.values()} == {"not begun: 1 s were over"}
+
+
+def test_a_wrong_kernel_is_named(monkeypatch: pytest.MonkeyPatch):
+    import test_ops
+
+    monkeypatch.setattr(test_ops, "_error", lambda got, want: 1.0)
+    says = gpu_check_ops._says(Check(True), "add", 0, "whole")
+    assert says is not None and says.startswith("AssertionError")
+
+
+def test_rows_that_differ_in_bits_are_counted(monkeypatch: pytest.MonkeyPatch):
+    """A digest sees every bit of a row."""
+    seen: list[list[bytes]] = []
+
+    class Session:
+        def __init__(self, flip: bool) -> None:
+            self.flip, self.n = flip, 0
+
+        def eval(self, ids: list[int]) -> Any:
+            import numpy as np
+
+            self.n += 1
+            row = np.zeros((1, 4), np.float32)
+            if self.flip and self.n == 2:
+                row.view(np.uint32)[0, 3] = 1
+            return row
+
+    for flip in (False, True):
+        seen.append(gpu_check_models._digests(Session(flip), [1], 3))  # type: ignore[arg-type]
+    assert [a == b for a, b in zip(*seen, strict=True)] == [True, False, True]
+
+
+def test_the_command_prints_and_saves(
+    report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(gpu_check, "run", lambda *_: report)
+    monkeypatch.setattr(gpu_check, "DATA", tmp_path / "kept")
+    path = tmp_path / "a.json"
+    result = CliRunner().invoke(gpu_check.main, ["--dry", "--out", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "DRIVER WITHOUT A GPU" in result.output and "fake H100" in result.output
+    assert json.loads(path.read_text()) == report
+    CliRunner().invoke(gpu_check.main, ["--dry"])
+    assert not gpu_check.DATA.exists()  # what no GPU said is not kept
+    assert gpu_check._slug(report) == "fake-h100"
+
+
+def test_the_command_fails_with_its_parts(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    bad = report | {"parts": report["parts"] | {"golden": {"rows": [], "error": "x", "took_s": 1}}}
+    monkeypatch.setattr(gpu_check, "run", lambda *_: bad)
+    result = CliRunner().invoke(gpu_check.main, ["--dry"])
+    assert result.exit_code == 1 and "ERROR x" in result.output

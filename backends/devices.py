@@ -20,12 +20,13 @@ AUTO = "auto"
 
 def open_backend(
     devices: str, file: Any, threads: int | None, activations: str, split_mode: str | None = None,
-    tensor_split: Shares | None = None, main_device: int | None = None,
+    tensor_split: Shares | None = None, main_device: int | None = None, graphs: bool = True,
 ) -> Backend:  # fmt: skip
     """The backend of a device expression and what `meta.choices.chosen` takes beside it.
 
     file: an open GGUF file. threads: of all devices together, by default one per core; of a NUMA
-    node its own. OptionError names what cannot be used, and what is known.
+    node its own. graphs: of GPUs, see CudaBackend. OptionError names what cannot be used, and what
+    is known.
     """
     if devices.strip().lower() == AUTO:
         devices = automatic()
@@ -46,7 +47,7 @@ def open_backend(
 
         return open_mpi(file, threads, activations, _shares_of_all(devices, stages[0]))
     _check(devices, stages, every, kinds)
-    return _behind(stages, _Opened(file, activations, stages, threads))
+    return _behind(stages, _Opened(file, activations, stages, threads, graphs))
 
 
 def names_mpi(expression: str) -> bool:
@@ -143,13 +144,15 @@ class _Opened:
     """
 
     def __init__(
-        self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None
-    ) -> None:
+        self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None,
+        graphs: bool = True,
+    ) -> None:  # fmt: skip
         from runtime.backends.cpu import check_threads
         from runtime.backends.cpu.run.cores import physical_cores
 
         check_threads(threads)
         self._file, self._activations, self._driver = file, activations, None
+        self._graphs = graphs
         weights: dict[Device, Fraction] = {}
         for stage in stages:
             for device, share in zip(stage.devices, stage.shares, strict=True):
@@ -168,7 +171,9 @@ class _Opened:
 
             self._driver = self._driver or open_driver()
             number = device.number or 0
-            return CudaBackend(self._file, number, self._activations, self._driver)
+            return CudaBackend(
+                self._file, number, self._activations, self._driver, graphs=self._graphs
+            )
         from runtime.backends.cpu import CpuBackend
         from runtime.backends.cpu.run.cores import shared_out
 

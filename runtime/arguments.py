@@ -151,7 +151,8 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     pair = isinstance(kv_type, tuple | list) and all(isinstance(k, str) for k in kv_type)
     if not isinstance(kv_type, str) and not pair:
         raise wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
-    plain["cache_rotation"] = flag("cache_rotation", options["cache_rotation"])
+    for name in ("cache_rotation", "graphs"):
+        plain[name] = flag(name, options[name])
     check_progress(options["progress"])
     return {**options, **plain}
 

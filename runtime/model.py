@@ -52,6 +52,7 @@ def load(
     tensor_split: str | Sequence[float] | None = None,
     main_device: int | None = None,
     cache_rotation: bool = True,
+    graphs: bool = True,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -64,7 +65,8 @@ def load(
     of one sequence (default: what the file was trained for, or what fits). threads: of all devices,
     default one per core. activations: "int8", or "f32" to keep them in float for every weight
     type. sequences: full contexts the cache has room for, memory allowing. cache_rotation: K and V
-    of quantised types are rotated before they are rounded, which loses less.
+    of quantised types are rotated before they are rounded, which loses less. graphs: a step of a
+    GPU is one graph of kernels; False: one launch after another, the same bits.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -76,7 +78,7 @@ def load(
         "devices": devices, "kv_type": kv_type, "context": context, "threads": threads,
         "activations": activations, "sequences": sequences, "progress": progress,
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
-        "cache_rotation": cache_rotation,
+        "cache_rotation": cache_rotation, "graphs": graphs,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):

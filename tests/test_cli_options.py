@@ -112,6 +112,7 @@ class TestFlags:
             (("--kv-type", "q6_0/Q4_0"), "kv_type", "q6_0,q4_0"),
             ((), "cache_rotation", True),
             (("--no-cache-rotation",), "cache_rotation", False),
+            (("--no-graph",), "graphs", False),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )

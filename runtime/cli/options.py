@@ -58,6 +58,8 @@ _PRECISION_OPTIONS = (
            metavar="N,N,..."),
     option("-mg --main-device | --main-gpu", "Which of the list has everything with -sm none (0).",
            _MODEL, type=click.IntRange(0), metavar="N"),
+    option("--no-graph graphs", "Launch the kernels of a GPU one by one, in place of one graph of "
+           "them for each step; the same bits.", _MODEL, flag_value=False, default=None),
 )  # fmt: skip
 _DEVICES = ("devices", "split_mode", "tensor_split", "main_device")
 
@@ -170,6 +172,7 @@ def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, An
 def precision_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from `precision_options`, but the types of the cache."""
     found = {name: options[name] for name in ("activations", "cache_rotation")}
+    found |= {} if options["graphs"] is None else {"graphs": options["graphs"]}
     return found | device_arguments(options)
 
 

@@ -215,7 +215,7 @@ class _Rewriter:
         """A kernel's or a device function's twin that works on arrays."""
         if id(source) not in self._made:
             scope = self._scope(source)
-            code = _rewritten(source.__code__, source)
+            code = _rewritten(source.__code__, source.__code__.co_filename)
             made: dict[str, Any] = {}
             exec(code, scope, made)
             self._made[id(source)] = self._control.enter(made[source.__name__])
@@ -251,8 +251,9 @@ class _Late:
 
 
 @functools.cache
-def _rewritten(code: types.CodeType, source: Callable) -> types.CodeType:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(source))).body[0]
+def _rewritten(code: types.CodeType, file: str) -> types.CodeType:
+    """file: where it stands; a kernel that is built again has the same code."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
     assert isinstance(tree, ast.FunctionDef), "kernels are plain functions"
     tree.decorator_list, tree.returns = [], None
     arguments = code.co_varnames[: code.co_argcount]
@@ -262,7 +263,7 @@ def _rewritten(code: types.CodeType, source: Callable) -> types.CodeType:
         *_Statements().all(tree.body)
     ]  # fmt: skip
     module = ast.fix_missing_locations(ast.Module([tree], []))
-    return compile(module, f"<{source.__name__} on arrays>", "exec")
+    return compile(module, f"<{code.co_name} on arrays>", "exec")
 
 
 def _call(name: str, *arguments: ast.expr) -> ast.Call:

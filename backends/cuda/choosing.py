@@ -56,7 +56,7 @@ class Choosing:
 
         def tokens() -> np.ndarray:
             done.synchronize()
-            return found
+            return found.copy()
 
         return tokens
 

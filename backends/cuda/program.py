@@ -74,6 +74,7 @@ class Program:
         choices: Sequence[Choice],
     ) -> Callable[[], np.ndarray]:  # fmt: skip
         """Begin a step that ends with tokens; see `Choosing` in backends/base.py."""
+        self._check_open()
         if self._choosing is None:
             logits = self._view(self.plan.outputs[0])
             self._choosing = Choosing(
@@ -120,13 +121,16 @@ class Program:
         choices: Sequence[Choice] = (),
     ) -> None:  # fmt: skip
         """What the step is given, to the device."""
-        if not self._open:
-            raise BackendError(f"program {self.plan.name} was closed: its backend is")
+        self._check_open()
         self._device.activate()
         tiles = None
         if self._sequences:
             tiles = attention_tiles(inputs[self._sequences], live["tokens"], self._tile_rows)
         self._inputs.send(self._stream, self.plan, inputs, live, tiles, choices)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise BackendError(f"program {self.plan.name} was closed: its backend is")
 
     def _replay(self, launches: list[Launch]) -> None:
         """All launches, behind what the stream was given."""

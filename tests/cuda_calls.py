@@ -16,7 +16,7 @@ from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import DTYPES
 from runtime.ops.quants import dequantize
 
-NO_NORM = [np.zeros(1, np.float32)] * 5 + [0] * 6  # arguments of norm_tail.py
+NO_NORM = [np.zeros(1, np.float32)] * 5 + [0] * 5  # arguments of norm_tail.py
 
 
 def simulate(name: str, grid: Any, *arguments: Any, constants: dict | None = None, **options: Any):

@@ -44,7 +44,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "copy_rows": (24, ("LDG.E",), ()),
     "delta_out": (128, ("LDS.128", "FFMA", "MUFU.RSQ", "SHFL"), ()),
     "expert_bias": (24, ("LDG.E",), ()),
-    "expert_sum": (48, ("LDG.E", "FFMA", "MUFU.EX2"), ()),
+    "expert_sum": (88, ("LDG.E", "FFMA", "MUFU.EX2"), ()),
     "gather_rows": (24, ("LDG.E",), ()),
     "gated_delta": (255, ("LDS.128", "FFMA", "MUFU.EX2", "SHFL"), ("MUFU.RSQ",)),
     "get_rows": (40, ("LDG.E",), ()),

@@ -61,7 +61,7 @@ def build_expert_sum() -> Declared:
     def expert_sum(
         y, weights, ids, shared, gate, add, out, n, k, shared_stride, gate_stride, add_stride,
         has_ids, has_shared, has_gate, has_add, norm_x, norm_w, normed, norm_packed, tickets,
-        norm_n, norm_warps, norm_eps, norm_stretches, norm_length, norm_to,
+        norm_n, norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         i, row = u32(block_x() * THREADS + thread_x()), block_y()
@@ -83,7 +83,7 @@ def build_expert_sum() -> Declared:
                 total += load(add, u32(row * add_stride + i))
             store(out, u32(row * n + i), total)
         tail(
-            norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+            norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_eps,
             norm_stretches, norm_length, norm_to,
         )  # fmt: skip
 

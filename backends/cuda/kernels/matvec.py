@@ -59,7 +59,7 @@ def build_matvec(format: str, columns: int) -> Declared:
     def matvec(
         weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, high, scales, supers,
         shift, stretches, pairs, out_stride, residual_stride, sums, norm_x, norm_w, normed,
-        norm_packed, tickets, norm_n, norm_warps, norm_eps, norm_stretches, norm_length, norm_to,
+        norm_packed, tickets, norm_n, norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         acc, row, raw, base = accumulators(), places_of_rows(), words(), bases()
@@ -99,7 +99,7 @@ def build_matvec(format: str, columns: int) -> Declared:
         )  # fmt: skip
         if COLUMNS == 1:
             tail(
-                norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+                norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_eps,
                 norm_stretches, norm_length, norm_to,
             )  # fmt: skip
 

@@ -84,7 +84,7 @@ def build_matvec_float(format: str, columns: int) -> Declared:
     def matvec_float(
         weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, shift, units,
         out_stride, residual_stride, sums, norm_x, norm_w, normed, norm_packed, tickets, norm_n,
-        norm_warps, norm_eps, norm_stretches, norm_length, norm_to,
+        norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         acc, row, values, base = accumulators(), places_of_rows(), weight_values(), bases()
@@ -115,7 +115,7 @@ def build_matvec_float(format: str, columns: int) -> Declared:
         )  # fmt: skip
         if COLUMNS == 1:
             tail(
-                norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+                norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_eps,
                 norm_stretches, norm_length, norm_to,
             )  # fmt: skip
 

@@ -32,7 +32,7 @@ from runtime.backends.plan.catalogue import constants
 from .pack import pack_values
 from .sums import block_sum
 
-WARPS = 8
+WARPS = 8  # of long rows, and of all that are packed
 SHORT = 256  # values of a row that one warp takes
 
 

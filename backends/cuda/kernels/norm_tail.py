@@ -22,48 +22,48 @@ from runtime.backends.cuda.intrinsics import (
     u32,
 )  # fmt: skip
 
-from .norm import scaled, squares
+from .norm import WARPS, scaled, squares
 from .pack import pack_values
 from .sums import last_block, warp_sum
 
 # norm_x: the row once more, as it is read. norm_to: 1 for float32 in `normed`, 2 for packed int8 in
-# `norm_packed`, 3 for both, 0 where there is no norm. norm_warps: of the norm alone.
+# `norm_packed`, 3 for both, 0 where there is no norm.
 ARGUMENTS = (
-    "norm_x:f32* norm_w:f32* normed:f32* norm_packed:u32* tickets:u32* norm_n:u32 norm_warps:u32 "
+    "norm_x:f32* norm_w:f32* normed:f32* norm_packed:u32* tickets:u32* norm_n:u32 "
     "norm_eps:f32 norm_stretches:u32 norm_length:u32 norm_to:u32"
 )
 NAMES = tuple(argument.split(":")[0] for argument in ARGUMENTS.split())
 FLOATS, PACKED = 1, 2
-_MOST_WARPS = 8
 
 
 def norm_tail(warps: int) -> Callable:
-    """What every thread of a block of `warps` calls at its end, with ARGUMENTS; used once."""
-    threads, turns = 32 * warps, -(-_MOST_WARPS // warps)
-    last, partial = last_block(), shared("f32", _MOST_WARPS)
+    """What every thread of a block of `warps` calls at its end, with ARGUMENTS; used once.
 
-    def row_sum(x, pieces, played):
-        """Sum of squares of the row in the order of `played` warps, in every thread."""
+    `warps` divides WARPS.
+    """
+    threads, turns = 32 * warps, WARPS // warps
+    last, partial = last_block(), shared("f32", WARPS)
+
+    def row_sum(x, pieces):
+        """Sum of squares of the row as WARPS warps add it, in every thread."""
         sums = partial()
         for turn in range(turns):
-            i = u32(turn * threads + thread_x())
-            warp, square = u32(i >> 5), f32(0)
-            if warp < played:
-                while i < pieces:
-                    square = squares(load4(x, i), square)
-                    i = u32(i + 32 * played)
+            i, square = u32(turn * threads + thread_x()), f32(0)
+            warp = u32(i >> 5)
+            while i < pieces:
+                square = squares(load4(x, i), square)
+                i = u32(i + 32 * WARPS)
             square = warp_sum(square)
-            if warp < _MOST_WARPS and thread_x() & 31 == 0:
+            if thread_x() & 31 == 0:
                 sums[warp] = square
         syncthreads()
         total = f32(0)
-        for w in range(_MOST_WARPS):
-            if w < played:
-                total += sums[w]
+        for w in range(WARPS):
+            total += sums[w]
         return total
 
     def tail(
-        norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_warps, norm_eps,
+        norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_eps,
         norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         if norm_to == 0:
@@ -71,7 +71,7 @@ def norm_tail(warps: int) -> Callable:
         if not last(tickets, u32(0), grid_x()):
             return
         pieces = u32(norm_n >> 2)
-        r = rsqrt(divide(row_sum(norm_x, pieces, norm_warps), f32(norm_n)) + norm_eps)
+        r = rsqrt(divide(row_sum(norm_x, pieces), f32(norm_n)) + norm_eps)
         first, end = u32(0), pieces
         if norm_to & PACKED:
             end = u32(8 * u32(norm_stretches * norm_length))

@@ -54,7 +54,7 @@ def rms_norm_pack(lowering: Lowering, node: Tensor) -> None:
     x, w = node.inputs
     address, n, _, stride = lowering.rows(x)
     rows = x.size // n
-    if norm_behind(lowering, node, WARPS):
+    if norm_behind(lowering, node):
         return
     if node.attrs["coding"] == "f32":
         out, grid = floats(lowering, node, rows, n), (rows, 1)

@@ -14,10 +14,10 @@ from runtime.ops.tensor import Tensor
 NONE: dict[str, int] = dict.fromkeys(NAMES, 0)  # arguments of a launch without a norm
 
 
-def norm_behind(lowering: Lowering, node: Tensor, warps: int) -> bool:
+def norm_behind(lowering: Lowering, node: Tensor) -> bool:
     """Whether the norm of one row, for products, was given to the launch that makes the row.
 
-    warps: of the norm alone. One launch can make both codings of a norm.
+    One launch can make both codings of a norm.
     """
     x, w = node.inputs
     n, coding = int(x.shape[-1]), FLOATS if node.attrs["coding"] == "f32" else PACKED
@@ -26,7 +26,7 @@ def norm_behind(lowering: Lowering, node: Tensor, warps: int) -> bool:
         return False
     same: dict[str, Any] = {
         "norm_x": Ref(lowering.result(x.layout.base)), "norm_w": lowering.weight(w, "vector"),
-        "norm_n": n, "norm_warps": warps, "norm_eps": node.attrs["eps"],
+        "norm_n": n, "norm_eps": node.attrs["eps"],
     }  # fmt: skip
     done: Any = call.arguments["norm_to"]
     if done & coding or (done and any(call.arguments[k] != value for k, value in same.items())):

@@ -5,7 +5,7 @@ A value is a number that all threads have, or an array of one for each: int64, f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ def select(mask: Any, new: Any, old: Any) -> Any:
         return new
     if isinstance(new, tuple):
         return tuple(select(mask, a, b) for a, b in zip(new, old, strict=True))
-    if old is None or isinstance(new, Shared | Registers | Pointer):
+    if old is None or isinstance(new, Shared | Registers | Pointer | Picked):
         return new
     return np.where(mask, new, old)
 
@@ -128,6 +128,39 @@ class Pointer:
                 f"{int(index[who])} of {count}"
             )
         return index if mask is None else np.where(mask, index, 0)
+
+
+class Picked:
+    """For each thread one of several pointers."""
+
+    def __init__(self, run: Run, which: Any, pointers: tuple[Pointer, ...]) -> None:
+        self._run, self._which, self._pointers = run, run.whole(which), pointers
+
+    def read(self, index: Any, count: int) -> tuple[Any, ...]:
+        """As `Pointer.read`."""
+        found: Any = None
+        for mine, pointer in self._each():
+            read = pointer.read(index, count)
+            found = read if found is None else select(mine, read, found)
+        return found
+
+    def write(self, index: Any, values: tuple[Any, ...]) -> None:
+        """As `Pointer.write`."""
+        for _, pointer in self._each():
+            pointer.write(index, values)
+
+    def _each(self) -> Iterator[tuple[np.ndarray, Pointer]]:
+        saved = self._run.mask
+        for n, pointer in enumerate(self._pointers):
+            mine = self._which == n
+            self._run.mask = mine if saved is None else saved & mine
+            if self._run.mask.any():
+                yield mine, pointer
+        self._run.mask = saved
+
+
+def _pick(run: Run, intrinsic: Intrinsic, which: Any, *pointers: Pointer) -> Any:
+    return Picked(run, which, pointers) if np.ndim(which) else pointers[int(which)]
 
 
 class Shared:
@@ -432,6 +465,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
         for name in ("store", "shared_store")
         for n in ("", 2, 4)
     },
+    "pick": _pick,
     "copy_async16": _copy_async,
     "copy_commit": _nothing,
     **{f"copy_wait{n}": _nothing for n in range(3)},

@@ -62,6 +62,11 @@ BODIES = {
     "constant4": (_FIRST_FOUR, "LDG.E.128.CONSTANT"),
     "stream2": (_FIRST_TWO, "LDG.E.NA.64"),
     "stream4": (_FIRST_FOUR, "LDG.E.NA.128"),
+    "pick": (
+        "p = {op}(u32(thread_x() & 3), words, out, words, words); "
+        "store(out, thread_x(), load(p, 40))",
+        "ISETP",
+    ),
     "store": ("{op}(out, 0, 1)", "STG.E "),
     "store2": ("{op}(out, 0, 1, 2)", "STG.E.64"),
     "store4": ("{op}(out, 0, 1, 2, 3, 4)", "STG.E.128"),

@@ -70,11 +70,12 @@ def _uses(
     What: "read", "write", and also "unchanging" for reads of what is taken to be so.
     """
     scope, found = _scope(function), set()
+    meant = _picked(function, names, scope)
     for call in _calls(function, before_wait):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             continue
         passed = [(i, a.id) for i, a in enumerate(call.args) if isinstance(a, ast.Name)]
-        handed = [(i, name) for i, name in passed if name in names]
+        handed = [(i, name) for i, alias in passed for name in meant.get(alias, ())]
         called = scope.get(call.func.id)
         if handed and isinstance(called, Intrinsic):
             pointers = [name for i, name in handed if _is_pointer(called, i)]
@@ -82,6 +83,37 @@ def _uses(
         elif handed and isinstance(called, types.FunctionType):
             found |= _handed_on(called, handed)
     return found
+
+
+def _picked(function: Callable, names: frozenset[str], scope: dict) -> dict[str, set[str]]:
+    """Names of pointers -> the parameters they may be: themselves, or one of those of `pick`."""
+    meant = {name: {name} for name in names}
+    for node in _in_order(_tree(function)):
+        for target, value in _assigned(node):
+            called = value.func if isinstance(value, ast.Call) else None
+            operation = scope.get(called.id) if isinstance(called, ast.Name) else None
+            if isinstance(operation, Intrinsic) and operation.rule == "pick":
+                assert isinstance(target, ast.Name), "a picked pointer has a name"
+                given = [meant.get(a.id, set()) for a in value.args if isinstance(a, ast.Name)]
+                meant[target.id] = set().union(*given)
+    return meant
+
+
+def _in_order(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all inside it, as they stand in the text."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _in_order(child)
+
+
+def _assigned(node: ast.AST) -> list[tuple[ast.expr, ast.expr]]:
+    """Targets of an assignment with what each gets."""
+    if not isinstance(node, ast.Assign):
+        return []
+    target, value = node.targets[0], node.value
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return list(zip(target.elts, value.elts, strict=True))
+    return [(target, value)]
 
 
 def _handed_on(

@@ -88,6 +88,8 @@ store4 = _rule("store4", lambda p, i, *v: p.write(i, v), "store", 4)
 # The old value of an element, which grows by v; orders what its thread, and by barriers its block,
 # did before it and does after it, for whoever comes to the same element
 atomic_add = _rule("atomic_add", m.atomic_add, "atomic", effect="memory")
+# one of four pointers to global memory: pick(which, a, b, c, d)
+pick = _rule("pick", lambda which, *pointers: pointers[int(which)], "pick")
 
 # Shared memory: arrays are made by `shared`; a[i] reads and writes single elements
 shared_load2 = _rule("shared_load2", lambda a, i: a.read(i, 2), "load", 2, "shared")

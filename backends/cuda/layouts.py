@@ -142,6 +142,11 @@ def float_nbytes(inner: int, size: int = 4) -> int:
     return -(-inner // UNIT) * UNIT * size
 
 
+def float_lanes(inner: int) -> int:
+    """Into how many stretches the sum over a row of floats is cut."""
+    return 1 << max(1, min(32, -(-inner // UNIT) // 2)).bit_length() - 1
+
+
 def row_nbytes(format: str, inner: int) -> int:
     """Bytes of a row of a packed matrix."""
     return parts(format, inner)[""]

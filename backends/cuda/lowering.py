@@ -163,6 +163,21 @@ def _lanes(builder: Any, vector: Any, count: int) -> list[Any]:
     return [builder.extract_element(vector, _I32(i)) for i in range(count)]
 
 
+def _pick(operation: Intrinsic) -> Rule:
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        which, *pointers = values
+        found = pointers[0]
+        for n, pointer in enumerate(pointers[1:], 1):
+            here = builder.icmp_unsigned("==", which, which.type(n))
+            found = builder.select(here, pointer, found)
+        return found
+
+    def sign(which: Any, a: Any, *others: Any) -> Any:
+        return signature(a, _U32, a, *others)
+
+    return Rule(5, sign, generate)
+
+
 def _stream(operation: Intrinsic) -> Rule:
     (count,) = operation.parameters
     outputs = ", ".join(f"${i}" for i in range(count))
@@ -280,6 +295,7 @@ _RULES: dict[str, Callable[[Intrinsic], Rule]] = {
     "barrier": _barrier,
     "load": _load,
     "stream": _stream,
+    "pick": _pick,
     "store": _store,
     "shared_store": _store,
     "registers": _registers,

@@ -131,7 +131,7 @@ def dot_codes(a, b, c, d, v, start):
 def _fetch_q8_0(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
     fetch_pieces(raw, at + 8, weights, u32(piece + places), pair)
-    raw[at + 16] = constant(weights, u32(u32(4 * piece + scales) + pair))
+    raw[at + 16] = constant(weights, u32(4 * piece + scales + pair))
 
 
 def _total_q8_0(raw, at, odd, v, w, sums):
@@ -146,7 +146,7 @@ def _scale_q8_0(raw, at, odd):
 
 def _fetch_q4_0(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    raw[at + 8] = constant(weights, u32(u32(4 * piece + scales) + pair))
+    raw[at + 8] = constant(weights, u32(4 * piece + scales + pair))
 
 
 def _total_q4_0(raw, at, odd, v, w, sums):
@@ -161,7 +161,7 @@ def _scale_q4_0(raw, at, odd):
 
 def _fetch_q4_1(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    fetch_two(raw, at + 8, weights, u32(u32(4 * piece + scales) + 2 * pair))
+    fetch_two(raw, at + 8, weights, u32(4 * piece + scales + 2 * pair))
 
 
 def _total_nibbles(raw, at, odd, v, w, sums):
@@ -196,8 +196,8 @@ def dot_fifths(a, b, c, d, f, v, w, start):
 
 def _fetch_q5_0(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    fetch_two(raw, at + 8, weights, u32(u32(4 * piece + high) + 2 * pair))
-    raw[at + 10] = constant(weights, u32(u32(4 * piece + scales) + pair))
+    fetch_two(raw, at + 8, weights, u32(4 * piece + high + 2 * pair))
+    raw[at + 10] = constant(weights, u32(4 * piece + scales + pair))
 
 
 def _total_q5_0(raw, at, odd, v, w, sums):
@@ -213,8 +213,8 @@ def _scale_q5_0(raw, at, odd):
 
 def _fetch_q5_1(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    fetch_two(raw, at + 8, weights, u32(u32(4 * piece + high) + 2 * pair))
-    fetch_two(raw, at + 10, weights, u32(u32(4 * piece + scales) + 2 * pair))
+    fetch_two(raw, at + 8, weights, u32(4 * piece + high + 2 * pair))
+    fetch_two(raw, at + 10, weights, u32(4 * piece + scales + 2 * pair))
 
 
 def _total_q5_1(raw, at, odd, v, w, sums):
@@ -236,8 +236,8 @@ def _minimum_q5_1(raw, at, odd, half):
 
 def _fetch_q4_k(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    raw[at + 8] = constant(weights, u32(u32(4 * piece + scales) + pair))
-    raw[at + 9] = constant(weights, u32(u32(4 * piece + supers) + (block >> 3)))
+    raw[at + 8] = constant(weights, u32(4 * piece + scales + pair))
+    raw[at + 9] = constant(weights, u32(4 * piece + supers + (block >> 3)))
 
 
 def _total_q4_k(raw, at, odd, v, w, sums):
@@ -255,9 +255,9 @@ def _minimum_q4_k(raw, at, odd, half):
 
 def _fetch_q5_k(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    fetch_two(raw, at + 8, weights, u32(u32(4 * piece + high) + 2 * pair))
-    raw[at + 10] = constant(weights, u32(u32(4 * piece + scales) + pair))
-    raw[at + 11] = constant(weights, u32(u32(4 * piece + supers) + (block >> 3)))
+    fetch_two(raw, at + 8, weights, u32(4 * piece + high + 2 * pair))
+    raw[at + 10] = constant(weights, u32(4 * piece + scales + pair))
+    raw[at + 11] = constant(weights, u32(4 * piece + supers + (block >> 3)))
 
 
 def _total_q5_k(raw, at, odd, v, w, sums):
@@ -284,8 +284,8 @@ def six_bits(word, pairs, w):
 
 def _fetch_q6_k(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_pieces(raw, at, weights, piece, pair)
-    fetch_piece(raw, at + 8, weights, u32(u32(piece + (high >> 2)) + pair))
-    raw[at + 12] = constant(weights, u32(u32(4 * piece + scales) + pair))
+    fetch_piece(raw, at + 8, weights, u32(piece + (high >> 2) + pair))
+    raw[at + 12] = constant(weights, u32(4 * piece + scales + pair))
     raw[at + 13] = half_word(weights, u32(4 * piece + supers), u32(block >> 3))
 
 
@@ -321,8 +321,8 @@ def two_bits(pairs, w):
 
 def _fetch_q3_k(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_piece(raw, at, weights, u32(piece + pair))
-    fetch_two(raw, at + 4, weights, u32(u32(4 * piece + high) + 2 * pair))
-    raw[at + 6] = constant(weights, u32(u32(4 * piece + scales) + pair))
+    fetch_two(raw, at + 4, weights, u32(4 * piece + high + 2 * pair))
+    raw[at + 6] = constant(weights, u32(4 * piece + scales + pair))
     raw[at + 7] = half_word(weights, u32(4 * piece + supers), u32(block >> 3))
 
 
@@ -349,8 +349,8 @@ def _scale_q3_k(raw, at, odd):
 
 def _fetch_q2_k(raw, at, weights, piece, high, scales, supers, places, pair, block):
     fetch_piece(raw, at, weights, u32(piece + pair))
-    raw[at + 4] = constant(weights, u32(u32(4 * piece + scales) + pair))
-    raw[at + 5] = constant(weights, u32(u32(4 * piece + supers) + (block >> 3)))
+    raw[at + 4] = constant(weights, u32(4 * piece + scales + pair))
+    raw[at + 5] = constant(weights, u32(4 * piece + supers + (block >> 3)))
 
 
 def _total_q2_k(raw, at, odd, v, w, sums):

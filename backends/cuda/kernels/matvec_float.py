@@ -20,6 +20,7 @@ from runtime.backends.cuda.intrinsics import (
     launch_wait,
     load,
     load4,
+    pick,
     registers,
     store,
     thread_x,
@@ -27,11 +28,18 @@ from runtime.backends.cuda.intrinsics import (
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
+from .matvec_ends import (
+    GATED,
+    NUMBERS,
+    POINTERS,
+    RESIDUAL,
+    THREADS,
+    WARPS,
+    finisher,
+    number_of,
+    weight_of,
+)
 from .norm_tail import ARGUMENTS, norm_tail
-from .sums import store_row_sums
-
-WARPS = 4
-THREADS = 32 * WARPS
 
 
 def _fetch_f32(values, at, weights, row, unit):
@@ -73,46 +81,53 @@ def build_matvec_float(format: str, columns: int) -> Declared:
     ROWS, COLUMNS, fetch = rows_of(columns), columns, FETCH[format]
     accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
     weight_values, bases = registers("f32", ROWS * 8), registers("u32", COLUMNS)
-    finish, tail = store_row_sums(WARPS, ROWS, COLUMNS), norm_tail(WARPS)
+    (finish, _), tail = finisher(ROWS, COLUMNS), norm_tail(WARPS)
 
-    @entry(
-        "weights:u32* x:f32* bias:f32* residual:f32* out:f32* live:u32* n_rows:u32 n_columns:u32 "
-        "row_pieces:u32 shift:u32 units:u32 out_stride:u32 residual_stride:u32 sums:u32 "
-        + ARGUMENTS,
-        threads=THREADS,
-    )
+    @entry(f"{POINTERS} x:f32* {NUMBERS} units:u32 {ARGUMENTS}", threads=THREADS)
     def matvec_float(
-        weights, x, bias, residual, out, live, n_rows, n_columns, row_pieces, shift, units,
-        out_stride, residual_stride, sums, norm_x, norm_w, normed, norm_packed, tickets, norm_n,
+        w0, w1, w2, w3, b0, b1, b2, b3, out0, out1, out2, out3, residual, live, x, n0, n1, n2, n3,
+        first1, first2, first3, n_columns, residual_stride, sums, gate, turns, alpha, limit, plus,
+        shift, row_pieces, units, norm_x, norm_w, normed, norm_packed, tickets, norm_n,
         norm_eps, norm_stretches, norm_length, norm_to,
     ):  # fmt: skip
         launch_next()
         acc, row, values, base = accumulators(), places_of_rows(), weight_values(), bases()
-        lane, slots, lanes = u32(thread_x() & 31), u32(u32(32) >> shift), u32(u32(1) << shift)
-        first = u32(u32(block_x() * WARPS + (thread_x() >> 5)) * u32(ROWS * slots))
-        mine = u32(first + (lane >> shift))
-        for r in range(ROWS):
-            row[r] = u32(min(u32(mine + r * slots), u32(n_rows - 1)) * row_pieces)
-        for n in range(ROWS * COLUMNS):
-            acc[n] = f32(0)
-        column, unit = u32(8 * block_y()), u32(lane & u32(lanes - 1))
+        which = weight_of(block_x(), first1, first2, first3)
+        n_rows, both = number_of(which, n0, n1, n2, n3), u32(gate & GATED)
+        even, odd = pick(which, w0, w1, w2, w3), pick(u32(which + both), w0, w1, w2, w3)
+        out, bias = pick(which, out0, out1, out2, out3), pick(which, b0, b1, b2, b3)
+        lane, slots, lanes = u32(thread_x() & 31), u32(32 >> shift), u32(1 << shift)
+        own = u32(block_x() - number_of(which, u32(0), first1, first2, first3))
+        step, turn = u32((ROWS >> both) * slots), u32(0)
+        start, column = u32(own * turns * WARPS * step), u32(8 * block_y())
         for c in range(COLUMNS):
-            base[c] = u32(min(u32(column + c), u32(n_columns - 1)) * u32(2 * units))
+            base[c] = u32(min(u32(column + c), u32(n_columns - 1)) * 2 * units)
         launch_wait()
         if column >= load(live, 0):
             return
-        while unit < units:
+        while turn < turns:
+            first = u32(start + (turn * WARPS + (thread_x() >> 5)) * step)
             for r in range(ROWS):
-                fetch(values, r * 8, weights, row[r], unit)
-            for c in range(COLUMNS):
+                mine = u32(first + (r >> both) * slots + (lane >> shift))
+                row[r] = u32(min(mine, u32(n_rows - 1)) * row_pieces)
+                for c in range(COLUMNS):
+                    acc[r * COLUMNS + c] = f32(0)
+            unit = u32(lane & (lanes - 1))
+            while unit < units:
                 for r in range(ROWS):
-                    n = r * COLUMNS + c
-                    acc[n] = add_unit(values, r * 8, x, u32(base[c] + 2 * unit), acc[n])
-            unit = u32(unit + lanes)
-        finish(
-            acc, out, bias, residual, first, n_rows, column, n_columns, out_stride,
-            residual_stride, sums, shift,
-        )  # fmt: skip
+                    weights = pick(r & 1, even, odd, even, odd)
+                    fetch(values, r * 8, weights, row[r], unit)
+                for c in range(COLUMNS):
+                    for r in range(ROWS):
+                        n = r * COLUMNS + c
+                        acc[n] = add_unit(values, r * 8, x, u32(base[c] + 2 * unit), acc[n])
+                unit = u32(unit + lanes)
+            finish(
+                acc, out, bias, b1, residual, first, start, n_rows, column, n_columns,
+                residual_stride, u32((sums >> which) & 3 | sums & RESIDUAL), gate, alpha, limit,
+                plus, shift,
+            )  # fmt: skip
+            turn = u32(turn + 1)
         if COLUMNS == 1:
             tail(
                 norm_x, norm_w, normed, norm_packed, tickets, norm_n, norm_eps,
@@ -125,16 +140,6 @@ def build_matvec_float(format: str, columns: int) -> Declared:
 def rows_of(columns: int) -> int:
     """Rows that a lane takes part in."""
     return 4 if columns == 1 else 2
-
-
-def float_lanes(inner: int) -> int:
-    """Lanes that share a row of floats: of 8 values, every so many are one lane's."""
-    return 1 << max(1, min(32, -(-inner // 8) // 2)).bit_length() - 1
-
-
-def blocks_of(columns: int, rows: int, lanes: int) -> int:
-    """Blocks of threads that take `rows` rows of `lanes` lanes each."""
-    return -(-rows // (WARPS * rows_of(columns) * (32 // lanes)))
 
 
 def build_pad_rows() -> Declared:

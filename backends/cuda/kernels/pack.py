@@ -11,6 +11,7 @@ from runtime.backends.cuda.intrinsics import (
     block_x,
     block_y,
     divide,
+    dp4a,
     entry,
     f32,
     f32_to_bits,
@@ -38,11 +39,6 @@ def byte(value, inverse):
     return u32(round_i32(value * inverse) & 255)
 
 
-def sign_extended(word, shift):
-    """The byte of a word that `shift` moves to the top, as int8 in an int32."""
-    return i32(i32(u32(word << shift)) >> 24)
-
-
 def pack_values(v, x, column, i, stretches, length, live):
     """Store values 4 i .. 4 i + 3 of a column, which are zero behind its end.
 
@@ -58,28 +54,26 @@ def pack_values(v, x, column, i, stretches, length, live):
     if scale > f32(0):
         inverse = divide(f32(1), scale)
     a, b, c, d = byte(v[0], inverse), byte(v[1], inverse), byte(v[2], inverse), byte(v[3], inverse)
-    word = u32(u32(a | u32(b << 8)) | u32(u32(c << 16) | u32(d << 24)))
-    total = i32(sign_extended(word, 24) + sign_extended(word, 16))
-    total = i32(total + sign_extended(word, 8))
-    negated = u32(-i32(total + sign_extended(word, 0)))
+    word = u32(a | b << 8 | c << 16 | d << 24)
+    negated = u32(-dp4a(word, u32(0x01010101), i32(0)))
     negated = u32(negated + shuffle_xor_u32(negated, 1))
     negated = u32(negated + shuffle_xor_u32(negated, 2))
     second = shuffle_xor_u32(negated, 4)
     if live:
         part, places = u32(i & 7), u32(stretches * length)
         place, base = place_of(u32(i >> 3), stretches, length), u32(column * places)
-        at = u32(4 * u32(u32((part >> 2) * places) + place) + (part & 3))
+        at = 4 * ((part >> 2) * places + place) + (part & 3)
         store(x, u32(10 * base + at), word)
         if part == 0:
-            sums = u32(u32(negated & 0xFFFF) | u32(second << 16))
-            store2(x, u32(5 * base + u32(4 * places + place)), f32_to_bits(scale), sums)
+            sums = u32((negated & 0xFFFF) | second << 16)
+            store2(x, u32(5 * base + 4 * places + place), f32_to_bits(scale), sums)
 
 
 def place_of(block, stretches, length):
     """Where a block of a row lies; see `layouts.py`."""
     stretch = u32(block // length)
     i = u32(block - u32(stretch * length))
-    return u32(2 * u32(u32((i >> 1) * stretches) + stretch) + (i & 1))
+    return u32(2 * ((i >> 1) * stretches + stretch) + (i & 1))
 
 
 def build_quantize() -> Declared:

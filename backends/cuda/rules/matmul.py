@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cuda.kernels import matvec, matvec_float
+from runtime.backends.cuda.kernels.matvec_ends import RESIDUAL
 from runtime.backends.cuda.layouts import (
     FLOATS,
-    PIECE,
     column_nbytes,
-    columns_of,
     cut,
     float_nbytes,
     packed_type,
-    parts,
 )
-from runtime.backends.cuda.rules import norm_tail
+from runtime.backends.cuda.products import arguments_of, grid_of, kernel_of
 from runtime.backends.cuda.rules.elementwise import emit_by_element
 from runtime.backends.cuda.rules.registry import lowers
+from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.lowering import Declined, Lowering, Out
 from runtime.backends.plan.plan import Ref
 from runtime.ops.tensor import Tensor
@@ -71,14 +69,9 @@ def swiglu_pack(lowering: Lowering, node: Tensor) -> None:
     address, n, _, gate_stride = lowering.rows(gate)
     up_address, _, _, up_stride = lowering.rows(up)
     rows, clamp, plain = gate.size // n, "alpha" in node.attrs, node.attrs["coding"] == "f32"
-    if (
-        n % (8 if plain else 4)
-        or gate_stride % 4
-        or up_stride % 4
-        or address.offset % 16
-        or up_address.offset % 16
-    ):
-        if not plain:
+    unit = 8 if plain else 4
+    if n % unit or (gate_stride | up_stride) % 4 or (address.offset | up_address.offset) % 16:
+        if not plain or n % 8:
             raise Declined("rows of gate or up are not multiples of 16 bytes")
         emit_by_element(lowering, node, "swiglu_oai" if clamp else "swiglu")
         return
@@ -102,52 +95,27 @@ def linear(lowering: Lowering, node: Tensor) -> None:
     x, w, *extra = node.inputs
     rows, inner = (int(n) for n in w.shape)
     columns, format = node.size // rows, packed_type(w.dtype)
-    width, turns = columns_of(columns), -(-columns // 8)
-    common = {
-        "x": Ref(lowering.result(x)), "out": lowering.write(node), "n_rows": rows,
-        "n_columns": columns, "out_stride": rows,
+    floats = x.attrs["coding"] == "f32"
+    form = "repacked" if format in FLOATS or not floats else "vector"
+    format = format if form == "repacked" else "F32"
+    name, constants = kernel_of(format, columns)
+    arguments = arguments_of(format, rows, inner, columns) | {
+        "w0": lowering.weight(w, form), "x": Ref(lowering.result(x)), "out0": lowering.write(node),
         "live": lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1),
-        **_sums(lowering, extra), **norm_tail.NONE,
+        **_sums(lowering, extra),
     }  # fmt: skip
-    if x.attrs["coding"] == "f32":
-        form = "repacked" if format in FLOATS else "vector"
-        format = format if form == "repacked" else "F32"
-        lanes = matvec_float.float_lanes(inner)
-        lowering.emit(
-            "matvec_float", node, {"format": format, "columns": width},
-            weights=lowering.weight(w, form), row_pieces=parts(format, inner)[""] // PIECE,
-            shift=lanes.bit_length() - 1, units=-(-inner // 8),
-            grid=(matvec_float.blocks_of(width, rows, lanes), turns), **common,
-        )  # fmt: skip
-        return
-    found = cut(inner)
-    lowering.emit(
-        "matvec", node, {"format": format, "columns": width},
-        weights=lowering.weight(w, "repacked"), **row_arguments(format, inner),
-        shift=found.lanes.bit_length() - 1, stretches=found.stretches, pairs=found.length // 2,
-        grid=(matvec.blocks_of(format, width, rows, found.lanes), turns), **common,
-    )  # fmt: skip
-
-
-def row_arguments(format: str, inner: int) -> dict[str, int]:
-    """Where the parts of a packed row are, as kernels take it: pieces of a row, first words."""
-    found = parts(format, inner)
-    at = {name: found.get(name, 0) // 4 for name in ("high", "scales", "supers")}
-    return {"row_pieces": found[""] // PIECE, **at}
+    grid = grid_of(Kernel.of(name, **constants), arguments)
+    lowering.emit(name, node, constants, grid=grid, **arguments)
 
 
 def _sums(lowering: Lowering, extra: list[Tensor]) -> dict[str, Any]:
-    """Arguments for a bias, a residual, or both in this order."""
-    bias = next((y for y in extra if y.ndim == 1), None)
-    residual = next((y for y in extra if y.ndim > 1), None)
-    address, stride = _row(lowering, residual) if residual is not None else (0, 0)
-    return {
-        "bias": lowering.weight(bias, "vector") if bias is not None else 0,
-        "residual": address, "residual_stride": stride,
-        "sums": (bias is not None) + 2 * (residual is not None),
-    }  # fmt: skip
-
-
-def _row(lowering: Lowering, y: Tensor) -> tuple[Ref, int]:
-    address, _, _, stride = lowering.rows(y)
-    return address, stride
+    """Arguments for what is added to a product: a bias, a residual, or both in this order."""
+    found: dict[str, Any] = {"sums": 0}
+    for y in extra:
+        if y.ndim == 1:
+            found |= {"b0": lowering.weight(y, "vector"), "sums": found["sums"] | 1}
+        else:
+            address, _, _, stride = lowering.rows(y)
+            found |= {"residual": address, "residual_stride": stride}
+            found["sums"] |= RESIDUAL
+    return found

@@ -51,7 +51,10 @@ def _maker(lowering: Lowering, x: Tensor) -> Call | None:
     buffer = lowering.results.get(base)
     calls = [call for call in lowering.calls if buffer in call.writes]
     able = len(calls) == 1 and "norm_to" in calls[0].arguments
-    return calls[0] if able and calls[0].arguments["out"] == Ref(calls[0].writes[0]) else None
+    if not able:
+        return None
+    out = calls[0].arguments.get("out") or calls[0].arguments.get("out0")
+    return calls[0] if out == Ref(calls[0].writes[0]) else None
 
 
 def _grow(lowering: Lowering, call: Call, made: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ family's budget, the instructions that the kernel exists for, and short inner lo
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -29,7 +30,21 @@ if importlib.util.find_spec("numba_cuda") is None or sass.find_disassembler() is
     pytest.skip("the extra 'cuda' is not installed", allow_module_level=True)
 
 GATED = ("sm_80", "sm_90a")
-KERNELS = CATALOGUE.every()
+# format -> instructions of the inner loop for each dp4a, at most, of 1 and of 8 columns: what nvcc
+# 13.0 makes of the same loop in CUDA C
+PER_DP4A = {"Q8_0": (3.13, 2.04), "Q4_0": (3.56, 2.27), "Q4_K": (4.72, 2.76), "Q6_K": (7.34, 2.87)}
+EVERY = os.environ.get("CUDA_GATES") == "all"
+
+
+def _gated(kernel: Kernel) -> bool:
+    """Products differ by format in their inner loop alone: of the rarer ones, one width."""
+    constants = dict(kernel.constants)
+    widths = (1, 8) if constants.get("format") in PER_DP4A else (1,)
+    product = kernel.name in ("matvec", "matvec_float")
+    return EVERY or not product or constants["columns"] in widths
+
+
+KERNELS = [kernel for kernel in CATALOGUE.every() if _gated(kernel)]
 ROOT = Path(__file__).resolve().parents[1]
 
 # kernel -> (registers at most, opcodes that must be there, opcodes that must not)
@@ -52,7 +67,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "norm": (80, ("LDG.E", "MUFU.RSQ", "SHFL"), ()),
     "norm_gate": (80, ("LDG.E.128", "MUFU.EX2", "MUFU.RCP", "MUFU.RSQ"), ()),
     "normalize": (40, ("LDG.E", "SHFL"), ()),
-    "matvec": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
+    "matvec": (168, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
     "matvec_float": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
     "pad_rows": (32, ("LDG.E",), ()),
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
@@ -78,8 +93,6 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "top_k": (40, ("LDG.E", "REDUX"), ("SHFL",)),
     "unary": (40, ("LDG.E",), ()),
 }
-# format -> instructions of the inner loop for each dp4a, at most (one column)
-PER_DP4A = {"Q8_0": 4.0, "Q4_0": 4.0, "Q4_K": 5.5, "Q6_K": 8.0}
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +128,10 @@ def test_kernel_compiles_well(compiled: dict[str, Library], kernel: Kernel, targ
 
 @pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize("format", PER_DP4A)
-@pytest.mark.parametrize("columns", [1, 2, 4, 8])
+@pytest.mark.parametrize("columns", [1, 8])
 def test_inner_loop_is_short(compiled, format: str, columns: int, target: str):
     kernel = Kernel.of("matvec", format=format, columns=columns)
-    assert _inner_loop(compiled[target].get(kernel)).per("IDP.4A") <= PER_DP4A[format]
+    assert _inner_loop(compiled[target].get(kernel)).per("IDP.4A") <= PER_DP4A[format][columns == 8]
 
 
 @pytest.mark.parametrize("target", GATED)
@@ -164,7 +177,7 @@ def test_the_cache_is_read_without_the_toolchain(compiled: dict[str, Library], c
         "from runtime.backends.cuda.library import Library; "
         "from runtime.backends.cuda.catalogue import KERNELS; start = time.perf_counter(); "
         f"library = Library('sm_90a', Path({str(cache)!r})); "
-        "assert not library.missing(KERNELS.every()); "
+        f"assert len(library.missing(KERNELS.every())) == {len(CATALOGUE.every()) - len(KERNELS)}; "
         "print(time.perf_counter() - start, "
         "[m for m in ('numba', 'numba_cuda', 'llvmlite', 'cuda') if m in sys.modules])"
     )

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from runtime.backends.cuda.intrinsics import (
     atomic_add,
     f32,
-    load,
     shared,
     shared_load4,
     shuffle_xor,
     shuffle_xor_u32,
     store,
     syncthreads,
-    syncwarp,
     thread_x,
     u32,
 )  # fmt: skip
@@ -86,37 +84,6 @@ def stretch_sum(sums, at, shift):
             a = shared_load4(sums, u32((at >> 2) + k))
             total = total + a[0] + a[1] + a[2] + a[3]
     return total
-
-
-def store_row_sums(warps: int, rows: int, columns: int) -> Callable:
-    """The end of a matrix-vector kernel: sums of `rows` x `columns` registers over the lanes that
-    share a row, plus bias and residual; see `matvec`."""
-    count = rows * columns
-    partial = shared("f32", warps * count * STRIDE)
-
-    def finish(
-        values, out, bias, residual, first, n_rows, column, n_columns, out_stride,
-        residual_stride, terms, shift,
-    ):  # fmt: skip
-        sums, lane = partial(), u32(thread_x() & 31)
-        base, slots = u32((thread_x() >> 5) * (count * STRIDE)), u32(u32(32) >> shift)
-        for n in range(count):
-            sums[u32(base + n * STRIDE + lane)] = values[n]
-        syncwarp()
-        job = lane
-        while job < u32(count * slots):
-            n, slot = u32(job >> (5 - shift)), u32(job & u32(slots - 1))
-            total = stretch_sum(sums, u32(base + n * STRIDE + u32(slot << shift)), shift)
-            row, c = u32(first + u32(n // columns) * slots + slot), u32(column + n % columns)
-            if row < n_rows and c < n_columns:
-                if terms & 1:
-                    total += load(bias, row)
-                if terms & 2:
-                    total += load(residual, u32(c * residual_stride + row))
-                store(out, u32(c * out_stride + row), total)
-            job = u32(job + 32)
-
-    return finish
 
 
 def better(value, index, other_value, other_index):

@@ -473,6 +473,9 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "ldmatrix_x2": _ldmatrix(2, False),
     "ldmatrix_x4_trans": _ldmatrix(4, True),
     "mma_s8": _mma(_signed_bytes, False),
+    "mma_s8_half": lambda run, op, a, b, w, *c: _mma(_signed_bytes, False)(
+        run, op, a, b, 0, 0, w, 0, *c
+    ),
     "mma_f16": _mma(_halves, True),
     "mma_bf16": _mma(_brain, True),
     "shuffle_xor": _shuffle(lambda lane, n: lane ^ n),

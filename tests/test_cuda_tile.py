@@ -1,53 +1,103 @@
-"""The tensor-core tile on the simulator: tiles cut on both sides, an odd number of blocks."""
+"""Products of many columns on tensor cores: bit for bit those of one column, for every format.
+
+Whole backends, the kernels at once in numpy; a few points in the simulator, which finds races.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from cuda_calls import error, random_blocks, simulate, unset, values
+from cuda_models import fake_cuda
+from stored_tensors import Stored, file_of
+from tile_calls import random_rows
+
+from runtime import ops
+from runtime.backends.cuda.kernels.tile import WIDTHS
+from runtime.backends.cuda.layouts import FORMATS
+from runtime.backends.cuda.rules import tiles
+from runtime.ops.dtypes import DTYPES, F32
+from runtime.ops.quants import dequantize
+
+ROWS = 37
 
 
-def _q8_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    quants = blocks[..., 2:].reshape(*blocks.shape[:2], 2, 16).swapaxes(1, 2)
-    return np.ascontiguousarray(quants), np.ascontiguousarray(blocks[..., :2])
+def _weight(format: str, *shape: int) -> Stored:
+    *_, inner = shape
+    dtype = DTYPES[format.lower()]
+    raw = random_rows(format, int(np.prod(shape[:-1])), inner)
+    return Stored(dequantize(raw.reshape(-1), dtype, shape), raw, dtype)
 
 
-def _q4_0(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.ascontiguousarray(blocks[..., 2:]), np.ascontiguousarray(blocks[..., :2])
+class Product:
+    """x w + bias + residual on a backend, for any number of tokens."""
+
+    def __init__(self, format: str, inner: int, quick: bool = True, rows: int = ROWS) -> None:
+        rng = np.random.default_rng(2)
+        self.inner, self.rows = inner, rows
+        bias = rng.standard_normal(rows).astype(np.float32)
+        self.w = _weight(format, rows, inner)
+        self.tensors = {"w": self.w, "bias": Stored(bias, bias.view(np.uint8), F32)}
+        self.backend = fake_cuda(file_of(self.tensors), quick=quick)
+
+    def __call__(self, x: np.ndarray, residual: np.ndarray, room: int = 0) -> np.ndarray:
+        tokens = ops.Dim("tokens", len(x) + room)
+        w = ops.weight("w", (self.rows, self.inner), self.w.dtype)
+        bias = ops.weight("bias", (self.rows,), F32)
+        given = ops.step_input("x", (tokens, self.inner), F32)
+        added = ops.step_input("r", (tokens, self.rows), F32)
+        y = ops.add(ops.add(ops.matmul(given, w), bias), added)
+        program = self.backend.program(ops.Graph((y,)))
+        inputs = {"x": _filled(x, room), "r": _filled(residual, room)}
+        (found,) = program.run(inputs, {"tokens": len(x)})
+        return np.array(found)
+
+    def numbers(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(3)
+        shapes = ((tokens, self.inner), (tokens, self.rows))
+        x, residual = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+        return x, residual
 
 
-def _quantize(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces [columns, 2, n, 16], scales and negated sums [columns, n, 2], and what they mean."""
-    blocks = x.reshape(len(x), -1, 2, 16)
-    scales = np.abs(blocks).max((2, 3)) / np.float32(127)
-    quants = np.rint(blocks / scales[..., None, None]).astype(np.int8)
-    sums = -quants.astype(np.int16).sum(3, dtype=np.int16)
-    meta = np.stack([scales.view(np.uint32), sums.view(np.uint32)[..., 0]], -1)
-    values = (quants * scales[..., None, None].astype(np.float64)).reshape(len(x), -1)
-    return np.ascontiguousarray(quants.swapaxes(1, 2)), meta, values
+def _filled(x: np.ndarray, room: int) -> np.ndarray:
+    return np.pad(x, ((0, room), (0, 0)), constant_values=np.nan)
 
 
-PACK = {"Q8_0": _q8_0, "Q4_0": _q4_0}
-SHAPES = ((130, 70, 3), (9, 129, 5))
-CASES = [
-    pytest.param(format, shape, marks=() if one == other else pytest.mark.sweep)
-    for one, format in enumerate(PACK)
-    for other, shape in enumerate(SHAPES)
-]
+@pytest.mark.parametrize("format", FORMATS)
+def test_columns_of_a_tile_have_the_bits_of_one_column(format: str):
+    """Tiles cut on both sides, with room for more; several stretches, the last one short."""
+    product = Product(format, 768 if DTYPES[format.lower()].block == 256 else 13 * 32)
+    x, residual = product.numbers(9)
+    together = product(x, residual, room=5)
+    for n in (0, 8):
+        alone = product(x[n : n + 1], residual[n : n + 1])
+        np.testing.assert_array_equal(together[n], alone[0])
+    product.backend.close()
 
 
-@pytest.mark.parametrize(("format", "shape"), CASES)
-def test_tile_is_the_product(rng, format: str, shape: tuple[int, int, int]):
-    rows, columns, n = shape
-    weights = random_blocks(rng, format, rows, n)
-    x = rng.standard_normal((columns, 32 * n)).astype(np.float32)
-    packed, meta, meant = _quantize(x)
-    stride = rows + rows % 2
-    out = unset(columns + 1, stride)
-    simulate(
-        "tile", (-(-rows // 128), -(-columns // 128)), *PACK[format](weights), packed, meta, out,
-        rows, columns, n, stride, constants={"format": format},
-    )  # fmt: skip
-    expected = meant @ values(weights, format).T
-    assert error(out[:columns, :rows], expected) < 1e-6
-    assert np.isnan(out[columns]).all() and np.isnan(out[:, rows:]).all()
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_K", "Q6_K"])
+def test_tiles_of_all_widths_agree(format: str, width: int, monkeypatch: pytest.MonkeyPatch):
+    """Two tiles of columns and of rows; an even number of rows, which are stored in pairs."""
+    product = Product(format, 256, rows=130)
+    x, residual = product.numbers(width + 3)
+    eight = product(x[-8:], residual[-8:])
+    monkeypatch.setattr("runtime.backends.cuda.rules.matmul.tile_width", lambda *_: width)
+    np.testing.assert_array_equal(product(x, residual)[-8:], eight)
+    product.backend.close()
+
+
+@pytest.mark.parametrize(
+    "format", ["Q2_K", *(pytest.param(f, marks=pytest.mark.sweep) for f in FORMATS if f != "Q2_K")]
+)
+def test_a_tile_races_with_nothing(format: str):
+    product = Product(format, 256, quick=False, rows=9)
+    x, residual = product.numbers(9)
+    quick = Product(format, 256, rows=9)
+    np.testing.assert_array_equal(product(x, residual), quick(x, residual))
+    product.backend.close()
+    quick.backend.close()
+
+
+def test_tiles_are_as_wide_as_their_columns_are_many():
+    assert tiles.tile_width(9, 4096) == 32 and tiles.tile_width(2048, 4096) == 128
+    assert tiles.group_width(72, 128) == 32 and tiles.group_width(4096, 8) == 128

@@ -121,6 +121,11 @@ def _mma(name: str, meaning: Any, shape: str, kind: str) -> Intrinsic:
 
 
 mma_s8 = _mma("mma_s8", m.mma_s8, "m16n8k32.row.col.s32.s8.s8.s32", "i32")
+mma_s8_half = _op(  # of 16 products: the first half of mma_s8's, or the second
+    "mma_s8_half", m.mma_s8_half, "i32 i32 i32 i32", "u32 u32 u32 i32 i32 i32 i32",
+    ptx="mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {$0,$1,$2,$3}, {$4,$5}, {$6}, "
+    "{$7,$8,$9,$10};", effect="volatile",
+)  # fmt: skip
 mma_f16 = _mma("mma_f16", m.mma_f16, "m16n8k16.row.col.f32.f16.f16.f32", "f32")
 mma_bf16 = _mma("mma_bf16", m.mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32", "f32")
 

@@ -377,5 +377,12 @@ def _bf16_pair(word: int) -> list[Any]:
 
 
 mma_s8 = _mma(_signed_bytes, np.int64)
+
+
+def mma_s8_half(a0: int, a1: int, b: int, *c: int) -> Any:
+    """m16n8k16: the words of one half of K, as those of m16n8k32 lie."""
+    return mma_s8(a0, a1, 0, 0, b, 0, *c)
+
+
 mma_f16 = _mma(lambda w: [f16_low(u32(w)), f16_high(u32(w))], np.float32)
 mma_bf16 = _mma(_bf16_pair, np.float32)

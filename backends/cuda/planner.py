@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from runtime.backends.cuda.layouts import FORMATS, columns_of, packed_nbytes, packed_type
+from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
@@ -16,6 +17,7 @@ from runtime.ops.tensor import Tensor
 
 MAX_HEAD_DIM = 0  # no fused qkv_post yet
 DELTA_OUT = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
+FEW = 8  # tokens of which each choice of an expert is a product of its own
 
 
 def options(activations: str = "int8", fuse: bool = True) -> Options:
@@ -25,7 +27,7 @@ def options(activations: str = "int8", fuse: bool = True) -> Options:
     """
     return Options(
         frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse, pack_parts=False,
-        delta_out=DELTA_OUT,
+        delta_out=DELTA_OUT, few=FEW,
     )  # fmt: skip
 
 
@@ -51,7 +53,9 @@ class Planner(planner.Planner):
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """Of these numbers of tokens the first of each that takes other kernels."""
-        first: dict[int, int] = {}
+        from runtime.backends.cuda.rules.tiles import product_kinds
+
+        first: dict[Any, int] = {}
         for size in sizes:
-            first.setdefault(columns_of(size), size)
+            first.setdefault(product_kinds(graph, size), size)
         return list(first.values())

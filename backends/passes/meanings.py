@@ -15,6 +15,7 @@ import numpy as np
 import runtime.ops as ops
 from runtime.backends.passes.fuse_attention import qkv_post, sigmoid_gate_pack
 from runtime.backends.passes.fuse_delta import conv_post, delta_out, delta_step, gated_norm_pack
+from runtime.backends.passes.fuse_experts import linear_id_pair, linear_id_sum
 from runtime.backends.passes.fuse_ffn import (
     rms_norm_pack,
     router,
@@ -181,6 +182,28 @@ def _expert_sum(node: Tensor, y: Array, weights: Array, *rest: Array) -> Array:
     return out + terms["residual"] if "residual" in terms else out
 
 
+def _linear_id_pair(
+    node: Tensor, x: Array, gate: Array, tiles: Array, ids: Array, up: Array, *bias: Array
+) -> Array:
+    """Both products as [T, used, n], gated; for the product of few tokens after it."""
+    of_gate, of_up = bias or ((), ())
+    shaped = node.with_(attrs={"every": node.attrs["every"]})
+    products = [
+        _linear_id(shaped, x, w, tiles, ids, *([b] if len(b) else []))
+        for w, b in ((gate, of_gate), (up, of_up))
+    ]
+    return _swiglu(node, *products)
+
+
+def _linear_id_sum(
+    node: Tensor, x: Array, w: Array, tiles: Array, ids: Array, weights: Array, *rest: Array
+) -> Array:
+    bias, terms = rest[: node.attrs["bias"]], rest[node.attrs["bias"] :]
+    shaped = node.with_(shape=(*ids.shape, w.shape[1]))
+    y = _linear_id(shaped, x, w, tiles, ids, *bias)
+    return _expert_sum(node, y, weights, ids, *terms)
+
+
 # op -> (node, inputs as arrays) -> its result; states among the inputs are changed.
 _MEANINGS: dict[Op, Callable[..., Array]] = {
     pack: lambda node, x: x,
@@ -193,6 +216,8 @@ _MEANINGS: dict[Op, Callable[..., Array]] = {
     swiglu_pack_rows: lambda node, g, u, tiles: _gathered(_swiglu(node, g, u), tiles),
     linear: _linear,
     linear_id: _linear_id,
+    linear_id_pair: _linear_id_pair,
+    linear_id_sum: _linear_id_sum,
     expert_tiles: _expert_tiles,
     expert_sum: _expert_sum,
     router: _router,

@@ -43,7 +43,9 @@ class Options(NamedTuple):
     max_head_dim: of a head that is normed, rotated and stored in one. activations: "int8" or
     "f32". wide: columns of the widest tile. split: BF16 weights take activations in bfloat16
     pieces. pack_parts: of a row that several devices have in parts, each packs its own. delta_out:
-    tokens of a step up to which a recurrence has its gated norm behind it in one.
+    tokens of a step up to which a recurrence has its gated norm behind it in one. few: kernels
+    find the rows of experts themselves, so none are gathered, and up to so many tokens the
+    products of experts are fused; 0: rows are gathered into tiles.
     """
 
     packed: frozenset[str]
@@ -54,6 +56,7 @@ class Options(NamedTuple):
     split: bool = False
     pack_parts: bool = True
     delta_out: int = 0
+    few: int = 0
 
 
 def coding_of(weights: DType, n: int, options: Options) -> str:
@@ -151,10 +154,12 @@ def pack_inputs(graph: Graph, options: Options) -> Graph:
     def chosen(node: Tensor, x: Tensor, w: Tensor, ids: Tensor, *bias: Tensor) -> Tensor:
         coding = coding_of(w.dtype, int(w.shape[-1]), options)
         width = expert_columns(ids.size, experts_of(w, ids), coding, options)
+        width = 1 if options.few else width
         tiles = once(expert_tiles, (ids,), I32, C=width, experts=int(w.shape[0]))
         each = int(ids.shape[1]) if x.ndim == 2 else 1  # choices that share a row of x
         if width == 1:  # tiles find their row: nothing has to be gathered
-            packed, every = once(pack, (x,), PACKED[coding], C=1, coding=coding), each
+            form = tile(x, w.dtype) if options.few else {"C": 1, "coding": coding}
+            packed, every = once(pack, (x,), PACKED[coding], **form), each
         else:
             shape, form = (*ids.shape, x.shape[-1]), {"C": width, "coding": coding}
             packed = once(pack_rows, (x, tiles), PACKED[coding], shape=shape, **form, divisor=each)

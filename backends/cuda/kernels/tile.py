@@ -1,263 +1,234 @@
 """Quantised weights times many columns of int8 activations on int8 tensor cores: prompts.
 
-A block of 8 warps computes 128 columns x 128 rows of the output, each warp 64 x 32 in 16 matrices
-of 16 x 8. The k axis goes by in stages of 2 blocks of 32 values, copied asynchronously two stages
-ahead. A product of 32 values is one exact mma.m16n8k32; scales are applied to it in float32:
+A block of 8 warps computes 128 rows of `width` columns of the output. Two blocks of 32 values along
+k are a stage: one is multiplied while the next is read, its weights turned into bytes on the way
+(a thread a block). The sum is the canonical one of `layouts.py`, bit for bit that of matvec.
 
-    the accumulator starts at MAGIC, the bits of 1.5 x 2^23, plus what the format adds to every
-    product, so its bits after the mma are the float 1.5 x 2^23 + sum. Times the row's scale y,
-    which is a float16, less 1.5 x 2^23 y, which is exact then: one fma gives y x sum, a second
-    one adds it times the column's scale.
+A product of 32 values, or of each half of them, is one exact mma whose accumulator starts at MAGIC,
+the bits of 1.5 x 2^23: the result's bits are the float 1.5 x 2^23 + sum. Times the row's scale y,
+less 1.5 x 2^23 y, which is exact: one fma gives y x sum, rounded once.
 
-Shared memory holds pieces of 16 bytes as [half, block, row], so that the 8 rows of an ldmatrix lie
-side by side and in different banks; scales lie in the order in which lanes take them.
+Shared memory of a stage, in pieces of 16 bytes: activations [half, block, column], weights [half,
+block, row], (scale, sums) of both blocks [column]; then floats of rows [kind, block, row].
+Of experts a tile is of columns that chose the same one, listed by `expert_group`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
-    bits_to_f32,
     block_x,
     block_y,
-    constant,
     copy_async16,
     copy_commit,
-    copy_wait1,
-    dp2a,
+    copy_wait0,
     dynamic_shared,
     entry,
-    f16_to_f32,
     f32,
-    fma,
-    i32,
     launch_next,
     launch_wait,
-    ldmatrix_x4,
-    load2,
-    mma_s8,
+    load,
+    load4,
     registers,
-    shared_load4,
-    store,
-    store2,
+    shared_store4,
     syncthreads,
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.cuda.layouts import FORMATS
 from runtime.backends.plan.catalogue import constants
 
-TILE = 128  # columns, and rows, of a block of threads
-BLOCKS = 2  # blocks of 32 values in a stage
-STAGES = 3
+from .tile_formats import RAW, Form, form_of
+from .tile_products import BLOCKS, PLANE, ROW_STRIDE, ROWS, multiplier, storer
+
 THREADS = 256
-MAGIC = 0x4B400000
-MAGIC_F32 = f32(12582912)
-A_STAGE = 2 * BLOCKS * TILE  # pieces of activations in a stage
-SCALES = BLOCKS * TILE  # scales of one kind in a stage
-_SIZES = {"Q8_0": 2, "Q4_0": 1}  # pieces of a block of weights
+WIDTHS = (32, 128)
 
 
-def _load_q8_0(words, tiles, rows, block):
-    """Fragments of 4 x 8 rows: two of a row's halves per matrix."""
-    lane = u32(thread_x() & 31)
-    half, row = u32((lane >> 3) & 1), u32(rows + (lane & 7) + 8 * (lane >> 4))
-    for pair in range(2):
-        piece = u32(u32(half * BLOCKS + block) * TILE + row + 16 * pair)
-        w = ldmatrix_x4(tiles, piece)
-        words[4 * pair], words[4 * pair + 1] = w[0], w[1]
-        words[4 * pair + 2], words[4 * pair + 3] = w[2], w[3]
+class Shape(NamedTuple):
+    """How a block of threads divides `width` columns x ROWS rows among its warps."""
+
+    width: int
+
+    @property
+    def warps_by_column(self) -> int:
+        """Warps side by side over columns; the others share the rows."""
+        return 2 if self.width >= 64 else 1
+
+    @property
+    def columns(self) -> int:
+        """Of a warp."""
+        return self.width // self.warps_by_column
+
+    @property
+    def rows(self) -> int:
+        """Of a warp."""
+        return ROWS * self.warps_by_column // 8
+
+    @property
+    def stride(self) -> int:
+        """Pieces between blocks of activations."""
+        return self.width + 4
+
+    def words(self, form: Form) -> tuple[int, int, int, int]:
+        """Where weights, scales of columns and floats of rows begin, and the end of a stage."""
+        weights = 4 * (2 * BLOCKS * self.stride)
+        scales = weights + 4 * (2 * BLOCKS * ROW_STRIDE)
+        floats = scales + 4 * self.width
+        return weights, scales, floats, floats + form.numbers * PLANE
 
 
-def _load_q4_0(words, tiles, rows, block):
-    """A word of nibbles is both halves of a fragment."""
-    row = u32(rows + (thread_x() & 31))
-    w = ldmatrix_x4(tiles, u32(u32(block * TILE) + row))
-    words[0], words[1] = u32(w[0] & 0x0F0F0F0F), u32((w[0] >> 4) & 0x0F0F0F0F)
-    words[2], words[3] = u32(w[1] & 0x0F0F0F0F), u32((w[1] >> 4) & 0x0F0F0F0F)
-    words[4], words[5] = u32(w[2] & 0x0F0F0F0F), u32((w[2] >> 4) & 0x0F0F0F0F)
-    words[6], words[7] = u32(w[3] & 0x0F0F0F0F), u32((w[3] >> 4) & 0x0F0F0F0F)
+def width_of(columns: int) -> int:
+    """The width of tiles for so many columns."""
+    return next((n for n in WIDTHS if columns <= n), WIDTHS[-1])
 
 
-def _start_q8_0(sums):
-    return i32(MAGIC)
+def _column_copier(shape: Shape) -> Callable:
+    """Begin copying a stage of activations; tiles[source + n]: which column of `x` is the n-th."""
+    PIECES, STRIDE, WIDTH = 2 * BLOCKS * shape.width, shape.stride, shape.width
+    SCALES = shape.words(form_of("Q8_0"))[1] // 4
 
-
-def _start_q4_0(sums):
-    """A nibble is 8 more than the value it stands for."""
-    return dp2a(sums, u32(0x0808), i32(MAGIC))
-
-
-_FORMATS = {"Q8_0": (_load_q8_0, _start_q8_0), "Q4_0": (_load_q4_0, _start_q4_0)}
-
-
-def _copier(pieces: int) -> Callable:
-    """Begin copying a stage of an operand whose blocks have `pieces` pieces."""
-
-    def copy(tiles, target, source, first, rows, b, blocks):
-        block, row = u32(thread_x() & 1), u32(thread_x() >> 1)
-        place = u32(target + block * TILE + row)
-        at, from_row, nbytes = u32(b + block), u32(first + row), u32(16)
-        if from_row >= rows or at >= blocks:  # outside: zeros
-            at, from_row, nbytes = u32(0), u32(0), u32(0)
-        for half in range(pieces):
-            origin = u32(u32(u32(from_row * pieces) + half) * blocks + at)
-            copy_async16(tiles, u32(place + half * BLOCKS * TILE), source, origin, nbytes)
+    def copy(tiles, target, x, source, place, places):
+        i, column_pieces = thread_x(), u32(5 * (places >> 1))
+        while i < PIECES:
+            block, column = u32(i & 1), u32(u32(i >> 1) & (WIDTH - 1))
+            half = u32(i // (2 * WIDTH))
+            to = u32(u32(half * BLOCKS + block) * STRIDE + column)
+            origin = u32(
+                u32(tiles[u32(source + column)] * column_pieces) + u32(half * places) + place
+            )
+            copy_async16(tiles, u32(target + to), x, u32(origin + block), u32(16))
+            i = u32(i + THREADS)
+        if thread_x() < WIDTH:
+            origin = u32(tiles[u32(source + thread_x())] * column_pieces)
+            origin = u32(u32(origin + 2 * places) + (place >> 1))
+            copy_async16(tiles, u32(target + SCALES + thread_x()), x, origin, u32(16))
 
     return copy
 
 
-def _fetcher(start: Callable) -> Callable:
-    """The scales of a stage, one column and one row a thread; zero outside."""
+def _row_keeper(shape: Shape, form: Form) -> Callable:
+    """Store what was fetched of a block as signed bytes and floats."""
+    WEIGHTS, _, FLOATS, _ = shape.words(form)
+    unpack, scale, NUMBERS = form.unpack, form.scale, form.numbers
+    eight, few = registers("u32", 8), registers("f32", NUMBERS)
 
-    def fetch(meta, scales, column, columns, row, rows, b, blocks):
-        at = u32(b + (thread_x() >> 7))
-        x, begin, w = f32(0), u32(MAGIC), f32(0)
-        if at < blocks and column < columns:
-            bits, sums = load2(meta, u32(column * blocks + at))
-            x, begin = bits_to_f32(bits), u32(start(sums))
-        if at < blocks and row < rows:
-            w = f16_to_f32(constant(scales, u32(row * blocks + at)))
-        return x, begin, w
+    def keep(tiles, numbers, stage, raw):
+        words, own = eight(), few()
+        unpack(raw, words)
+        scale(raw, own)
+        row, block = u32(thread_x() >> 1), u32(thread_x() & 1)
+        piece = u32(u32((stage + WEIGHTS) >> 2) + u32(block * ROW_STRIDE + row))
+        shared_store4(tiles, piece, words[0], words[1], words[2], words[3])
+        piece = u32(piece + BLOCKS * ROW_STRIDE)
+        shared_store4(tiles, piece, words[4], words[5], words[6], words[7])
+        for n in range(NUMBERS):
+            at = u32(u32(stage + FLOATS + n * PLANE) + u32(block * ROWS + row))
+            numbers[at] = own[n]
 
-    return fetch
+    return keep
 
 
-def keep_scales(tiles, numbers, base, x, begin, w):
-    """Store what `fetch` found where lanes take it: 8 of their columns, 8 of their rows in turn.
+@constants(format=tuple(FORMATS), width=WIDTHS)
+def build_tile(format: str, width: int) -> Declared:
+    """out[c, row] = sum over k of weights[row, k] x[c, k] + bias[row] + residual[c, row].
 
-    Columns as [block, 64s, column % 8, column / 8 % 8]; rows as [block, 32s, row / 2 % 4,
-    row / 8 % 4, row % 2]. Starts of columns stand twice: four of them are an accumulator.
+    `weights` and `x` packed: rows of `row_pieces`, their parts at words `high`, `scales`, `supers`,
+    and columns; their `blocks` are cut into `stretches` of `length`. out f32 [.., out_stride];
+    `sums`: 1 with a bias, 2 with a residual, 3 with both. live: how many columns mean something.
+    Grid (rows / 128, columns / width).
+
+    With `grouped` columns are choices of experts, and the grid is (rows / 128, groups). groups u32
+    [.., 4]: expert, first in `order`, columns; `order`: the choices, each a row of `out`, `every`
+    of which share a column of x. Experts have `rows` rows and biases each, one after another.
     """
-    n, block = u32(thread_x() & 127), u32((thread_x() >> 7) * TILE)
-    column = u32(u32(base + block + (n & 64)) + u32(8 * (n & 7) + ((n >> 3) & 7)))
-    row = u32(u32(base + block + (n & 96)) + u32(8 * ((n >> 1) & 3) + 2 * ((n >> 3) & 3)))
-    numbers[column] = x
-    numbers[u32(row + (n & 1) + SCALES)] = w
-    start = u32(2 * (column - base) + base + 2 * SCALES)
-    tiles[start] = begin
-    tiles[u32(start + 1)] = begin
-
-
-def load_eight(array, at, target):
-    """Eight scales beginning at `at`, a multiple of 8."""
-    a, b = shared_load4(array, u32(at >> 2)), shared_load4(array, u32((at >> 2) + 1))
-    target[0], target[1], target[2], target[3] = a[0], a[1], a[2], a[3]
-    target[4], target[5], target[6], target[7] = b[0], b[1], b[2], b[3]
-
-
-def _multiplier(load_weights: Callable) -> Callable:
-    """One block of a stage: the warp's 16 products of 16 x 8, and their scales."""
-    fragments, row_offsets = registers("u32", 8), registers("f32", 8)
-    column_scales, row_scales = registers("f32", 8), registers("f32", 8)
-
-    def multiply(acc, tiles, numbers, x_at, weights_at, scales_at, block):
-        warp, lane = u32(thread_x() >> 5), u32(thread_x() & 31)
-        columns, rows = u32(64 * (warp >> 2)), u32(32 * (warp & 3))
-        weights, x, y, offset = fragments(), column_scales(), row_scales(), row_offsets()
-        load_weights(weights, tiles, u32(weights_at + rows), block)
-        base, mine = u32(scales_at + block * TILE), u32(columns + 8 * (lane >> 2))
-        load_eight(numbers, u32(base + mine), x)
-        load_eight(numbers, u32(base + SCALES + rows + 8 * (lane & 3)), y)
-        for n in range(8):
-            offset[n] = y[n] * -MAGIC_F32
-        starts = u32(u32(base + block * TILE + 2 * SCALES + 2 * mine) >> 2)
-        piece = u32(x_at + u32((lane >> 4) * BLOCKS + block) * TILE + columns + (lane & 15))
-        for m in range(4):
-            a, i = ldmatrix_x4(tiles, u32(piece + 16 * m)), shared_load4(tiles, u32(starts + m))
-            for n in range(4):
-                b, c = weights[2 * n], weights[2 * n + 1]
-                d = mma_s8(
-                    a[0], a[1], a[2], a[3], b, c, i32(i[0]), i32(i[1]), i32(i[2]), i32(i[3])
-                )  # fmt: skip
-                at, k = 16 * m + 4 * n, 2 * n + 1
-                acc[at] = fma(scaled(d[0], y[2 * n], offset[2 * n]), x[2 * m], acc[at])
-                acc[at + 1] = fma(scaled(d[1], y[k], offset[k]), x[2 * m], acc[at + 1])
-                acc[at + 2] = fma(scaled(d[2], y[2 * n], offset[2 * n]), x[2 * m + 1], acc[at + 2])
-                acc[at + 3] = fma(scaled(d[3], y[k], offset[k]), x[2 * m + 1], acc[at + 3])
-
-    return multiply
-
-
-def scaled(bits, y, offset):
-    """y x sum, rounded once, where `bits` is MAGIC + sum and `offset` -1.5 x 2^23 y."""
-    return fma(bits_to_f32(u32(bits)), y, offset)
-
-
-def store_tile(acc, out, column, columns, row, rows, out_stride):
-    """Two neighbouring rows of a column are one access."""
-    warp, lane = u32(thread_x() >> 5), u32(thread_x() & 31)
-    column = u32(u32(column + 64 * (warp >> 2)) + (lane >> 2))
-    row = u32(u32(row + 32 * (warp & 3)) + 2 * (lane & 3))
-    for m in range(8):
-        for n in range(4):
-            at = 16 * (m // 2) + 4 * n + 2 * (m % 2)
-            c, r = u32(column + 8 * m), u32(row + 8 * n)
-            place = u32(c * out_stride + r)
-            if c < columns and u32(r + 1) < rows:
-                store2(out, u32(place >> 1), acc[at], acc[at + 1])
-            elif c < columns and r < rows:
-                store(out, place, acc[at])
-
-
-@constants(format=("Q8_0", "Q4_0"))
-def build_tile(format: str) -> Declared:
-    """out[c, row] = sum over k of weights[row, k] x[c, k]: `columns` columns, `rows` rows.
-
-    Rows have `blocks` blocks of 32 values; `out` f32 [columns, out_stride], out_stride even.
-    Grid (rows / 128, columns / 128), each rounded up.
-    """
-    PIECES = _SIZES[format]
-    load_weights, start = _FORMATS[format]
-    copy_x, copy_weights = _copier(2), _copier(PIECES)
-    fetch, multiply = _fetcher(start), _multiplier(load_weights)
+    form, shape = form_of(format), Shape(width)
+    *_, STAGE = shape.words(form)
+    SOURCE, TARGET = 2 * STAGE, 2 * STAGE + width  # words: columns of x, and rows of out
+    WIDTH, SIDE = width, shape.warps_by_column
+    COLUMNS, WARP_ROWS = shape.columns, shape.rows
+    N = shape.columns * shape.rows // 32
+    copy, keep, fetch = _column_copier(shape), _row_keeper(shape, form), form.fetch
+    multiply = multiplier(shape, form)
+    finish = storer(shape)
     shared_words, shared_numbers = dynamic_shared("u32"), dynamic_shared("f32")
-    accumulators = registers("f32", 64)
-    B_STAGE = PIECES * BLOCKS * TILE
-    B = STAGES * A_STAGE
-    NUMBERS = 4 * (B + STAGES * B_STAGE)
+    accumulators, stretch_totals, raw_words = (
+        registers("f32", N),
+        registers("f32", N),
+        registers("u32", RAW),
+    )
 
     @entry(
-        "weights:u32* scales:u16* x:u32* meta:u32* out:f32* rows:u32 columns:u32 blocks:u32 "
-        "out_stride:u32",
+        "weights:u32* x:u32* out:f32* bias:f32* residual:f32* groups:u32* order:u32* live:u32* "
+        "rows:u32 row_pieces:u32 high:u32 scales:u32 supers:u32 blocks:u32 length:u32 "
+        "stretches:u32 out_stride:u32 residual_stride:u32 every:u32 "
+        "grouped:u32 sums:u32",
         threads=THREADS,
-        shared_nbytes=4 * NUMBERS + STAGES * 16 * SCALES,
+        shared_nbytes=4 * (TARGET + width),
     )
-    def tile(weights, scales, x, meta, out, rows, columns, blocks, out_stride):
+    def tile(
+        weights, x, out, bias, residual, groups, order, live, rows, row_pieces, high, scales,
+        supers, blocks, length, stretches, out_stride, residual_stride, every,
+        grouped, sums,
+    ):  # fmt: skip
         launch_next()
-        tiles, numbers, acc = shared_words(), shared_numbers(), accumulators()
-        row, column = u32(block_x() * TILE), u32(block_y() * TILE)
-        my_row, my_column = u32(row + (thread_x() & 127)), u32(column + (thread_x() & 127))
-        for n in range(64):
-            acc[n] = f32(0)
+        tiles, numbers = shared_words(), shared_numbers()
+        acc, total, raw = accumulators(), stretch_totals(), raw_words()
         launch_wait()
-        for s in range(STAGES - 1):
-            b = u32(s * BLOCKS)
-            copy_x(tiles, u32(s * A_STAGE), x, column, columns, b, blocks)
-            copy_weights(tiles, u32(B + s * B_STAGE), weights, row, rows, b, blocks)
-            copy_commit()
-        f, i, w = fetch(meta, scales, my_column, columns, my_row, rows, u32(0), blocks)
-        keep_scales(tiles, numbers, u32(NUMBERS), f, i, w)
-        f, i, w = fetch(meta, scales, my_column, columns, my_row, rows, u32(BLOCKS), blocks)
-        b, slot = u32(0), u32(0)
-        while b < blocks:
-            copy_wait1()
-            syncthreads()
-            after = u32(slot + 1) if slot < STAGES - 1 else u32(0)
-            free = u32(after + 1) if after < STAGES - 1 else u32(0)
-            keep_scales(tiles, numbers, u32(NUMBERS + after * 4 * SCALES), f, i, w)
-            ahead = u32(b + (STAGES - 1) * BLOCKS)
-            copy_x(tiles, u32(free * A_STAGE), x, column, columns, ahead, blocks)
-            copy_weights(tiles, u32(B + free * B_STAGE), weights, row, rows, ahead, blocks)
-            copy_commit()
-            f, i, w = fetch(meta, scales, my_column, columns, my_row, rows, ahead, blocks)
-            for block in range(BLOCKS):
-                multiply(
-                    acc, tiles, numbers, u32(slot * A_STAGE), u32(B + slot * B_STAGE),
-                    u32(NUMBERS + slot * 4 * SCALES), u32(block),
-                )  # fmt: skip
-            b, slot = u32(b + BLOCKS), after
-        store_tile(acc, out, column, columns, row, rows, out_stride)
+        expert, first = u32(0), u32(block_y() * WIDTH)
+        if grouped:
+            group = load4(groups, block_y())
+            expert, first, count = u32(group[0]), u32(group[1]), u32(group[2])
+        else:
+            columns = u32(load(live, u32(0)))
+            count = min(u32(columns - first), u32(WIDTH)) if columns > first else u32(0)
+        if count == 0:
+            return
+        if thread_x() < WIDTH:
+            choice = u32(first + min(thread_x(), u32(count - 1)))
+            if grouped:
+                choice = u32(load(order, choice))
+            tiles[u32(SOURCE + thread_x())] = u32(choice // every)
+            tiles[u32(TARGET + thread_x())] = choice
+        syncthreads()
+        places = u32(length * stretches)
+        mine, odd = u32(block_x() * ROWS + (thread_x() >> 1)), u32(thread_x() & 1)
+        row = u32(u32(u32(expert * rows) + min(mine, u32(rows - 1))) * u32(4 * row_pieces))
+        warp = u32(thread_x() >> 5)
+        my_columns = u32(u32(warp & (SIDE - 1)) * COLUMNS)
+        my_rows = u32(u32(warp // SIDE) * WARP_ROWS)
+        for n in range(N):
+            acc[n], total[n] = f32(0), f32(0)
+        pairs, turn = u32(u32(blocks + 1) >> 1), u32(0)
+        step, stretch, stage = u32(0), u32(0), u32(0)
+        while turn <= pairs:  # one pair is read while the one before it is multiplied
+            more = turn < pairs
+            if more:
+                place = u32(2 * u32(u32(step * stretches) + stretch))
+                copy(tiles, u32(stage >> 2), x, u32(SOURCE), place, places)
+                copy_commit()
+                own = u32(min(u32(2 * turn + odd), u32(blocks - 1)))
+                fetch(raw, weights, row, u32(place + odd), own, places, high, scales, supers)
+            if turn > 0:
+                multiply(acc, tiles, numbers, u32(STAGE - stage), my_columns, my_rows)
+                if step == 0 or not more:
+                    for n in range(N):
+                        total[n] += acc[n]
+                        acc[n] = f32(0)
+            if more:
+                keep(tiles, numbers, stage, raw)
+                copy_wait0()
+                syncthreads()
+            turn, step, stage = u32(turn + 1), u32(step + 1), u32(STAGE - stage)
+            if step == u32(length >> 1):
+                step, stretch = u32(0), u32(stretch + 1)
+        finish(
+            total, out, bias, residual, tiles, u32(TARGET), count, my_columns,
+            u32(block_x() * ROWS + my_rows), rows, u32(expert * rows), out_stride,
+            residual_stride, sums,
+        )  # fmt: skip
 
     return tile

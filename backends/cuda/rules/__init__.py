@@ -5,6 +5,7 @@ from runtime.backends.cuda.rules import (  # noqa: F401  they register
     collective,
     delta,
     elementwise,
+    experts,
     matmul,
     moe,
     norm,

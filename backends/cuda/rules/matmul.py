@@ -15,6 +15,7 @@ from runtime.backends.cuda.layouts import (
 from runtime.backends.cuda.products import arguments_of, grid_of, kernel_of
 from runtime.backends.cuda.rules.elementwise import emit_by_element
 from runtime.backends.cuda.rules.registry import lowers
+from runtime.backends.cuda.rules.tiles import emit_tile, tile_width
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.lowering import Declined, Lowering, Out
 from runtime.backends.plan.plan import Ref
@@ -96,13 +97,22 @@ def linear(lowering: Lowering, node: Tensor) -> None:
     rows, inner = (int(n) for n in w.shape)
     columns, format = node.size // rows, packed_type(w.dtype)
     floats = x.attrs["coding"] == "f32"
+    sums = {"x": Ref(lowering.result(x)), **_sums(lowering, extra)}
+    live = lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1)
+    if columns > 8 and not floats:
+        width = tile_width(columns, rows)
+        bits = (sums["sums"] & 1) + 2 * bool(sums["sums"] & RESIDUAL)
+        sums |= {"bias": sums.pop("b0", 0), "sums": bits, "out": lowering.write(node)}
+        emit_tile(
+            lowering, node, format, width, rows, inner, -(-columns // width), live=live,
+            weights=lowering.weight(w, "repacked"), **sums,
+        )  # fmt: skip
+        return
     form = "repacked" if format in FLOATS or not floats else "vector"
     format = format if form == "repacked" else "F32"
     name, constants = kernel_of(format, columns)
     arguments = arguments_of(format, rows, inner, columns) | {
-        "w0": lowering.weight(w, form), "x": Ref(lowering.result(x)), "out0": lowering.write(node),
-        "live": lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1),
-        **_sums(lowering, extra),
+        "w0": lowering.weight(w, form), "out0": lowering.write(node), "live": live, **sums,
     }  # fmt: skip
     grid = grid_of(Kernel.of(name, **constants), arguments)
     lowering.emit(name, node, constants, grid=grid, **arguments)

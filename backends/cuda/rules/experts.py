@@ -1,0 +1,138 @@
+"""Lowering of products with experts: choice by choice for few tokens, else in tiles by expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.backends.cuda.kernels.experts import INNER
+from runtime.backends.cuda.kernels.experts_group import groups_of
+from runtime.backends.cuda.kernels.experts_rows import WARPS, rows_at_once
+from runtime.backends.cuda.layouts import FLOATS, PIECE, cut, float_lanes, packed_type, parts
+from runtime.backends.cuda.planner import FEW
+from runtime.backends.cuda.products import row_arguments
+from runtime.backends.cuda.rules.matmul import packed
+from runtime.backends.cuda.rules.norm_tail import NONE
+from runtime.backends.cuda.rules.registry import lowers
+from runtime.backends.cuda.rules.tiles import emit_tile, group_width
+from runtime.backends.plan.lowering import Lowering, Out
+from runtime.backends.plan.plan import Ref
+from runtime.ops.tensor import Tensor
+
+
+def _groups(tiles: Tensor) -> tuple[int, int, int]:
+    """Width of the tiles of an expert_tiles node, how many there may be, and bytes before them."""
+    choices, experts = tiles.inputs[0].size, tiles.attrs["experts"]
+    width = group_width(choices, experts)
+    return width, groups_of(choices, experts, width), -(-4 * choices // 16) * 16
+
+
+@lowers("expert_tiles")
+def expert_tiles(lowering: Lowering, node: Tensor) -> None:
+    """Choices by expert; of few tokens each is by itself, and nothing has to be known."""
+    (ids,) = node.inputs
+    if int(ids.shape[0]) <= FEW:
+        lowering.alias(node, lowering.read(ids).buffer)
+        return
+    width, capacity, first = _groups(node)
+    order = lowering.write(node, first + 16 * capacity)
+    lowering.emit(
+        "expert_group", node, ids=lowering.read(ids), live=lowering.live(ids), order=order,
+        groups=Out(Ref(order.ref.buffer, first)), k=int(ids.shape[1]), width=width,
+        experts=node.attrs["experts"], capacity=capacity, grid=(node.attrs["experts"],),
+    )  # fmt: skip
+
+
+@lowers("linear_id")
+def linear_id(lowering: Lowering, node: Tensor) -> None:
+    """Each choice's column times the weights of its expert; what is not here is not written."""
+    x, w, tiles, ids, *bias = node.inputs
+    rows, inner, format = int(w.shape[1]), int(w.shape[2]), packed_type(w.dtype)
+    common: dict[str, Any] = {
+        "x": Ref(lowering.result(x)), "out": lowering.write(node), "every": node.attrs["every"],
+        "bias": lowering.weight(bias[0], "vector") if bias else 0, "has_bias": len(bias),
+    }  # fmt: skip
+    if x.attrs["coding"] == "f32":
+        form = "repacked" if format in FLOATS else "vector"
+        format = format if form == "repacked" else "F32"
+        lanes = float_lanes(inner)
+        lowering.emit(
+            "expert_rows_float", node, {"format": format}, **common, rows=rows,
+            weights=lowering.weight(w, form), **_choices(lowering, ids),
+            row_pieces=parts(format, inner)[""] // PIECE, shift=lanes.bit_length() - 1,
+            units=-(-inner // 8), grid=(-(-_row_blocks(rows, format, lanes) // WARPS), ids.size),
+        )  # fmt: skip
+        return
+    common["weights"] = lowering.weight(w, "repacked")
+    if int(ids.shape[0]) <= FEW:  # each choice as if it were a token
+        lowering.emit(
+            "expert_total", node, {"format": format}, **common, **_terms(lowering, {}), rows=rows,
+            k=1, shares=0, has_shares=0, **_choices(lowering, ids), **_row_arguments(format, inner),
+            grid=(_row_blocks(rows, format, cut(inner).lanes), ids.size),
+        )  # fmt: skip
+        return
+    width, capacity, first = _groups(tiles)
+    listed, sums = lowering.result(tiles), common.pop("has_bias")
+    emit_tile(
+        lowering, node, format, width, rows, inner, capacity, **common, order=Ref(listed),
+        groups=Ref(listed, first), grouped=1, sums=sums,
+    )  # fmt: skip
+
+
+@lowers("linear_id_pair")
+def linear_id_pair(lowering: Lowering, node: Tensor) -> None:
+    """Gate and up of each choice, gated and packed, in one launch."""
+    x, gate, _, ids, up, *bias = node.inputs
+    rows, inner, format = int(gate.shape[1]), int(gate.shape[2]), packed_type(gate.dtype)
+    how = packed(lowering, node, ids.size, rows)
+    lowering.emit(
+        "expert_pair", node, {"format": format}, x=Ref(lowering.result(x)), out=how["out"],
+        gate=lowering.weight(gate, "repacked"), up=lowering.weight(up, "repacked"),
+        gate_bias=lowering.weight(bias[0], "vector") if bias else 0,
+        up_bias=lowering.weight(bias[1], "vector") if bias else 0, has_bias=int(bool(bias)),
+        rows=rows, every=node.attrs["every"], out_stretches=how["stretches"],
+        out_length=how["length"], clamp=int("alpha" in node.attrs),
+        alpha=node.attrs.get("alpha", 0), limit=node.attrs.get("limit", 0),
+        **_choices(lowering, ids), **_row_arguments(format, inner),
+        grid=(cut(rows).places, ids.size),
+    )  # fmt: skip
+    assert INNER == 32, "a block of threads packs one block"
+
+
+@lowers("linear_id_sum")
+def linear_id_sum(lowering: Lowering, node: Tensor) -> None:
+    """The last product of each choice, summed by weight with what follows, in one launch."""
+    x, w, _, ids, shares, *rest = node.inputs
+    rows, inner, format = int(w.shape[1]), int(w.shape[2]), packed_type(w.dtype)
+    bias, others = rest[: node.attrs["bias"]], rest[node.attrs["bias"] :]
+    terms = dict(zip(node.attrs.get("terms", ()), others, strict=True))
+    lowering.emit(
+        "expert_total", node, {"format": format}, weights=lowering.weight(w, "repacked"),
+        x=Ref(lowering.result(x)), ids=lowering.read(ids), shares=lowering.read(shares),
+        has_shares=1, bias=lowering.weight(bias[0], "vector") if bias else 0, has_bias=len(bias),
+        out=lowering.write(node), live=lowering.live(ids), rows=rows, k=int(ids.shape[1]),
+        every=node.attrs["every"], **_terms(lowering, terms), **_row_arguments(format, inner),
+        grid=(_row_blocks(rows, format, cut(inner).lanes), int(ids.shape[0])),
+    )  # fmt: skip
+
+
+def _terms(lowering: Lowering, terms: dict[str, Tensor]) -> dict[str, Any]:
+    """What is added to a sum over experts; a norm behind it comes later."""
+    places: dict[str, Any] = dict(NONE)
+    for name, term in (("addend", "shared"), ("opening", "gate"), ("residual", "residual")):
+        places |= {name: 0, f"{name}_stride": 0, f"has_{name}": int(term in terms)}
+        if term in terms:
+            places[name], _, _, places[f"{name}_stride"] = lowering.rows(terms[term])
+    return places
+
+
+def _choices(lowering: Lowering, ids: Tensor) -> dict[str, Ref]:
+    """Where ids are, and how many of them mean something."""
+    return {"ids": lowering.read(ids), "live": lowering.live(ids, int(ids.shape[1]))}
+
+
+def _row_arguments(format: str, inner: int) -> dict[str, int]:
+    return {**row_arguments(format, inner), "shift": cut(inner).lanes.bit_length() - 1}
+
+
+def _row_blocks(rows: int, format: str, lanes: int) -> int:
+    return -(-rows // rows_at_once(format, lanes))

@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_calls import error, simulate, unset
+from cuda_models import fake_cuda
+from stored_tensors import Stored, file_of
 
+from runtime import ops
 from runtime.backends.cuda.kernels.router import PER_LANE, SCORINGS
+from runtime.ops.dtypes import F32
 from runtime.ops.elementwise import sigmoid
 from runtime.ops.moe import normalize, softmax, take, top_k
 
@@ -123,3 +127,35 @@ def test_a_token_alone_has_the_bits_it_has_among_others(rng):
         found.append((logits, weights))
     for among, alone in zip(*found, strict=True):
         np.testing.assert_array_equal(among[1], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inner", "fused"), [(1, 64, True), (3, 64, True), (3, 36, False)]
+)
+def test_scores_and_choice_are_one_launch_of_a_plan(rng, tokens: int, inner: int, fused: bool):
+    """Of a product of floats that nothing else reads; all of a mixture's choices of a device."""
+    n, k = 12, 4
+    w, b = (rng.standard_normal(s).astype(np.float32) for s in ((n, inner), (n,)))
+    numbers = np.array([-1, 0, -1, 1, 2, 3, -1, 4, 5, -1, 6, 7], np.int32)
+    x = rng.standard_normal((tokens, inner)).astype(np.float32)
+    given = ops.step_input("x", (ops.Dim("tokens", tokens), inner), F32)
+    scores = ops.matmul(given, ops.weight("w", w.shape, F32))
+    scores = ops.add(scores, ops.weight("b", b.shape, F32))
+    shares = ops.softmax(scores)
+    ids = ops.top_k(shares, k=k)
+    weights = ops.scale(ops.normalize(ops.take(shares, ids)), factor=2.5)
+    own = ops.renumber(ids, ops.constant("numbers", numbers))
+    backend = fake_cuda(file_of({"w": Stored(w), "b": Stored(b)}))
+    program = backend.program(ops.Graph((weights, ids, own)))
+    kernels = [call.kernel.name for call in program.plan.calls()]
+    assert [name for name in kernels if "router" in name] == [
+        "router_linear" if fused else "router"
+    ]
+    assert fused is (len(kernels) == 1)
+    found = [np.array(out) for out in program.run({"x": x}, {"tokens": tokens})]
+    backend.close()
+    logits = (x.astype(np.float64) @ w.T + b).astype(np.float32)
+    wanted, expected = _expected(logits, k, "softmax", True, 2.5)
+    np.testing.assert_array_equal(found[1], wanted)
+    np.testing.assert_array_equal(found[2], numbers[wanted])
+    assert error(found[0], expected) < 2e-6

@@ -97,6 +97,13 @@ def test_arguments_and_grids_stay(models: list[Model]):
     assert frozen() == before
 
 
+def test_arguments_that_are_not_there(models: list[Model]):
+    """What stands in for them ties no launches together: it has no bytes."""
+    nothing = models[0].backend._nothing.address
+    found = [b for x in program(models[0]).launches for b in x.buffers.values()]
+    assert {b.nbytes for b in found if b.address == nothing} <= {0}
+
+
 def test_live_counts(models: list[Model]):
     """A step of four rows with four, three and four live ones; dead ones change no state."""
     sessions = {model: model.session() for model in models}

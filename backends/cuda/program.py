@@ -166,7 +166,7 @@ class Program:
     def _value(self, argument: Argument, kind: str) -> Any:
         if isinstance(argument, Ref):
             return self._view(argument)
-        return self._nothing if kind.endswith("*") else argument
+        return self._nothing.view(0, 0) if kind.endswith("*") else argument
 
     def _view(self, ref: Ref) -> Buffer:
         memory = ref.buffer.memory

@@ -5,6 +5,9 @@ stages behind have it as a step input. Leaves do not cross, nor do views and wha
 inputs and constants alone, such as the angles of RoPE: each stage makes these for itself. All
 that touches a state stands in one stage.
 
+A host may have the first layers, or the experts of some layers in the middle of what others have;
+then a device has several stages.
+
 Everything is counted for a step of one token, so the graphs of a model are cut alike whatever room
 they have, and a state is always in the same stage.
 """
@@ -12,7 +15,8 @@ they have, and a state is always in the same stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,12 +24,13 @@ import numpy as np
 
 from runtime.ops.cost import page_nbytes
 from runtime.ops.dtypes import F32, I32
-from runtime.ops.errors import OptionError
+from runtime.ops.errors import BackendError, OptionError
 from runtime.ops.graph import Graph
-from runtime.ops.registry import Kind, kind_of
+from runtime.ops.registry import Kind, find, kind_of
 from runtime.ops.tensor import LEAVES, Dim, Tensor, step_input
 
 _PAGES = 128  # of a cache that count as held, beside one slot of a recurrent state
+_LAYER = re.compile(r"blk\.(\d+)\.")  # how files call the weights of a layer
 _SLACK = 0.25  # of an even share, by which shares may fit worse where less crosses
 
 
@@ -37,10 +42,23 @@ class StageGraph(NamedTuple):
 
 
 class StagedGraph(NamedTuple):
-    """The stages of a graph in order; `outputs`: what the whole returns, by these names."""
+    """The stages of a graph in order; `outputs`: what the whole returns, by these names.
+
+    owners: of each stage the number of its device.
+    """
 
     stages: tuple[StageGraph, ...]
     outputs: tuple[str, ...]
+    owners: tuple[int, ...]
+
+
+class OnHost(NamedTuple):
+    """What the first device has, and nothing else: the first so many layers, with the embedding,
+    and the experts of the first so many `experts` layers.
+    """
+
+    layers: int = 0
+    experts: int = 0
 
 
 class _Place(NamedTuple):
@@ -75,17 +93,57 @@ class _Nodes:
         for n, needs in enumerate(self.needs):
             for x in needs & self.number.keys():
                 self.last_use[self.number[x]] = n
+        self._measure()
 
     def home(self, output: Tensor) -> int:
         """The number of the node that completes an output of the graph."""
         found = [self.number[x] for x in self.roots[output] if x in self.number]
         return max(found, default=self.end - 1)
 
-    def places(self) -> tuple[list[_Place], float]:
-        """Where it can be cut, and all bytes held.
+    def first_of(self, layer: int) -> int:
+        """The first node of a layer; behind the last layer, of what follows."""
+        numbers = [self._layer(n) for n in range(len(self.computed))]
+        if not any(number is not None for number in numbers):
+            raise OptionError("the weights of this model do not say of which layer they are")
+        layers = [n for n, number in enumerate(numbers) if number is not None]
+        behind = [n for n in layers if (numbers[n] or 0) >= layer]
+        if behind or not layer:
+            return behind[0] if layer else 0
+        weights = (n for n, needs in enumerate(self.needs) if any(x.op == "weight" for x in needs))
+        return next((n for n in weights if n > layers[-1]), len(self.computed))
 
-        Of neighbours with the same weights and state before them the one where least crosses.
+    def _layer(self, n: int) -> int | None:
+        found = [_LAYER.match(x.name) for x in self.needs[n] if x.op == "weight"]
+        return max((int(match[1]) for match in found if match), default=None)
+
+    def experts(self) -> list[tuple[int, int]]:
+        """(the first, behind the last) of the nodes that use experts, layer by layer.
+
+        What follows them without weights or state belongs to them as far as less crosses there.
         """
+        groups: dict[Tensor, list[int]] = {}
+        for n, node in enumerate(self.computed):
+            for number, by in find(node.op).picks.items():
+                if node.inputs[number].op == "weight":
+                    groups.setdefault(node.inputs[by], []).append(n)
+        found = []
+        for numbers in groups.values():
+            if not any(kind_of(self.computed[n]) is Kind.CONTRACTION for n in numbers):
+                continue  # rows that are looked up
+            end = last = numbers[-1] + 1
+            while last < len(self.computed) and not self._holds(last):
+                last += 1
+                end = last if self.crossing[last] < self.crossing[end] else end
+            found.append((numbers[0], end))
+        return found
+
+    def _holds(self, n: int) -> bool:
+        node = self.computed[n]
+        read = {x.base.op for x in (node, *node.inputs)}
+        return "state" in read or any(x.op == "weight" for x in self.needs[n])
+
+    def _measure(self) -> None:
+        """Bytes that each node is the first to hold, and that cross before it; where none may."""
         size = len(self.computed) + 1
         held, crossing, closed = np.zeros(size), np.zeros(size, np.int64), np.zeros(size, bool)
         touched: dict[Hashable, tuple[int, int]] = {}  # a state -> the first and the last node
@@ -100,6 +158,20 @@ class _Nodes:
                 touched[state.content] = touched.get(state.content, (n, n))[0], n
         for first, last in touched.values():
             closed[first + 1 : last + 1] = True
+        self.held, self.crossing, self.closed = held, crossing, closed
+
+    def places(
+        self, start: int = 0, apart: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[_Place], float]:
+        """Where what begins at `start` can be cut, and all bytes held from there on.
+
+        Of neighbours with the same weights and state before them the one where least crosses.
+        apart: stretches that are another device's.
+        """
+        held, closed, crossing = self.held.copy(), self.closed.copy(), self.crossing
+        held[: start + 1], closed[: start + bool(start)] = 0, True
+        for first, end in apart:
+            held[first + 1 : end + 1], closed[first + 1 : end] = 0, True
         least: dict[float, _Place] = {}
         for at, before in enumerate(held.cumsum().tolist()):
             place = _Place(at, before, int(crossing[at]))
@@ -128,15 +200,17 @@ class _Nodes:
 _NOWHERE = _Place(-1, 0.0, 1 << 62)
 
 
-def cut_graph(graph: Graph, shares: Sequence[float]) -> StagedGraph:
+def cut_graph(graph: Graph, shares: Sequence[float], host: OnHost | None = None) -> StagedGraph:
     """As many stages as there are shares (above 0), each with about its share of what is held.
 
     Held are the bytes of the weights, and of the state of one sequence. Of all places those are
-    taken where least crosses, as far as the shares still fit about as well. OptionError: more
-    shares than stages that a graph can have.
+    taken where least crosses, as far as the shares still fit about as well. host: what a device
+    before those of the shares has. OptionError: more shares than stages that a graph can have.
     """
-    nodes = _Nodes(graph)
-    places, total = nodes.places()
+    nodes, shares = _Nodes(graph), list(shares)
+    start = nodes.first_of(host.layers) if host else 0
+    apart = [x for x in nodes.experts()[: host.experts] if x[0] >= start] if host else []
+    places, total = nodes.places(start, apart)
     if len(places) < len(shares) - 1:
         raise OptionError(
             f"{len(shares)} devices, one behind the other, for a model that can be cut into "
@@ -144,9 +218,28 @@ def cut_graph(graph: Graph, shares: Sequence[float]) -> StagedGraph:
         )
     wanted = (np.cumsum(shares)[:-1] / sum(shares) * total).tolist()
     ends = [place.at for place in _chosen(places, wanted, _SLACK * total / len(shares))]
-    bounds = pairwise([0, *ends, nodes.end])
+    owned = enumerate(pairwise([start, *ends, nodes.end]), bool(host))
+    pieces = list(_pieces([(0, start, 0), *((a, b, n) for n, (a, b) in owned)], apart))
+    for first, _, _ in pieces:
+        if nodes.closed[first]:
+            raise BackendError(f"{graph.name} cannot be cut before {nodes.computed[first]!r}")
     outputs = tuple(nodes.names[x] for x in graph.outputs if x.base.op != "state")
-    return StagedGraph(tuple(nodes.stage(*bound) for bound in bounds), outputs)
+    stages, owners = tuple(nodes.stage(a, b) for a, b, _ in pieces), (n for _, _, n in pieces)
+    return StagedGraph(stages, outputs, tuple(owners))
+
+
+def _pieces(
+    bounds: Sequence[tuple[int, int, int]], apart: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """(first node, behind the last, device) in order, with stretches `apart` as the first's."""
+    owner = [device for first, end, device in bounds for _ in range(first, end)]
+    for first, end in apart:
+        owner[first:end] = [0] * (end - first)
+    first = 0
+    for n in range(1, len(owner) + 1):
+        if n == len(owner) or owner[n] != owner[first]:
+            yield first, n, owner[first]
+            first = n
 
 
 def _made_anywhere(node: Tensor, needs: frozenset[Tensor]) -> bool:

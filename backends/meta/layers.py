@@ -12,7 +12,7 @@ import numpy as np
 
 from runtime.backends.base import Backend, Program, Progress
 from runtime.backends.base import Step as Given
-from runtime.backends.meta.graph_stages import StagedGraph, cut_graph
+from runtime.backends.meta.graph_stages import OnHost, StagedGraph, cut_graph
 from runtime.backends.meta.line import Line, Step
 from runtime.backends.plan.plan import Plan, Ref
 from runtime.ops.errors import BackendError
@@ -25,14 +25,21 @@ Run = Callable[[Program, Mapping[str, np.ndarray]], Sequence[np.ndarray]]
 class LayersBackend:
     """See backends/base.py. `shares`: how much of weights and state each device has, in numbers
     that are compared with one another, one above 0 among them; a device with 0 has nothing.
+    host: what another device has, which stands first and has no share.
     """
 
-    def __init__(self, devices: Sequence[Backend], shares: Sequence[float] | None = None) -> None:
-        shares = [1.0] * len(devices) if shares is None else shares
-        self._all = tuple(devices)
-        used = [pair for pair in zip(devices, shares, strict=True) if pair[1] > 0]
+    def __init__(
+        self, devices: Sequence[Backend], shares: Sequence[float] | None = None,
+        host: OnHost | None = None,
+    ) -> None:  # fmt: skip
+        others = devices[bool(host) :]
+        shares = [1.0] * len(others) if shares is None else shares
+        self._all, self._host = tuple(devices), host
+        used = [pair for pair in zip(others, shares, strict=True) if pair[1] > 0]
         self._devices, self._shares = zip(*used, strict=True)
-        self.stages = len(used)
+        self._devices = (*devices[: bool(host)], *self._devices)
+        # a device that has several stages does one at a time
+        self.stages = 1 if host and host.experts else len(self._devices)
         self.name = f"layers({', '.join(device.name for device in self._devices)})"
         self.threads = sum(device.threads for device in self._devices)
         self._line = Line(self.stages, partial(_abort, self._devices))
@@ -65,12 +72,11 @@ class LayersBackend:
 
     def plan(self, graph: Graph) -> Plan:
         """The plans of all stages as one, for who looks at it; it cannot be run."""
-        plans = [device.plan(parts[0]) for device, parts in self._parts([graph])]
-        return _joined(self._cut(graph), plans)
+        return _joined(self._cut(graph), [d.plan(part) for d, part in self._staged(graph)])
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """Those of any stage."""
-        found = {n for d, g in self._parts([graph]) for n in d.distinct_sizes(g[0], sizes)}
+        found = {n for d, part in self._staged(graph) for n in d.distinct_sizes(part, sizes)}
         return sorted(found)
 
     def missing(self, graphs: Sequence[Graph]) -> int:
@@ -81,12 +87,12 @@ class LayersBackend:
         """The programs of all stages as one."""
         key = graph.key()
         if key not in self._programs:
-            programs = [device.program(parts[0]) for device, parts in self._parts([graph])]
+            programs = [device.program(part) for device, part in self._staged(graph)]
             self._programs[key] = LayersProgram(self._cut(graph), programs, self._line)
         return self._programs[key]
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
-        """One stage after the other."""
+        """One device after the other."""
         for device, parts in self._parts(graphs):
             device.load(parts, progress)
 
@@ -110,19 +116,29 @@ class LayersBackend:
     def _cut(self, graph: Graph) -> StagedGraph:
         key = graph.key()
         if key not in self._cuts:
-            cut = cut_graph(graph, self._shares)
-            for device, stage in zip(self._devices, cut.stages, strict=True):
+            cut = cut_graph(graph, self._shares, self._host)
+            for number, stage in zip(cut.owners, cut.stages, strict=True):
+                device = self._devices[number]
                 for leaf in stage.graph.leaves("state"):
                     has = self._has.setdefault(leaf.name, device)
                     assert has is device, f"{leaf!r} is in another stage of another graph"
             self._cuts[key] = cut
         return self._cuts[key]
 
+    def _staged(self, graph: Graph) -> Iterator[tuple[Backend, Graph]]:
+        """The stages of a graph in order, each with its device."""
+        cut = self._cut(graph)
+        for number, stage in zip(cut.owners, cut.stages, strict=True):
+            yield self._devices[number], stage.graph
+
     def _parts(self, graphs: Sequence[Graph]) -> Iterator[tuple[Backend, list[Graph]]]:
         """Of each device its stages of these graphs."""
-        stages = zip(*(self._cut(graph).stages for graph in graphs), strict=True)
-        for device, parts in zip(self._devices, stages, strict=False):
-            yield device, [stage.graph for stage in parts]
+        found: dict[int, list[Graph]] = {n: [] for n in range(len(self._devices))}
+        for cut in map(self._cut, graphs):
+            for number, stage in zip(cut.owners, cut.stages, strict=True):
+                found[number].append(stage.graph)
+        for number, parts in found.items():
+            yield self._devices[number], parts
 
     def _of(self, leaf: Tensor) -> Backend:
         if leaf.name not in self._has:

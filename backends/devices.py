@@ -12,7 +12,9 @@ from runtime.backends.base import Backend
 from runtime.backends.environment import debug
 from runtime.backends.meta.choices import Shares, chosen
 from runtime.backends.meta.expression import Device
+from runtime.backends.meta.graph_stages import OnHost
 from runtime.backends.meta.stages import Stage
+from runtime.backends.offload import offloaded
 from runtime.ops.errors import OptionError, shown
 
 AUTO = "auto"
@@ -21,16 +23,22 @@ AUTO = "auto"
 def open_backend(
     devices: str, file: Any, threads: int | None, activations: str, split_mode: str | None = None,
     tensor_split: Shares | None = None, main_device: int | None = None, graphs: bool = True,
+    gpu_layers: int | str | None = None, cpu_moe: bool | int | None = None,
 ) -> Backend:  # fmt: skip
     """The backend of a device expression and what `meta.choices.chosen` takes beside it.
 
     file: an open GGUF file. threads: of all devices together, by default one per core; of a NUMA
-    node its own. graphs: of GPUs, see CudaBackend. OptionError names what cannot be used, and what
-    is known.
+    node its own. graphs: of GPUs, see CudaBackend. gpu_layers, cpu_moe: see `offloaded`.
+    OptionError names what cannot be used, and what is known.
     """
     if devices.strip().lower() == AUTO:
         devices = automatic()
-    stages = chosen(devices, split_mode, tensor_split, main_device, count)
+    stages: Sequence[Stage] = chosen(devices, split_mode, tensor_split, main_device, count)
+    host = None
+    if gpu_layers is not None or cpu_moe:
+        stages, host = offloaded(
+            devices, stages, file, gpu_layers, cpu_moe, usable_gpu, free_of_gpu
+        )  # fmt: skip
     every = list(dict.fromkeys(device for stage in stages for device in stage.devices))
     kinds = sorted({device.kind for device in every})
     if kinds == ["null"]:
@@ -47,7 +55,7 @@ def open_backend(
 
         return open_mpi(file, threads, activations, _shares_of_all(devices, stages[0]))
     _check(devices, stages, every, kinds)
-    return _behind(stages, _Opened(file, activations, stages, threads, graphs))
+    return _behind(stages, _Opened(file, activations, stages, threads, graphs), host)
 
 
 def names_mpi(expression: str) -> bool:
@@ -75,12 +83,24 @@ def count(kind: str) -> int:
 
 def automatic() -> str:
     """What "auto" stands for: the first GPU that kernels run on, or the CPU where there is none."""
+    gpu = usable_gpu()
+    if debug() >= 1:
+        print(f"devices='auto': {gpu or 'cpu'}", file=sys.stderr)
+    return str(gpu or "cpu")
+
+
+def usable_gpu() -> Device | None:
+    """The first GPU that kernels run on."""
     from runtime.backends.cuda.found import gpus
 
-    usable = [gpu for gpu in gpus() if not gpu.problem]
-    if debug() >= 1:
-        print(f"devices='auto': {usable[0] if usable else 'cpu'}", file=sys.stderr)
-    return f"cuda:{usable[0].index}" if usable else "cpu"
+    return next((Device("cuda", gpu.index) for gpu in gpus() if not gpu.problem), None)
+
+
+def free_of_gpu(device: Device) -> int:
+    """Bytes that are free on a GPU; 0 where there is no such GPU."""
+    from runtime.backends.cuda.found import gpus
+
+    return next((gpu.free_nbytes or 0 for gpu in gpus() if gpu.index == device.number), 0)
 
 
 def _shares_of_all(expression: str, stage: Stage) -> list[float]:
@@ -117,14 +137,15 @@ def _check(
             )
 
 
-def _behind(stages: Sequence[Stage], opened: _Opened) -> Backend:
-    """The stages, one behind the other."""
+def _behind(stages: Sequence[Stage], opened: _Opened, host: OnHost | None) -> Backend:
+    """The stages, one behind the other, and behind what the CPU has of them as their host."""
     found = [_beside(stage, opened) for stage in stages]
-    if len(found) == 1:
+    if len(found) == 1 and host is None:
         return found[0]
     from runtime.backends.meta.layers import LayersBackend
 
-    return LayersBackend(found, [float(stage.share) for stage in stages])
+    before = [] if host is None else [opened.device(Device("cpu"))]
+    return LayersBackend([*before, *found], [float(stage.share) for stage in stages], host)
 
 
 def _beside(stage: Stage, opened: _Opened) -> Backend:
@@ -151,6 +172,7 @@ class _Opened:
         from runtime.backends.cpu.run.cores import physical_cores
 
         check_threads(threads)
+        self._given = threads
         self._file, self._activations, self._driver = file, activations, None
         self._graphs = graphs
         weights: dict[Device, Fraction] = {}
@@ -181,7 +203,7 @@ class _Opened:
         if device.kind == "numa":
             assert device.number is not None and device.of is not None, "it is one of several"
             cores = shared_out(device.of)[device.number]
-        threads = self._threads.get(device)
+        threads = self._threads.get(device, self._given)
         return CpuBackend(self._file, threads, self._activations, cores=cores)
 
 

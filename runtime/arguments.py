@@ -144,6 +144,11 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         raise wrong("split_mode", options["split_mode"], "none, layer or tensor, as text")
     if options["main_device"] is not None:
         plain["main_device"] = whole("main_device", options["main_device"], 0, ", or None")
+    layers = options["gpu_layers"]
+    if layers is not None and not isinstance(layers, str):
+        plain["gpu_layers"] = whole("gpu_layers", layers, -2, ", 'auto', 'all' or None")
+    if not isinstance(options["cpu_moe"], bool | np.bool_):
+        plain["cpu_moe"] = whole("cpu_moe", options["cpu_moe"], 0, ", or True for all layers")
     shares = options["tensor_split"]
     if shares is not None and not isinstance(shares, str):
         plain["tensor_split"] = listed("tensor_split", shares, "shares, such as '3,1' or [3, 1]")

@@ -53,6 +53,8 @@ def load(
     main_device: int | None = None,
     cache_rotation: bool = True,
     graphs: bool = True,
+    gpu_layers: int | str | None = None,
+    cpu_moe: bool | int = False,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -67,6 +69,9 @@ def load(
     type. sequences: full contexts the cache has room for, memory allowing. cache_rotation: K and V
     of quantised types are rotated before they are rounded, which loses less. graphs: a step of a
     GPU is one graph of kernels; False: one launch after another, the same bits.
+    gpu_layers: of devices that are GPUs, or "cpu" beside a GPU: the GPUs have so many of the last
+    layers, the output being one, and the CPU the others; "all", or "auto" as many as fit. cpu_moe:
+    the experts of all layers are the CPU's, or of the first so many.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -79,6 +84,7 @@ def load(
         "activations": activations, "sequences": sequences, "progress": progress,
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
+        "gpu_layers": gpu_layers, "cpu_moe": cpu_moe,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):

@@ -13,7 +13,7 @@ from runtime.cli import main
 pytestmark = needs_demo
 
 COMMANDS = ("run -p x", "chat", "warmup", "bench -p 1 -n 0 -r 1")
-FIELDS = ("devices", "split_mode", "tensor_split", "main_device")
+FIELDS = ("devices", "split_mode", "tensor_split", "main_device", "gpu_layers", "cpu_moe")
 
 
 @pytest.fixture
@@ -33,6 +33,9 @@ def invoke(monkeypatch):
          {"devices": "cpu:0,cpu:1", "split_mode": "none", "main_device": 1}),
         ("-dev numa -mg 0 --tensor-split=3/1",
          {"devices": "numa", "main_device": 0, "tensor_split": "3/1"}),
+        ("-dev cuda -ngl 20 -ncmoe 3", {"devices": "cuda", "gpu_layers": "20", "cpu_moe": 3}),
+        ("--n-gpu-layers auto --cpu-moe", {"devices": "cpu", "gpu_layers": "auto",
+                                           "cpu_moe": True}),
     ],
 )  # fmt: skip
 def test_what_is_given_reaches_the_model(invoke, command: str, args: str, want: dict):
@@ -49,7 +52,12 @@ def test_what_is_given_reaches_the_model(invoke, command: str, args: str, want: 
         ("-dev tpu", "devices='tpu': 'tpu' is no device (did you mean cpu?); there are"),
         ("-dev tensor(cpu:0", "devices='tensor(cpu:0': there is no ) where tensor( ends"),
         ("-dev=", "devices='': it is empty; give a device, such as cpu"),
-        ("-dev cuda:0,cpu", "devices='cuda:0,cpu': a GPU runs a model alone; 'runtime plan'"),
+        ("-dev tensor(cuda:0,cpu)", "would split tensors over a GPU and the CPU, which have no"),
+        ("-ngl some", "gpu_layers='some' must be a number of layers, 'auto' or 'all'"),
+        ("-ngl -3", "gpu_layers='-3' must be a number of layers, 'auto' or 'all'"),
+        ("-ngl 3 -dev cpu:0,cpu:1", "gpu_layers is for devices that are GPUs alone, beside which"),
+        ("-cmoe -dev layers(cuda:0,cpu)", "cpu_moe is for devices that are GPUs alone, beside"),
+        ("-ncmoe -1", "Invalid value for '-ncmoe' / '--n-cpu-moe': -1 is not in the range x>=0"),
         ("-dev cpu:8GB", "devices='cpu:8GB': sizes of memory are for 'runtime plan'"),
         ("-dev -1*cpu", "devices='-1*cpu': a share is a number of 0 and more"),
         ("-dev 0*cpu", "devices='0*cpu': every share is 0"),
@@ -72,7 +80,9 @@ def test_what_cannot_be_used_is_one_line(command: str, args: str, says: str):
     assert says in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["-sm none", "-ts 3,1", "-mg 0", "-dev cpu", "--main-gpu 0"])
+@pytest.mark.parametrize(
+    "option", ["-sm none", "-ts 3,1", "-mg 0", "-dev cpu", "--main-gpu 0", "-ngl 9", "-cmoe"]
+)
 def test_inspect_says_where_these_options_are_of_use(invoke, option: str):
     result = invoke("inspect", *option.split())
     assert result.exit_code == 0 and "runs here" in result.stdout

@@ -213,7 +213,7 @@ class TestWholeNames:
 
     @pytest.mark.parametrize(
         "args",
-        ["quantize -o", "quantize --nothing", "convert -t", "convert -x", "run -nglx",
+        ["quantize -o", "quantize --nothing", "convert -t", "convert -x", "run -nkvx",
          "inspect --kv-tipe", "convert --batch-siz"],
     )  # fmt: skip
     def test_none_is_offered_that_the_command_lacks(self, invoke, args):
@@ -291,7 +291,7 @@ class TestForeignOptions:
         assert result.exit_code == 0 and result.stdout == "one two\n"
 
     def test_the_same_line_is_said_once(self, invoke):
-        result = invoke("run", "-ngl", "99", "-ngl", "99", "-p", "x", "m.gguf")
+        result = invoke("run", "-ncffn", "9", "-ncffn", "9", "-p", "x", "m.gguf")
         assert result.stderr.count("models run on the CPU here") == 1
 
     def test_hub_names_say_how_to_get_the_file(self, invoke):

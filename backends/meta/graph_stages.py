@@ -53,11 +53,13 @@ class StagedGraph(NamedTuple):
 
 
 class OnHost(NamedTuple):
-    """What the first device has, and nothing else: the first so many layers, with the embedding,
-    and the experts of the first so many `experts` layers.
+    """What the first device has, and nothing else.
+
+    The embedding and all layers but the last `rest`, of which what follows the layers is one (None:
+    all are others'), and the experts of the first so many layers that have `experts`.
     """
 
-    layers: int = 0
+    rest: int | None = None
     experts: int = 0
 
 
@@ -100,15 +102,17 @@ class _Nodes:
         found = [self.number[x] for x in self.roots[output] if x in self.number]
         return max(found, default=self.end - 1)
 
-    def first_of(self, layer: int) -> int:
-        """The first node of a layer; behind the last layer, of what follows."""
+    def first_of(self, rest: int) -> int:
+        """The first node of the last `rest` layers, of which what follows the layers is one."""
         numbers = [self._layer(n) for n in range(len(self.computed))]
         if not any(number is not None for number in numbers):
             raise OptionError("the weights of this model do not say of which layer they are")
         layers = [n for n, number in enumerate(numbers) if number is not None]
-        behind = [n for n in layers if (numbers[n] or 0) >= layer]
-        if behind or not layer:
-            return behind[0] if layer else 0
+        first = max(number or 0 for number in numbers) + 2 - rest
+        if first <= 0:
+            return 0
+        if behind := [n for n in layers if (numbers[n] or 0) >= first]:
+            return behind[0]
         weights = (n for n, needs in enumerate(self.needs) if any(x.op == "weight" for x in needs))
         return next((n for n in weights if n > layers[-1]), len(self.computed))
 
@@ -208,7 +212,7 @@ def cut_graph(graph: Graph, shares: Sequence[float], host: OnHost | None = None)
     before those of the shares has. OptionError: more shares than stages that a graph can have.
     """
     nodes, shares = _Nodes(graph), list(shares)
-    start = nodes.first_of(host.layers) if host else 0
+    start = nodes.first_of(host.rest) if host and host.rest is not None else 0
     apart = [x for x in nodes.experts()[: host.experts] if x[0] >= start] if host else []
     places, total = nodes.places(start, apart)
     if len(places) < len(shares) - 1:

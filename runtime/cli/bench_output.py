@@ -24,7 +24,8 @@ _CHANGED = (
     (("n_batch", 7, True), 2048), (("n_ubatch", 8, True), UBATCH),
     (("type_k", 6, True), "f16"), (("type_v", 6, True), "f16"),
     (("devices", 22, False), "cpu"), (("split_mode", 10, False), None),
-    (("tensor_split", 12, False), None),
+    (("tensor_split", 12, False), None), (("gpu_layers", 10, True), None),
+    (("cpu_moe", 7, True), False),
 )  # fmt: skip
 # the last two are this program's own
 _LAST = (("test", 15, True), ("t/s", 20, True), ("bandwidth_share", 15, True), ("GMAC/s", 8, True))
@@ -197,9 +198,12 @@ def fields(result: Result) -> dict[str, Any]:
         found[key] = value
         found |= _AS_ON_CPU.get(key, {})
     setting = result.setting
+    layers, moe = setting.gpu_layers or found["n_gpu_layers"], setting.cpu_moe
     return found | {
         "split_mode": setting.split_mode or found["split_mode"],
         "main_gpu": setting.main_device or 0,
+        "n_gpu_layers": int({"all": -2, "auto": -1}.get(layers, layers)),
+        "n_cpu_moe": len(result.model.file.tensors) if moe is True else moe,
         "devices": setting.devices,
         "tensor_split": setting.tensor_split or found["tensor_split"],
     }
@@ -240,6 +244,8 @@ def _cells(result: Result) -> dict[str, str]:
         "devices": setting.devices,
         "split_mode": setting.split_mode or "",
         "tensor_split": setting.tensor_split or "",
+        "gpu_layers": setting.gpu_layers or "",
+        "cpu_moe": "all" if setting.cpu_moe is True else str(setting.cpu_moe),
         "test": result.test.name,
         "t/s": f"{fmean(speeds):.2f} ± {deviation(speeds):.2f}",
         "bandwidth_share": "" if share is None else f"{share:.3f}",

@@ -108,6 +108,8 @@ class Setting:
     split_mode: str | None = None
     tensor_split: str | None = None
     main_device: int | None = None
+    gpu_layers: str | None = None
+    cpu_moe: bool | int = False
 
     @property
     def loading(self) -> tuple[Any, ...]:

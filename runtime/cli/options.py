@@ -37,6 +37,15 @@ class _Context(click.IntRange):
         return super().convert(value, param, ctx) or None
 
 
+OFFLOAD_OPTIONS = (
+    option("-ngl --gpu-layers | --n-gpu-layers", "How many of the last layers GPUs have, the "
+           "output being one, and the CPU the others: a number, all, or auto for what fits.",
+           _MODEL, metavar="N"),
+    option("-cmoe --cpu-moe", "The experts of all layers are the CPU's.", _MODEL, is_flag=True),
+    option("-ncmoe --n-cpu-moe", "The experts of the first N layers are.", _MODEL,
+           type=click.IntRange(0), metavar="N"),
+)  # fmt: skip
+
 # How weights are run and where: of every command that loads a model.
 _PRECISION_OPTIONS = (
     option("--kv-type", "Type of the KV cache, such as f32, f16, bf16 or q8_0, or two for K and V "
@@ -60,8 +69,9 @@ _PRECISION_OPTIONS = (
            _MODEL, type=click.IntRange(0), metavar="N"),
     option("--no-graph graphs", "Launch the kernels of a GPU one by one, in place of one graph of "
            "them for each step; the same bits.", _MODEL, flag_value=False, default=None),
+    *OFFLOAD_OPTIONS,
 )  # fmt: skip
-_DEVICES = ("devices", "split_mode", "tensor_split", "main_device")
+_DEVICES = ("devices", "split_mode", "tensor_split", "main_device", "gpu_layers")
 
 _SIZE_OPTIONS = (
     option("-c --context | --ctx-size",
@@ -178,7 +188,9 @@ def precision_arguments(options: dict[str, Any]) -> dict[str, Any]:
 
 def device_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` that say on which devices a model is run, those given."""
-    return {name: options[name] for name in _DEVICES if options[name] is not None}
+    found = {name: options[name] for name in _DEVICES if options[name] is not None}
+    moe = options["cpu_moe"] or options["n_cpu_moe"]
+    return found | ({"cpu_moe": moe} if moe else {})
 
 
 def kv_type(options: dict[str, Any]) -> str:

@@ -7,17 +7,17 @@ edges follow from the bytes that launches touch, on whatever device: no flag is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtime.backends.base import Progress
+from runtime.backends.base import Choice, Progress
 from runtime.backends.cuda.arena import Buffer
 from runtime.backends.cuda.graphs import Graph, dependencies
-from runtime.backends.cuda.launcher import Event
+from runtime.backends.cuda.launcher import Event, Launch
 from runtime.backends.cuda.rules.collective import peer_key
 from runtime.backends.cuda.stores import stored_nbytes
 from runtime.backends.plan.plan import Plan, weight_buffers
@@ -91,7 +91,7 @@ class JointProgram:
         self._devices, self._programs = tuple(devices), tuple(programs)
         places = list(merged([program.plan for program in programs]))
         self.launches = [(n, programs[n].launches[at]) for n, at in places]
-        self._graph: Graph | None = None
+        self._graphs: dict[bool, Graph] = {}  # by whether it chooses tokens
         self._events = [device.device.event() for device in devices]
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
@@ -101,6 +101,18 @@ class JointProgram:
         self._alone(0)
         self._replay()
         return self._programs[0].fetched(live)
+
+    def choose(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        choices: Sequence[Choice],
+    ) -> Callable[[], np.ndarray]:  # fmt: skip
+        """See `Choosing` in backends/base.py: every device chooses for itself, all the same."""
+        ends = [program.choosing() for program in self._programs]
+        for program in self._programs:
+            program.give(inputs, live, choices)
+        self._alone(0)
+        self._replay([(n, launch) for n, end in enumerate(ends) for launch in end.launches])
+        return ends[0].fetch(self._devices[0].stream, len(choices))
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
@@ -131,28 +143,29 @@ class JointProgram:
 
     def close(self) -> None:
         """Give back what it alone has."""
-        if self._graph is not None:
-            self._graph.close()
+        for graph in self._graphs.values():
+            graph.close()
         for event in self._events:
             event.close()
         for program in self._programs:
             program.close()
 
-    def _replay(self) -> None:
+    def _replay(self, more: Sequence[tuple[int, Launch]] = ()) -> None:
         """All launches, behind what the first device's stream was given; the others' wait."""
-        first = self._devices[0]
-        if first.graphs:
-            if self._graph is None:
-                launches = [launch for _, launch in self.launches]
-                edges = dependencies(launches, programmatic=True)
-                self._graph = Graph(first.device, launches, edges)
-            self._graph.replay(first.stream)
-        else:
-            for n, launches in groupby(self.launches, lambda pair: pair[0]):
-                self._alone(n)
-                for _, launch in launches:
-                    launch.run(self._devices[n].stream)
-            self._alone(0)
+        first, pairs = self._devices[0], [*self.launches, *more]
+        with first.gaps.around(first.stream):
+            if first.graphs:
+                if bool(more) not in self._graphs:
+                    launches = [launch for _, launch in pairs]
+                    edges = dependencies(launches, programmatic=True)
+                    self._graphs[bool(more)] = Graph(first.device, launches, edges)
+                self._graphs[bool(more)].replay(first.stream)
+            else:
+                for n, each in groupby(pairs, lambda pair: pair[0]):
+                    self._alone(n)
+                    for _, launch in each:
+                        launch.run(self._devices[n].stream)
+                self._alone(0)
         self._behind(0)
 
     def _behind(self, device: int) -> None:

@@ -75,14 +75,19 @@ class Program:
     ) -> Callable[[], np.ndarray]:  # fmt: skip
         """Begin a step that ends with tokens; see `Choosing` in backends/base.py."""
         self._check_open()
+        end = self.choosing()
+        self.give(inputs, live, choices)
+        self._replay([*self.launches, *end.launches])
+        return end.fetch(self._stream, len(choices))
+
+    def choosing(self) -> Choosing:
+        """What follows its launches where a step chooses tokens."""
         if self._choosing is None:
             logits = self._view(self.plan.outputs[0])
             self._choosing = Choosing(
                 self._device, self._inputs, logits, self.plan.output_tensors[0]
             )
-        self.give(inputs, live, choices)
-        self._replay([*self.launches, *self._choosing.launches])
-        return self._choosing.fetch(self._stream, len(choices))
+        return self._choosing
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]

@@ -203,7 +203,7 @@ def fields(result: Result) -> dict[str, Any]:
         "split_mode": setting.split_mode or found["split_mode"],
         "main_gpu": setting.main_device or 0,
         "n_gpu_layers": int({"all": -2, "auto": -1}.get(layers, layers)),
-        "n_cpu_moe": len(result.model.file.tensors) if moe is True else moe,
+        "n_cpu_moe": -1 if moe is True else moe,
         "devices": setting.devices,
         "tensor_split": setting.tensor_split or found["tensor_split"],
     }

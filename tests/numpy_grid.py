@@ -23,6 +23,7 @@ import numpy as np
 from numpy_lanes import MEANINGS, Pointer, Registers, Run, Shared, minimum_of, select, truth
 
 from runtime.backends.cuda import simulator
+from runtime.backends.cuda.accesses import PARSING
 from runtime.backends.cuda.intrinsic import Declared, Intrinsic
 from runtime.ops.errors import BackendError
 
@@ -215,7 +216,8 @@ class _Rewriter:
         """A kernel's or a device function's twin that works on arrays."""
         if id(source) not in self._made:
             scope = self._scope(source)
-            code = _rewritten(source.__code__, source.__code__.co_filename)
+            with PARSING:
+                code = _rewritten(source.__code__, source.__code__.co_filename)
             made: dict[str, Any] = {}
             exec(code, scope, made)
             self._made[id(source)] = self._control.enter(made[source.__name__])

@@ -10,6 +10,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from runtime.ops.errors import BackendError
 
 from .intrinsic import WIDTH, Intrinsic
 
+PARSING = threading.RLock()  # CPython 3.11 fails where two threads parse at once
 _WIDE = 16  # bytes that `copy_async16` reads
 
 
@@ -159,7 +161,8 @@ def _tree(function: Callable) -> ast.FunctionDef:
         source = textwrap.dedent(inspect.getsource(function))
     except OSError as error:
         raise BackendError(f"the source of kernel {function.__name__} is not there") from error
-    tree = ast.parse(source).body[0]
+    with PARSING:
+        tree = ast.parse(source).body[0]
     assert isinstance(tree, ast.FunctionDef), "kernels are plain functions"
     return tree
 

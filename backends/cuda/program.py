@@ -74,7 +74,6 @@ class Program:
         choices: Sequence[Choice],
     ) -> Callable[[], np.ndarray]:  # fmt: skip
         """Begin a step that ends with tokens; see `Choosing` in backends/base.py."""
-        self._check_open()
         end = self.choosing()
         self.give(inputs, live, choices)
         self._replay([*self.launches, *end.launches])
@@ -82,6 +81,7 @@ class Program:
 
     def choosing(self) -> Choosing:
         """What follows its launches where a step chooses tokens."""
+        self._check_open()
         if self._choosing is None:
             logits = self._view(self.plan.outputs[0])
             self._choosing = Choosing(

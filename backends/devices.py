@@ -144,8 +144,10 @@ def _behind(stages: Sequence[Stage], opened: _Opened, host: OnHost | None) -> Ba
         return found[0]
     from runtime.backends.meta.layers import LayersBackend
 
-    before = [] if host is None else [opened.device(Device("cpu"))]
-    return LayersBackend([*before, *found], [float(stage.share) for stage in stages], host)
+    shares = [float(stage.share) for stage in stages]
+    if host is None:
+        return LayersBackend(found, shares)
+    return LayersBackend([opened.device(Device("cpu")), *found], shares, host)
 
 
 def _beside(stage: Stage, opened: _Opened) -> Backend:

@@ -40,18 +40,18 @@ def main(
     """Print a table of speeds, ratios to the first type and to the peer."""
     kinds, places = types.split(","), sorted(int(n) for n in depths.split(","))
     decode, prompt = ours(model, kinds, places, threads, repetitions)
-    if llama_bench:
-        decode |= peers(llama_bench, model, kinds, places, threads)
-    for (whose, kind), speeds in decode.items():
+    for (_, kind), speeds in decode.items():
         for depth, speed in speeds.items():
-            line = f"{whose:12} {kind:7} depth {depth:6} decode {speed:8.2f} t/s"
-            line += f"  {speed / decode[whose, kinds[0]][depth]:5.2f}x of {kinds[0]}"
-            if whose == "ours":
-                line += f"  prompt {prompt[kind][depth]:7.1f} t/s"
-                line += f" {prompt[kind][depth] / prompt[kinds[0]][depth]:5.2f}x"
-            elif depth in decode["ours", kind]:
-                line += f"  ours {decode['ours', kind][depth] / speed:5.2f}x"
-            print(line)
+            line = f"ours         {kind:7} depth {depth:6} decode {speed:8.2f} t/s"
+            line += f"  {speed / decode['ours', kinds[0]][depth]:5.2f}x of {kinds[0]}"
+            line += f"  prompt {prompt[kind][depth]:7.1f} t/s"
+            print(line + f" {prompt[kind][depth] / prompt[kinds[0]][depth]:5.2f}x", flush=True)
+    for kind in kinds if llama_bench else ():
+        assert llama_bench is not None
+        decode |= peer(llama_bench, model, kind, places, threads)
+        for depth, speed in decode["llama-bench", kind].items():
+            line = f"llama-bench  {kind:7} depth {depth:6} decode {speed:8.2f} t/s"
+            print(line + f"  ours {decode['ours', kind][depth] / speed:5.2f}x", flush=True)
     if svg:
         svg.write_text(draw(decode, Path(model).name, threads), encoding="utf-8")
 
@@ -96,18 +96,13 @@ def timed(session: Any, ids: list[int], n: int) -> float:
         return time.perf_counter() - start
 
 
-def peers(
-    program: str, path: str, kinds: Sequence[str], depths: Sequence[int], threads: int
-) -> Speeds:
+def peer(program: str, path: str, kind: str, depths: Sequence[int], threads: int) -> Speeds:
     """The same of llama-bench, which fills the cache anew for every depth."""
-    found: Speeds = {}
-    for kind in kinds:
-        print(f"\rllama-bench {kind}   ", end="", file=sys.stderr)
-        command = [program, "-m", path, "-p", "0", "-n", "16", "-r", "2", "-t", str(threads), "-fa"]
-        command += ["1", "-ctk", kind, "-ctv", kind, "-d", ",".join(map(str, depths)), "-o", "json"]
-        rows = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-        found["llama-bench", kind] = {row["n_depth"]: row["avg_ts"] for row in rows}
-    return found
+    print(f"\rllama-bench {kind}   ", end="", file=sys.stderr)
+    command = [program, "-m", path, "-p", "0", "-n", "16", "-r", "2", "-t", str(threads), "-fa"]
+    command += ["1", "-ctk", kind, "-ctv", kind, "-d", ",".join(map(str, depths)), "-o", "json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return {("llama-bench", kind): {row["n_depth"]: row["avg_ts"] for row in rows}}
 
 
 def draw(decode: Speeds, name: str, threads: int) -> str:

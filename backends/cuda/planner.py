@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
+from runtime.backends.cuda.layouts import FEW, FORMATS, packed_nbytes, packed_type
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
@@ -17,7 +17,6 @@ from runtime.ops.tensor import Tensor
 
 MAX_HEAD_DIM = 0  # no fused qkv_post yet
 DELTA_OUT = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
-FEW = 8  # tokens of which each choice of an expert is a product of its own
 
 
 def options(activations: str = "int8", fuse: bool = True) -> Options:

@@ -7,8 +7,7 @@ from typing import Any
 from runtime.backends.cuda.kernels.experts import INNER
 from runtime.backends.cuda.kernels.experts_group import groups_of
 from runtime.backends.cuda.kernels.experts_rows import WARPS, rows_at_once
-from runtime.backends.cuda.layouts import FLOATS, PIECE, cut, float_lanes, packed_type, parts
-from runtime.backends.cuda.planner import FEW
+from runtime.backends.cuda.layouts import FEW, FLOATS, PIECE, cut, float_lanes, packed_type, parts
 from runtime.backends.cuda.products import row_arguments
 from runtime.backends.cuda.rules.matmul import packed
 from runtime.backends.cuda.rules.norm_tail import NONE

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.backends.cuda.kernels.tile import ROWS, WIDTHS
-from runtime.backends.cuda.layouts import columns_of, cut
-from runtime.backends.cuda.planner import FEW
+from runtime.backends.cuda.layouts import FEW, columns_of, cut
 from runtime.backends.cuda.products import row_arguments
 from runtime.backends.plan.lowering import Lowering
 from runtime.ops.graph import Graph

@@ -197,6 +197,10 @@ class Apart(Protocol):
         """Bytes per second that its memory gives, read and written; None where it is not known."""
         ...
 
+    def operations(self) -> float | None:
+        """Of int8 products per second, a product and a sum being two; None where not known."""
+        ...
+
 
 MOST_CANDIDATES = 64  # of a choice: top_k at most
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.base import Program
+from runtime.backends.base import Apart, Backend, Program
 from runtime.errors import Error
 
 if TYPE_CHECKING:
@@ -72,8 +72,15 @@ def _show_times(
     draw(
         found if level >= 3 else merged(found),
         f"{title}, {spent:.2f} ms",
-        _bandwidth(engine.backend.threads),
+        _bandwidth_of(engine.backend),
     )
+
+
+def _bandwidth_of(backend: Backend) -> float | None:
+    """Of the memory that a backend works in; None where it cannot be measured."""
+    if isinstance(backend, Apart):
+        return backend.bandwidth()
+    return _bandwidth(backend.threads)
 
 
 @functools.cache

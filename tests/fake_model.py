@@ -73,6 +73,7 @@ class FakeAnswer:
 class FakeModel:
     """What the commands need of a model; answers are given."""
 
+    name = "cpu"  # of the backend, which it is as well
     vocab_size, kv_types, context = 50, ("f16", "f16"), 512
     tokenizer = FakeTokenizer()
 

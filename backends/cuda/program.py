@@ -25,6 +25,7 @@ from runtime.backends.cuda.launcher import Device, Launch, Stream
 from runtime.backends.cuda.outputs import Output
 from runtime.backends.cuda.stores import Store
 from runtime.backends.cuda.tiles import attention_tiles, tile_rows
+from runtime.backends.cuda.timeline import Timeline, timeline
 from runtime.backends.plan.plan import Argument, Call, Plan, Ref
 from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
@@ -108,6 +109,15 @@ class Program:
         starts = np.concatenate([[0], np.cumsum(counts)])
         each = [int(nanoseconds[a:b].sum()) for a, b in pairwise(starts)]
         return found, np.array(each, np.int64)
+
+    def timeline(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> Timeline:
+        """When each launch of a step runs; see timeline.py."""
+        self.give(inputs, live)
+        subjects = [call.node.name or call.node.op for call in self.plan.calls()]
+        return timeline(
+            self._device, self._stream, self.launches, subjects,
+            lambda: self._replay(self.launches),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give back what it alone has."""

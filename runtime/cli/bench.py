@@ -40,6 +40,7 @@ Examples:
   runtime bench model.gguf -p 128,512 -n 0 -t 1,2
   runtime bench model.gguf -p 64-1024*2 -n 64 -pg 512,128 -d 0,4096
   runtime bench model.gguf --kv-type q8_0 -o jsonl
+  runtime bench model.gguf --devices cuda:0 --timeline step.svg
 """,
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
@@ -59,6 +60,8 @@ Examples:
 @option("-o --output", "Format of the table: md, json, jsonl, csv or sql.", "Tests", default="md",
         type=click.Choice(["md", "json", "jsonl", "csv", "sql"]), show_default=True,
         metavar="FORMAT")  # fmt: skip
+@option("--timeline", "Draw when each launch of one decode step runs on a GPU (SVG).", "Tests",
+        type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
 @option("-m --model more_models", "A model's file, as the argument MODEL.", "Model",
         multiple=True, metavar="FILE")  # fmt: skip
 @precision_options
@@ -68,7 +71,8 @@ def command(
     """Measure prompt and decode speed.
 
     The columns are llama-bench's. In addition decodes show bandwidth_share, the bytes that had
-    to be read per second over what memory gives to as many threads, and prompts show GMAC/s.
+    to be read per second over what memory gives to as many threads, and prompts show GMAC/s; on a
+    GPU shares are of a copy's bandwidth and of the tensor cores' int8 peak, measured once.
     Numbers may be lists and ranges: 128,512 or 1-8 or 1-8+2 or 16-128*2.
     """
     from runtime.cli.bench_output import FORMATS
@@ -108,13 +112,20 @@ def _results(
     with _Loader(load) as loader:
         for setting in wanted:
             model = loader.model(setting)
-            bandwidth = _bandwidth(model.threads) if any(t.n_gen for t in chosen) else None
+            if options["timeline"]:
+                from runtime.cli import bench_timeline
+
+                bench_timeline.check(model)
+            bandwidth = _bandwidth(model) if any(t.n_gen for t in chosen) else None
+            operations = _operations(model) if any(t.n_prompt for t in chosen) else None
             for test in chosen:
                 note(f"{test.name}, {model.threads} threads ...")
                 time.sleep(options["delay"])
-                result = Result(test, setting, model, bandwidth)
+                result = Result(test, setting, model, bandwidth, operations)
                 result.seconds = _measure(result, options["repetitions"], not options["no_warmup"])
                 yield result
+            if options["timeline"]:
+                bench_timeline.draw(model, options["timeline"])
 
 
 class _Loader:
@@ -152,15 +163,27 @@ def _flat(lists: Sequence[tuple[int, ...]], default: Any) -> list[Any]:
     return [n for numbers in lists for n in numbers] or [default]
 
 
-def _bandwidth(threads: int) -> float | None:
+def _bandwidth(model: Any) -> float | None:
+    from runtime.backends.base import Apart
     from runtime.cli.bandwidth import measured
     from runtime.errors import Error
 
+    if isinstance(model.backend, Apart):
+        return model.backend.bandwidth()
+    if "cuda" in model.backend.name:  # several devices
+        return None
     try:
-        return measured(threads)
+        return measured(model.threads)
     except Error as error:
         note(f"bandwidth_share is left out: {error}")
         return None
+
+
+def _operations(model: Any) -> float | None:
+    """Of the int8 peak of the GPU that a model runs on."""
+    from runtime.backends.base import Apart
+
+    return model.backend.operations() if isinstance(model.backend, Apart) else None
 
 
 def _measure(result: Result, repetitions: int, warmup: bool) -> list[float]:

@@ -27,7 +27,8 @@ _CHANGED = (
     (("tensor_split", 12, False), None), (("gpu_layers", 10, True), None),
     (("cpu_moe", 7, True), False),
 )  # fmt: skip
-# the last two are this program's own
+# the last two are this program's own, and on GPUs a third
+_ON_GPU = (("tensor_share", 12, True),)
 _LAST = (("test", 15, True), ("t/s", 20, True), ("bandwidth_share", 15, True), ("GMAC/s", 8, True))
 
 # Keys of llama-bench that only its own options change: these are its values on a CPU.
@@ -72,7 +73,8 @@ class Markdown(Printer):
             for column, default in _CHANGED
             if {getattr(setting, column[0]) for setting in settings} != {default}
         ]
-        self._columns = (*_FIRST, *changed, *_LAST)
+        gpu = any("cuda" in setting.devices.lower() for setting in settings)
+        self._columns = (*_FIRST, *changed, *_LAST, *_ON_GPU * gpu)
 
     def begin(self, first: Result) -> Iterator[str]:
         """The table's head."""
@@ -160,7 +162,8 @@ FORMATS: dict[str, type[Printer]] = {
 
 
 def fields(result: Result) -> dict[str, Any]:
-    """A result under llama-bench's keys, then `bandwidth_share` and `gmac_per_s` (or None)."""
+    """A result under llama-bench's keys, then shares of bandwidth and peak and `gmac_per_s`, or
+    None."""
     from runtime.backends.cpu.run.cores import cpu_name
 
     file, speeds = result.model.file, result.speeds
@@ -169,8 +172,8 @@ def fields(result: Result) -> dict[str, Any]:
         "build_commit": __version__,
         "build_number": 0,
         "cpu_info": cpu_name(),
-        "gpu_info": "",
-        "backends": "CPU",
+        "gpu_info": _gpu(result),
+        "backends": _backend(result),
         "model_filename": str(file.path),
         "model_type": facts.model_type(file),
         "model_size": file.tensors_nbytes,
@@ -192,6 +195,7 @@ def fields(result: Result) -> dict[str, Any]:
         "samples_ts": speeds,
         "bandwidth_share": result.bandwidth_share,
         "gmac_per_s": result.gmac_per_s,
+        "tensor_share": result.tensor_share,
     }
     found: dict[str, Any] = {}
     for key, value in own.items():
@@ -219,7 +223,7 @@ def _flat(result: Result) -> dict[str, Any]:
 
 
 def _sql_type(key: str, value: Any) -> str:
-    if key in ("bandwidth_share", "gmac_per_s") or isinstance(value, float):
+    if key in ("bandwidth_share", "gmac_per_s", "tensor_share") or isinstance(value, float):
         return "REAL"
     return "INTEGER" if isinstance(value, int) else "TEXT"
 
@@ -235,7 +239,7 @@ def _cells(result: Result) -> dict[str, str]:
         "model": facts.model_type(file),
         "size": _size(file.tensors_nbytes),
         "params": _params(facts.n_params(file)),
-        "backend": "CPU",
+        "backend": _backend(result),
         "threads": str(result.model.threads),
         "n_batch": str(setting.n_batch),
         "n_ubatch": str(setting.n_ubatch),
@@ -250,7 +254,17 @@ def _cells(result: Result) -> dict[str, str]:
         "t/s": f"{fmean(speeds):.2f} ± {deviation(speeds):.2f}",
         "bandwidth_share": "" if share is None else f"{share:.3f}",
         "GMAC/s": "" if gmac is None else f"{gmac:.1f}",
+        "tensor_share": "" if result.tensor_share is None else f"{result.tensor_share:.3f}",
     }
+
+
+def _backend(result: Result) -> str:
+    return "CUDA" if "cuda" in result.model.backend.name else "CPU"
+
+
+def _gpu(result: Result) -> str:
+    name = result.model.backend.name
+    return name if "cuda" in name else ""
 
 
 def _size(nbytes: int) -> str:

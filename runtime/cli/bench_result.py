@@ -13,12 +13,17 @@ from runtime.cli.bench_plan import Setting, Test
 
 @dataclass
 class Result:
-    """Seconds of every repetition, and what the model had to do for one token."""
+    """Seconds of every repetition, and what the model had to do for one token.
+
+    bandwidth: bytes per second that the memory gives in which the model lies. operations: of the
+    GPU's tensor cores per second, None where it runs on no one GPU.
+    """
 
     test: Test
     setting: Setting
     model: Any
     bandwidth: float | None
+    operations: float | None = None
     seconds: list[float] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
@@ -40,6 +45,13 @@ class Result:
         if not self.test.n_prompt or self.test.n_gen:
             return None
         return self._traffic().macs * fmean(self.speeds) / 1e9
+
+    @property
+    def tensor_share(self) -> float | None:
+        """Of a prompt on a GPU: operations per second, over what its tensor cores give."""
+        if self.gmac_per_s is None or not self.operations:
+            return None
+        return 2e9 * self.gmac_per_s / self.operations
 
     def _traffic(self) -> Any:
         """What a token moves in the middle of the test."""

@@ -1,0 +1,60 @@
+"""A picture of one decode step: `runtime bench --timeline FILE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime.backends.base import Apart
+from runtime.cli.output import note
+from runtime.cli.parsing import Refused
+
+_DEPTH = 64  # tokens before the step
+
+
+def check(model: Any) -> None:
+    """Refused: the model runs on no one GPU."""
+    if not isinstance(model.backend, Apart):
+        raise Refused(
+            "--timeline is of a model on one GPU, such as --devices cuda:0, and this one runs on "
+            f"{model.backend.name}"
+        )
+
+
+def draw(model: Any, path: str) -> None:
+    """Write the picture. ClickException: no such folder."""
+    from runtime.report.timeline_svg import picture
+
+    found, name = step(model), model.backend.name
+    title = f"{model.file.path.name} on {name}: one token after {_depth(model)}"
+    try:
+        Path(path).write_text(picture(found, title), encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"{path}: cannot be written ({error.strerror})") from None
+    note(f"a decode step's timeline: {path}")
+
+
+def step(model: Any) -> Any:
+    """The `Timeline` of a decode step of a model."""
+    seen: list[Any] = []
+    engine = model._engine
+    plain = engine._execute
+
+    def execute(program: Any, inputs: Any, live: Any) -> Any:
+        seen.append(program.timeline(inputs, live))
+        return plain(program, inputs, live)
+
+    with model.session() as session:
+        session.eval([n % model.vocab_size for n in range(_depth(model))], logits="last")
+        engine._execute = execute
+        try:
+            session.eval([0])
+        finally:
+            del engine._execute
+    return seen[0]
+
+
+def _depth(model: Any) -> int:
+    return min(_DEPTH, model.context - 1)

@@ -14,7 +14,7 @@ from tile_calls import random_rows
 from runtime import ops
 from runtime.backends.cuda.kernels.tile import WIDTHS
 from runtime.backends.cuda.layouts import FORMATS
-from runtime.backends.cuda.rules import tiles
+from runtime.backends.cuda.widths import group_width, tile_width
 from runtime.ops.dtypes import DTYPES, F32
 from runtime.ops.quants import dequantize
 
@@ -99,5 +99,5 @@ def test_a_tile_races_with_nothing(format: str):
 
 
 def test_tiles_are_as_wide_as_their_columns_are_many():
-    assert tiles.tile_width(9, 4096) == 32 and tiles.tile_width(2048, 4096) == 128
-    assert tiles.group_width(72, 128) == 32 and tiles.group_width(4096, 8) == 128
+    assert tile_width(9, 4096) == 32 and tile_width(2048, 4096) == 128
+    assert group_width(72, 128) == 32 and group_width(4096, 8) == 128

@@ -55,7 +55,6 @@ from runtime.ops.errors import BackendError
 from runtime.ops.quant_blocks import numbers, struct_of
 
 BLOCK = 32  # values
-FEW = 8  # tokens of which each choice of an expert is a product of its own
 SUPER = 8  # blocks
 PIECE = 16  # bytes
 UNIT = 8  # values of a float row

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runtime.backends.cuda.layouts import FEW, FORMATS, packed_nbytes, packed_type
+from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
+from runtime.backends.cuda.widths import FEW, product_kinds
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
@@ -52,8 +53,6 @@ class Planner(planner.Planner):
 
     def distinct_sizes(self, graph: Graph, sizes: Sequence[int]) -> list[int]:
         """Of these numbers of tokens the first of each that takes other kernels."""
-        from runtime.backends.cuda.rules.tiles import product_kinds
-
         first: dict[Any, int] = {}
         for size in sizes:
             first.setdefault(product_kinds(graph, size), size)

@@ -7,12 +7,13 @@ from typing import Any
 from runtime.backends.cuda.kernels.experts import INNER
 from runtime.backends.cuda.kernels.experts_group import groups_of
 from runtime.backends.cuda.kernels.experts_rows import WARPS, rows_at_once
-from runtime.backends.cuda.layouts import FEW, FLOATS, PIECE, cut, float_lanes, packed_type, parts
+from runtime.backends.cuda.layouts import FLOATS, PIECE, cut, float_lanes, packed_type, parts
 from runtime.backends.cuda.products import row_arguments
 from runtime.backends.cuda.rules.matmul import packed
 from runtime.backends.cuda.rules.norm_tail import NONE
 from runtime.backends.cuda.rules.registry import lowers
-from runtime.backends.cuda.rules.tiles import emit_tile, group_width
+from runtime.backends.cuda.rules.tiles import emit_tile
+from runtime.backends.cuda.widths import FEW, group_width
 from runtime.backends.plan.lowering import Lowering, Out
 from runtime.backends.plan.plan import Ref
 from runtime.ops.tensor import Tensor

@@ -15,7 +15,8 @@ from runtime.backends.cuda.layouts import (
 from runtime.backends.cuda.products import arguments_of, grid_of, kernel_of
 from runtime.backends.cuda.rules.elementwise import emit_by_element
 from runtime.backends.cuda.rules.registry import lowers
-from runtime.backends.cuda.rules.tiles import emit_tile, tile_width
+from runtime.backends.cuda.rules.tiles import emit_tile
+from runtime.backends.cuda.widths import tile_width
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.lowering import Declined, Lowering, Out
 from runtime.backends.plan.plan import Ref

@@ -271,6 +271,12 @@ def _fma(a: Any, b: Any, c: Any) -> Any:
     return f32(np.float64(a) * np.float64(b) + np.float64(c))
 
 
+def _fma_pair(a: Any, b: Any, c: Any) -> Any:
+    halves = [[_float_of(u32(w) << 16), _float_of(u32(w) & 0xFFFF0000)] for w in (a, b, c)]
+    low, high = (_bf16(_fma(*(pair[n] for pair in halves))) for n in range(2))
+    return low | high << 16
+
+
 def _prmt(a: Any, b: Any, selector: Any) -> Any:
     words = (u32(a), u32(b))
     out: Any = 0
@@ -442,6 +448,8 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "pack_f16": _plain(lambda a, b: _to_half(a) | _to_half(b) << 16),
     "pack_bf16": _plain(lambda a, b: _bf16(a) | _bf16(b) << 16),
     "fma": _plain(_fma),
+    "multiply": _plain(lambda a, b: f32(a) * f32(b)),
+    "fma_bf16x2": _plain(_fma_pair),
     "fmax": _plain(np.fmax),
     "fmin": _plain(np.fmin),
     "fabs": _plain(np.abs),

@@ -27,15 +27,16 @@ _RESULTS = {"f32": "f32_to_bits({r})", "u16": "u32({r})", "u32": "{r}", "i32": "
 OPCODES = {
     "int_to_f32": "I2F", "round_i32": "F2I", "f16_to_f32": "HADD2.F32", "f16_low": "HADD2.F32",
     "f16_high": "HADD2.F32", "f32_to_f16": "F2F.F16.F32", "pack_f16": "F2FP.F16",
-    "pack_bf16": "F2FP.BF16", "fma": "FFMA", "fmax": "FMNMX", "fmin": "FMNMX", "exp2": "MUFU.EX2",
-    "rcp": "MUFU.RCP", "rsqrt": "MUFU.RSQ", "divide": "MUFU.RCP", "floor": "FRND.FLOOR",
-    "shift_right": "SHF.R.S32", "prmt": "PRMT", "dp4a": "IDP.4A.S8.S8", "dp4a_us": "IDP.4A.U8.S8",
-    "dp2a": "IDP.2A.LO.S16.S8", "mma_s8": "IMMA.16832.S8.S8", "mma_f16": "HMMA.16816.F32 ",
-    "mma_bf16": "HMMA.16816.F32.BF16", "shuffle_xor": "SHFL.BFLY", "shuffle_xor_u32": "SHFL.BFLY",
-    "shuffle_index": "SHFL.IDX", "shuffle_index_u32": "SHFL.IDX", "shuffle_down": "SHFL.DOWN",
-    "shuffle_up": "SHFL.UP", "vote_any": "VOTE", "vote_all": "VOTE", "ballot": "VOTE",
-    "warp_sum_i32": "REDUX.SUM", "warp_max_i32": "REDUX.MAX", "warp_min_u32": "REDUX.MIN",
-    "launch_wait": "ACQBULK", "launch_next": "PREEXIT",
+    "pack_bf16": "F2FP.BF16", "fma": "FFMA", "multiply": "FMUL", "fma_bf16x2": "HFMA2.BF16",
+    "fmax": "FMNMX", "fmin": "FMNMX", "exp2": "MUFU.EX2", "rcp": "MUFU.RCP", "rsqrt": "MUFU.RSQ",
+    "divide": "MUFU.RCP", "floor": "FRND.FLOOR", "shift_right": "SHF.R.S32", "prmt": "PRMT",
+    "dp4a": "IDP.4A.S8.S8", "dp4a_us": "IDP.4A.U8.S8", "dp2a": "IDP.2A.LO.S16.S8",
+    "mma_s8": "IMMA.16832.S8.S8", "mma_f16": "HMMA.16816.F32 ", "mma_bf16": "HMMA.16816.F32.BF16",
+    "shuffle_xor": "SHFL.BFLY", "shuffle_xor_u32": "SHFL.BFLY", "shuffle_index": "SHFL.IDX",
+    "shuffle_index_u32": "SHFL.IDX", "shuffle_down": "SHFL.DOWN", "shuffle_up": "SHFL.UP",
+    "vote_any": "VOTE", "vote_all": "VOTE", "ballot": "VOTE", "warp_sum_i32": "REDUX.SUM",
+    "warp_max_i32": "REDUX.MAX", "warp_min_u32": "REDUX.MIN", "launch_wait": "ACQBULK",
+    "launch_next": "PREEXIT",
 }  # fmt: skip
 # told by other tests of what kernels compile to, or no instruction of their own
 ELSEWHERE = {

@@ -55,7 +55,7 @@ class Inputs:
 
     def send(
         self, stream: Stream, plan: Plan, inputs: Mapping[str, np.ndarray],
-        live: Mapping[str, int], tiles: np.ndarray | None, choices: Sequence[Choice] = (),
+        live: Mapping[str, int], tiles: Mapping[str, np.ndarray], choices: Sequence[Choice] = (),
     ) -> None:  # fmt: skip
         """Numbers of this step, to the device in the stream's order.
 
@@ -82,14 +82,13 @@ class Inputs:
 
     def _fill(
         self, room: np.ndarray, name: str, plan: Plan, inputs: Mapping[str, np.ndarray],
-        live: Mapping[str, int], tiles: np.ndarray | None,
+        live: Mapping[str, int], tiles: Mapping[str, np.ndarray],
     ) -> None:  # fmt: skip
         if name == "counts":
             for (dim, factor), slot in plan.counts.items():
                 room[slot] = (int(dim[1:]) if dim[0] == "=" else live[dim]) * factor
-        elif name == "attention_tiles":
-            assert tiles is not None, "there is attention"
-            room[: len(tiles)], room[len(tiles) :] = tiles, 0
+        elif name in tiles:
+            room[: len(tiles[name])], room[len(tiles[name]) :] = tiles[name], 0
         else:
             value = inputs[name]
             if value.shape[:1] > room.shape[:1]:

@@ -55,6 +55,8 @@ pack_bf16 = _op("pack_bf16", m.pack_bf16, "u32", "f32 f32", ptx="cvt.rn.bf16x2.f
 
 # Arithmetic; exp2, rcp and rsqrt are the hardware's approximations (2 ulp or less)
 fma = _op("fma", m.fma, "f32", "f32 f32 f32", ptx="fma.rn.f32 $0, $1, $2, $3;")
+# a product that no sum is fused with
+multiply = _op("multiply", m.multiply, "f32", "f32 f32", ptx="mul.rn.f32 $0, $1, $2;")
 fmax = _op("fmax", m.fmax, "f32", "f32 f32", ptx="max.f32 $0, $1, $2;")
 fmin = _op("fmin", m.fmin, "f32", "f32 f32", ptx="min.f32 $0, $1, $2;")
 fabs = _op("fabs", m.fabs, "f32", "f32", ptx="abs.f32 $0, $1;")
@@ -71,6 +73,11 @@ dp4a = _op("dp4a", m.dp4a, "i32", "u32 u32 i32", ptx="dp4a.s32.s32 $0, $1, $2, $
 dp4a_us = _op("dp4a_us", m.dp4a_us, "i32", "u32 u32 i32", ptx="dp4a.u32.s32 $0, $1, $2, $3;")
 # two int16 of a with the two low signed bytes of b
 dp2a = _op("dp2a", m.dp2a, "i32", "u32 u32 i32", ptx="dp2a.lo.s32.s32 $0, $1, $2, $3;")
+
+# two bf16 in a word: a * b + c, each rounded once
+fma_bf16x2 = _op(
+    "fma_bf16x2", m.fma_bf16x2, "u32", "u32 u32 u32", ptx="fma.rn.bf16x2 $0, $1, $2, $3;"
+)
 
 # Global memory. `stream` reads what this kernel reads once and nobody writes meanwhile
 load = _rule("load", lambda p, i: p.read(i)[0], "load", 1, "plain")

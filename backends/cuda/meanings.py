@@ -102,6 +102,18 @@ def fma(a: Any, b: Any, c: Any) -> np.float32:
     return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
 
 
+def multiply(a: Any, b: Any) -> np.float32:
+    """mul.rn: the product, rounded before anything is added to it."""
+    return np.float32(a) * np.float32(b)
+
+
+def fma_bf16x2(a: int, b: int, c: int) -> int:
+    """fma.rn.bf16x2: of both halves."""
+    pairs = zip(_bf16_pair(a), _bf16_pair(b), _bf16_pair(c), strict=True)
+    low, high = (fma(x, y, z) for x, y, z in pairs)
+    return pack_bf16(low, high)
+
+
 def fmax(a: Any, b: Any) -> np.float32:
     """The number where one is NaN, as max.f32."""
     return np.fmax(np.float32(a), np.float32(b))

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
+from runtime.backends.cuda.pages import page_nbytes
 from runtime.backends.cuda.widths import FEW, product_kinds
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
 from runtime.ops.blocks import BLOCK_FORMATS
-from runtime.ops.cost import page_nbytes
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
-MAX_HEAD_DIM = 0  # no fused qkv_post yet
+MAX_HEAD_DIM = 256
 DELTA_OUT = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
 
 

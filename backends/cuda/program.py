@@ -24,7 +24,7 @@ from runtime.backends.cuda.inputs import Inputs
 from runtime.backends.cuda.launcher import Device, Launch, Stream
 from runtime.backends.cuda.outputs import Output
 from runtime.backends.cuda.stores import Store
-from runtime.backends.cuda.tiles import attention_tiles, tile_rows
+from runtime.backends.cuda.tiles import attention_tiles, tile_rows, tiles_name
 from runtime.backends.cuda.timeline import Timeline, timeline
 from runtime.backends.plan.plan import Argument, Call, Plan, Ref
 from runtime.ops.attention import attention
@@ -47,10 +47,10 @@ class Program:
         self._peers = peers
         self.plan, self._stream, self._arena, self._store = plan, stream, arena, store
         self._nothing, self._gaps, self._device = nothing, gaps, device
-        attention_node = next((c.node for c in plan.calls() if attention.made(c.node)), None)
-        self._tile_rows = tile_rows(attention_node) if attention_node is not None else 1
-        self._sequences = attention_node.inputs[4].name if attention_node is not None else ""
-        tiles = int(attention_node.shape[0]) if attention_node is not None else 1
+        nodes = [c.node for c in plan.calls() if attention.made(c.node)]
+        self._tiles = {tiles_name(node): tile_rows(node) for node in nodes}
+        self._sequences = nodes[0].inputs[4].name if nodes else ""
+        tiles = int(nodes[0].shape[0]) if nodes else 1
         rows = max((int(x.shape[0]) for x in plan.output_tensors if x.ndim), default=1)
         self._inputs = Inputs(device, plan, tiles, rows)
         self._tickets = _Tickets(device, stream, plan)
@@ -138,9 +138,10 @@ class Program:
         """What the step is given, to the device."""
         self._check_open()
         self._device.activate()
-        tiles = None
-        if self._sequences:
-            tiles = attention_tiles(inputs[self._sequences], live["tokens"], self._tile_rows)
+        tiles = {
+            name: attention_tiles(inputs[self._sequences], live["tokens"], most)
+            for name, most in self._tiles.items()
+        }
         self._inputs.send(self._stream, self.plan, inputs, live, tiles, choices)
 
     def _check_open(self) -> None:

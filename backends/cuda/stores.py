@@ -15,12 +15,11 @@ from runtime.backends.cuda.arena import Arena, Buffer
 from runtime.backends.cuda.driver import ALIGNMENT
 from runtime.backends.cuda.launcher import Device, Stream
 from runtime.backends.cuda.layouts import pack, packed_nbytes, packed_type, turns_of
-from runtime.backends.cuda.pages import from_plain, to_plain
+from runtime.backends.cuda.pages import from_plain, page_nbytes, to_plain
 from runtime.backends.cuda.uploads import PIECE, Read, Uploads
 from runtime.backends.cuda.wiring import is_copy, wiring
 from runtime.backends.plan import plan
 from runtime.backends.plan.stored import StoredRows
-from runtime.ops.cost import page_nbytes
 from runtime.ops.quants import dequantize
 from runtime.ops.tensor import Tensor
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.backends.cuda.kernels.attention import ROWS
+from runtime.backends.cuda.kernels.attention_scores import ROWS
 from runtime.ops.tensor import Tensor
 
 
@@ -14,15 +14,26 @@ def tile_rows(node: Tensor) -> int:
     return max(1, ROWS * int(k.shape[2]) // int(q.shape[1]))
 
 
+def tiles_name(node: Tensor) -> str:
+    """The step input with its tiles: one for all layers whose tiles have as many tokens."""
+    return f"attention_tiles {tile_rows(node)}"
+
+
+def most_tiles(node: Tensor) -> int:
+    """Tiles of a step at most: those of a sequence's tokens are full, but for the last."""
+    tokens, sequences = int(node.shape[0]), int(node.inputs[3].shape[0])
+    return min(tokens, -(-tokens // tile_rows(node)) + sequences)
+
+
 def attention_tiles(sequences: np.ndarray, tokens: int, most: int) -> np.ndarray:
     """Runs of live tokens of one sequence, `most` at most: int32 [tiles, 4], sequence, first, count
 
     The tiles of a sequence begin at its first token of the step.
     """
     row = np.asarray(sequences[:tokens])
-    starts = np.flatnonzero(np.diff(row, prepend=-1))
+    starts = np.flatnonzero(np.diff(row, prepend=-1)) if len(row) else row
     found = []
-    for start, end in zip(starts, [*starts[1:], tokens], strict=True):
+    for start, end in zip(starts, [*starts[1:], tokens][: len(starts)], strict=True):
         for first in range(start, end, most):
             found.append((row[first], first, min(most, end - first), 0))
     return np.array(found, np.int32).reshape(-1, 4)

@@ -10,6 +10,7 @@ from runtime.backends.cuda.rules import (  # noqa: F401  they register
     moe,
     norm,
     rope,
+    rotation,
     rows,
 )
 from runtime.backends.cuda.rules.registry import RULES

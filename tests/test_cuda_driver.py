@@ -344,10 +344,11 @@ def test_pinned_arrays_reach_the_device():
 
 def test_accesses_are_read_from_the_source():
     found = accesses(Kernel.of("matvec", format="Q6_K", columns=2))
-    assert found.writes == {"out", "normed", "norm_packed", "tickets"} and found.waits
-    read = {"weights", "x", "bias", "residual", "live", "norm_x", "norm_w", "tickets"}
-    assert found.reads == read
-    assert found.widths["weights"] == 16 and found.widths["bias"] == 4
+    each = [f"{name}{i}" for name in ("w", "b") for i in range(4)]
+    outs = {f"out{i}" for i in range(4)} | {"packed"}
+    assert found.writes == outs | {"normed", "norm_packed", "tickets"} and found.waits
+    assert found.reads == {*each, "x", "residual", "live", "norm_x", "norm_w", "tickets"}
+    assert found.widths["w3"] == 16 and found.widths["b3"] == 4
     for kernel in KERNELS.every():
         pointers = {n for n, kind in declared(kernel).entry.arguments if kind.endswith("*")}
         assert accesses(kernel).reads | accesses(kernel).writes == pointers, kernel

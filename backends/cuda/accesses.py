@@ -88,17 +88,28 @@ def _uses(
 
 
 def _picked(function: Callable, names: frozenset[str], scope: dict) -> dict[str, set[str]]:
-    """Names of pointers -> the parameters they may be: themselves, or one of those of `pick`."""
+    """Names of pointers -> the parameters they may be."""
     meant = {name: {name} for name in names}
     for node in _in_order(_tree(function)):
         for target, value in _assigned(node):
-            called = value.func if isinstance(value, ast.Call) else None
-            operation = scope.get(called.id) if isinstance(called, ast.Name) else None
-            if isinstance(operation, Intrinsic) and operation.rule == "pick":
-                assert isinstance(target, ast.Name), "a picked pointer has a name"
-                given = [meant.get(a.id, set()) for a in value.args if isinstance(a, ast.Name)]
-                meant[target.id] = set().union(*given)
+            found = [name for a in _chosen(value, scope) for name in meant.get(a, ())]
+            if isinstance(target, ast.Name) and found:
+                meant[target.id] = set(found)
     return meant
+
+
+def _chosen(value: ast.expr, scope: dict) -> list[str]:
+    """Names of which a value may be one: `a`, `a if .. else b`, `pick(i, a, b, c, d)`."""
+    match value:
+        case ast.Name(name):
+            return [name]
+        case ast.IfExp():
+            return _chosen(value.body, scope) + _chosen(value.orelse, scope)
+        case ast.Call(ast.Name(name), [_, *pointers]):
+            called = scope.get(name)
+            if isinstance(called, Intrinsic) and called.rule == "pick":
+                return [name for p in pointers for name in _chosen(p, scope)]
+    return []
 
 
 def _in_order(node: ast.AST) -> Iterator[ast.AST]:

@@ -60,7 +60,9 @@ def load(
 
     devices: "cpu"; "cpu:0,cpu:1" or a list of them, virtual devices that share out the cores;
     "numa", one for each NUMA node; "tensor(...)" and "layers(...)" of these, nested at will, with
-    shares as "3*cpu:0"; "tensor(mpi)", the processes that mpiexec started; "reference" or "null".
+    shares as "3*cpu:0"; "cuda", "cuda:1", GPUs, several of them as those of the CPU; "auto", the
+    first GPU that can be used, else the CPU; "tensor(mpi)", the processes that mpiexec started;
+    "reference" or "null".
     split_mode: of a list of devices, "layer" (the default), "tensor", or "none": the one of number
     `main_device` alone. tensor_split: a share for each, "3,1" or [3, 1].
     kv_type: such as f32, f16, bf16 or q8_0, or two for K and V apart ("q8_0,f16"). context: tokens

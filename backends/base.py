@@ -202,6 +202,29 @@ class Apart(Protocol):
         ...
 
 
+class Room(NamedTuple):
+    """Of a memory: free bytes, what weights and work take beside the cache, and a page of that."""
+
+    memory: str
+    free: int
+    taken: int
+    page: int
+
+
+@runtime_checkable
+class Rooms(Protocol):
+    """What a backend of several devices has. apart: whether any has a memory of its own."""
+
+    apart: bool
+
+    def rooms(self, graph: Graph, host: int | None) -> list[Room]:
+        """What a model takes of each memory; graph: of its largest step, with its state.
+
+        host: bytes that are free in the host's memory, if known.
+        """
+        ...
+
+
 MOST_CANDIDATES = 64  # of a choice: top_k at most
 
 

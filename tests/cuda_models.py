@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from fake_nodes import FakeLibrary
 
 import runtime
 from runtime.backends.cuda.backend import CudaBackend
+from runtime.backends.cuda.driver import DeviceInfo
 
 
 def fake_cuda(
@@ -27,14 +28,15 @@ def fake_cuda(
     return CudaBackend(file, driver=driver, kernels=FakeLibrary(), **options)
 
 
-def fake_gpus(count: int = 1, **options: Any) -> FakeDriver:
-    """A driver of as many alike, whose kernels run on numpy_grid.py unless said otherwise."""
-    return FakeDriver([replace(H100, index=n) for n in range(count)], quick=True, **options)
+def fake_gpus(gpus: int | Sequence[DeviceInfo] = 1) -> FakeDriver:
+    """A driver of these, or of as many alike, whose kernels run on numpy_grid.py."""
+    every = [H100] * gpus if isinstance(gpus, int) else gpus
+    return FakeDriver([replace(each, index=n) for n, each in enumerate(every)], quick=True)
 
 
 @contextmanager
 def on_fake_gpus(
-    path: Path, devices: str, gpus: int = 1, **options: Any
+    path: Path, devices: str, gpus: int | Sequence[DeviceInfo] = 1, **options: Any
 ) -> Iterator[runtime.Model]:
     """A model on devices of an expression, GPUs among them."""
     driver = fake_gpus(gpus)

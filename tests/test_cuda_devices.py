@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,14 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_models import on_fake_gpus
+from fake_driver import H100
 from small_models import Sizes, write_model
 
+from runtime.backends.base import Room
 from runtime.backends.cuda.backend import CudaBackend
 from runtime.backends.meta.choices import chosen
 from runtime.backends.meta.expression import Device
+from runtime.backends.meta.rooms import as_one
 from runtime.backends.meta.stages import text
 from runtime.backends.offload import offloaded
 from runtime.engine import batch
+from runtime.errors import MemoryLimitError
 
 SIZE = {"hidden": 32, "inner": 64, "vocabulary": 32}
 MODELS = {
@@ -167,3 +172,30 @@ def test_layers_for_a_gpu_that_is_not_there_are_the_cpus(capsys: pytest.CaptureF
     stages, host = offloaded("cpu", chosen("cpu"), FILE, 9, True, lambda: None, lambda _: 0)
     assert (text(stages), host) == ("cpu", None)
     assert capsys.readouterr().err.startswith("gpu_layers=9: no GPU can be used here")
+
+
+@pytest.mark.parametrize(
+    ("rooms", "pages"),
+    [
+        ([Room("a", 1000, 200, 10), Room("b", 500, 200, 10)], 30),
+        ([Room("a", 1000, 200, 10), Room("a", 1000, 200, 20)], 20),
+        ([Room("a", 1000, 200, 0), Room("b", 500, 200, 10)], 30),
+        ([Room("a", 100, 200, 10), Room("b", 500, 200, 10)], -5),
+        ([Room("a", 100, 200, 0), Room("b", 500, 200, 10)], -10),
+    ],
+)
+def test_memories_have_room_for_as_many_pages_as_the_fullest(rooms: list[Room], pages: int):
+    free, taken = as_one(rooms)
+    assert free - taken == pages * sum(room.page for room in rooms)
+    assert taken == sum(room.taken for room in rooms)
+
+
+def test_a_context_that_one_of_several_gpus_has_no_room_for(tmp_path: Path):
+    path = write_model(tmp_path / "m.gguf", MODELS["dense"])
+    small = replace(H100, total_nbytes=300 << 20)
+    for devices in ("tensor(cuda:0,cuda:1)", "layers(cuda:0,cuda:1)", "layers(cuda:1,cpu)"):
+        with (
+            pytest.raises(MemoryLimitError, match=r"context=9000000 needs .* on .*cuda:1"),
+            on_fake_gpus(path, devices, [H100, small], context=9_000_000),
+        ):
+            pass

@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 
-from runtime.backends.base import Backend, Program, Progress
+from runtime.backends.base import Backend, Program, Progress, Room
 from runtime.backends.base import Step as Given
 from runtime.backends.meta.graph_stages import OnHost, StagedGraph, cut_graph
 from runtime.backends.meta.line import Line, Step
+from runtime.backends.meta.rooms import is_apart, rooms_of
 from runtime.backends.plan.plan import Plan, Ref
 from runtime.ops.errors import BackendError
 from runtime.ops.graph import Graph
@@ -38,6 +39,7 @@ class LayersBackend:
         used = [pair for pair in zip(others, shares, strict=True) if pair[1] > 0]
         self._devices, self._shares = zip(*used, strict=True)
         self._devices = (*devices[: bool(host)], *self._devices)
+        self.apart = any(map(is_apart, self._devices))
         # a device that has several stages does one at a time
         self.stages = 1 if host and host.experts else len(self._devices)
         self.name = f"layers({', '.join(device.name for device in self._devices)})"
@@ -69,6 +71,10 @@ class LayersBackend:
         """See backends/base.py."""
         self._line.settle()
         self._of(leaf).write_state(leaf, rows, values)
+
+    def rooms(self, graph: Graph, host: int | None) -> list[Room]:
+        """See backends/base.py."""
+        return rooms_of(self._staged(graph), host)
 
     def plan(self, graph: Graph) -> Plan:
         """The plans of all stages as one, for who looks at it; it cannot be run."""

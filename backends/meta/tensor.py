@@ -7,8 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from runtime.backends.base import Joinable, Program, Progress
+from runtime.backends.base import Joinable, Program, Progress, Room
 from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, inferred, joined
+from runtime.backends.meta.rooms import is_apart, rooms_of
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import cut_array
 from runtime.ops.graph import Graph
@@ -29,7 +30,7 @@ class TensorBackend:
         if split is None:
             split = partial(inferred, exact=first.exact, grain=first.grain)
         self._devices, self._split = tuple(devices), SplitGraphs(shares, split)
-        self._joint = first.joined(devices)
+        self._joint, self.apart = first.joined(devices), is_apart(first)
         self.threads = sum(device.threads for device in devices)
         self.name = f"tensor ({', '.join(device.name for device in devices)})"
         self._programs: dict[str, Program] = {}
@@ -61,6 +62,10 @@ class TensorBackend:
         """See backends/base.py."""
         for device, part in self._parts(leaf):
             device.write_state(part, rows, cut_array(values, cut_of(part)))
+
+    def rooms(self, graph: Graph, host: int | None) -> list[Room]:
+        """See backends/base.py."""
+        return rooms_of(zip(self._devices, self.graphs(graph), strict=True), host)
 
     def plan(self, graph: Graph) -> Plan:
         """The first device's."""

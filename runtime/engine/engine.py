@@ -13,8 +13,18 @@ from typing import Any
 import numpy as np
 
 from runtime.backends import forks
-from runtime.backends.base import Apart, Backend, Choosing, Program, Progress, Staged, Step
+from runtime.backends.base import (
+    Apart,
+    Backend,
+    Choosing,
+    Program,
+    Progress,
+    Rooms,
+    Staged,
+    Step,
+)  # fmt: skip
 from runtime.backends.environment import debug, inspected, validate
+from runtime.backends.meta.rooms import as_one
 from runtime.engine.advance import Advance, Piece, begin, commit
 from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
 from runtime.engine.decoder import Decoder
@@ -24,7 +34,7 @@ from runtime.engine.programs import Programs
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import BackendError, Error, MemoryLimitError, OptionError
 from runtime.gguf.reader import GGUFFile
-from runtime.memory.budget import CacheSize, Memory, choose
+from runtime.memory.budget import CacheSize, Memory, available_memory, choose
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
 from runtime.models.registry import Architecture
@@ -65,11 +75,15 @@ class Engine:
         trained, self.vocabulary = architecture.p.context, architecture.p.vocabulary
         self.most_tokens, self.most_rows = _limits(file, self.vocabulary)
         weights, free, where = file.tensors_nbytes, None, ""
-        if isinstance(backend, Apart):
+        if isinstance(backend, Apart) or (isinstance(backend, Rooms) and backend.apart):
             most = CacheSize(min(context or trained, trained), 1, 2)
             graphs = StepGraphs(architecture, kv_types, most, cache_rotation)
             largest = capacity(self.most_tokens, min(self.most_tokens, self.most_rows))
-            (free, weights), where = backend.memory(graphs.graph(*largest)), f" on {backend.name}"
+            graph, where = graphs.graph(*largest), f" on {backend.name}"
+            if isinstance(backend, Apart):
+                free, weights = backend.memory(graph)
+            else:
+                free, weights = as_one(backend.rooms(graph, available_memory()))
         size = choose(context, trained, sequences, page, weights, slot, free, where)
         self.context = size.context
         self.memory = Memory(weights, page, slot, size.pages, size.slots)

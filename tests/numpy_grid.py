@@ -262,7 +262,7 @@ def _rewritten(code: types.CodeType, file: str) -> types.CodeType:
     names = set(code.co_varnames + code.co_cellvars) - set(arguments)
     tree.body = [
         *(ast.parse(f"{name} = _undefined").body[0] for name in sorted(names)),
-        *_Statements().all(tree.body)
+        *(_Statements().all(tree.body) or [ast.Pass()])
     ]  # fmt: skip
     module = ast.fix_missing_locations(ast.Module([tree], []))
     return compile(module, f"<{code.co_name} on arrays>", "exec")

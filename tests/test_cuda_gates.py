@@ -61,7 +61,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # kernel -> (registers at most, opcodes that must be there, opcodes that must not)
 EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
-    "add_rows": (24, ("LDG.E",), ("MUFU",)),
     "argmax_parts": (32, ("LDG.E", "SHFL"), ()),
     "argmax_merge": (32, ("LDG.E", "SHFL"), ()),
     "attention": (168, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2", "LDS.128", "ATOMG"), ()),

@@ -1,4 +1,4 @@
-"""Rows of float32 copied, picked and added: a thread an element, a block of threads along a row."""
+"""Rows of float32 copied and picked: a thread an element, a block of threads along a row."""
 
 from __future__ import annotations
 
@@ -45,18 +45,3 @@ def build_gather_rows() -> Declared:
             store(out, u32(row * n + i), load(x, u32(source * x_stride + i)))
 
     return gather_rows
-
-
-def build_add_rows() -> Declared:
-    """out = x + y: f32 rows of n; those of x and y lie `x_stride` and `y_stride` apart (0: one)."""
-
-    @entry("x:f32* y:f32* out:f32* n:u32 x_stride:u32 y_stride:u32", threads=THREADS)
-    def add_rows(x, y, out, n, x_stride, y_stride):
-        launch_next()
-        i, row = u32(block_x() * THREADS + thread_x()), block_y()
-        launch_wait()
-        if i < n:
-            value = load(x, u32(row * x_stride + i)) + load(y, u32(row * y_stride + i))
-            store(out, u32(row * n + i), value)
-
-    return add_rows

@@ -33,14 +33,15 @@ def ops(check: Check, every: int = 1) -> Iterator[Row]:
         points = [point for point in points if point[0] in _DRY and point[2] in ("whole", "partly")]
     points = points[::every]
     equal, declined = 0, dict[str, int]()
-    for name, n, variant in points:
-        says = _says(check, name, n, variant)
-        if says is None:
-            declined[name] = declined.get(name, 0) + 1
-        elif says:
-            yield {"name": f"{name}-{n}-{variant}", "says": says, "right": False}
-        else:
-            equal += 1
+    with check.device():  # keeps the context from point to point: making one takes long
+        for name, n, variant in points:
+            says = _says(check, name, n, variant)
+            if says is None:
+                declined[name] = declined.get(name, 0) + 1
+            elif says:
+                yield {"name": f"{name}-{n}-{variant}", "says": says, "right": False}
+            else:
+                equal += 1
     counts = {"points": len(points), "equal": equal, "declined": sum(declined.values())}
     yield {"name": "grid"} | counts | {"declined_ops": declined}
 

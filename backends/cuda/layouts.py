@@ -116,6 +116,7 @@ FORMATS: dict[str, tuple[Part, ...]] = {
     "IQ4_XS": (_NIBBLES, Part("scales", 1), _F16),
     "MXFP4": (_NIBBLES, Part("scales", 1)),
 }
+RARE = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS")
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # -> bytes of a value
 
 
@@ -162,9 +163,13 @@ def column_nbytes(inner: int, coding: str = "int8") -> int:
     return cut(inner).places * (BLOCK + 8) if coding == "int8" else float_nbytes(inner)
 
 
-def columns_of(tokens: int) -> int:
-    """Columns of a product that share the reading of a weight: 1, 2, 4 or 8, more in turns."""
-    return next((n for n in (1, 2, 4) if tokens <= n), 8)
+def columns_of(tokens: int, format: str = "") -> int:
+    """Columns of a product that share the reading of a weight: 1, 2, 4 or 8, more in turns.
+
+    Formats that few files have are not compiled for 2 and 4.
+    """
+    widths = (1,) if format in RARE else (1, 2, 4)
+    return next((n for n in widths if tokens <= n), 8)
 
 
 def pack(raw: np.ndarray, format: str, rows: int, inner: int) -> np.ndarray:

@@ -42,7 +42,7 @@ _ALIKE = ("x", "live", "n_columns", "row_pieces", "shift", "stretches", "pairs",
 def kernel_of(format: str, columns: int) -> tuple[str, dict[str, Any]]:
     """Name and constants of the kernel for a format and so many columns."""
     name = "matvec_float" if format in FLOATS else "matvec"
-    return name, {"format": format, "columns": columns_of(columns)}
+    return name, {"format": format, "columns": columns_of(columns, format)}
 
 
 def arguments_of(format: str, rows: int, inner: int, columns: int) -> dict[str, Any]:

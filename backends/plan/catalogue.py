@@ -22,11 +22,16 @@ _BUILDER = re.compile(r"^def build_(\w+)\(", re.MULTILINE)
 _Build = TypeVar("_Build", bound=Callable[..., Any])
 
 
-def constants(**values: Collection[Any]) -> Callable[[_Build], _Build]:
-    """Declare the constants of what a function builds, each with the values it may have."""
+def constants(
+    where: Callable[..., bool] | None = None, **values: Collection[Any]
+) -> Callable[[_Build], _Build]:
+    """Declare the constants of what a function builds, each with the values it may have.
+
+    where: which of their combinations there are, by default all.
+    """
 
     def declare(build: _Build) -> _Build:
-        build.constants = values  # type: ignore[attr-defined]
+        build.constants, build.where = values, where  # type: ignore[attr-defined]
         return build
 
     return declare
@@ -64,7 +69,9 @@ class Catalogue:
         for name in self.names():
             allowed = self.constants(name)
             for values in itertools.product(*allowed.values()):
-                found.append(Kernel.of(name, **dict(zip(allowed, values, strict=True))))
+                given = dict(zip(allowed, values, strict=True))
+                if self._has(name, given):
+                    found.append(Kernel.of(name, **given))
         return found
 
     def check(self, kernel: Kernel) -> None:
@@ -78,10 +85,17 @@ class Catalogue:
                     f"kernel {kernel.name}: {key} is one of {tuple(allowed[key])}, not {value!r}"
                 )
 
+        if not self._has(kernel.name, given):
+            raise BackendError(f"kernel {kernel.name} is not made for {given}")
+
     def build(self, kernel: Kernel) -> Any:
         """What `build_NAME` gives for these constants. BackendError as `check`."""
         self.check(kernel)
         return self._builder(kernel.name)(**dict(kernel.constants))
+
+    def _has(self, name: str, given: dict[str, Any]) -> bool:
+        where = getattr(self._builder(name), "where", None)
+        return where is None or where(**given)
 
     def _builder(self, name: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(self.module(name)), f"build_{name}")

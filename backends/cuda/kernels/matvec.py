@@ -24,6 +24,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
+from runtime.backends.cuda.layouts import columns_of
 from runtime.backends.plan.catalogue import constants
 
 from .formats import FORMATS, adder
@@ -42,7 +43,11 @@ from .matvec_ends import (
 from .norm_tail import ARGUMENTS, norm_tail
 
 
-@constants(format=tuple(FORMATS), columns=(1, 2, 4, 8))
+def _made(format: str, columns: int) -> bool:
+    return columns_of(columns, format) == columns
+
+
+@constants(format=tuple(FORMATS), columns=(1, 2, 4, 8), where=_made)
 def build_matvec(format: str, columns: int) -> Declared:
     """out[c, row] = sum over k of w[row, k] x[c, k], + b[row] + residual[c, row], of each weight.
 
@@ -64,7 +69,7 @@ def build_matvec(format: str, columns: int) -> Declared:
     @entry(
         f"{POINTERS} x:u32* packed:u32* {NUMBERS} high:u32 scales:u32 supers:u32 stretches:u32 "
         "pairs:u32 out_stretches:u32 out_length:u32 " + ARGUMENTS,
-        threads=THREADS, min_blocks=3 if columns == 8 else 5,
+        threads=THREADS, min_blocks=3 if columns == 8 else 3 + ROWS // 2,
     )  # fmt: skip
     def matvec(
         w0, w1, w2, w3, b0, b1, b2, b3, out0, out1, out2, out3, residual, live, x, packed, n0, n1,

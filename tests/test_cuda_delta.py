@@ -124,10 +124,10 @@ def test_layer_against_float64(size: Sizes):
 
 @pytest.mark.parametrize("size", [Sizes(dv=32), Sizes(1, 2, 64, 64, 4, "grouped"), WIDE], ids=str)
 def test_bits_in_any_pieces(size: Sizes):
-    """Steps of up to 16 tokens have the gated norm with the recurrence, longer ones behind it."""
+    """Steps of up to 16 tokens have all in one launch, longer ones in three."""
     given, device = inputs(size, 21), Device(size)
     names = [str(call.kernel) for call in device.program(1).plan.calls()]
-    assert [name.split("-")[0] for name in names[:2]] == ["short_conv", "delta_out"]
+    assert names[0] == f"delta_layer-dim={size.dk}" and names[1].startswith("matvec")
     wanted = device.prompt(given, [21])
     for cuts in ([1] * 4 + [17], [7, 9, 5]):
         assert device.prompt(given, cuts) == wanted, cuts
@@ -171,13 +171,17 @@ def test_forks_and_batches_have_the_bits_of_sequences_alone(room: int):
     device.backend.close()
 
 
-def test_one_kernel_or_two_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
-    """On the simulator, which finds races."""
-    size, found = Sizes(1, 1, 32, 32), []
-    given = inputs(size, 5)
-    for most in (planner.DELTA_OUT, 0):
-        monkeypatch.setattr(planner, "DELTA_OUT", most)
+def test_one_kernel_or_three_give_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    """On the simulator, which runs blocks one after another and finds races; a slot in place."""
+    size, found = Sizes(1, 2, 32, 32), []
+    given = inputs(size, 3)
+    for most in (planner.DELTA_LAYER, 0):
+        monkeypatch.setattr(planner, "DELTA_LAYER", most)
         device = Device(size, quick=False)
-        found.append(device.prompt(given, [5]))
+        results = [
+            device.step({key: x[:2] for key, x in given.items()}, (2, -1, 0)),
+            device.step({key: x[2:] for key, x in given.items()}, (1, 0, 0)),
+        ]
+        found.append([x.tobytes() for x in (*results, *device.slot(0))])
         device.backend.close()
     assert found[0] == found[1]

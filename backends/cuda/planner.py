@@ -17,7 +17,7 @@ from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
 MAX_HEAD_DIM = 256
-DELTA_OUT = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
+DELTA_LAYER = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
 
 
 def options(activations: str = "int8", fuse: bool = True) -> Options:
@@ -27,7 +27,7 @@ def options(activations: str = "int8", fuse: bool = True) -> Options:
     """
     return Options(
         frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse, pack_parts=False,
-        delta_out=DELTA_OUT, few=FEW,
+        delta_layer=DELTA_LAYER, few=FEW,
     )  # fmt: skip
 
 

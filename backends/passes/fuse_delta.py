@@ -17,12 +17,16 @@ delta_step = fused(
     "delta_step", kind=Kind.STATEFUL, picks={5: 6}, reads=(5,), writes=(5,), flops=gated_delta.flops
 )
 gated_norm_pack = fused("gated_norm_pack", kind=Kind.ROWWISE)
-delta_out = fused(
-    "delta_out", kind=Kind.STATEFUL, picks={5: 6}, reads=(5,), writes=(5,), flops=gated_delta.flops
-)  # inputs of delta_step, then weights of the norm and the gate
+delta_layer = fused(
+    "delta_layer",
+    kind=Kind.STATEFUL,
+    picks={2: 6, 5: 6},
+    reads=(2, 5),
+    writes=(2, 5),
+    flops=gated_delta.flops,
+)  # x, filters, state of the convolution, then alpha to dt of delta_step, the norm's w, the gate
 
-_DELTA_OUT_DIMS = (32, 64, 128)
-
+_LAYER_DIMS, _LAYER_TAPS = (32, 64, 128), 4
 _BEFORE = (l2_norm, reshape, slice_)  # between the convolution and the recurrence
 
 
@@ -119,15 +123,43 @@ def fuse_gated_norm(graph: Graph, options: Options) -> Graph:
     return rewrite(graph, {pack: normed})
 
 
-def fuse_delta_out(graph: Graph, options: Options) -> Graph:
-    """The recurrence of a few tokens with the gated norm to int8 that alone reads it."""
+def fuse_delta_layer(graph: Graph, options: Options) -> Graph:
+    """Convolution, recurrence and gated norm to int8 of a few tokens, where nothing else reads."""
 
     def join(node: Tensor, y: Tensor, w: Tensor, gate: Tensor) -> Tensor:
-        recurrence = delta_step.made(y) and only_user(graph, node.inputs[0])
-        dims = {int(x.shape[2]) for x in y.inputs[:3]} if recurrence else set()
-        few = int(y.shape[0]) <= options.delta_out and node.attrs["coding"] == "int8"
-        if not few or len(dims) != 1 or not dims <= {*_DELTA_OUT_DIMS}:
-            return node.with_(inputs=(y, w, gate))
-        return node_of(delta_out, (*y.inputs, w, gate), node, **node.attrs, **y.attrs)
+        plain = node.with_(inputs=(y, w, gate))
+        if int(y.shape[0]) > options.delta_layer or node.attrs["coding"] != "int8":
+            return plain
+        if not delta_step.made(y) or not only_user(graph, node.inputs[0]):
+            return plain
+        (q, k, v, alpha, beta, state, *where), weights = y.inputs[:9], y.inputs[9:]
+        conv = v.base
+        if not conv_post.made(conv) or q.base is not conv or k.base is not conv:
+            return plain
+        old = node.inputs[0]
+        if any(user is not old for user in _readers(graph, old.inputs[2].base)):
+            return plain
+        x, filters, kept, *conv_where = conv.inputs
+        dims = {int(h.shape[2]) for h in (q, k, v)}
+        fits = len(dims) == 1 and dims <= {*_LAYER_DIMS} and int(filters.shape[1]) == _LAYER_TAPS
+        same = all(a is b for a, b in zip(conv_where, where, strict=True))
+        if not fits or not same or conv.attrs["head_dim"] not in dims:
+            return plain
+        named = zip(("q_at", "k_at", "v_at"), (q, k, v), strict=True)
+        places = {name: int(heads.layout.offset) for name, heads in named}
+        inputs = (x, filters, kept, alpha, beta, state, *where, *weights, w, gate)
+        return node_of(
+            delta_layer, inputs, node, **node.attrs, **y.attrs, **places,
+            l2_eps=conv.attrs["eps"], key_heads=int(q.shape[1]),
+        )  # fmt: skip
 
     return rewrite(graph, {gated_norm_pack: join})
+
+
+def _readers(graph: Graph, x: Tensor) -> list[Tensor]:
+    """The nodes that read x, or a view of it."""
+    found = []
+    for user in graph.users[x]:
+        views = any(op.made(user) for op in (reshape, slice_))
+        found += _readers(graph, user) if views else [user]
+    return found

@@ -14,7 +14,7 @@ import numpy as np
 
 import runtime.ops as ops
 from runtime.backends.passes.fuse_attention import qkv_post, sigmoid_gate_pack
-from runtime.backends.passes.fuse_delta import conv_post, delta_out, delta_step, gated_norm_pack
+from runtime.backends.passes.fuse_delta import conv_post, delta_layer, delta_step, gated_norm_pack
 from runtime.backends.passes.fuse_experts import linear_id_pair, linear_id_sum
 from runtime.backends.passes.fuse_ffn import (
     rms_norm_pack,
@@ -160,11 +160,23 @@ def _delta_step(
     return ops.gated_delta.reference(q, k, v, *gates, *where, **node.attrs)
 
 
-def _delta_out(node: Tensor, *inputs: Array) -> Array:
-    *step, w, gate = inputs
-    attrs = {name: node.attrs[name] for name in ("scale", "order")}
-    y = _delta_step(node.with_(attrs=attrs), *step)
-    return _gated_norm(node, y, w, gate)
+def _delta_layer(
+    node: Tensor, x: Array, filters: Array, kept: Array, alpha: Array, beta: Array, state: Array,
+    spans: Array, slot_in: Array, slot_out: Array, *weights: Array,
+) -> Array:  # fmt: skip
+    attrs, where, (*gates, w, gate) = node.attrs, (spans, slot_in, slot_out), weights
+    heads, dim = gate.shape[1:]
+    y = ops.silu.reference(ops.short_conv.reference(x, filters, kept, *where))
+
+    def part(name: str, count: int) -> Array:
+        return y[:, attrs[name] : attrs[name] + count * dim].reshape(len(y), count, dim)
+
+    q, k = (part(f"{n}_at", attrs["key_heads"]) for n in "qk")
+    q, k = (ops.l2_norm.reference(h, eps=attrs["l2_eps"]) for h in (q, k))
+    step = node.with_(attrs={name: attrs[name] for name in ("scale", "order")})
+    values = part("v_at", heads)
+    out = _delta_step(step, q, k, values, alpha, beta, state, *where, *gates)
+    return _gated_norm(node, out, w, gate)
 
 
 def _gated_norm(node: Tensor, y: Array, w: Array, gate: Array) -> Array:
@@ -211,7 +223,7 @@ _MEANINGS: dict[Op, Callable[..., Array]] = {
     swiglu_pack: _swiglu,
     sigmoid_gate_pack: lambda node, y, gate: _merged(y * ops.sigmoid.reference(gate)),
     gated_norm_pack: _gated_norm,
-    delta_out: _delta_out,
+    delta_layer: _delta_layer,
     pack_rows: lambda node, x, tiles: _gathered(x, tiles, node.attrs["divisor"]),
     swiglu_pack_rows: lambda node, g, u, tiles: _gathered(_swiglu(node, g, u), tiles),
     linear: _linear,

@@ -42,9 +42,9 @@ class Options(NamedTuple):
     packed: weight types the device has tiles for; those of others are widened to float32.
     max_head_dim: of a head that is normed, rotated and stored in one. activations: "int8" or
     "f32". wide: columns of the widest tile. split: BF16 weights take activations in bfloat16
-    pieces. pack_parts: of a row that several devices have in parts, each packs its own. delta_out:
-    tokens of a step up to which a recurrence has its gated norm behind it in one. few: kernels
-    find the rows of experts themselves, so none are gathered, and up to so many tokens the
+    pieces. pack_parts: of a row that several devices have in parts, each packs its own.
+    delta_layer: tokens of a step up to which convolution, recurrence and gated norm are one. few:
+    kernels find the rows of experts themselves, so none are gathered, and up to so many tokens the
     products of experts are fused; 0: rows are gathered into tiles.
     """
 
@@ -55,7 +55,7 @@ class Options(NamedTuple):
     fuse: bool = True
     split: bool = False
     pack_parts: bool = True
-    delta_out: int = 0
+    delta_layer: int = 0
     few: int = 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.backends.passes.fuse_attention import fuse_gate, fuse_qkv, fuse_rotation
 from runtime.backends.passes.fuse_collectives import write_gathered
-from runtime.backends.passes.fuse_delta import fuse_delta, fuse_delta_out, fuse_gated_norm
+from runtime.backends.passes.fuse_delta import fuse_delta, fuse_delta_layer, fuse_gated_norm
 from runtime.backends.passes.fuse_experts import fuse_experts
 from runtime.backends.passes.fuse_ffn import fuse_packs, fuse_router
 from runtime.backends.passes.fuse_sums import fuse_sums
@@ -16,7 +16,7 @@ from runtime.ops.tensor import Dim, Tensor
 
 # pass(graph, options) -> graph. The first is needed, the others only spare work.
 PASSES = (
-    pack_inputs, fuse_delta, fuse_sums, fuse_gate, fuse_gated_norm, fuse_delta_out, fuse_packs,
+    pack_inputs, fuse_delta, fuse_sums, fuse_gate, fuse_gated_norm, fuse_delta_layer, fuse_packs,
     fuse_qkv, fuse_rotation, fuse_experts, fuse_router, write_gathered,
 )  # fmt: skip
 

@@ -156,16 +156,19 @@ def recurrence(rows: int, columns: int, tokens: int) -> Recurrence:
             even, odd = fma(k[0], s[4 * j], even), fma(k[1], s[4 * j + 1], odd)
             even, odd = fma(k[2], s[4 * j + 2], even), fma(k[3], s[4 * j + 3], odd)
         error = fma(-decay, quarter_sum(even + odd), value) * beta
-        syncwarp()  # so that keys are read again: registers hold the state
+        syncwarp()  # here and below: so that few keys wait in registers, which hold the state
         even, odd = f32(0), f32(0)
-        for j in range(pieces):
-            k, q = shared_load4(keys, u32(at + 4 * j)), shared_load4(queries, u32(at + 4 * j))
-            s[4 * j] = fma(k[0], error, s[4 * j] * decay)
-            s[4 * j + 1] = fma(k[1], error, s[4 * j + 1] * decay)
-            s[4 * j + 2] = fma(k[2], error, s[4 * j + 2] * decay)
-            s[4 * j + 3] = fma(k[3], error, s[4 * j + 3] * decay)
-            even, odd = fma(q[0], s[4 * j], even), fma(q[1], s[4 * j + 1], odd)
-            even, odd = fma(q[2], s[4 * j + 2], even), fma(q[3], s[4 * j + 3], odd)
+        for half in range(2):
+            for n in range(pieces // 2):
+                j = half * (pieces // 2) + n
+                k, q = shared_load4(keys, u32(at + 4 * j)), shared_load4(queries, u32(at + 4 * j))
+                s[4 * j] = fma(k[0], error, s[4 * j] * decay)
+                s[4 * j + 1] = fma(k[1], error, s[4 * j + 1] * decay)
+                s[4 * j + 2] = fma(k[2], error, s[4 * j + 2] * decay)
+                s[4 * j + 3] = fma(k[3], error, s[4 * j + 3] * decay)
+                even, odd = fma(q[0], s[4 * j], even), fma(q[1], s[4 * j + 1], odd)
+                even, odd = fma(q[2], s[4 * j + 2], even), fma(q[3], s[4 * j + 3], odd)
+            syncwarp()
         return quarter_sum(even + odd)
 
     return Recurrence(rooms, load_state, store_state, fetch, stage, step)

@@ -84,15 +84,25 @@ def gated_delta(lowering: Lowering, node: Tensor) -> None:
     )  # fmt: skip
 
 
-@lowers("delta_out")
-def delta_out(lowering: Lowering, node: Tensor) -> None:
-    """The recurrence, then the gated norm of each head straight to int8."""
-    *inputs, w, gate = node.inputs
-    tokens, heads, dim = map(int, inputs[2].shape)
+@lowers("delta_layer")
+def delta_layer(lowering: Lowering, node: Tensor) -> None:
+    """All between the projections of a layer, for few tokens."""
+    x, filters, conv, alpha, beta, state, *where = node.inputs[:9]
+    *weights, w, gate = node.inputs[9:]
+    (tokens, heads, dim), attrs = map(int, gate.shape), node.attrs
+    places: dict[str, Any] = {name: attrs[name] for name in ("q_at", "k_at", "v_at")}
+    for name, source in (("x", x), ("alpha", alpha), ("beta", beta)):
+        places[name], _, _, places[f"{name}_stride"] = lowering.tokens(source)
+    places["a"], places["dt"] = (*map(lowering.read, weights), 0, 0)[:2]
+    sequences, key_heads = int(where[0].shape[0]), attrs["key_heads"]
     lowering.emit(
-        "delta_out", node, {"dim": dim}, **_recurrence(lowering, node, tuple(inputs)),
-        w=lowering.weight(w, "vector"), **gate_of(lowering, gate), eps=node.attrs["eps"],
-        **packed(lowering, node, tokens, heads * dim), grid=(heads, int(inputs[6].shape[0])),
+        "delta_layer", node, {"dim": dim}, **places, **_slots(lowering, state, *where),
+        filters=lowering.read(filters), conv=Out(lowering.state(conv), True),
+        w=lowering.weight(w, "vector"), **gate_of(lowering, gate), channels=int(filters.shape[0]),
+        tickets=lowering.tickets(node, sequences * key_heads), heads=heads, key_heads=key_heads,
+        tiled=attrs["order"] == "tiled", gates=len(weights), scale=attrs["scale"],
+        l2_eps=attrs["l2_eps"], eps=attrs["eps"], **packed(lowering, node, tokens, heads * dim),
+        grid=(heads, sequences),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from runtime.backends.passes.fuse_ffn import swiglu_pack
-from runtime.backends.passes.packing import Options, linear_id, node_of, only_user
+from runtime.backends.passes.packing import Options, linear, linear_id, node_of, only_user
 from runtime.ops.graph import Graph, rewrite
 from runtime.ops.matmul import matmul_id
 from runtime.ops.moe import expert_sum
@@ -52,7 +52,70 @@ def fuse_experts(graph: Graph, options: Options) -> Graph:
             bias=len(bias), every=y.attrs["every"],
         )  # fmt: skip
 
-    return rewrite(graph, {swiglu_pack: pair, expert_sum: total}) if options.few else graph
+    if not options.few:
+        return graph
+    return _join_shared(rewrite(graph, {swiglu_pack: pair, expert_sum: total}))
+
+
+def _join_shared(graph: Graph) -> Graph:
+    """A shared expert as one more choice of every token, where its weights are as the others'.
+
+    Its column stands behind those of the chosen; what opens it, one number a token, is computed
+    with it.
+    """
+
+    def join(node: Tensor, *inputs: Tensor) -> Tensor:
+        pair, w, _, ids, *_ = inputs
+        first = 5 + node.attrs["bias"]
+        names = node.attrs.get("terms", ())
+        old = dict(zip(names, node.inputs[first:], strict=True))
+        new = dict(zip(names, inputs[first:], strict=True))
+        fits = "shared" in new and linear_id_pair.made(pair) and only_user(graph, node.inputs[0])
+        network = _network(graph, old["shared"], new["shared"], pair, w) if fits else ()
+        opening = _opening(graph, old["gate"], new["gate"]) if "gate" in new else ()
+        if not network or (not opening and "gate" in new):
+            return node.with_(inputs=inputs)
+        *sides, down = network
+        extra = {"shared": 1, "opened": int(bool(opening))}
+        shape = (ids.shape[0], int(ids.shape[1]) + 1, pair.shape[-1])
+        attrs = {**pair.attrs, **extra, "shape": shape}
+        pair = node_of(linear_id_pair, (*pair.inputs, *sides, *opening), pair, **attrs)
+        kept = {name: new[name] for name in names if name == "residual"}
+        return node_of(
+            linear_id_sum, (pair, *inputs[1:first], down, *opening, *kept.values()), node,
+            **{**node.attrs, **extra, "terms": tuple(kept)},
+        )  # fmt: skip
+
+    return rewrite(graph, {linear_id_sum: join})
+
+
+def _network(
+    graph: Graph, old: Tensor, new: Tensor, pair: Tensor, w: Tensor
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gate, up and down of a shared expert that is as the chosen ones; () if it is not."""
+    if not (linear.made(new) and swiglu_pack.made(new.inputs[0]) and len(new.inputs) == 2):
+        return ()
+    gated, was = new.inputs[0], old.inputs[0]
+    sides = gated.inputs
+    if not all(
+        linear.made(s) and len(s.inputs) == 2 and s.inputs[0] is pair.inputs[0] for s in sides
+    ):
+        return ()
+    found = (*(side.inputs[1] for side in sides), new.inputs[1])
+    alike = zip(found, (pair.inputs[1], pair.inputs[1], w), strict=True)
+    same = all((a.shape, a.dtype) == (b.shape[1:], b.dtype) for a, b in alike)
+    plain = "alpha" not in gated.attrs and "alpha" not in pair.attrs
+    alone = all(only_user(graph, x) for x in (old, was, *was.inputs))
+    return found if same and plain and alone and pair.inputs[0].ndim == 2 else ()
+
+
+def _opening(graph: Graph, old: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+    """What is multiplied to a number for each token, a float row and a weight; () if not that."""
+    if not (linear.made(new) and len(new.inputs) == 2 and only_user(graph, old)):
+        return ()
+    x, w = new.inputs
+    floats = x.attrs["coding"] == "f32" and x.ndim == 2 and int(w.shape[1]) % 8 == 0
+    return (x, w) if floats and int(w.shape[0]) == 1 else ()
 
 
 def _few(y: Tensor, options: Options) -> bool:

@@ -195,25 +195,37 @@ def _expert_sum(node: Tensor, y: Array, weights: Array, *rest: Array) -> Array:
 
 
 def _linear_id_pair(
-    node: Tensor, x: Array, gate: Array, tiles: Array, ids: Array, up: Array, *bias: Array
+    node: Tensor, x: Array, gate: Array, tiles: Array, ids: Array, up: Array, *rest: Array
 ) -> Array:
-    """Both products as [T, used, n], gated; for the product of few tokens after it."""
+    """Both products as [T, used, n], gated; that of a shared expert behind those of a token."""
+    shared, opened = (node.attrs.get(name, 0) for name in ("shared", "opened"))
+    bias = rest[: len(rest) - 2 * shared - 2 * opened]
     of_gate, of_up = bias or ((), ())
-    shaped = node.with_(attrs={"every": node.attrs["every"]})
+    shaped = node.with_(shape=(*ids.shape, gate.shape[1]), attrs={"every": node.attrs["every"]})
     products = [
         _linear_id(shaped, x, w, tiles, ids, *([b] if len(b) else []))
         for w, b in ((gate, of_gate), (up, of_up))
     ]
-    return _swiglu(node, *products)
+    out = _swiglu(node, *products)
+    if not shared:
+        return out
+    joined = _swiglu(node, *(product(x, w) for w in rest[len(bias) : len(bias) + 2]))
+    return np.concatenate([out, joined[:, None]], 1)
 
 
 def _linear_id_sum(
     node: Tensor, x: Array, w: Array, tiles: Array, ids: Array, weights: Array, *rest: Array
 ) -> Array:
-    bias, terms = rest[: node.attrs["bias"]], rest[node.attrs["bias"] :]
+    bias, rest = rest[: node.attrs["bias"]], rest[node.attrs["bias"] :]
     shaped = node.with_(shape=(*ids.shape, w.shape[1]))
-    y = _linear_id(shaped, x, w, tiles, ids, *bias)
-    return _expert_sum(node, y, weights, ids, *terms)
+    used = int(ids.shape[1])
+    if not node.attrs.get("shared"):
+        return _expert_sum(node, _linear_id(shaped, x, w, tiles, ids, *bias), weights, ids, *rest)
+    y = _linear_id(shaped, x[:, :used], w, tiles, ids, *bias)
+    joined, rest = product(x[:, used], rest[0]), rest[1:]
+    if node.attrs["opened"]:
+        joined, rest = joined * ops.sigmoid.reference(product(*rest[:2])), rest[2:]
+    return sum(rest, start=ops.expert_sum.reference(y, weights, ids) + joined)
 
 
 # op -> (node, inputs as arrays) -> its result; states among the inputs are changed.

@@ -78,7 +78,7 @@ def build_expert_sum() -> Declared:
                 opening = f32(1)
                 if has_gate:
                     opening = sigmoid(load(gate, u32(row * gate_stride)))
-                total += load(shared, u32(row * shared_stride + i)) * opening
+                total = fma(load(shared, u32(row * shared_stride + i)), opening, total)
             if has_add:
                 total += load(add, u32(row * add_stride + i))
             store(out, u32(row * n + i), total)

@@ -7,7 +7,7 @@ from typing import Any
 from runtime.backends.cuda.kernels.experts import INNER
 from runtime.backends.cuda.kernels.experts_group import groups_of
 from runtime.backends.cuda.kernels.experts_rows import WARPS, rows_at_once
-from runtime.backends.cuda.layouts import FLOATS, PIECE, cut, float_lanes, packed_type, parts
+from runtime.backends.cuda.layouts import FLOATS, PIECE, UNIT, cut, float_lanes, packed_type, parts
 from runtime.backends.cuda.products import row_arguments
 from runtime.backends.cuda.rules.matmul import packed
 from runtime.backends.cuda.rules.norm_tail import NONE
@@ -66,7 +66,8 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
     if int(ids.shape[0]) <= FEW:  # each choice as if it were a token
         lowering.emit(
             "expert_total", node, {"format": format}, **common, **_terms(lowering, {}), rows=rows,
-            k=1, shares=0, has_shares=0, **_choices(lowering, ids), **_row_arguments(format, inner),
+            k=1, ranks=1, joined=0, shares=0, has_shares=0, **_choices(lowering, ids),
+            **_row_arguments(format, inner),
             grid=(_row_blocks(rows, format, cut(inner).lanes), ids.size),
         )  # fmt: skip
         return
@@ -80,20 +81,31 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
 
 @lowers("linear_id_pair")
 def linear_id_pair(lowering: Lowering, node: Tensor) -> None:
-    """Gate and up of each choice, gated and packed, in one launch."""
-    x, gate, _, ids, up, *bias = node.inputs
+    """Gate and up of each choice, and of a shared expert, gated and packed, in one launch."""
+    x, gate, _, ids, up, *rest = node.inputs
+    shared, opened = node.attrs.get("shared", 0), node.attrs.get("opened", 0)
+    bias = rest[: len(rest) - 2 * shared - 2 * opened]
+    joined = [lowering.weight(w, "repacked") for w in rest[len(bias) :][: 2 * shared]] or [0, 0]
+    floats, opener = rest[-2:] if opened else (None, None)
     rows, inner, format = int(gate.shape[1]), int(gate.shape[2]), packed_type(gate.dtype)
-    how = packed(lowering, node, ids.size, rows)
+    k, tokens = int(ids.shape[1]), int(ids.shape[0])
+    how = packed(lowering, node, tokens * (k + shared), rows)
+    opening = lowering.room(node, "opening", 4 * tokens)
+    lowering.router_results[node] = {"opening": opening.ref.buffer}
     lowering.emit(
         "expert_pair", node, {"format": format}, x=Ref(lowering.result(x)), out=how["out"],
         gate=lowering.weight(gate, "repacked"), up=lowering.weight(up, "repacked"),
         gate_bias=lowering.weight(bias[0], "vector") if bias else 0,
         up_bias=lowering.weight(bias[1], "vector") if bias else 0, has_bias=int(bool(bias)),
-        rows=rows, every=node.attrs["every"], out_stretches=how["stretches"],
-        out_length=how["length"], clamp=int("alpha" in node.attrs),
-        alpha=node.attrs.get("alpha", 0), limit=node.attrs.get("limit", 0),
-        **_choices(lowering, ids), **_row_arguments(format, inner),
-        grid=(cut(rows).places, ids.size),
+        shared_gate=joined[0], shared_up=joined[1], opened=opened,
+        floats=Ref(lowering.result(floats)) if floats is not None else 0,
+        opener=lowering.weight(opener, "vector") if opener is not None else 0,
+        opening=opening if opened else 0, float_shift=float_lanes(inner).bit_length() - 1,
+        units=inner // UNIT, k=k, ranks=k + shared, rows=rows, every=node.attrs["every"],
+        out_stretches=how["stretches"], out_length=how["length"],
+        clamp=int("alpha" in node.attrs), alpha=node.attrs.get("alpha", 0),
+        limit=node.attrs.get("limit", 0), ids=lowering.read(ids), live=lowering.live(ids),
+        **_row_arguments(format, inner), grid=(cut(rows).places, tokens * (k + shared)),
     )  # fmt: skip
     assert INNER == 32, "a block of threads packs one block"
 
@@ -103,14 +115,20 @@ def linear_id_sum(lowering: Lowering, node: Tensor) -> None:
     """The last product of each choice, summed by weight with what follows, in one launch."""
     x, w, _, ids, shares, *rest = node.inputs
     rows, inner, format = int(w.shape[1]), int(w.shape[2]), packed_type(w.dtype)
+    shared, opened = node.attrs.get("shared", 0), node.attrs.get("opened", 0)
     bias, others = rest[: node.attrs["bias"]], rest[node.attrs["bias"] :]
-    terms = dict(zip(node.attrs.get("terms", ()), others, strict=True))
+    names, k = node.attrs.get("terms", ()), int(ids.shape[1])
+    terms = _terms(lowering, dict(zip(names, others[len(others) - len(names) :], strict=True)))
+    if opened:
+        opening = lowering.router_results[x]["opening"]
+        terms |= {"opening": Ref(opening), "opening_stride": 1, "has_opening": 1}
     lowering.emit(
         "expert_total", node, {"format": format}, weights=lowering.weight(w, "repacked"),
+        joined=lowering.weight(others[0], "repacked") if shared else 0, ranks=k + shared,
         x=Ref(lowering.result(x)), ids=lowering.read(ids), shares=lowering.read(shares),
         has_shares=1, bias=lowering.weight(bias[0], "vector") if bias else 0, has_bias=len(bias),
-        out=lowering.write(node), live=lowering.live(ids), rows=rows, k=int(ids.shape[1]),
-        every=node.attrs["every"], **_terms(lowering, terms), **_row_arguments(format, inner),
+        out=lowering.write(node), live=lowering.live(ids), rows=rows, k=k,
+        every=node.attrs["every"], **terms, **_row_arguments(format, inner),
         grid=(_row_blocks(rows, format, cut(inner).lanes), int(ids.shape[0])),
     )  # fmt: skip
 

@@ -104,6 +104,7 @@ def main(
     path = out or (None if dry else DATA / f"{_slug(report)}-{report['date']}.json")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        pictures(report, path)
         path.write_text(json.dumps(report, indent=1) + "\n")
         click.echo(f"written to {path}")
     sys.exit(any("error" in found for found in report["parts"].values()))
@@ -198,9 +199,21 @@ def show(report: dict[str, Any]) -> None:
         if "error" in part:
             click.echo(f"  ERROR {part['error']}")
         for row in part["rows"]:
-            others = (f"{k} {_text(v)}" for k, v in row.items() if k not in ("name", "right"))
+            others = (
+                f"{k} {_text(v)}" for k, v in row.items() if k not in ("name", "right", "svg")
+            )
             mark = "" if row.get("right", True) else "  WRONG"
             click.echo(f"  {row['name']}: {', '.join(others)}{mark}")
+
+
+def pictures(report: dict[str, Any], path: Path) -> None:
+    """Write each picture of a row beside the report, which then has its name."""
+    for part in report["parts"].values():
+        for row in part["rows"]:
+            if row.get("svg"):
+                file = path.with_name(f"{path.stem}-{_slug_of(row['name'])}.svg")
+                file.write_text(row["svg"], encoding="utf-8")
+                row["svg"] = file.name
 
 
 def _text(value: Any) -> str:
@@ -214,9 +227,12 @@ def _text(value: Any) -> str:
 def _slug(report: dict[str, Any]) -> str:
     """The GPU's name as a file's."""
     with contextlib.suppress(KeyError, IndexError):
-        name = report["parts"]["machine"]["rows"][0]["gpu"]
-        return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return _slug_of(report["parts"]["machine"]["rows"][0]["gpu"])
     return "gpu"
+
+
+def _slug_of(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from gpu_check_setup import ROOT, Check, Row
 from runtime import traffic
 from runtime.backends.base import Choice
 from runtime.backends.cuda.peaks import peaks
+from runtime.cli.bench_timeline import step
+from runtime.report.timeline_svg import picture
 from runtime.session import Session
 
 _DECODED, _WINDOW = 160, 8  # tokens, and those that one time is taken of
@@ -44,7 +46,7 @@ _DRY = Model("qwen3-0.6b", "Q4_0", 1)
 def speed(check: Check) -> Iterator[Row]:
     """A row for each model."""
     for model in (_DRY,) if check.dry else MODELS:
-        path = check.scratch / "model.gguf"
+        path = check.scratch / f"{model.preset}-{model.type}.gguf"
         begun = time.monotonic()
         make(model, path, check.dry)
         row = {"name": f"{model.preset} {model.type}, {model.layers} layers"}
@@ -74,6 +76,7 @@ def _measured(check: Check, path: Path) -> Row:
         moved = traffic.of_file(model.file, model.kv_types, 64)
         with model.session() as session:
             row |= _decoding(check, session, moved.nbytes, best.copy)
+        row |= _timeline(model, path)
         with model.session() as session:
             row |= _prompt(check, session, moved.macs, best)
         row |= {"used_gb": (total - free) / 1e9}
@@ -81,6 +84,16 @@ def _measured(check: Check, path: Path) -> Row:
             each = _eager(check, session)
         row |= {"eager_ms": 1e3 * each, "replay_over_eager": each / (row["ms"] / 1e3)}
     return row
+
+
+def _timeline(model: Any, path: Path) -> Row:
+    """A decode step's launches: what lies between them as they are replayed, and a picture."""
+    found = step(model)
+    title = f"{path.name} on {model.backend.name}"
+    return {
+        "busy_us": 1e6 * found.busy, "replayed_us": 1e6 * found.replayed,
+        "gap_us": 1e6 * found.gap, "svg": picture(found, title),
+    }  # fmt: skip
 
 
 def _eager(check: Check, session: Session) -> float:

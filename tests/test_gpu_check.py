@@ -129,6 +129,14 @@ def test_the_command_prints_and_saves(
     assert gpu_check._slug(report) == "fake-h100"
 
 
+def test_pictures_lie_beside_the_report(tmp_path: Path):
+    report = {"parts": {"speed": {"rows": [{"name": "Llama 8B, Q4", "svg": "<svg/>"}, {}]}}}
+    report["parts"]["speed"]["rows"][1]["name"] = "none"
+    gpu_check.pictures(report, tmp_path / "h100.json")
+    assert report["parts"]["speed"]["rows"][0]["svg"] == "h100-llama-8b-q4.svg"
+    assert (tmp_path / "h100-llama-8b-q4.svg").read_text() == "<svg/>"
+
+
 def test_the_command_fails_with_its_parts(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     bad = report | {"parts": report["parts"] | {"golden": {"rows": [], "error": "x", "took_s": 1}}}
     monkeypatch.setattr(gpu_check, "run", lambda *_: bad)

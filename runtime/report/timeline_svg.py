@@ -38,7 +38,7 @@ def picture(timeline: Any, title: str) -> str:
         for n, x, width in _pieces(bar.start, bar.seconds, span):
             y, colour = top + n * _ROW, colours.get(bar.kernel, _OTHER)
             drawing.parts.append(_bar(x, y, width, colour, bar))
-    drawing.width = max(drawing.width, MARGIN + _WIDTH)
+    drawing.width = max(drawing.width, MARGIN + _WIDTH + 40)  # and a line's end
     _legend(drawing, top + lines * _ROW + 20, kernels, colours, timeline.busy)
     return drawing.svg()
 

@@ -47,13 +47,14 @@ def _expected(row: np.ndarray, choice: Choice) -> tuple[int, float]:
 @pytest.mark.parametrize("columns", [3, 70, 1500, PART + 40])
 def test_tokens_are_those_of_the_host(rng, columns: int):
     """With every filter and without, and as much room behind the columns as there may be."""
-    logits = (4 * rng.standard_normal((3, columns + 5))).astype(np.float32)
+    logits = (4 * rng.standard_normal((4, columns + 5))).astype(np.float32)
     logits[:, columns:] = np.nan
     top_k = min(8, columns)
     choices = [
         Choice(columns, 0.8, top_k, 0.9, 0.05, float(rng.random(dtype=np.float32))),
         Choice(columns, 3.0, top_k, 1.0, 0.0, 0.9),
         Choice(columns, 0.0, top_k, 0.5, 0.1, 0.7),
+        Choice(columns, 9.0, top_k, 1.0, 0.2, 0.97),
     ]
     for row, choice, token in zip(logits, choices, _drawn(logits, choices), strict=True):
         wanted, far = _expected(row, choice)
@@ -87,3 +88,22 @@ def test_the_most_candidates():
     logits = np.linspace(1, 0, 200, dtype=np.float32)[None].repeat(2, 0)
     choices = [Choice(200, 1e6, MOST, 1.0, 0.0, 0.9999), Choice(200, 1.0, MOST, 0.0, 0.0, 0.9999)]
     np.testing.assert_array_equal(_drawn(logits, choices), [MOST - 1, 0])
+
+
+@pytest.mark.parametrize("chance", [0.1, 0.5, 0.97])
+def test_parts_beyond_the_lanes_of_a_warp(rng, chance: float):
+    """Candidates of 40 parts, as the first launch leaves them; many are equal."""
+    parts, k = 40, 6
+    logits = rng.integers(0, 12, (parts, k)).astype(np.float32)
+    logits = -np.sort(-logits, axis=1)
+    keys, ids = np.zeros((1, parts, MOST), np.int32), np.zeros((1, parts, MOST), np.uint32)
+    keys[0, :, :k] = logits.view(np.int32)
+    ids[0, :, :k] = np.arange(parts * k).reshape(parts, k)
+    choice = Choice(parts * k, 2.0, k, 1.0, 0.0, chance)
+    numbers = [np.array([n], np.float32) for n in (2.0, 1.0, 0.0, chance)]
+    chosen, tokens = np.full((2, 1), -9, np.int32)
+    rest = numbers[0], np.array([k], np.int32), *numbers[1:], chosen, tokens, parts
+    simulate("sample_merge", 1, keys, ids, *rest)
+    wanted, far = _expected(logits.reshape(-1), choice)
+    assert far > 1e-5
+    assert chosen[0] == wanted

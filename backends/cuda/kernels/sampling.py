@@ -107,10 +107,9 @@ def _merge(lists: int) -> Callable:
             key, index = i32(NOTHING), u32(NOWHERE)
             for j in range(each):
                 end = u32(base + (32 * j + lane) * MOST + k)
-                if u32(32 * j + lane) < count and at[j] < end:
-                    here, other = keys[at[j]], ids[at[j]]
-                    if here > key or (here == key and other < index):
-                        key, index = here, other
+                # of equals the first list has the lower ids
+                if u32(32 * j + lane) < count and at[j] < end and keys[at[j]] > key:
+                    key, index = keys[at[j]], ids[at[j]]
             best, found = best_of_warp(key, index)
             for j in range(each):
                 end = u32(base + (32 * j + lane) * MOST + k)

@@ -90,7 +90,7 @@ def test_the_most_candidates():
     np.testing.assert_array_equal(_drawn(logits, choices), [MOST - 1, 0])
 
 
-@pytest.mark.parametrize("chance", [0.1, 0.5, 0.97])
+@pytest.mark.parametrize("chance", [0.1, 0.55, 0.97])
 def test_parts_beyond_the_lanes_of_a_warp(rng, chance: float):
     """Candidates of 40 parts, as the first launch leaves them; many are equal."""
     parts, k = 40, 6

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
 from . import sass
@@ -56,11 +57,12 @@ def warps(compiled: Compiled) -> int:
     return min(64, _REGISTERS // (per_warp * per_block) * per_block)
 
 
-def table(kernels: Library) -> list[str]:
-    """Lines of a Markdown table of every kernel, compiling what is missing."""
-    kernels.prepare(KERNELS.every())
+def table(kernels: Library, listed: list[Kernel] | None = None) -> list[str]:
+    """Lines of a Markdown table of kernels, by default of all, compiling what is missing."""
+    listed = KERNELS.every() if listed is None else listed
+    kernels.prepare(listed)
     lines = [" | ".join(["", *_HEAD, ""]).strip(), "| --- " + "| ---: " * (len(_HEAD) - 1) + "|"]
-    for kernel in KERNELS.every():
+    for kernel in listed:
         found = kernels.get(kernel)
         f = figures(found)
         loop = (

@@ -7,25 +7,32 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_calls import simulate, unset
+from cuda_models import fake_cuda
 from numpy_grid import launch as at_once
+from stored_tensors import Stored, file_of
+from tile_calls import random_rows
 
 from runtime import ops
 from runtime.backends.cuda.catalogue import declared
 from runtime.backends.cuda.kv_layout import TYPES, group_pieces
 from runtime.backends.cuda.pages import from_plain, page_nbytes, to_plain
+from runtime.backends.passes.rotate_cache import rotate_cache
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops import cost
 from runtime.ops.attention import attention as attention_op
+from runtime.ops.dtypes import DTYPES, F32, I32
 from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 from runtime.ops.norm import rms_norm
+from runtime.ops.quants import dequantize
 from runtime.ops.rope import rope
 from runtime.ops.rotation import hadamard
 
+Q8_0 = DTYPES["q8_0"]
 MOST = 1e-9  # squared error over the squares, of caches of all types
 
 
 def _leaf(kv: str, which: str, pages: int, heads: int, dim: int) -> ops.Tensor:
-    return ops.state("cache", (pages, PAGE, heads, dim), kv_format(kv).dtype, which)
+    return ops.state(f"pages.{which}", (pages, PAGE, heads, dim), kv_format(kv).dtype, which)
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -68,10 +75,12 @@ def _attend(
     kernel = Kernel.of("attention", slots=slots, f16=cache.kinds == ("f16", "f16"))
     arguments = (
         q, *cache.pages, cache.table, tiles, np.array(places, np.int32),
-        np.zeros(1, np.float32) if sinks is None else sinks, out, partial, stats, tickets,
+        np.zeros(1, np.float32) if sinks is None else sinks, unset(1), out,
+        np.zeros(1, np.uint32), partial, stats, tickets,
         heads * k_dim, k_dim, heads * v_dim, cache.table.shape[1], cache.heads, group, parts, k_dim,
         v_dim, *types, *map(group_pieces, cache.kinds), split_pages, k_dim**-0.5 * per_bit,
         softcap * per_bit, window, int(sinks is not None), rotation,
+        0, 0, 0, 0, 0,
     )  # fmt: skip
     grid = splits, rows, len(tiles)
     if simulated:
@@ -266,3 +275,47 @@ def test_heads_are_normed_turned_rotated_and_kept(
         wanted = kv_format(kv).rounded(x.astype(np.float32))
         assert _error(found, wanted) < 1e-6, "a value on an edge may fall to the other side"
         assert (found != wanted).mean() < 0.2 or kv in ("f32", "bf16", "f16")
+
+
+def _layer(gated: bool, kv: str) -> tuple[ops.Graph, dict[str, Any]]:
+    """Attention between cache and output projection, the state it needs and its weights."""
+    heads, kv_heads, dim, tokens, rows = 3, 1, 64, ops.Dim("tokens", 4), 32
+    q = ops.step_input("q", (tokens, heads, dim), F32)
+    k, v = (ops.step_input(name, (tokens, kv_heads, dim), F32) for name in "kv")
+    slots, places, sequences = (
+        ops.step_input(name, (tokens,), I32) for name in ("kv_slots", "places", "sequences")
+    )
+    table = ops.step_input("table", (1, 2), I32)
+    leaves = [_leaf(kv, which, 2, kv_heads, dim) for which in "kv"]
+    pages = [
+        ops.kv_write(x, leaf, slots, which=which, kv=kv)
+        for x, leaf, which in zip((k, v), leaves, "kv", strict=True)
+    ]
+    y = ops.attention(q, *pages, table, sequences, places, scale=dim**-0.5)
+    if gated:
+        y = ops.mul(y, ops.sigmoid(ops.step_input("gate", (tokens, heads, dim), F32)))
+    raw = random_rows("Q8_0", rows, heads * dim)
+    stored = Stored(dequantize(raw.reshape(-1), Q8_0, (rows, heads * dim)), raw, Q8_0)
+    out = ops.matmul(ops.merge_heads(y), ops.weight("out", (rows, heads * dim), Q8_0))
+    return rotate_cache(ops.Graph((out,))), {"out": stored}
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gate_and_packing_have_the_bits_of_plain_ops(rng, gated: bool, kv: str):
+    graph, tensors = _layer(gated, kv)
+    inputs = {name: _query(rng, 3, n, 64) for name, n in (("q", 3), ("k", 1), ("v", 1))}
+    inputs |= {"gate": _query(rng, 3, 3, 64)} if gated else {}
+    numbers = np.arange(30, 33, dtype=np.int32)
+    inputs |= {"kv_slots": numbers, "places": numbers, "sequences": np.zeros(3, np.int32)}
+    inputs |= {"table": np.arange(2, dtype=np.int32)[None]}
+    found = []
+    for fuse in (True, False):
+        simulated = fuse and gated and kv == "q8_0"
+        backend = fake_cuda(file_of(tensors), quick=not simulated, fuse=fuse)
+        program = backend.program(graph)
+        kernels = [launch.kernel.name for launch in program.launches]
+        assert not fuse or kernels == ["qkv_post", "attention", "matvec"]
+        found.append(program.run(inputs, {"tokens": 3})[0].copy())
+        backend.close()
+    np.testing.assert_array_equal(*found)

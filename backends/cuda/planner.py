@@ -27,7 +27,7 @@ def options(activations: str = "int8", fuse: bool = True) -> Options:
     """
     return Options(
         frozenset(FORMATS), MAX_HEAD_DIM, activations, fuse=fuse, pack_parts=False,
-        delta_layer=DELTA_LAYER, few=FEW,
+        delta_layer=DELTA_LAYER, few=FEW, attention_pack=True,
     )  # fmt: skip
 
 

@@ -24,10 +24,9 @@ from runtime.backends.cuda.inputs import Inputs
 from runtime.backends.cuda.launcher import Device, Launch, Stream
 from runtime.backends.cuda.outputs import Output
 from runtime.backends.cuda.stores import Store
-from runtime.backends.cuda.tiles import attention_tiles, tile_rows, tiles_name
+from runtime.backends.cuda.tiles import attends, attention_tiles, tile_rows, tiles_name
 from runtime.backends.cuda.timeline import Timeline, timeline
 from runtime.backends.plan.plan import Argument, Call, Plan, Ref
-from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
 
 
@@ -47,7 +46,7 @@ class Program:
         self._peers = peers
         self.plan, self._stream, self._arena, self._store = plan, stream, arena, store
         self._nothing, self._gaps, self._device = nothing, gaps, device
-        nodes = [c.node for c in plan.calls() if attention.made(c.node)]
+        nodes = [c.node for c in plan.calls() if attends(c.node)]
         self._tiles = {tiles_name(node): tile_rows(node) for node in nodes}
         self._sequences = nodes[0].inputs[4].name if nodes else ""
         tiles = int(nodes[0].shape[0]) if nodes else 1

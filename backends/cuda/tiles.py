@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from runtime.backends.cuda.kernels.attention_scores import ROWS
+from runtime.backends.passes.fuse_attention import attention_pack
+from runtime.ops.attention import attention
 from runtime.ops.tensor import Tensor
+
+
+def attends(node: Tensor) -> bool:
+    """Whether it is attention, of which the first inputs are the same in all forms."""
+    return attention.made(node) or attention_pack.made(node)
 
 
 def tile_rows(node: Tensor) -> int:

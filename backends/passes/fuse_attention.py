@@ -17,6 +17,9 @@ from runtime.ops.views import reshape
 
 qkv_post = fused("qkv_post", kind=Kind.STATEFUL, picks={3: 5, 4: 5}, writes=(3, 4))
 sigmoid_gate_pack = fused("sigmoid_gate_pack", kind=Kind.ROWWISE)
+attention_pack = fused(
+    "attention_pack", kind=Kind.STATEFUL, picks={1: 3, 2: 3}, reads=(1, 2), flops=attention.flops
+)  # inputs of attention, then perhaps (`gated`) the output gate
 
 
 class _Head(NamedTuple):
@@ -116,3 +119,20 @@ def fuse_gate(graph: Graph, options: Options) -> Graph:
         return node_of(sigmoid_gate_pack, gated, node, **node.attrs)
 
     return rewrite(graph, {pack: gate})
+
+
+def fuse_attention_pack(graph: Graph, options: Options) -> Graph:
+    """The output gate of attention and the packing of its heads by attention itself."""
+
+    def join(node: Tensor, y: Tensor, *gate: Tensor) -> Tensor:
+        heads, whole = node.inputs[0], y
+        if not gate and reshape.made(y) and y.ndim == 2 and only_user(graph, heads):
+            heads, whole = heads.inputs[0], y.inputs[0]
+        fits = attention.made(whole) and whole.ndim == 3 and whole.shape[2] % 32 == 0
+        alone = fits and only_user(graph, heads) and node.attrs["coding"] == "int8"
+        if not options.attention_pack or not alone:
+            return node.with_(inputs=(y, *gate))
+        attrs = {**whole.attrs, **node.attrs, "gated": bool(gate)}
+        return node_of(attention_pack, (*whole.inputs, *gate), node, **attrs)
+
+    return rewrite(graph, {pack: join, sigmoid_gate_pack: join})

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 import runtime.ops as ops
-from runtime.backends.passes.fuse_attention import qkv_post, sigmoid_gate_pack
+from runtime.backends.passes.fuse_attention import attention_pack, qkv_post, sigmoid_gate_pack
 from runtime.backends.passes.fuse_delta import conv_post, delta_layer, delta_step, gated_norm_pack
 from runtime.backends.passes.fuse_experts import linear_id_pair, linear_id_sum
 from runtime.backends.passes.fuse_ffn import (
@@ -142,6 +142,15 @@ def _qkv_post(
     return turned(q, "q_norm")
 
 
+def _attention_pack(node: Tensor, *inputs: Array) -> Array:
+    names = ("scale", "window", "softcap", "rotation")
+    attrs = {name: node.attrs[name] for name in names if name in node.attrs}
+    if not node.attrs["gated"]:
+        return _merged(ops.attention.reference(*inputs, **attrs))
+    *inner, gate = inputs
+    return _merged(ops.attention.reference(*inner, **attrs) * ops.sigmoid.reference(gate))
+
+
 def _conv_post(node: Tensor, x: Array, w: Array, *where: Array) -> Array:
     out = ops.silu.reference(ops.short_conv.reference(x, w, *where))
     first, end = node.attrs["normed"]
@@ -235,6 +244,7 @@ _MEANINGS: dict[Op, Callable[..., Array]] = {
     swiglu_pack: _swiglu,
     sigmoid_gate_pack: lambda node, y, gate: _merged(y * ops.sigmoid.reference(gate)),
     gated_norm_pack: _gated_norm,
+    attention_pack: _attention_pack,
     delta_layer: _delta_layer,
     pack_rows: lambda node, x, tiles: _gathered(x, tiles, node.attrs["divisor"]),
     swiglu_pack_rows: lambda node, g, u, tiles: _gathered(_swiglu(node, g, u), tiles),

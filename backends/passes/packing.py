@@ -45,7 +45,8 @@ class Options(NamedTuple):
     pieces. pack_parts: of a row that several devices have in parts, each packs its own.
     delta_layer: tokens of a step up to which convolution, recurrence and gated norm are one. few:
     kernels find the rows of experts themselves, so none are gathered, and up to so many tokens the
-    products of experts are fused; 0: rows are gathered into tiles.
+    products of experts are fused; 0: rows are gathered into tiles. attention_pack: attention
+    gates and packs its result itself.
     """
 
     packed: frozenset[str]
@@ -57,6 +58,7 @@ class Options(NamedTuple):
     pack_parts: bool = True
     delta_layer: int = 0
     few: int = 0
+    attention_pack: bool = False
 
 
 def coding_of(weights: DType, n: int, options: Options) -> str:

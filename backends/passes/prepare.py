@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from runtime.backends.passes.fuse_attention import fuse_gate, fuse_qkv, fuse_rotation
+from runtime.backends.passes.fuse_attention import (
+    fuse_attention_pack,
+    fuse_gate,
+    fuse_qkv,
+    fuse_rotation,
+)  # fmt: skip
 from runtime.backends.passes.fuse_collectives import write_gathered
 from runtime.backends.passes.fuse_delta import fuse_delta, fuse_delta_layer, fuse_gated_norm
 from runtime.backends.passes.fuse_experts import fuse_experts
@@ -17,7 +22,7 @@ from runtime.ops.tensor import Dim, Tensor
 # pass(graph, options) -> graph. The first is needed, the others only spare work.
 PASSES = (
     pack_inputs, fuse_delta, fuse_sums, fuse_gate, fuse_gated_norm, fuse_delta_layer, fuse_packs,
-    fuse_qkv, fuse_rotation, fuse_experts, fuse_router, write_gathered,
+    fuse_qkv, fuse_rotation, fuse_attention_pack, fuse_experts, fuse_router, write_gathered,
 )  # fmt: skip
 
 

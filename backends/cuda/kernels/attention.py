@@ -181,7 +181,8 @@ def build_attention(slots: int, f16: bool) -> Declared:
     `split_pages` pages; of more than one in the grid each leaves partial f32 [tile, KV head x part,
     split, 128 slots x 16] and stats [.., 16, 2], and counts in tickets u32 [tile, KV head x part].
     factor = scale / ln 2; softcap > 0: in that unit; window > 0: only the last `window` places.
-    rotation: `ops.attention`.
+    rotation: `ops.attention`. Where `stretches` is not 0, the result goes to `packed` as int8
+    activations, times sigmoid(gate) where `has_gate`: gate f32 [tokens, heads, v_dim] of strides.
     """
     values_room, acc_room = registers("f32", 16 * slots), registers("f32", 16 * slots)
     stage, words_of, sums_of = query_stager(8)
@@ -189,19 +190,21 @@ def build_attention(slots: int, f16: bool) -> Declared:
     size = 16 * slots
 
     @entry(
-        "q:f32* k:u32* v:u32* block_table:u32* tiles:u32* places:i32* sinks:f32* out:f32* "
-        "partial:f32* stats:f32* tickets:u32* q_stride:u32 q_head_stride:u32 out_stride:u32 "
+        "q:f32* k:u32* v:u32* block_table:u32* tiles:u32* places:i32* sinks:f32* gate:f32* "
+        "out:f32* packed:u32* partial:f32* stats:f32* tickets:u32* "
+        "q_stride:u32 q_head_stride:u32 out_stride:u32 "
         "block_table_stride:u32 kv_heads:u32 group:u32 parts:u32 k_dim:u32 v_dim:u32 k_type:u32 "
         "v_type:u32 k_pieces:u32 v_pieces:u32 split_pages:u32 factor:f32 softcap:f32 window:i32 "
-        "has_sinks:u32 rotation:u32",
+        "has_sinks:u32 rotation:u32 gate_stride:u32 gate_head_stride:u32 has_gate:u32 "
+        "stretches:u32 length:u32",
         threads=THREADS,
-        min_blocks=3,
+        min_blocks=3 if f16 and slots == 1 else 2,
     )
     def attention(
-        q, k, v, block_table, tiles, places, sinks, out, partial, stats, tickets, q_stride,
-        q_head_stride, out_stride, block_table_stride, kv_heads, group, parts, k_dim, v_dim,
-        k_type, v_type, k_pieces, v_pieces, split_pages, factor, softcap, window, has_sinks,
-        rotation,
+        q, k, v, block_table, tiles, places, sinks, gate, out, packed, partial, stats, tickets,
+        q_stride, q_head_stride, out_stride, block_table_stride, kv_heads, group, parts, k_dim,
+        v_dim, k_type, v_type, k_pieces, v_pieces, split_pages, factor, softcap, window, has_sinks,
+        rotation, gate_stride, gate_head_stride, has_gate, stretches, length,
     ):  # fmt: skip
         launch_next()
         values, acc = values_room(), acc_room()
@@ -262,8 +265,9 @@ def build_attention(slots: int, f16: bool) -> Declared:
                         split = u32(split + 1)
                 if final:
                     finish(
-                        values, low, high, out, tile, part, kv_head, group, out_stride, v_dim,
-                        rotation,
+                        values, low, high, out, gate, packed, tile, part, kv_head, group,
+                        out_stride, v_dim, rotation, gate_stride, gate_head_stride, has_gate,
+                        stretches, length,
                     )  # fmt: skip
 
     return attention

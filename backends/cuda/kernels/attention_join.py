@@ -18,15 +18,19 @@ from runtime.backends.cuda.intrinsics import (
     load4,
     registers,
     shared,
+    shared_load4,
     store,
     store2,
     store4,
     syncthreads,
+    syncwarp,
     thread_x,
     u32,
 )  # fmt: skip
 
 from .attention_scores import ROWS, WARPS, finite, row_of
+from .norm_gate import pack_rest, sigmoid_times
+from .pack import pack_values
 from .rotation import rotating
 
 THREADS = 32 * WARPS
@@ -68,13 +72,46 @@ def fetch(acc, size, partial, stats, cell):
     return load2(stats, row), load2(stats, u32(row + 8))
 
 
+def packer(slots: int) -> Callable:
+    """A function: a row of heads in shared memory, gated where `has_gate`, to packed activations.
+
+    n: values of a column. By a warp; the row of the first head of all ends the column.
+    """
+    dims = 128 * slots
+
+    def pack(
+        rows, row, gate, packed, token, head, live, dim, n, gate_stride, gate_head_stride,
+        has_gate, stretches, length,
+    ):  # fmt: skip
+        lane = u32(thread_x() & 31)
+        for i in range(slots):
+            d = u32(128 * i + 4 * lane)
+            there = live and d < dim
+            v = shared_load4(rows, u32(u32(row * dims + d) >> 2))
+            if has_gate and there:
+                at = u32(u32(token * gate_stride) + u32(head * gate_head_stride) + d)
+                v = sigmoid_times(load4(gate, u32(at >> 2)), v)
+            place = u32(u32(head * dim + d) >> 2)
+            pack_values(v, packed, token, place, stretches, length, there)
+        if live and head == 0:
+            pack_rest(packed, token, u32(n >> 5), stretches, length, lane)
+
+    return pack
+
+
 def finisher(slots: int) -> Callable:
-    """A function: the joined values of a tile, rotated back where `rotation` is not 0, to out."""
+    """A function: the joined values of a tile, rotated back where `rotation` is not 0.
+
+    To out, or where `stretches` is not 0 gated and packed.
+    """
     dims = 128 * slots
     room, held = shared("f32", ROWS * dims), registers("f32", dims // 32)
-    rotate = rotating(4 * slots)
+    rotate, pack = rotating(4 * slots), packer(slots)
 
-    def finish(values, low, high, out, tile, part, kv_head, group, out_stride, dim, rotation):
+    def finish(
+        values, low, high, out, gate, packed, tile, part, kv_head, group, out_stride, dim, rotation,
+        gate_stride, gate_head_stride, has_gate, stretches, length,
+    ):  # fmt: skip
         rows, heads = room(), held()
         warp, lane = u32(thread_x() >> 5), u32(thread_x() & 31)
         low_factor, high_factor = divide(f32(1), low[1]), divide(f32(1), high[1])
@@ -86,14 +123,25 @@ def finisher(slots: int) -> Callable:
         row = warp
         while row < ROWS:
             token, head, live = row_of(row, tile, part, group)
+            head = u32(kv_head * group + head)
+            first = u32(row * dims + lane)
             for k in range(4 * slots):
-                heads[k] = rows[u32(row * dims + 32 * k + lane)]
+                heads[k] = rows[u32(first + 32 * k)]
             if rotation != 0:
                 rotate(heads, dim, rotation)
-            target = u32(u32(token * out_stride) + u32(u32(kv_head * group + head) * dim) + lane)
-            for k in range(4 * slots):
-                if live and u32(32 * k + lane) < dim:
-                    store(out, u32(target + 32 * k), heads[k])
+                for k in range(4 * slots):
+                    rows[u32(first + 32 * k)] = heads[k]
+            if stretches != 0:
+                syncwarp()
+                pack(
+                    rows, row, gate, packed, token, head, live, dim, out_stride, gate_stride,
+                    gate_head_stride, has_gate, stretches, length,
+                )  # fmt: skip
+            else:
+                target = u32(u32(token * out_stride) + u32(head * dim) + lane)
+                for k in range(4 * slots):
+                    if live and u32(32 * k + lane) < dim:
+                        store(out, u32(target + 32 * k), heads[k])
             row = u32(row + WARPS)
 
     return finish

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from runtime.backends.cuda.kernels.attention import SPLIT_PAGES
@@ -10,6 +11,8 @@ from runtime.backends.cuda.kernels.attention_scores import ROWS
 from runtime.backends.cuda.kernels.heads import GROUPS, STYLES
 from runtime.backends.cuda.kernels.rotation import WARPS
 from runtime.backends.cuda.kv_layout import TYPES, group_pieces
+from runtime.backends.cuda.rules.matmul import packed
+from runtime.backends.cuda.rules.norm import gate_of
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.cuda.tiles import most_tiles, tiles_name
 from runtime.backends.plan.lowering import Declined, Lowering, Out
@@ -82,11 +85,34 @@ def qkv_post(lowering: Lowering, node: Tensor) -> None:
 
 @lowers("attention")
 def attention(lowering: Lowering, node: Tensor) -> None:
-    """Flash attention over the block table, its cache split among blocks where these are few.
+    """Flash attention over the block table; the program cuts tokens into tiles."""
+    _attention(lowering, node, node.inputs, out=lowering.write(node))
 
-    The program cuts tokens into tiles.
-    """
-    q, k, v, block_table, _, places, *sinks = node.inputs
+
+@lowers("attention_pack")
+def attention_pack(lowering: Lowering, node: Tensor) -> None:
+    """The same, gated and straight to int8."""
+    heads, dim, tokens = int(node.inputs[0].shape[1]), int(node.inputs[2].shape[3]), node.shape[0]
+    how = packed(lowering, node, int(tokens), heads * dim)
+    how["packed"] = how.pop("out")
+    if not node.attrs["gated"]:
+        _attention(lowering, node, node.inputs, **how)
+        return
+    *inputs, gate = node.inputs
+    _attention(lowering, node, inputs, has_gate=True, **how, **gate_of(lowering, gate))
+
+
+_PLAIN = dict.fromkeys(
+    ("gate", "out", "packed", "gate_stride", "gate_head_stride", "has_gate", "stretches", "length"),
+    0,
+)
+
+
+def _attention(
+    lowering: Lowering, node: Tensor, inputs: Sequence[Tensor], **how: Any
+) -> None:  # fmt: skip
+    """The cache split among blocks where these are few. how: where the result goes, and how."""
+    q, k, v, block_table, _, places, *sinks = inputs
     address, stride, head_stride = lowering.heads(q)
     heads, kv_heads = int(q.shape[1]), int(k.shape[2])
     k_dim, v_dim = int(q.shape[2]), int(v.shape[3])
@@ -112,8 +138,8 @@ def attention(lowering: Lowering, node: Tensor) -> None:
         "attention", node, {"slots": slots, "f16": types == ("f16", "f16")}, q=address,
         k=lowering.state(k), v=lowering.state(v), block_table=lowering.read(block_table),
         tiles=lowering.step(tiles_name(node)), places=lowering.read(places),
-        sinks=lowering.weight(sinks[0], "vector") if sinks else 0, out=lowering.write(node),
-        **left, q_stride=stride, q_head_stride=head_stride, out_stride=heads * v_dim,
+        sinks=lowering.weight(sinks[0], "vector") if sinks else 0, **left, **(_PLAIN | how),
+        q_stride=stride, q_head_stride=head_stride, out_stride=heads * v_dim,
         block_table_stride=pages, kv_heads=kv_heads, group=group, parts=rows // kv_heads,
         k_dim=k_dim, v_dim=v_dim, k_type=TYPES[types[0]], v_type=TYPES[types[1]],
         k_pieces=group_pieces(types[0]), v_pieces=group_pieces(types[1]), split_pages=SPLIT_PAGES,

@@ -499,6 +499,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "warp_max_i32": lambda run, _, v: np.repeat(_of_warp(run, v).max(1), 32),
     "warp_min_u32": lambda run, _, v: np.repeat(_of_warp(run, v).min(1), 32),
     "atomic_add": _atomic_add,
+    "ahead": lambda run, _, p, i: (p.read(i, 1), None)[1],
     "syncwarp": _nothing,
     "syncthreads": _nothing,
     "launch_wait": _nothing,

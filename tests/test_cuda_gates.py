@@ -94,7 +94,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "repack": (128, ("LDG.E.128.CONSTANT", "LDG.E", "STG.E"), ()),
     "rms_norm_packed": (80, ("LDG.E.128", "MUFU.RSQ", "SHFL"), ()),
     "router": (160, ("REDUX.MAX", "REDUX.MIN", "MUFU.EX2"), ()),
-    "router_linear": (160, ("LDG.E.128.CONSTANT", "REDUX.MAX", "ATOMG", "FFMA"), ()),
+    "router_linear": (160, ("CCTL.E.PF2", "LDG.E.128.CONSTANT", "REDUX.MAX", "ATOMG", "FFMA"), ()),
     "rope": (40, ("LDG.E.64", "FFMA"), ("MUFU",)),
     "rope_angles": (32, ("LDG.E.64", "FFMA"), ("MUFU",)),
     "sample_merge": (64, ("REDUX.MAX", "REDUX.MIN", "LDS", "MUFU.EX2"), ()),

@@ -31,7 +31,8 @@ OPCODES = {
     "fmax": "FMNMX", "fmin": "FMNMX", "exp2": "MUFU.EX2", "rcp": "MUFU.RCP", "rsqrt": "MUFU.RSQ",
     "divide": "MUFU.RCP", "floor": "FRND.FLOOR", "shift_right": "SHF.R.S32", "prmt": "PRMT",
     "dp4a": "IDP.4A.S8.S8", "dp4a_us": "IDP.4A.U8.S8", "dp2a": "IDP.2A.LO.S16.S8",
-    "mma_s8": "IMMA.16832.S8.S8", "mma_f16": "HMMA.16816.F32 ", "mma_bf16": "HMMA.16816.F32.BF16",
+    "mma_s8": "IMMA.16832.S8.S8", "mma_s8_half": "IMMA.16816.S8.S8",
+    "mma_f16": "HMMA.16816.F32 ", "mma_bf16": "HMMA.16816.F32.BF16",
     "shuffle_xor": "SHFL.BFLY", "shuffle_xor_u32": "SHFL.BFLY", "shuffle_index": "SHFL.IDX",
     "shuffle_index_u32": "SHFL.IDX", "shuffle_down": "SHFL.DOWN", "shuffle_up": "SHFL.UP",
     "vote_any": "VOTE", "vote_all": "VOTE", "ballot": "VOTE", "warp_sum_i32": "REDUX.SUM",
@@ -54,6 +55,7 @@ _COPIED = (
 )
 # operations on memory: the body of a kernel, and the opcode
 BODIES = {
+    "ahead": ("{op}(words, 1); store(out, 0, 1)", "CCTL.E.PF2"),
     "atomic_add": ("store(out, 0, {op}(out, 1, 1))", "ATOMG.E.ADD"),
     "load": ("store(out, 0, {op}(words, 1))", "LDG.E "),
     "load2": (_FIRST_TWO, "LDG.E.64 "),

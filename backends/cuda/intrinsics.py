@@ -88,6 +88,8 @@ constant2 = _rule("constant2", lambda p, i: p.read(i, 2), "load", 2, "constant")
 constant4 = _rule("constant4", lambda p, i: p.read(i, 4), "load", 4, "constant")
 stream2 = _rule("stream2", lambda p, i: p.read(i, 2), "stream", 2)
 stream4 = _rule("stream4", lambda p, i: p.read(i, 4), "stream", 4)
+# Element i on its way to the second-level cache: of what nobody writes, before `launch_wait` too
+ahead = _rule("ahead", m.ahead, "prefetch", effect="memory")
 store = _rule("store", lambda p, i, v: p.write(i, (v,)), "store", 1)
 store2 = _rule("store2", lambda p, i, *v: p.write(i, v), "store", 2)
 store4 = _rule("store4", lambda p, i, *v: p.write(i, v), "store", 4)

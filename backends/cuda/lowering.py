@@ -264,6 +264,15 @@ def _copy_async(operation: Intrinsic) -> Rule:
     return Rule(5, sign, generate)
 
 
+def _prefetch(operation: Intrinsic) -> Rule:
+    def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+        place = builder.ptrtoint(_address(builder, values[0], values[1], 1, _GLOBAL), _I64)
+        assemble(builder, "prefetch.global.L2 [$0];", [], ["l"], [place], operation.effect)
+        return context.get_dummy_value()
+
+    return Rule(2, lambda pointer, i: signature(types.none, pointer, _U32), generate)
+
+
 def _atomic(operation: Intrinsic) -> Rule:
     text = "atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;"
 
@@ -303,5 +312,6 @@ _RULES: dict[str, Callable[[Intrinsic], Rule]] = {
     "dynamic_shared": _shared,
     "copy_async": _copy_async,
     "atomic": _atomic,
+    "prefetch": _prefetch,
     "ldmatrix": _ldmatrix,
 }

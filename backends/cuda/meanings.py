@@ -213,6 +213,11 @@ def dynamic_shared(kind: str) -> SharedArray:
     return SharedArray(current().block.memory, start, kind, nbytes // WIDTH[kind])
 
 
+def ahead(pointer: Pointer, index: int) -> None:
+    """prefetch: nothing but an access in bounds."""
+    pointer.read(index)
+
+
 def atomic_add(pointer: Pointer, index: int, value: int) -> int:
     """atom.add of u32: the value before."""
     (old,) = pointer.read(index)

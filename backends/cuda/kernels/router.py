@@ -4,8 +4,8 @@ The warp holds the keys of all logits in registers and finds rank after rank; th
 number keeps the rank, and all weights are computed at once. Choice by logit, as on the CPU:
 different logits can have equal scores in float32.
 
-`router_linear` has the product in front: four warps a row of the weights, which they fetch before
-the launch in front has ended. The last block of a token that is done chooses for it.
+`router_linear` has the product in front: four warps a row of the weights, which they send for
+before the launch in front has ended. The last block of a token that is done chooses for it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
+    ahead,
     block_x,
     block_y,
     constant4,
@@ -236,8 +237,12 @@ def build_router_linear(per: int, columns: int) -> Declared:
         launch_next()
         row, first = u32(block_x() * ROWS + (thread_x() >> 7)), u32(block_y() * columns)
         at, held = u32(min(row, u32(n - 1)) * pieces), room()
-        _fetch(w, held, at, u32(thread_x() & (_THREADS_OF_ROW - 1)), pieces)
+        piece = u32(thread_x() & (_THREADS_OF_ROW - 1))
+        while piece < pieces:
+            ahead(w, u32(4 * u32(at + piece)))
+            piece = u32(piece + _THREADS_OF_ROW)
         launch_wait()
+        _fetch(w, held, at, u32(thread_x() & (_THREADS_OF_ROW - 1)), pieces)
         sums = product(w, x, held, at, first, rows, pieces)
         total(sums, bias, logits, row, n, first, rows, has_bias)
         if last(tickets, block_y(), grid_x()):

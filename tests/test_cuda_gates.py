@@ -82,7 +82,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "norm": (80, ("LDG.E", "MUFU.RSQ", "SHFL"), ()),
     "norm_gate": (88, ("LDG.E.128", "MUFU.EX2", "MUFU.RCP", "MUFU.RSQ"), ()),
     "normalize": (40, ("LDG.E", "SHFL"), ()),
-    "matvec": (168, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
+    "matvec": (255, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
     "matvec_float": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
     "pad_rows": (32, ("LDG.E",), ()),
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),

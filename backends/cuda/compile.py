@@ -11,6 +11,7 @@ import functools
 import re
 import struct
 import types as python_types
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,20 @@ def compile_kernel(kernel: Kernel, target: str) -> Compiled:
 
 
 def compile_declared(kernel: Declared, target: str) -> Compiled:
-    """Any declared kernel. BackendError: double precision in it, or the linker's complaint."""
-    text = to_ptx(kernel, target)
+    """Any declared kernel. BackendError: double precision in it, or the linker's complaint.
+
+    Fewer blocks than its `min_blocks` fit together where so many would spill registers.
+    """
+    text, entry = to_ptx(kernel, target), kernel.entry
     code, log = _link(text, target)
     registers, stack, spilled = _usage(kernel.name, log)
+    while spilled and entry.min_blocks > 1:
+        entry = replace(entry, min_blocks=entry.min_blocks - 1)
+        text = re.sub(r"\.minnctapersm \d+", f".minnctapersm {entry.min_blocks}", text)
+        code, log = _link(text, target)
+        registers, stack, spilled = _usage(kernel.name, log)
     shared = _shared_nbytes(code, kernel.name)
-    return Compiled(kernel.name, code, kernel.entry, registers, spilled, stack, shared)
+    return Compiled(kernel.name, code, entry, registers, spilled, stack, shared)
 
 
 def to_ptx(kernel: Declared, target: str) -> str:

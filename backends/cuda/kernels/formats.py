@@ -73,11 +73,6 @@ def half_word(weights, word, i):
     return u32(constant(weights, u32(word + (i >> 1))) >> u32(16 * (i & 1)))
 
 
-def low_byte(word):
-    """Bits 0 to 7 of a word as int8, sign extended."""
-    return i32(i32(u32(word << 24)) >> 24)
-
-
 def byte_of(word, i):
     """Byte i of a word."""
     return u32((word >> u32(8 * i)) & 0xFF)
@@ -85,7 +80,7 @@ def byte_of(word, i):
 
 def signed_byte_of(word, i):
     """Byte i of a word as int8, sign extended."""
-    return low_byte(u32(word >> u32(8 * i)))
+    return i32(prmt(word, u32(0), u32(0x8880 + 0x1111 * i)))
 
 
 def half_of(word, odd):

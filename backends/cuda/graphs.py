@@ -118,7 +118,7 @@ def dependencies(launches: Sequence[Launch], programmatic: bool = False) -> list
             if not bits >> before & 1 and conflict(touched[before], mine):
                 before_me.append(before)
                 bits |= ended[before] | 1 << before
-        early = programmatic and len(before_me) == 1 and _follows(*before_me, after, launches)
+        early = programmatic and len(before_me) == 1 and _follows(before_me[0], after, launches)
         if early:
             settled = begun[before_me[0]]
             needed = [span for span in spans(launch, early=True) if changed.meets(*span[:2])]

@@ -141,8 +141,8 @@ class Decoder:
         program, inputs, live = self._engine.prepared(Batch([advance]), [advance])
         if program is not step.program:
             return None
-        del inputs["tokens"]
-        tokens = self._backend.choose(program, inputs, live, [choice])
+        known = {name: value for name, value in inputs.items() if name != "tokens"}
+        tokens = self._backend.choose(program, known, live, [choice])
         return _Begun(advance, program, choice, tokens)
 
     def _reserved(self, advance: Advance, running: Advance) -> bool:

@@ -44,13 +44,13 @@ def _run(tokens: int, n: int, inner: int, seed: int = 0) -> tuple[list[np.ndarra
     backend = fake_cuda(file_of(stored))
     program = backend.program(graph)
     inputs = {"x": rows[:, :n].copy(), "y": rows[:, n:].copy()}
-    for _ in range(2):  # the tickets are as before
+    for _ in range(1 if tokens > 1 else 2):  # the tickets are as before
         found = [np.array(out) for out in program.run(inputs, {"tokens": tokens})]
     backend.close()
     return found, program.plan
 
 
-@pytest.mark.parametrize(("n", "inner"), [(32, 32), (256, 64), (1312, 64)])
+@pytest.mark.parametrize(("n", "inner"), [(32, 32), (160, 64), (1056, 32)])
 def test_bits_are_those_of_the_norm_alone(n: int, inner: int):
     """One token is normed at the end of the product, two are normed by launches of their own."""
     one, plan = _run(1, n, inner)

@@ -21,6 +21,14 @@ from runtime.ops.quants import dequantize
 ROWS = 37
 
 
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than 8 columns always, narrow ones."""
+    monkeypatch.setattr(
+        "runtime.backends.cuda.rules.matmul.tile_width", lambda columns, _: 32 * (columns > 8)
+    )
+
+
 def _weight(format: str, *shape: int) -> Stored:
     *_, inner = shape
     dtype = DTYPES[format.lower()]
@@ -99,5 +107,6 @@ def test_a_tile_races_with_nothing(format: str):
 
 
 def test_tiles_are_as_wide_as_their_columns_are_many():
-    assert tile_width(9, 4096) == 32 and tile_width(2048, 4096) == 128
+    assert tile_width(8, 1 << 20) == 0 and tile_width(16, 4096) == 0, "turns of 8 columns"
+    assert tile_width(33, 64) == 32 and tile_width(2048, 4096) == 128
     assert group_width(72, 128) == 32 and group_width(4096, 8) == 128

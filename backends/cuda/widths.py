@@ -11,17 +11,23 @@ from runtime.ops.matmul import matmul, matmul_id
 
 FEW = 8  # tokens of which each choice of an expert is a product of its own
 _PROCESSORS = 132
-_COSTS = dict(zip(WIDTHS, (7, 12), strict=True))  # instructions of a stage, about
+_COSTS = dict(zip(WIDTHS, (900, 1400), strict=True))  # cycles of a stage, about
+_TURN, _MOST_TURNS = 4, 4  # cycles of as much in a matrix-vector product of 8 columns
 
 
 def tile_width(columns: int, rows: int) -> int:
-    """The width of tiles that keeps a large GPU busy for the shortest time."""
+    """The width of tiles that keeps a large GPU busy for the shortest time.
 
-    def turns(width: int) -> int:
-        tiles = -(-columns // width) * -(-rows // ROWS)
-        return -(-tiles // _PROCESSORS) * _COSTS[width]
+    0: a few turns of 8 columns, which all of a GPU shares however few rows there are, take less.
+    """
+    across, turns = -(-rows // ROWS), -(-columns // 8)
 
-    return min(reversed(WIDTHS), key=turns)
+    def cycles(width: int) -> int:
+        return -(-across * -(-columns // width) // _PROCESSORS) * _COSTS[width]
+
+    width = min(reversed(WIDTHS), key=cycles)
+    few = turns == 1 or (turns <= _MOST_TURNS and across * turns * _TURN < cycles(width))
+    return 0 if few else width
 
 
 def group_width(choices: int, experts: int) -> int:

@@ -100,8 +100,8 @@ def linear(lowering: Lowering, node: Tensor) -> None:
     floats = x.attrs["coding"] == "f32"
     sums = {"x": Ref(lowering.result(x)), **_sums(lowering, extra)}
     live = lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1)
-    if columns > 8 and not floats:
-        width = tile_width(columns, rows)
+    width = 0 if floats else tile_width(columns, rows)
+    if width:
         bits = (sums["sums"] & 1) + 2 * bool(sums["sums"] & RESIDUAL)
         sums |= {"bias": sums.pop("b0", 0), "sums": bits, "out": lowering.write(node)}
         emit_tile(

@@ -63,7 +63,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "argmax_parts": (32, ("LDG.E", "SHFL"), ()),
     "argmax_merge": (32, ("LDG.E", "SHFL"), ()),
-    "attention": (240, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2", "LDS.128", "ATOMG"), ()),
+    "attention": (232, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2", "LDS.128", "ATOMG"), ()),
     "binary": (24, ("LDG.E",), ()),
     "copy": (24, ("LDG.E",), ()),
     "copy_rows": (24, ("LDG.E",), ()),

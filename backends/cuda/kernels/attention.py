@@ -44,7 +44,7 @@ from runtime.backends.cuda.intrinsics import (
 from runtime.backends.cuda.kv_layout import F16
 from runtime.backends.plan.catalogue import constants
 
-from .attention_join import THREADS, fetch, finisher, join, keep
+from .attention_join import THREADS, fetch, finisher, held_at, join, keep
 from .attention_scores import (
     LOG2_E,
     LOWEST,
@@ -162,10 +162,8 @@ def _walker(slots: int, words_of: Callable, sums_of: Callable) -> Callable:
     return walk
 
 
-def _first_state(sinks, has_sinks, head, size, values):
+def _first_state(sinks, has_sinks, head):
     """(peak, sum) of a row before any split: its sink, or nothing."""
-    for n in range(size):
-        values[n] = f32(0)
     if has_sinks:
         return load(sinks, head) * LOG2_E, f32(1)
     return LOWEST, f32(0)
@@ -184,9 +182,9 @@ def build_attention(slots: int, f16: bool) -> Declared:
     rotation: `ops.attention`. Where `stretches` is not 0, the result goes to `packed` as int8
     activations, times sigmoid(gate) where `has_gate`: gate f32 [tokens, heads, v_dim] of strides.
     """
-    values_room, acc_room = registers("f32", 16 * slots), registers("f32", 16 * slots)
+    room, acc_room = shared("f32", ROWS * 128 * slots), registers("f32", 16 * slots)
     stage, words_of, sums_of = query_stager(8)
-    walk, finish, is_last = _walker(slots, words_of, sums_of), finisher(slots), last_block()
+    walk, finish, is_last = _walker(slots, words_of, sums_of), finisher(slots, room), last_block()
     size = 16 * slots
 
     @entry(
@@ -207,7 +205,7 @@ def build_attention(slots: int, f16: bool) -> Declared:
         rotation, gate_stride, gate_head_stride, has_gate, stretches, length,
     ):  # fmt: skip
         launch_next()
-        values, acc = values_room(), acc_room()
+        held, acc = room(), acc_room()
         kv_head = u32(block_y() // parts)
         part = u32(block_y() - u32(kv_head * parts))
         low_row = u32((thread_x() & 31) >> 2)
@@ -234,10 +232,10 @@ def build_attention(slots: int, f16: bool) -> Declared:
                     k_type == F16,
                 )  # fmt: skip
                 syncthreads()
-                low = _first_state(sinks, has_sinks, u32(kv_head * group + low_head), size, values)
-                high = _first_state(
-                    sinks, has_sinks, u32(kv_head * group + high_head), size, values
-                )
+                low = _first_state(sinks, has_sinks, u32(kv_head * group + low_head))
+                high = _first_state(sinks, has_sinks, u32(kv_head * group + high_head))
+                for n in range(size):
+                    held[held_at(n)] = f32(0)
                 cell = u32(u32(u32(block_z() * grid_y()) + block_y()) * grid_x())
                 while split < until:
                     page = u32(split * split_pages)
@@ -250,7 +248,7 @@ def build_attention(slots: int, f16: bool) -> Declared:
                         k_type, v_type, k_pieces, v_pieces,
                     )  # fmt: skip
                     if alone:
-                        low, high = join(values, acc, size, low, high, low_part, high_part)
+                        low, high = join(held, acc, size, low, high, low_part, high_part)
                     else:
                         keep(acc, size, low_part, high_part, partial, stats, u32(cell + split))
                     split = u32(split + 1)
@@ -261,11 +259,11 @@ def build_attention(slots: int, f16: bool) -> Declared:
                     split = begin if final else stop
                     while split < stop:
                         low_part, high_part = fetch(acc, size, partial, stats, u32(cell + split))
-                        low, high = join(values, acc, size, low, high, low_part, high_part)
+                        low, high = join(held, acc, size, low, high, low_part, high_part)
                         split = u32(split + 1)
                 if final:
                     finish(
-                        values, low, high, out, gate, packed, tile, part, kv_head, group,
+                        acc, low, high, out, gate, packed, tile, part, kv_head, group,
                         out_stride, v_dim, rotation, gate_stride, gate_head_stride, has_gate,
                         stretches, length,
                     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from runtime.backends.cuda.intrinsic import Intrinsic
 from runtime.backends.cuda.intrinsics import (
     divide,
     exp2,
@@ -17,7 +18,6 @@ from runtime.backends.cuda.intrinsics import (
     load2,
     load4,
     registers,
-    shared,
     shared_load4,
     store,
     store2,
@@ -36,15 +36,20 @@ from .rotation import rotating
 THREADS = 32 * WARPS
 
 
-def join(values, acc, size, low, high, low_part, high_part):
-    """values and the (peak, sum) of rows g and g + 8 with a split's acc and theirs."""
+def held_at(n):
+    """Where a thread's n-th joined value is in the block's room: registers are for the walk."""
+    return u32(THREADS * n + thread_x())
+
+
+def join(held, acc, size, low, high, low_part, high_part):
+    """What is held and the (peak, sum) of rows g and g + 8 with a split's acc and theirs."""
     low_peak = fmax(low[0], low_part[0])
     high_peak = fmax(high[0], high_part[0])
     low_old, low_new = exp2(low[0] - finite(low_peak)), exp2(low_part[0] - finite(low_peak))
     high_old, high_new = exp2(high[0] - finite(high_peak)), exp2(high_part[0] - finite(high_peak))
     for n in range(size):
         old, new = (high_old, high_new) if n & 2 else (low_old, low_new)
-        values[n] = fma(acc[n], new, values[n] * old)
+        held[held_at(n)] = fma(acc[n], new, held[held_at(n)] * old)
     low_sum = fma(low_part[1], low_new, low[1] * low_old)
     high_sum = fma(high_part[1], high_new, high[1] * high_old)
     return (low_peak, low_sum), (high_peak, high_sum)
@@ -99,26 +104,29 @@ def packer(slots: int) -> Callable:
     return pack
 
 
-def finisher(slots: int) -> Callable:
-    """A function: the joined values of a tile, rotated back where `rotation` is not 0.
+def finisher(slots: int, room: Intrinsic) -> Callable:
+    """A function: the values of a tile that `room` holds, rotated back where `rotation` is not 0.
 
     To out, or where `stretches` is not 0 gated and packed.
     """
     dims = 128 * slots
-    room, held = shared("f32", ROWS * dims), registers("f32", dims // 32)
+    head_room = registers("f32", dims // 32)
     rotate, pack = rotating(4 * slots), packer(slots)
 
     def finish(
-        values, low, high, out, gate, packed, tile, part, kv_head, group, out_stride, dim, rotation,
+        acc, low, high, out, gate, packed, tile, part, kv_head, group, out_stride, dim, rotation,
         gate_stride, gate_head_stride, has_gate, stretches, length,
     ):  # fmt: skip
-        rows, heads = room(), held()
+        rows, heads = room(), head_room()
         warp, lane = u32(thread_x() >> 5), u32(thread_x() & 31)
         low_factor, high_factor = divide(f32(1), low[1]), divide(f32(1), high[1])
         for n in range(16 * slots):
+            acc[n] = rows[held_at(n)] * (high_factor if n & 2 else low_factor)
+        syncthreads()
+        for n in range(16 * slots):
             d = u32(128 * (n // 16) + 32 * warp + 8 * (n % 16 // 4) + 2 * (lane & 3) + (n & 1))
             row = u32((lane >> 2) + 8 * ((n >> 1) & 1))
-            rows[u32(row * dims + d)] = values[n] * (high_factor if n & 2 else low_factor)
+            rows[u32(row * dims + d)] = acc[n]
         syncthreads()
         row = warp
         while row < ROWS:

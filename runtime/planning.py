@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.backends.meta.expression import Device
-from runtime.backends.meta.planner import ON_CPU, StagePlan, plan_stages, planned
+from runtime.backends.meta.planner import (
+    ON_CPU,
+    StagePlan,
+    gpu_page_nbytes,
+    plan_stages,
+    planned,
+    planned_on_gpu,
+)  # fmt: skip
 from runtime.backends.meta.stages import Stage, text
 from runtime.engine.batch import UBATCH
 from runtime.memory.budget import LEAST_SLOTS, SHARE
@@ -106,9 +113,18 @@ class Model:
     @cached_property
     def planned(self) -> tuple[int, int]:
         """Bytes of activations of a long prompt's step on a CPU, and the rows of its plan."""
+        return planned(self._largest)
+
+    @cached_property
+    def planned_on_gpu(self) -> int:
+        """Bytes of activations of a long prompt's step on a GPU."""
+        return planned_on_gpu(self._largest)
+
+    @cached_property
+    def _largest(self) -> Graph:
         a = self.architecture
         step = Step.capacity(UBATCH, 1, 1, 1, 1, a.layers, ("f16", "f16"), a.positions_per_token)
-        return planned(a.graph(step))
+        return a.graph(step)
 
     def plans(self, stages: tuple[Stage, ...]) -> list[StagePlan]:
         """Who has what, stage by stage."""
@@ -142,11 +158,13 @@ class Placement:
         found: dict[Device, Need] = {}
         for plan in self.plans:
             for n, device in enumerate(plan.devices):
-                fixed = (self.model.planned[0], 0 if device.kind in ON_CPU else OVERHEAD)
+                on_cpu, model = device.kind in ON_CPU, self.model
+                fixed = (model.planned[0], 0) if on_cpu else (model.planned_on_gpu, OVERHEAD)
+                nbytes = self.page_nbytes if on_cpu else self._gpu_page_nbytes
                 before = found.get(device, Need(0, 0, 0, *fixed))
                 found[device] = before._replace(
                     weights=before.weights + plan.weights(n), slot=before.slot + plan.slots(n),
-                    page=before.page + plan.pages(n, self.page_nbytes),
+                    page=before.page + plan.pages(n, nbytes),
                 )  # fmt: skip
         return found
 
@@ -262,6 +280,10 @@ class Placement:
                 return None
             seconds += float((np.array(plan.multiplies()) / np.array(found)).max(1).sum())
         return 1 / seconds
+
+    def _gpu_page_nbytes(self, leaf: Tensor) -> float:
+        kind = kv_format(self.kv_types[leaf.attrs["storage"] == "v"]).dtype
+        return gpu_page_nbytes(leaf.with_(dtype=kind))
 
     def page_nbytes(self, leaf: Tensor) -> float:
         """Bytes of a page of a plain leaf in its KV type, or of a slot."""

@@ -15,6 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.backends.cpu.planner import Planner, options
+from runtime.backends.cuda.layouts import UNIT
+from runtime.backends.cuda.planner import Planner as GpuPlanner
+from runtime.backends.cuda.planner import options as gpu_options
 from runtime.backends.meta.expression import Device
 from runtime.backends.meta.graph_stages import cut_graph
 from runtime.backends.meta.infer import Layout, infer
@@ -74,7 +77,7 @@ class StagePlan:
         if self.devices[device].kind in ON_CPU:
             first = next(n for n, each in enumerate(self.devices) if each.kind in ON_CPU)
             return _CPU.weights_nbytes(read, device == first)
-        return sum({x.content: x.nbytes for x in read.values()}.values())
+        return _GPU.weights_nbytes(read)
 
     def _local(self, node: Tensor, number: int, device: int) -> Tensor:
         x = node.inputs[number]
@@ -198,7 +201,7 @@ def _most_chosen(count: int, sizes: tuple[int, ...]) -> float:
     return float(np.random.default_rng(0).multinomial(count, shares, 1000).max(1).mean())
 
 
-_CPU = Planner(options())
+_CPU, _GPU = Planner(options()), GpuPlanner(gpu_options())
 
 
 def plan_stages(graph: Graph, stages: Sequence[Stage]) -> list[StagePlan]:
@@ -210,7 +213,8 @@ def plan_stages(graph: Graph, stages: Sequence[Stage]) -> list[StagePlan]:
     for part, stage in zip(cut, stages, strict=True):
         shares = [float(share) for share in stage.shares]
         exact = all(device.kind in _EXACT for device in stage.devices)
-        layout = infer(part, shares, exact=exact) if len(shares) > 1 else None
+        grain = 1 if exact or stage.devices[0].kind in ON_CPU else UNIT
+        layout = infer(part, shares, exact=exact, grain=grain) if len(shares) > 1 else None
         found.append(StagePlan(part, stage, layout))
     return found
 
@@ -219,3 +223,13 @@ def planned(graph: Graph) -> tuple[int, int]:
     """Bytes of activations and scratch of a step on one CPU, and how often its threads meet."""
     plan = _CPU.plan(graph)
     return plan.arena_nbytes + plan.scratch_nbytes, len(plan.instructions)
+
+
+def planned_on_gpu(graph: Graph) -> int:
+    """Bytes of activations on a GPU, where programs of smaller steps keep theirs."""
+    return 2 * _GPU.plan(graph).arena_nbytes
+
+
+def gpu_page_nbytes(leaf: Tensor) -> int:
+    """Bytes of a page, or a slot, of a state leaf on a GPU."""
+    return _GPU.page_nbytes(leaf)

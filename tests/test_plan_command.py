@@ -40,7 +40,7 @@ def refused(*arguments: str) -> str:
         ("qwen3-0.6b --devices cuda:100MB", r"no: the model does not fit.*no type is small enough"),
         (
             "qwen3-0.6b --devices cuda",
-            r"not known, as the memory of cuda is not: write cuda:24GB; 40,960 .* 5\.\d\d GB of it",
+            r"not known, as the memory of cuda is not: write cuda:24GB; 40,960 .* 6\.\d\d GB of it",
         ),
         ("qwen3-0.6b --devices cuda:24", r"not known, .* cuda:24 is not: write cuda:24GB; "),
         ("qwen3-0.6b --devices cuda:1", r"not known, .* cuda:1 is not: write cuda:1:24GB; "),

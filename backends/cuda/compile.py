@@ -34,6 +34,8 @@ inline_closurecall.copy = python_types.SimpleNamespace(  # type: ignore[attr-def
     copy=copy.copy, deepcopy=lambda value, memo=None: value
 )
 
+_kept: dict[int, dict[Any, Any]] = {}  # capability -> helpers, of all kernels of this process
+
 
 def compile_kernel(kernel: Kernel, target: str) -> Compiled:
     """A kernel of the catalogue for one target of TARGETS."""
@@ -119,7 +121,10 @@ def _helper(function: Any, capability: int, made: dict[Any, Any]) -> Any:
     """A function that others call; LLVM inlines it, which takes a fifth of the time it takes numba.
 
     But numba those with arrays in shared memory: LLVM would make one array for each function.
+    What has no closure is the same in every kernel, and compiled once.
     """
+    if function.__closure__ is None:
+        made = _kept.setdefault(capability, {})
     key = "helper", function
     if key not in made:
         how = {"inline": "always"} if _shares(function) else {"forceinline": True}

@@ -11,7 +11,7 @@ from runtime.backends.plan.lowering import Lowering
 from runtime.backends.plan.plan import Call, Ref
 from runtime.ops.tensor import Tensor
 
-NONE: dict[str, int] = dict.fromkeys(NAMES, 0)  # arguments of a launch without a norm
+NONE: dict[str, Any] = dict.fromkeys(NAMES, 0)  # arguments of a launch without a norm
 
 
 def norm_behind(lowering: Lowering, node: Tensor) -> bool:

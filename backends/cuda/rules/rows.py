@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from runtime.backends.cuda.kernels.blocks import book_words
 from runtime.backends.cuda.kernels.copy import THREADS
 from runtime.backends.cuda.kernels.get_rows import FORMATS
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.plan.lowering import Declined, Lowering
-from runtime.backends.plan.plan import Ref
 from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import BF16, F16, F32, I32, nbytes_for
 from runtime.ops.tensor import Tensor, constant
@@ -28,7 +29,7 @@ def get_rows(lowering: Lowering, node: Tensor) -> None:
     )  # fmt: skip
 
 
-def _book(lowering: Lowering, format: str) -> dict[str, Ref]:
+def _book(lowering: Lowering, format: str) -> dict[str, Any]:
     """The code book of a format that has one."""
     row = BLOCK_FORMATS.get(format)
     if row is None or not row.book:

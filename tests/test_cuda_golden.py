@@ -58,3 +58,13 @@ def test_a_golden_model(golden: Path, name: str, kind: str):
         decoder, greedy = model._engine.decoder, Choice(model.vocab_size)
         for token, then in pairwise(replayed.argmax(1).tolist()):
             assert decoder.choose(session._sequence, token, greedy, greedy) == then
+
+
+def test_a_hybrid_has_the_same_bits_in_any_pieces(golden: Path):
+    """Steps of up to 8, of 16 and of 32 tokens have different kernels."""
+    ids = np.load(golden / "qwen3next" / "golden.npz")["p48_ids"][:20].tolist()
+    with on_fake_cuda(golden / "qwen3next" / "model-Q8_0.gguf", context=64) as model:
+        whole = model.eval(ids)
+        with model.session() as session:
+            pieces = [session.eval(ids[a:b]) for a, b in pairwise((0, 1, 2, 8, 20))]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)

@@ -368,7 +368,7 @@ def _minimum_q2_k(raw, at, odd, half):
 # ---- IQ4_NL, IQ4_XS, MXFP4: nibbles name levels -------------------------------------------------
 
 
-def _levels(table: tuple[int, ...]) -> Callable:
+def look_up_in(table: tuple[int, ...]) -> Callable:
     """A function of four nibbles, the low 16 bits of a word, that gives their levels as bytes."""
     T = [int.from_bytes(bytes(n & 255 for n in table[i : i + 4]), "little") for i in (0, 4, 8, 12)]
     T0, T1, T2, T3 = T
@@ -382,7 +382,7 @@ def _levels(table: tuple[int, ...]) -> Callable:
 
 
 def _total_levels(table: tuple[int, ...]) -> Callable:
-    look_up = _levels(table)
+    look_up = look_up_in(table)
 
     def total(raw, at, odd, v, w, sums):
         k = at + 4 * odd

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from runtime.backends.cuda.intrinsics import (
-    bits_to_f32,
     constant,
     constant2,
     constant4,
@@ -19,11 +18,12 @@ from runtime.backends.cuda.intrinsics import (
     f16_low,
     i32,
     int_to_f32,
-    prmt,
     u32,
 )  # fmt: skip
 from runtime.backends.cuda.layouts import FORMATS
 from runtime.ops.blocks import BLOCK_FORMATS
+
+from .formats import half_e8m0, look_up_in, signed_byte_of
 
 HIGH, SCALES, SUPERS = 8, 10, 11  # registers behind those of the codes
 RAW = 12
@@ -176,13 +176,7 @@ def _signed(codes: Callable, bits: int) -> Callable:
 
 def _levels(name: str) -> Callable:
     """A word holds a selector of four values of each half: codes into a table of 16 bytes."""
-    table = bytes(level & 0xFF for level in BLOCK_FORMATS[name].levels)
-    T0, T1, T2, T3 = (int.from_bytes(table[i : i + 4], "little") for i in range(0, 16, 4))
-
-    def four(selector):
-        low = u32(selector & 0x7777)
-        choice = u32(0x3210 | u32(u32(selector & 0x8888) >> 1))
-        return prmt(prmt(u32(T0), u32(T1), low), prmt(u32(T2), u32(T3), low), choice)
+    four = look_up_in(BLOCK_FORMATS[name].levels)
 
     def unpack(raw, words):
         for w in range(4):
@@ -192,14 +186,6 @@ def _levels(name: str) -> Callable:
 
 
 # The floats of a row's block: scales of halves are whole numbers
-
-
-def _low_byte(word):
-    return int_to_f32(i32(i32(u32(word << 24)) >> 24))
-
-
-def _high_byte(word):
-    return int_to_f32(i32(i32(u32(word << 16)) >> 24))
 
 
 def _number(word):
@@ -223,7 +209,8 @@ def _scale_and_minimum(raw, numbers):
 
 def _of_halves(raw, numbers):
     numbers[0] = f16_low(raw[SUPERS])
-    numbers[1], numbers[2] = _low_byte(raw[SCALES]), _high_byte(raw[SCALES])
+    numbers[1] = int_to_f32(signed_byte_of(raw[SCALES], 0))
+    numbers[2] = int_to_f32(signed_byte_of(raw[SCALES], 1))
 
 
 def _all_of_halves(raw, numbers):
@@ -235,13 +222,11 @@ def _all_of_halves(raw, numbers):
 
 
 def _of_block(raw, numbers):
-    numbers[0] = f16_low(raw[SUPERS]) * _low_byte(raw[SCALES])
+    numbers[0] = f16_low(raw[SUPERS]) * int_to_f32(signed_byte_of(raw[SCALES], 0))
 
 
 def _exponent(raw, numbers):
-    """2^(e - 128), of which the two smallest are subnormal."""
-    e = u32(raw[SCALES] & 0xFF)
-    numbers[0] = bits_to_f32(u32(u32(e - 1) << 23) if e > 1 else u32(0x00200000 << e))
+    numbers[0] = half_e8m0(u32(raw[SCALES] & 0xFF))
 
 
 # format -> unpack, scale, halves, minima

@@ -59,7 +59,7 @@ def load_wide(x, at, i, n):
 def load_any(x, at, i, n):
     """The same of a row of n values anywhere; zeros behind its end."""
     first = u32(4 * i)
-    a = b = c = d = f32(0)
+    a, b, c, d = f32(0), f32(0), f32(0), f32(0)
     if first < n:
         a = load(x, u32(at + first))
     if u32(first + 1) < n:

@@ -175,7 +175,8 @@ class _Opened:
 
         check_threads(threads)
         self._given = threads
-        self._file, self._activations, self._driver = file, activations, None
+        self._file, self._activations = file, activations
+        self._driver: Any = None
         self._graphs = graphs
         weights: dict[Device, Fraction] = {}
         for stage in stages:

@@ -78,8 +78,8 @@ class Engine:
         if isinstance(backend, Apart) or (isinstance(backend, Rooms) and backend.apart):
             most = CacheSize(min(context or trained, trained), 1, 2)
             graphs = StepGraphs(architecture, kv_types, most, cache_rotation)
-            largest = capacity(self.most_tokens, min(self.most_tokens, self.most_rows))
-            graph, where = graphs.graph(*largest), f" on {backend.name}"
+            tokens, rows = capacity(self.most_tokens, min(self.most_tokens, self.most_rows))[:2]
+            graph, where = graphs.graph(tokens, rows), f" on {backend.name}"
             if isinstance(backend, Apart):
                 free, weights = backend.memory(graph)
             else:

@@ -84,7 +84,7 @@ class Check:
         **options: Any,
     ) -> Iterator[runtime.Model]:  # fmt: skip
         """A model on the GPU, or on devices of an expression; graphs False: launch by launch."""
-        given = {"context": 1024, "sequences": 1, "progress": False} | options
+        given = {"context": 1024, "sequences": 1, "progress": False, "graphs": graphs} | options
         with ExitStack() as stack:
             if self.dry:
                 driver, kernels = self.driver(execute), self.kernels()
@@ -95,8 +95,6 @@ class Check:
                 )
             model = runtime.load(path, devices=devices or f"cuda:{self.index}", **given)
             stack.callback(model.close)
-            if not graphs:
-                model.backend.graphs = False  # type: ignore[attr-defined]
             yield model
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runtime.backends.cuda.intrinsics import (
+    ahead,
     f32,
     fmax,
     fmin,
@@ -31,6 +32,7 @@ from .sums import STRIDE, stretch_sum
 
 WARPS = 4
 THREADS = 32 * WARPS
+AHEAD = 4  # times 4096 bytes of a warp's rows
 MOST = 4  # weights of a launch
 RESIDUAL = 1 << MOST  # in `sums`, after a bit for the bias of each weight
 GATED, PACKED = 1, 2  # in `gate`
@@ -140,6 +142,15 @@ def joined(gate, up, alpha, limit, plus):
     gate = fmin(gate, limit)
     up = fmax(fmin(up, limit), -limit)
     return (up + plus) * (gate * sigmoid(alpha * gate))
+
+
+def rows_ahead(weights, first, end, row_pieces):
+    """Bring the beginning of a warp's rows near while the launch before this one still runs."""
+    at, last = u32(first * row_pieces + 8 * (thread_x() & 31)), u32(end * row_pieces)
+    for _ in range(AHEAD):
+        if at < last:
+            ahead(weights, u32(4 * at))
+        at = u32(at + 256)
 
 
 def turns_of(rows: int, lanes: int) -> int:

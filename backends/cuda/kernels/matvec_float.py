@@ -37,6 +37,7 @@ from .matvec_ends import (
     WARPS,
     finisher,
     number_of,
+    rows_ahead,
     weight_of,
 )
 from .norm_tail import ARGUMENTS, norm_tail
@@ -102,6 +103,11 @@ def build_matvec_float(format: str, columns: int) -> Declared:
         start, column = u32(own * turns * WARPS * step), u32(8 * block_y())
         for c in range(COLUMNS):
             base[c] = u32(min(u32(column + c), u32(n_columns - 1)) * 2 * units)
+        first = u32(start + (thread_x() >> 5) * step)
+        behind = min(u32(first + step), n_rows)
+        rows_ahead(even, first, behind, row_pieces)
+        if both:
+            rows_ahead(odd, first, behind, row_pieces)
         launch_wait()
         if column >= load(live, 0):
             return

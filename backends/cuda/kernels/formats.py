@@ -382,14 +382,23 @@ def look_up_in(table: tuple[int, ...]) -> Callable:
 
 
 def _total_levels(table: tuple[int, ...]) -> Callable:
-    look_up = look_up_in(table)
+    """The sum of products with the levels that nibbles name in a table."""
+    T = [int.from_bytes(bytes(n & 255 for n in table[i : i + 4]), "little") for i in (0, 4, 8, 12)]
+    T0, T1, T2, T3 = T
+
+    def levels(sevens, sides):
+        """Of four nibbles, the low 16 bits: those of the eight that the low bits name, twice."""
+        small, large = prmt(u32(T0), u32(T1), sevens), prmt(u32(T2), u32(T3), sevens)
+        return prmt(small, large, sides)
 
     def total(raw, at, odd, v, w, sums):
-        k = at + 4 * odd
-        a, b, c, d = raw[k], raw[k + 1], raw[k + 2], raw[k + 3]
-        t = dot_words(look_up(a), look_up(b), look_up(c), look_up(d), v, i32(0))
-        a, b, c, d = u32(a >> 16), u32(b >> 16), u32(c >> 16), u32(d >> 16)
-        return dot_words(look_up(a), look_up(b), look_up(c), look_up(d), w, t)
+        t, h = i32(0), i32(0)
+        for n in range(4):
+            word = raw[at + 4 * odd + n]
+            sevens, sides = u32(word & 0x77777777), u32((word >> 1) & 0x44444444 | 0x32103210)
+            t = dp4a(levels(sevens, sides), v[n], t)
+            h = dp4a(levels(u32(sevens >> 16), u32(sides >> 16)), w[n], h)
+        return i32(t + h)
 
     return total
 

@@ -70,7 +70,7 @@ def build_matvec(format: str, columns: int) -> Declared:
     @entry(
         f"{POINTERS} x:u32* packed:u32* {NUMBERS} high:u32 scales:u32 supers:u32 stretches:u32 "
         "pairs:u32 out_stretches:u32 out_length:u32 " + ARGUMENTS,
-        threads=THREADS, min_blocks=3 if columns == 8 else 3 + ROWS // 2,
+        threads=THREADS, min_blocks=3 if columns == 8 else 4,
     )  # fmt: skip
     def matvec(
         w0, w1, w2, w3, b0, b1, b2, b3, out0, out1, out2, out3, residual, live, x, packed, n0, n1,

@@ -99,7 +99,10 @@ class Check:
 
 
 def prepare(folder: Path, target: str) -> str:
-    """Fill a folder with what is carried: all kernels for a target, golden models; what it has."""
+    """Fill a folder with what is carried: all kernels for a target, golden models; what it has.
+
+    Golden models in float32 stay here: float16 says as much in half the bytes.
+    """
     from runtime import warming
     from runtime.progress import reporter
 
@@ -110,7 +113,7 @@ def prepare(folder: Path, target: str) -> str:
         compiled = warming.fill(target, kernels, progress)
     golden = Check(True).golden
     for file in sorted(golden.glob("*/*")) if golden else ():
-        if file.suffix == ".npz" or (file.suffix == ".gguf" and file.stem.startswith("model-")):
+        if file.name == "golden.npz" or (file.match("model-*.gguf") and "f32" not in file.stem):
             copy = folder / "golden" / file.parent.name / file.name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)

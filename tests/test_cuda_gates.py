@@ -151,6 +151,13 @@ def test_inner_loop_is_short(compiled, format: str, columns: int, target: str):
 
 
 @pytest.mark.parametrize("target", GATED)
+@pytest.mark.parametrize(("name", "format"), [("expert_pair", "Q4_K"), ("expert_total", "Q6_K")])
+def test_inner_loop_of_experts_is_short(compiled, name: str, format: str, target: str):
+    found = compiled[target].get(Kernel.of(name, format=format))
+    assert _inner_loop(found).per("IDP.4A") <= PER_DP4A[format][0]
+
+
+@pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize("format", PER_MMA)
 def test_tile_keeps_the_tensor_cores_busy(compiled, format: str, target: str):
     """Scales cost 8 fma of each mma's results, minima 4 more; little may come on top."""

@@ -158,7 +158,7 @@ def fuse_delta_layer(graph: Graph, options: Options) -> Graph:
 
 def _readers(graph: Graph, x: Tensor) -> list[Tensor]:
     """The nodes that read x, or a view of it."""
-    found = []
+    found: list[Tensor] = []
     for user in graph.users[x]:
         views = any(op.made(user) for op in (reshape, slice_))
         found += _readers(graph, user) if views else [user]

@@ -51,9 +51,8 @@ def offloaded(
         stages = (Stage(Fraction(1), (gpu,), (Fraction(1),)),)
     if layers == 0:
         return (Stage(Fraction(1), (Device("cpu"),), (Fraction(1),)),), None
-    rest = _fitting(stages, file, experts, free) if layers == AUTO else layers
-    if isinstance(rest, str) or rest >= _count(file) + 1:
-        rest = None
+    found = _fitting(stages, file, experts, free) if layers == AUTO else layers
+    rest = None if isinstance(found, str) or found >= _count(file) + 1 else found
     return stages, (OnHost(rest, experts) if rest is not None or experts else None)
 
 

@@ -57,8 +57,8 @@ def from_plain(values: np.ndarray, leaf: Tensor) -> np.ndarray:
     if row.coding is None:
         raw = _float_raw(_fragmented(_split(planes[0]), which))
         return raw.reshape(len(raw), -1)
-    codes = sum(p.unpack(fill(x, GROUP // p.dims)) for p, x in zip(row.codes, planes, strict=False))
-    codes = _split(codes)
+    pairs = zip(row.codes, planes, strict=False)
+    codes = _split(np.sum([p.unpack(fill(x, GROUP // p.dims)) for p, x in pairs], 0, np.uint8))
     parts = [_code_raw(codes & (0xFF if row.codes[0].bits == 8 else 15), which, row.codes[0].bits)]
     for bit in extra_bits(row):
         places = np.arange(GROUP, dtype=np.uint32)
@@ -87,7 +87,7 @@ def _fragmented(x: np.ndarray, which: str) -> np.ndarray:
     lead, n = x.shape[:-2], x.ndim - 2
     if which == "k":  # token = 8 a + 2 j + b, dim = 8 t + i, lane = 8 a + 4 b + t
         x = x.reshape(*lead, 4, 4, 2, 4, 8)
-        order = (n + 1, n, n + 2, n + 3, n + 4)
+        order: tuple[int, ...] = (n + 1, n, n + 2, n + 3, n + 4)
     else:  # token = 8 t + i, dim = 8 s + g
         x = x.reshape(*lead, 4, 8, 4, 8)
         order = (n + 2, n + 3, n, n + 1)
@@ -100,7 +100,7 @@ def _unfragmented(x: np.ndarray, which: str) -> np.ndarray:
     lead, n = x.shape[:-3], x.ndim - 3
     if which == "k":
         x = x.reshape(*lead, 4, 4, 2, 4, 8)
-        order = (n + 1, n, n + 2, n + 3, n + 4)
+        order: tuple[int, ...] = (n + 1, n, n + 2, n + 3, n + 4)
     else:
         x = x.reshape(*lead, 4, 8, 4, 8)
         order = (n + 2, n + 3, n, n + 1)

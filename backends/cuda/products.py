@@ -125,8 +125,8 @@ def _gated(gate: Call, up: Call, end: Call) -> Call:
     arguments = {
         **gate.arguments, "w1": up.arguments["w0"], "b1": up.arguments["b0"], "out0": given["out"],
         "n1": gate.arguments["n0"], "gate": GATED,
-        "sums": int(gate.arguments["sums"]) | int(up.arguments["sums"]) << 1,
-        "turns": turns_of(_rows(gate.kernel), 1 << int(gate.arguments["shift"])),
+        "sums": _number(gate, "sums") | _number(up, "sums") << 1,
+        "turns": turns_of(_rows(gate.kernel), 1 << _number(gate, "shift")),
     }  # fmt: skip
     if constants["clamp"]:
         arguments |= {"alpha": given["alpha"], "limit": given["limit"], "plus": 1.0}
@@ -147,7 +147,7 @@ def _join_weights(calls: list[Call]) -> list[Call]:
     places: dict[Hashable, int] = {}
     for call in calls:
         plain = _is_product(call) and not call.arguments["gate"]
-        if not plain or int(call.arguments["sums"]) & RESIDUAL:
+        if not plain or _number(call, "sums") & RESIDUAL:
             found.append(call)
             continue
         at = places.get(_key(call))
@@ -164,7 +164,7 @@ def _with(first: Call, other: Call) -> Call:
     i = next(i for i in range(1, MOST) if not first.arguments[f"n{i}"])
     arguments = first.arguments | {f"{n}{i}": other.arguments[f"{n}0"] for n in ("w", "b", "out")}
     arguments[f"n{i}"], arguments[f"first{i}"] = other.arguments["n0"], first.grid[0]
-    arguments["sums"] = int(arguments["sums"]) | int(other.arguments["sums"]) << i
+    arguments["sums"] = _number(first, "sums") | _number(other, "sums") << i
     return replace(
         first, arguments=arguments, grid=grid_of(first.kernel, arguments),
         reads=tuple(dict.fromkeys((*first.reads, *other.reads))),
@@ -180,3 +180,10 @@ def _is_product(call: Call) -> bool:
 def _key(call: Call) -> Hashable:
     """What products of one launch have in common."""
     return call.kernel, *(call.arguments.get(name) for name in _ALIKE)
+
+
+def _number(call: Call, name: str) -> int:
+    """An argument that is a whole number."""
+    found = call.arguments[name]
+    assert isinstance(found, int), f"{name} is a number"
+    return found

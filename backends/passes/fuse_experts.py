@@ -11,14 +11,13 @@ import math
 from runtime.backends.passes.fuse_ffn import swiglu_pack
 from runtime.backends.passes.packing import Options, linear, linear_id, node_of, only_user
 from runtime.ops.graph import Graph, rewrite
-from runtime.ops.matmul import matmul_id
 from runtime.ops.moe import expert_sum
 from runtime.ops.registry import Kind, fused
 from runtime.ops.tensor import Tensor
 
 linear_id_pair = fused(
     "linear_id_pair", kind=Kind.CONTRACTION, picks={1: 3, 4: 3, 5: 3, 6: 3},
-    flops=lambda node, seen: 2 * matmul_id.flops(node, seen),
+    flops=lambda node, seen: 4 * seen.size(node) * int(node.inputs[1].shape[2]),
 )  # tiles, gates of all experts, expert tiles, ids, ups, biases of both  # fmt: skip
 linear_id_sum = fused(
     "linear_id_sum", kind=Kind.CONTRACTION, picks={1: 3},

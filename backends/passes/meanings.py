@@ -209,11 +209,9 @@ def _linear_id_pair(
     """Both products as [T, used, n], gated; that of a shared expert behind those of a token."""
     shared, opened = (node.attrs.get(name, 0) for name in ("shared", "opened"))
     bias = rest[: len(rest) - 2 * shared - 2 * opened]
-    of_gate, of_up = bias or ((), ())
     shaped = node.with_(shape=(*ids.shape, gate.shape[1]), attrs={"every": node.attrs["every"]})
     products = [
-        _linear_id(shaped, x, w, tiles, ids, *([b] if len(b) else []))
-        for w, b in ((gate, of_gate), (up, of_up))
+        _linear_id(shaped, x, w, tiles, ids, *bias[n : n + 1]) for n, w in enumerate((gate, up))
     ]
     out = _swiglu(node, *products)
     if not shared:

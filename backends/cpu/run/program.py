@@ -14,7 +14,7 @@ from runtime.backends.cpu.compile.library import Native
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.table import Record, Table
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import JOINT, Buffer, Call, Plan, Ref
+from runtime.backends.plan.plan import JOINT, Argument, Buffer, Call, Plan, Ref
 from runtime.ops.attention import attention
 from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
@@ -130,9 +130,10 @@ class Program:
         arguments = kernel.ordered(call.kernel, call.arguments)
         return kernel.address, [self._value(a) for a in arguments]
 
-    def _value(self, argument: int | Ref) -> int:
+    def _value(self, argument: Argument) -> int:
         if isinstance(argument, int):
             return argument
+        assert isinstance(argument, Ref), "the CPU's kernels take floats as their bits"
         return self._place(argument.buffer) + argument.offset
 
     def _place(self, buffer: Buffer) -> int:

@@ -8,7 +8,7 @@ block come first, then those of the second, then what both share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from runtime.backends.cuda.intrinsics import (
     bits_to_f32,
@@ -458,7 +458,8 @@ FORMATS = {
 def adder(format: str) -> Callable:
     """A function that adds a block's products to a sum, as `layouts.py` says."""
     form = FORMATS[format]
-    total, scale, minimum, MINIMA = form.total, form.scale, form.minimum, form.minima
+    total, scale, MINIMA = form.total, form.scale, form.minima
+    minimum: Any = form.minimum  # called where there are minima
 
     def add(raw, at, odd, v, w, xs, sums, acc):
         n = total(raw, at, odd, v, w, sums)

@@ -62,7 +62,7 @@ def qkv_post(lowering: Lowering, node: Tensor) -> None:
         raise Declined("head sizes of k and v differ")
     optional = dict(zip(node.attrs["optional"], rest, strict=True))
     attrs, angles = node.attrs, optional.get("angles")
-    norms = {
+    norms: dict[str, Any] = {
         name: lowering.weight(optional[name], "vector") if name in optional else 0
         for name in ("q_norm", "k_norm")
     }

@@ -85,7 +85,9 @@ def linear_id_pair(lowering: Lowering, node: Tensor) -> None:
     x, gate, _, ids, up, *rest = node.inputs
     shared, opened = node.attrs.get("shared", 0), node.attrs.get("opened", 0)
     bias = rest[: len(rest) - 2 * shared - 2 * opened]
-    joined = [lowering.weight(w, "repacked") for w in rest[len(bias) :][: 2 * shared]] or [0, 0]
+    joined: list[Any] = [
+        lowering.weight(w, "repacked") for w in rest[len(bias) :][: 2 * shared]
+    ] or [0, 0]
     floats, opener = rest[-2:] if opened else (None, None)
     rows, inner, format = int(gate.shape[1]), int(gate.shape[2]), packed_type(gate.dtype)
     k, tokens = int(ids.shape[1]), int(ids.shape[0])
@@ -143,12 +145,12 @@ def _terms(lowering: Lowering, terms: dict[str, Tensor]) -> dict[str, Any]:
     return places
 
 
-def _choices(lowering: Lowering, ids: Tensor) -> dict[str, Ref]:
+def _choices(lowering: Lowering, ids: Tensor) -> dict[str, Any]:
     """Where ids are, and how many of them mean something."""
     return {"ids": lowering.read(ids), "live": lowering.live(ids, int(ids.shape[1]))}
 
 
-def _row_arguments(format: str, inner: int) -> dict[str, int]:
+def _row_arguments(format: str, inner: int) -> dict[str, Any]:
     return {**row_arguments(format, inner), "shift": cut(inner).lanes.bit_length() - 1}
 
 

@@ -16,7 +16,7 @@ def emit_tile(
     columns: int, **arguments: Any,
 ) -> None:  # fmt: skip
     """A launch of `tile`; columns: how many tiles there are side by side."""
-    row = row_arguments(format, inner)
+    row: dict[str, Any] = row_arguments(format, inner)
     length = 2 * row.pop("pairs")
     given: dict[str, Any] = {
         "bias": 0, "residual": 0, "groups": 0, "order": 0, "live": 0, "residual_stride": 0,

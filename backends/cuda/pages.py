@@ -58,7 +58,9 @@ def from_plain(values: np.ndarray, leaf: Tensor) -> np.ndarray:
         raw = _float_raw(_fragmented(_split(planes[0]), which))
         return raw.reshape(len(raw), -1)
     pairs = zip(row.codes, planes, strict=False)
-    codes = _split(np.sum([p.unpack(fill(x, GROUP // p.dims)) for p, x in pairs], 0, np.uint8))
+    codes = _split(
+        np.asarray(np.sum([p.unpack(fill(x, GROUP // p.dims)) for p, x in pairs], 0, np.uint8))
+    )
     parts = [_code_raw(codes & (0xFF if row.codes[0].bits == 8 else 15), which, row.codes[0].bits)]
     for bit in extra_bits(row):
         places = np.arange(GROUP, dtype=np.uint32)

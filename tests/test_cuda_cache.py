@@ -11,7 +11,10 @@ from runtime.backends.cuda.catalogue import Compiled, declared, head
 from runtime.backends.cuda.library import Library
 from runtime.backends.plan.kernel import Kernel
 
-KERNEL, OTHER = Kernel.of("swiglu", packed=False, clamp=False), Kernel.of("swiglu", packed=True)
+KERNEL, OTHER = (
+    Kernel.of("swiglu", packed=False, clamp=False),
+    Kernel.of("swiglu", packed=True, clamp=False),
+)
 TOOLCHAIN = "a" * 64
 
 

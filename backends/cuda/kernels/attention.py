@@ -5,9 +5,9 @@ Grid (splits, KV heads x parts, tiles). A tile is up to 16 rows: the query heads
 one or several tokens of a sequence, so a page is read once for all of them; of more than 16 heads
 to a KV head each 16 are a part. A split is a fixed number of pages at absolute places. A block
 takes 4 pages a step: each warp the scores of one (`attention_scores.py`), then all warps P V of the
-four, each for other dims (`attention_values.py`). Splits are joined in their order
-(`attention_join.py`): by the block itself where it takes all, else by the last block to come.
-Splits behind the tile's last place end at once, so one grid serves every length.
+four, each for other dims (`attention_values.py`); their V is fetched ahead. Splits are joined in
+their order (`attention_join.py`): by the block itself where it takes all, else by the last block to
+come. Splits behind the tile's last place end at once, so one grid serves every length.
 
 What a row does not see has the probability 0, so its result depends on nothing else; for that every
 page must be finite everywhere (made of zeros, then written).
@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
+    ahead,
     block_x,
     block_y,
     block_z,
@@ -93,6 +94,14 @@ def _row_exchange() -> tuple[Callable, Callable, Callable]:
     return offer, top, total
 
 
+def fetch_ahead(pages, base, pieces):
+    """A head's part of a page, `pieces` from piece `base` on, into the L2 cache; by a warp."""
+    i = u32(8 * (thread_x() & 31))
+    while i < pieces:
+        ahead(pages, u32(4 * u32(base + i)))
+        i = u32(i + 256)
+
+
 def _walker(slots: int, words_of: Callable, sums_of: Callable) -> Callable:
     """A function: one split, its sums to acc; (peak, sum) of rows g and g + 8."""
     score_room, lift_room = registers("f32", 16), registers("f32", 2 * slots)
@@ -114,6 +123,8 @@ def _walker(slots: int, words_of: Callable, sums_of: Callable) -> Callable:
             mine = u32(page + warp)
             if mine < end:
                 block = u32(u32(load(block_table, u32(at + mine)) * kv_heads) + kv_head)
+                size = u32(v_groups * v_pieces)
+                fetch_ahead(v, u32(block * size), size)
                 score(scores, k, u32(u32(block * k_groups) * k_pieces), k_dim, k_type, k_pieces)
                 if softcap > f32(0):
                     cap(scores, softcap)

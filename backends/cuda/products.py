@@ -172,6 +172,12 @@ def _with(first: Call, other: Call) -> Call:
     )  # fmt: skip
 
 
+def _number(call: Call, name: str) -> int:
+    value = call.arguments[name]
+    assert isinstance(value, int), f"{name} is a number"
+    return value
+
+
 def _is_product(call: Call) -> bool:
     memory = [buffer.memory for buffer in call.writes]
     return call.kernel.name in ("matvec", "matvec_float") and memory == ["arena"]

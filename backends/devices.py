@@ -33,7 +33,7 @@ def open_backend(
     """
     if devices.strip().lower() == AUTO:
         devices = automatic()
-    stages: Sequence[Stage] = chosen(devices, split_mode, tensor_split, main_device, count)
+    stages = chosen(devices, split_mode, tensor_split, main_device, count)
     host = None
     if gpu_layers is not None or cpu_moe:
         stages, host = offloaded(
@@ -100,7 +100,8 @@ def free_of_gpu(device: Device) -> int:
     """Bytes that are free on a GPU; 0 where there is no such GPU."""
     from runtime.backends.cuda.found import gpus
 
-    return next((gpu.free_nbytes or 0 for gpu in gpus() if gpu.index == device.number), 0)
+    number = device.number or 0
+    return next((gpu.free_nbytes or 0 for gpu in gpus() if gpu.index == number), 0)
 
 
 def _shares_of_all(expression: str, stage: Stage) -> list[float]:

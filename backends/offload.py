@@ -22,9 +22,9 @@ Free = Callable[[Device], int]  # bytes of a GPU
 
 
 def offloaded(
-    expression: str, stages: Sequence[Stage], file: Any, gpu_layers: int | str | None,
+    expression: str, stages: tuple[Stage, ...], file: Any, gpu_layers: int | str | None,
     cpu_moe: bool | int | None, usable: Callable[[], Device | None], free: Free,
-) -> tuple[Sequence[Stage], OnHost | None]:  # fmt: skip
+) -> tuple[tuple[Stage, ...], OnHost | None]:  # fmt: skip
     """The stages of GPUs, and what the CPU has before them; None: there is no such CPU.
 
     gpu_layers: the last so many layers are the GPUs', of which what follows the layers is one;
@@ -79,8 +79,8 @@ def _count(file: Any) -> int:
 
 def _fitting(stages: Sequence[Stage], file: Any, experts: int, free: Free) -> int | str:
     """How many of the last layers, as `OnHost.rest` counts them, GPUs have room for."""
-    cards = dict.fromkeys(device.number or 0 for stage in stages for device in stage.devices)
-    room = _SHARE * sum(free(Device("cuda", number)) for number in cards)
+    cards = {device.number or 0: device for stage in stages for device in stage.devices}
+    room = _SHARE * sum(map(free, cards.values()))
     count, sizes, others = _count(file), dict[int, int](), 0
     for name, tensor in file.tensors.items():
         match = _LAYER.match(name)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.backends.meta.expression import Device
+from runtime.backends.meta.graph_stages import OnHost
 from runtime.backends.meta.planner import (
     ON_CPU,
     StagePlan,
@@ -103,7 +104,7 @@ class Model:
 
     def __init__(self, file: Any) -> None:
         self.file, self.architecture = file, build(file)
-        self._plans: dict[tuple[Stage, ...], list[StagePlan]] = {}
+        self._plans: dict[tuple[Any, ...], list[StagePlan]] = {}
 
     @cached_property
     def graph(self) -> Graph:
@@ -126,18 +127,18 @@ class Model:
         step = Step.capacity(UBATCH, 1, 1, 1, 1, a.layers, ("f16", "f16"), a.positions_per_token)
         return a.graph(step)
 
-    def plans(self, stages: tuple[Stage, ...]) -> list[StagePlan]:
-        """Who has what, stage by stage."""
-        if stages not in self._plans:
-            self._plans[stages] = plan_stages(self.graph, stages)
-        return self._plans[stages]
+    def plans(self, stages: tuple[Stage, ...], host: OnHost | None = None) -> list[StagePlan]:
+        """Who has what, stage by stage. host: what the CPU has beside GPUs."""
+        if (stages, host) not in self._plans:
+            self._plans[stages, host] = plan_stages(self.graph, stages, host)
+        return self._plans[stages, host]
 
 
 @dataclass(frozen=True)
 class Placement:
     """A model on devices. asked: tokens of context, None: as many as fit.
 
-    free: bytes of this machine's memory that programs can take.
+    free: bytes of this machine's memory that programs can take. host: what the CPU has beside GPUs.
     """
 
     model: Model
@@ -146,11 +147,12 @@ class Placement:
     asked: int | None = None
     sequences: int = 1
     free: int | None = None
+    host: OnHost | None = None
 
     @property
     def plans(self) -> list[StagePlan]:
         """Who has what, stage by stage."""
-        return self.model.plans(self.stages)
+        return self.model.plans(self.stages, self.host)
 
     @cached_property
     def needs(self) -> dict[Device, Need]:

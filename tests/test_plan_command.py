@@ -277,3 +277,17 @@ def test_mistakes_in_metadata_of_ones_own(
 )
 def test_mistakes_are_one_line(arguments: str, message: str) -> None:
     assert re.search(message, refused(*arguments.split()))
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ("qwen3-0.6b --devices cuda:24GB -ngl 10",
+         ["before the layers on cpu:", "layers 0-18: 19 alike on cpu:", "layers 19-27: 9 alike on"]),
+        ("qwen3.5-35b-a3b --devices cuda:12GB -ncmoe 2",
+         ["layer 1 on cuda:12GB:", "layer 1 on cpu: 522.2 MB", "layer 2 on cuda:12GB:"]),
+    ],
+)  # fmt: skip
+def test_what_the_cpu_has_beside_a_gpu(given: str, parts: list[str]) -> None:
+    shown = plan(*given.split())
+    assert all(f"\n{part}" in shown for part in parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from runtime.backends.cuda.layouts import UNIT
 from runtime.backends.cuda.planner import Planner as GpuPlanner
 from runtime.backends.cuda.planner import options as gpu_options
 from runtime.backends.meta.expression import Device
-from runtime.backends.meta.graph_stages import cut_graph
+from runtime.backends.meta.graph_stages import OnHost, cut_graph
 from runtime.backends.meta.infer import Layout, infer
 from runtime.backends.meta.stages import Stage
 from runtime.ops.cost import Seen, flops, moves, page_nbytes
@@ -201,16 +202,22 @@ def _most_chosen(count: int, sizes: tuple[int, ...]) -> float:
     return float(np.random.default_rng(0).multinomial(count, shares, 1000).max(1).mean())
 
 
+_HOST = Stage(Fraction(1), (Device("cpu"),), (Fraction(1),))
 _CPU, _GPU = Planner(options()), GpuPlanner(gpu_options())
 
 
-def plan_stages(graph: Graph, stages: Sequence[Stage]) -> list[StagePlan]:
-    """Who has what of a graph of one token, one page and one slot."""
-    cut = [graph]
-    if len(stages) > 1:
-        cut = [s.graph for s in cut_graph(graph, [float(s.share) for s in stages]).stages]
+def plan_stages(
+    graph: Graph, stages: Sequence[Stage], host: OnHost | None = None
+) -> list[StagePlan]:
+    """Who has what of a graph of one token, one page and one slot. host: what the CPU has."""
+    parts: list[tuple[Graph, Stage]] = [(graph, stages[0])]
+    if len(stages) > 1 or host:
+        cut = cut_graph(graph, [float(s.share) for s in stages], host)
+        every = [*[_HOST] * bool(host), *stages]
+        owned = zip(cut.stages, cut.owners, strict=True)
+        parts = [(each.graph, every[owner]) for each, owner in owned]
     found = []
-    for part, stage in zip(cut, stages, strict=True):
+    for part, stage in parts:
         shares = [float(share) for share in stage.shares]
         exact = all(device.kind in _EXACT for device in stage.devices)
         grain = 1 if exact or stage.devices[0].kind in ON_CPU else UNIT

@@ -54,6 +54,16 @@ Examples:
         metavar="N,N,...")  # fmt: skip
 @option("-mg --main-device | --main-gpu", "With --split-mode none, which device of the list.", _HOW,
         type=click.IntRange(0), metavar="N")  # fmt: skip
+@option(
+    "-ngl --gpu-layers | --n-gpu-layers",
+    "How many of the last layers GPUs have, the output "
+    "being one, and the CPU the others: a number, all, or auto.",
+    _HOW,
+    metavar="N",
+)
+@option("-cmoe --cpu-moe", "The experts of all layers are the CPU's.", _HOW, is_flag=True)
+@option("-ncmoe --n-cpu-moe", "The experts of the first N layers are.", _HOW,
+        type=click.IntRange(0), metavar="N")  # fmt: skip
 @option("--bandwidth", "GB/s that each device reads, one for all or one each; of the CPU it is "
         "measured.", _HOW, metavar="N,N,...")  # fmt: skip
 @option("--gmacs", "1e9 weights that each device multiplies per second, for the speed of prompts.",
@@ -155,8 +165,9 @@ def _no_shares(options: dict[str, Any]) -> bool:
 
 def _placement(file: Any, options: dict[str, Any]) -> Any:
     from runtime.arguments import kv_types
-    from runtime.backends.devices import count
+    from runtime.backends.devices import count, usable_gpu
     from runtime.backends.meta.choices import chosen
+    from runtime.backends.offload import offloaded
     from runtime.errors import OptionError
     from runtime.memory.budget import available_memory
     from runtime.planning import Model, Placement, balanced, by_memory
@@ -166,13 +177,19 @@ def _placement(file: Any, options: dict[str, Any]) -> Any:
             options["devices"], options["split_mode"], options["tensor_split"],
             options["main_device"], count,
         )  # fmt: skip
+        host, moe = None, options["cpu_moe"] or options["n_cpu_moe"]
+        if options["gpu_layers"] is not None or moe:
+            stages, host = offloaded(
+                options["devices"], stages, file, options["gpu_layers"], moe, usable_gpu,
+                lambda device: device.nbytes or 0,
+            )  # fmt: skip
         kinds = kv_types(_own_kv(options) or "f16")
     except OptionError as error:
         raise Refused(str(error)) from None
     free = _no_shares(options)
     placement = Placement(
         Model(file), by_memory(stages) if free else stages, kinds, options["context"],
-        options["sequences"], available_memory(),
+        options["sequences"], available_memory(), host,
     )  # fmt: skip
     return balanced(placement) if free else placement
 

@@ -202,6 +202,7 @@ def _most_chosen(count: int, sizes: tuple[int, ...]) -> float:
     return float(np.random.default_rng(0).multinomial(count, shares, 1000).max(1).mean())
 
 
+_ABOUT = 64 << 20  # bytes
 _HOST = Stage(Fraction(1), (Device("cpu"),), (Fraction(1),))
 _CPU, _GPU = Planner(options()), GpuPlanner(gpu_options())
 
@@ -233,8 +234,8 @@ def planned(graph: Graph) -> tuple[int, int]:
 
 
 def planned_on_gpu(graph: Graph) -> int:
-    """Bytes of activations on a GPU, where programs of smaller steps keep theirs."""
-    return 2 * _GPU.plan(graph).arena_nbytes
+    """Bytes of activations on a GPU, where programs of smaller steps keep theirs: about."""
+    return -(-2 * _GPU.plan(graph).arena_nbytes // _ABOUT) * _ABOUT
 
 
 def gpu_page_nbytes(leaf: Tensor) -> int:

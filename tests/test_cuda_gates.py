@@ -86,7 +86,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "matvec_float": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
     "pad_rows": (32, ("LDG.E",), ()),
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
-    "qkv_post": (96, ("LDG.E", "MUFU.RSQ", "STG.E.U16", "STG.E.U8", "VOTE"), ()),
+    "qkv_post": (112, ("LDG.E", "MUFU.RSQ", "STG.E.U16", "STG.E.U8", "VOTE"), ()),
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),
     "renumber": (24, ("LDG.E",), ()),
     "peak_copy": (40, ("LDG.E.128", "STG.E.128"), ()),

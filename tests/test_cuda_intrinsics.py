@@ -27,7 +27,7 @@ _RESULTS = {"f32": "f32_to_bits({r})", "u16": "u32({r})", "u32": "{r}", "i32": "
 OPCODES = {
     "int_to_f32": "I2F", "round_i32": "F2I", "f16_to_f32": "HADD2.F32", "f16_low": "HADD2.F32",
     "f16_high": "HADD2.F32", "f32_to_f16": "F2F.F16.F32", "pack_f16": "F2FP.F16",
-    "pack_bf16": "F2FP.BF16", "fma": "FFMA", "multiply": "FMUL", "fma_bf16x2": "HFMA2.BF16",
+    "pack_bf16": "F2FP.BF16", "fma": "FFMA", "multiply": "FMUL", "fma_bf16x2": "HFMA2.MMA.BF16",
     "fmax": "FMNMX", "fmin": "FMNMX", "exp2": "MUFU.EX2", "rcp": "MUFU.RCP", "rsqrt": "MUFU.RSQ",
     "divide": "MUFU.RCP", "floor": "FRND.FLOOR", "shift_right": "SHF.R.S32", "prmt": "PRMT",
     "dp4a": "IDP.4A.S8.S8", "dp4a_us": "IDP.4A.U8.S8", "dp2a": "IDP.2A.LO.S16.S8",

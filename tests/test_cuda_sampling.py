@@ -107,3 +107,10 @@ def test_parts_beyond_the_lanes_of_a_warp(rng, chance: float):
     wanted, far = _expected(logits.reshape(-1), choice)
     assert far > 1e-5
     assert chosen[0] == wanted
+
+
+def test_a_chance_of_nearly_1_draws_nothing_that_cannot_be():
+    logits = np.array([[5, 0, 0, -300]], np.float32)
+    for top_k in (4, 40):
+        (token,) = _drawn(logits, [Choice(4, 1.0, top_k, 1.0, 0.0, 0.99999999)])
+        assert token in (1, 2)

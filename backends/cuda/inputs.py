@@ -100,6 +100,8 @@ class Inputs:
             column = self._array(copy, f"choice.{name}")
             column[: len(choices)] = [getattr(choice, name) for choice in choices]
             column[len(choices) :] = 0
+            if name == "chance":  # float32 rounds what is nearly 1 up
+                np.minimum(column, _BELOW_1, out=column)
 
     def _array(self, copy: _Copy, name: str) -> np.ndarray:
         if name not in copy.arrays:
@@ -109,6 +111,7 @@ class Inputs:
         return copy.arrays[name]
 
 
+_BELOW_1 = np.nextafter(np.float32(1), np.float32(0))
 CHOICE = {
     "columns": np.dtype(np.int32), "temperature": np.dtype(np.float32),
     "top_k": np.dtype(np.int32), "top_p": np.dtype(np.float32), "min_p": np.dtype(np.float32),

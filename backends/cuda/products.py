@@ -186,10 +186,3 @@ def _is_product(call: Call) -> bool:
 def _key(call: Call) -> Hashable:
     """What products of one launch have in common."""
     return call.kernel, *(call.arguments.get(name) for name in _ALIKE)
-
-
-def _number(call: Call, name: str) -> int:
-    """An argument that is a whole number."""
-    found = call.arguments[name]
-    assert isinstance(found, int), f"{name} is a number"
-    return found

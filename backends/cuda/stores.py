@@ -76,14 +76,15 @@ class Store:
         at, size = self.state(leaf).address, page_nbytes(leaf)
         driver = self.device.driver
         for source, target in zip(sources, targets, strict=True):
-            driver.copy(at + target * size, at + source * size, size, self._stream.handle)
+            places = at + int(target) * size, at + int(source) * size
+            driver.copy(*places, size, self._stream.handle)
 
     def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """See `Backend.read_state`."""
         buffer, size = self.state(leaf), page_nbytes(leaf)
         found = np.empty((len(rows), size), np.uint8)
         for row, out in zip(rows, found, strict=True):
-            buffer.view(row * size, size).read(out, self._stream)
+            buffer.view(int(row) * size, size).read(out, self._stream)
         if leaf.attrs["storage"] == "slots":
             return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
         return to_plain(found, leaf)
@@ -96,7 +97,7 @@ class Store:
             raw = from_plain(values, leaf)
         buffer, size = self.state(leaf), page_nbytes(leaf)
         for row, page in zip(rows, raw, strict=True):
-            buffer.view(row * size, size).write(page, self._stream)
+            buffer.view(int(row) * size, size).write(page, self._stream)
         self._stream.synchronize()
 
     def close(self) -> None:

@@ -180,12 +180,15 @@ def _kept(chances, count, top_p, min_p):
 
 
 def _drawn(chances, count, chance):
-    """The first candidate at which the running sum exceeds `chance` of the whole."""
+    """The first candidate at which the running sum exceeds `chance` of the whole.
+
+    None that adds nothing is drawn, whatever rounding leaves.
+    """
     total, sum, at = f32(0), f32(0), u32(0)
     for i in range(count):
         total += chances[i]
     sum = chances[0]
-    while at < u32(count - 1) and sum <= chance * total:
+    while at < u32(count - 1) and sum <= chance * total and chances[u32(at + 1)] > f32(0):
         at = u32(at + 1)
         sum += chances[at]
     return at

@@ -182,7 +182,7 @@ class _Opened:
         weights: dict[Device, Fraction] = {}
         for stage in stages:
             for device, share in zip(stage.devices, stage.shares, strict=True):
-                if threads is not None or device.kind == "cpu":
+                if device.kind != "cuda" and (threads is not None or device.kind == "cpu"):
                     part = stage.share * share
                     weights[device] = weights.get(device, Fraction(0)) + part
         total = threads or physical_cores()

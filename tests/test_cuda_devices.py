@@ -199,3 +199,10 @@ def test_a_context_that_one_of_several_gpus_has_no_room_for(tmp_path: Path):
             on_fake_gpus(path, devices, [H100, small], context=9_000_000),
         ):
             pass
+
+
+def test_threads_are_the_cpus(tmp_path: Path):
+    path = write_model(tmp_path / "m.gguf", MODELS["dense"])
+    with on_fake_gpus(path, "layers(3*cuda:0,cpu)", threads=4) as model:
+        of_cpu = [b.threads for b in model.backend._devices if b.name.startswith("cpu")]
+        assert of_cpu == [4]

@@ -38,7 +38,7 @@ def packed_grid(rows: int, n: int) -> tuple[int, int]:
 def floats(lowering: Lowering, node: Tensor, rows: int, n: int) -> Out:
     """Where rows of n go as float32 activations, which `n` fills. Declined: it does not."""
     if n % 8:
-        raise Declined(f"rows of {n} floats are no multiple of 8")
+        raise Declined(f"rows of {n} floats are no multiple of 8: use devices='cpu'")
     return lowering.write(node, rows * column_nbytes(n, "f32"))
 
 
@@ -74,7 +74,9 @@ def swiglu_pack(lowering: Lowering, node: Tensor) -> None:
     unit = 8 if plain else 4
     if n % unit or (gate_stride | up_stride) % 4 or (address.offset | up_address.offset) % 16:
         if not plain or n % 8:
-            raise Declined("rows of gate or up are not multiples of 16 bytes")
+            raise Declined(
+                f"rows of {n} values do not lie at multiples of 16 bytes: use devices='cpu'"
+            )
         emit_by_element(lowering, node, "swiglu_oai" if clamp else "swiglu")
         return
     arguments = {

@@ -44,7 +44,7 @@ def offloaded(
             )
         gpu = usable() if layers != 0 and gpu_layers is not None else None
         if gpu is None:
-            if layers and layers != AUTO:
+            if gpu_layers is not None and layers and layers != AUTO:
                 said = f"gpu_layers={gpu_layers}: no GPU can be used here: the CPU has all layers"
                 print(said, file=sys.stderr)
             return stages, None

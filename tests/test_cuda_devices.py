@@ -172,6 +172,8 @@ def test_layers_for_a_gpu_that_is_not_there_are_the_cpus(capsys: pytest.CaptureF
     stages, host = offloaded("cpu", chosen("cpu"), FILE, 9, True, lambda: None, lambda _: 0)
     assert (text(stages), host) == ("cpu", None)
     assert capsys.readouterr().err.startswith("gpu_layers=9: no GPU can be used here")
+    assert offloaded("cpu", chosen("cpu"), FILE, None, True, lambda: None, lambda _: 0)[1] is None
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

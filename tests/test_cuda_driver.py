@@ -18,7 +18,7 @@ from fake_nodes import FakeLibrary, unpacked
 
 from runtime.backends.cuda.accesses import accesses, waits
 from runtime.backends.cuda.bindings import BoundDriver
-from runtime.backends.cuda.catalogue import KERNELS, declared
+from runtime.backends.cuda.catalogue import KERNELS, Compiled, declared
 from runtime.backends.cuda.driver import Driver
 from runtime.backends.cuda.intrinsics import launch_next, launch_wait, thread_x
 from runtime.backends.cuda.launcher import Device
@@ -185,10 +185,17 @@ def test_a_launch_computes_and_follows_changes():
 
 
 def test_shared_memory_is_asked_for_before_it_is_used(monkeypatch):
+    class Greedy(FakeLibrary):
+        def get(self, kernel: Kernel) -> Compiled:
+            found = super().get(kernel)
+            entry = dataclasses.replace(found.entry, shared_nbytes=60 << 10)
+            return dataclasses.replace(found, entry=entry)
+
+    monkeypatch.setattr("fake_gpu.FakeLibrary", Greedy)
+
     def launch(gpu: Gpu) -> None:
         x, out = gpu.buffers(2)
-        tile = Kernel.of("tile", format="Q8_0")
-        gpu.device.launch(tile, 1, x, x, x, x, out, 1, 1, 1, 2).run(gpu.stream)
+        gpu.norm(x, out).run(gpu.stream)
 
     launch(Gpu())
     small = dataclasses.replace(H100, shared_nbytes=50 << 10)

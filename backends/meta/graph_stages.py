@@ -15,13 +15,13 @@ they have, and a state is always in the same stage.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.backends.layer_names import layer_of
 from runtime.ops.cost import page_nbytes
 from runtime.ops.dtypes import F32, I32
 from runtime.ops.errors import BackendError, OptionError
@@ -30,7 +30,6 @@ from runtime.ops.registry import Kind, find, kind_of
 from runtime.ops.tensor import LEAVES, Dim, Tensor, step_input
 
 _PAGES = 128  # of a cache that count as held, beside one slot of a recurrent state
-_LAYER = re.compile(r"blk\.(\d+)\.")  # how files call the weights of a layer
 _SLACK = 0.25  # of an even share, by which shares may fit worse where less crosses
 
 
@@ -117,8 +116,7 @@ class _Nodes:
         return next((n for n in weights if n > layers[-1]), len(self.computed))
 
     def _layer(self, n: int) -> int | None:
-        found = [_LAYER.match(x.name) for x in self.needs[n] if x.op == "weight"]
-        return max((int(match[1]) for match in found if match), default=None)
+        return layer_of(x.name for x in self.needs[n] if x.op == "weight")
 
     def experts(self) -> list[tuple[int, int]]:
         """(the first, behind the last) of the nodes that use experts, layer by layer.

@@ -45,6 +45,7 @@ class Form(NamedTuple):
 
     @property
     def numbers(self) -> int:
+        """Scales and minima of a row that a stage has for each block."""
         return 1 + 2 * self.halves + self.minima
 
 

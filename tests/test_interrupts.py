@@ -213,6 +213,7 @@ def sweep(models: tuple[Model, Model], case: Case, stride: int, steady: bool = T
     model = models[0]
     everything = model._engine.pools.pages.count, model._engine.pools.slots.count
     for _ in range(2):  # the first time programs are made, which is a case of its own
+        gc.collect()  # what earlier tests left would be holders, too, and then be none
         scene = Scene(*models, case)
         old, free_old = scene.tokens(), scene.free()
         total = lines_of(scene.act, FILES)

@@ -84,7 +84,6 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "normalize": (40, ("LDG.E", "SHFL"), ()),
     "matvec": (255, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
     "matvec_float": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
-    "pad_rows": (32, ("LDG.E",), ()),
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
     "qkv_post": (112, ("LDG.E", "MUFU.RSQ", "STG.E.U16", "STG.E.U8", "VOTE"), ()),
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),

@@ -271,6 +271,16 @@ class Lowering:
             tail *= int(n)
         return self.place(x), tail, self.live(x), int(x.layout.strides[0])
 
+    def axes(self, x: Tensor) -> dict[str, Any]:
+        """x as up to four axes a, b, c, n: sizes of all but the first, and the strides of all."""
+        (_, first), *inner = list(zip(map(int, x.shape), x.layout.strides, strict=True)) or [(1, 0)]
+        if len(inner) > 3:
+            raise Declined(f"{x!r} has more than four axes")
+        found = {"stride_a": int(first)}
+        for name, (n, stride) in zip("bcn", [(1, 0)] * (3 - len(inner)) + inner, strict=True):
+            found |= {name: n, f"stride_{name}": int(stride)}
+        return found
+
     def heads(self, x: Tensor) -> tuple[Ref, int, int]:
         """x [tokens, heads, dim], a view or not: address, token stride, head stride."""
         token, head, step = x.layout.strides

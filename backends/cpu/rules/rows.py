@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.backends.cpu.rules.registry import lowers
 from runtime.backends.cpu.tile.formats import READABLE
-from runtime.backends.plan.lowering import Declined, Lowering
+from runtime.backends.plan.lowering import Lowering
 from runtime.ops.dtypes import BF16, F16, F32, I32, nbytes_for
 from runtime.ops.tensor import Tensor
 
@@ -27,15 +27,9 @@ def get_rows(lowering: Lowering, node: Tensor) -> None:
 def copy(lowering: Lowering, node: Tensor) -> None:
     """A view with up to four axes, of f32, i32, f16 or bf16."""
     (x,) = node.inputs
-    axes = list(zip(map(int, x.shape), x.layout.strides, strict=True))
-    (_, first), *inner = axes or [(1, 0)]
-    if len(inner) > 3:
-        raise Declined(f"{x!r} has more than four axes")
-    (b, stride_b), (c, stride_c), (n, stride_n) = [(1, 0)] * (3 - len(inner)) + inner
     lowering.emit(
         "copy", node, {"item": x.dtype.nbytes}, x=lowering.place(x, (F32, I32, F16, BF16)),
-        out=lowering.write(node), live=lowering.live(x), stride_a=first, b=b, stride_b=stride_b,
-        c=c, stride_c=stride_c, n=n, stride_n=stride_n,
+        out=lowering.write(node), live=lowering.live(x), **lowering.axes(x),
     )  # fmt: skip
 
 

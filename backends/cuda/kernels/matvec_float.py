@@ -1,5 +1,5 @@
 """Float weights times 1 to 8 columns of float32, 8 values of a row at a time; lanes share rows as
-in `matvec.py`. Also the columns themselves, where rows are not a multiple of 8 values."""
+in `matvec.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from runtime.backends.cuda.intrinsics import (
     load4,
     pick,
     registers,
-    store,
     thread_x,
     u32,
 )  # fmt: skip
@@ -146,20 +145,3 @@ def build_matvec_float(format: str, columns: int) -> Declared:
 def rows_of(columns: int) -> int:
     """Rows that a lane takes part in."""
     return 4 if columns == 1 else 2
-
-
-def build_pad_rows() -> Declared:
-    """Rows of `n` floats filled up with zeros to `width`. Grid (width / 256, rows)."""
-
-    @entry("x:f32* out:f32* n:u32 stride:u32 width:u32", threads=256)
-    def pad_rows(x, out, n, stride, width):
-        launch_next()
-        i = u32(block_x() * 256 + thread_x())
-        launch_wait()
-        if i < width:
-            value = f32(0)
-            if i < n:
-                value = load(x, u32(u32(block_y() * stride) + i))
-            store(out, u32(u32(block_y() * width) + i), value)
-
-    return pad_rows

@@ -7,6 +7,7 @@ from runtime.backends.cuda.intrinsics import (
     block_x,
     block_y,
     entry,
+    f32,
     launch_next,
     launch_wait,
     load,
@@ -19,21 +20,27 @@ THREADS = 256
 
 
 def build_copy_rows() -> Declared:
-    """out f32 [rows, n] = x of row stride `x_stride`. Grid (n / 256 rounded up, rows)."""
+    """out f32 [rows, width] = x, rows of n `stride` apart, filled up with zeros.
 
-    @entry("x:f32* out:f32* n:u32 x_stride:u32", threads=THREADS)
-    def copy_rows(x, out, n, x_stride):
+    Grid (width / 256 rounded up, rows).
+    """
+
+    @entry("x:f32* out:f32* n:u32 stride:u32 width:u32", threads=THREADS)
+    def copy_rows(x, out, n, stride, width):
         launch_next()
         i, row = u32(block_x() * THREADS + thread_x()), block_y()
         launch_wait()
-        if i < n:
-            store(out, u32(row * n + i), load(x, u32(row * x_stride + i)))
+        if i < width:
+            value = f32(0)
+            if i < n:
+                value = load(x, u32(row * stride + i))
+            store(out, u32(row * width + i), value)
 
     return copy_rows
 
 
 def build_gather_rows() -> Declared:
-    """out[row] = x[ids[row]]: f32 rows of n, those of x `x_stride` apart. Grid as `copy_rows`."""
+    """out[row] = x[ids[row]]: f32 rows of n, those of x `x_stride` apart. Grid (n / 256, rows)."""
 
     @entry("x:f32* ids:i32* out:f32* n:u32 x_stride:u32", threads=THREADS)
     def gather_rows(x, ids, out, n, x_stride):

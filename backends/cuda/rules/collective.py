@@ -82,7 +82,7 @@ def _give(lowering: Lowering, node: Tensor, inputs: list[Tensor]) -> None:
             source, n, _, stride = lowering.rows(x)
             out = lowering.room(node, "part", x.nbytes)
             lowering.emit(
-                "copy_rows", node, x=source, out=out, n=n, x_stride=stride,
+                "copy_rows", node, x=source, out=out, n=n, stride=stride, width=n,
                 grid=(-(-n // 256), x.size // n),
             )  # fmt: skip
             own = out.ref

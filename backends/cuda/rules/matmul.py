@@ -59,7 +59,7 @@ def pack(lowering: Lowering, node: Tensor) -> None:
         lowering.alias(node, address.buffer)
         return
     lowering.emit(
-        "pad_rows", node, x=address, out=lowering.write(node, 4 * rows * width), n=n,
+        "copy_rows", node, x=address, out=lowering.write(node, 4 * rows * width), n=n,
         stride=stride, width=width, grid=(-(-width // 256), rows),
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from runtime.backends.cuda.kernels.blocks import book_words
 from runtime.backends.cuda.kernels.copy import THREADS
 from runtime.backends.cuda.kernels.get_rows import FORMATS
 from runtime.backends.cuda.rules.registry import lowers
-from runtime.backends.plan.lowering import Declined, Lowering
+from runtime.backends.plan.lowering import Lowering
 from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.dtypes import BF16, F16, F32, I32, nbytes_for
 from runtime.ops.tensor import Tensor, constant
@@ -42,15 +42,10 @@ def _book(lowering: Lowering, format: str) -> dict[str, Any]:
 def copy(lowering: Lowering, node: Tensor) -> None:
     """A view with up to four axes, of f32, i32, f16 or bf16."""
     (x,) = node.inputs
-    axes = list(zip(map(int, x.shape), x.layout.strides, strict=True))
-    (_, first), *inner = axes or [(1, 0)]
-    if len(inner) > 3:
-        raise Declined(f"{x!r} has more than four axes")
-    (b, stride_b), (c, stride_c), (n, stride_n) = [(1, 0)] * (3 - len(inner)) + inner
     lowering.emit(
         "copy", node, {"item": x.dtype.nbytes}, x=lowering.place(x, (F32, I32, F16, BF16)),
-        out=lowering.write(node), count=x.size, b=b, c=c, n=n, stride_a=first, stride_b=stride_b,
-        stride_c=stride_c, stride_n=stride_n, grid=(max(1, -(-x.size // THREADS)),),
+        out=lowering.write(node), count=x.size, **lowering.axes(x),
+        grid=(max(1, -(-x.size // THREADS)),),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -199,6 +200,11 @@ class Apart(Protocol):
 
     def operations(self) -> float | None:
         """Of int8 products per second, a product and a sum being two; None where not known."""
+        ...
+
+    def idle(self) -> AbstractContextManager[list[float]]:
+        """Steps to be watched: at the end, the seconds it had nothing to do before each but the
+        first, NaN where time is not known."""
         ...
 
 

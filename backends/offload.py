@@ -16,6 +16,7 @@ from runtime.ops.errors import OptionError, shown
 AUTO, ALL = "auto", "all"
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _SHARE = 0.8  # of what is free on GPUs, for weights: the rest is for the cache and activations
+_FIXED = 256 << 20  # bytes that a GPU takes for kernels and graphs
 _EVERY = 1 << 30
 
 Free = Callable[[Device], int]  # bytes of a GPU
@@ -49,9 +50,9 @@ def offloaded(
                 print(said, file=sys.stderr)
             return stages, None
         stages = (Stage(Fraction(1), (gpu,), (Fraction(1),)),)
-    if layers == 0:
-        return (Stage(Fraction(1), (Device("cpu"),), (Fraction(1),)),), None
     found = _fitting(stages, file, experts, free) if layers == AUTO else layers
+    if found == 0:
+        return (Stage(Fraction(1), (Device("cpu"),), (Fraction(1),)),), None
     rest = None if isinstance(found, str) or found >= _count(file) + 1 else found
     return stages, (OnHost(rest, experts) if rest is not None or experts else None)
 
@@ -80,7 +81,7 @@ def _count(file: Any) -> int:
 def _fitting(stages: Sequence[Stage], file: Any, experts: int, free: Free) -> int | str:
     """How many of the last layers, as `OnHost.rest` counts them, GPUs have room for."""
     cards = {device.number or 0: device for stage in stages for device in stage.devices}
-    room = _SHARE * sum(map(free, cards.values()))
+    room = sum(_SHARE * free(card) - _FIXED for card in cards.values())
     count, sizes, others = _count(file), dict[int, int](), 0
     for name, tensor in file.tensors.items():
         match = _LAYER.match(name)

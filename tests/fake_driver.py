@@ -108,8 +108,7 @@ class FakeDriver(Driver):
         context.alive = context.value > 0
 
     def use_context(self, context: Handle) -> None:
-        if self.lost:
-            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
+        self._check_lost()
         if context.kind != "context" or not context.alive:
             raise wrong(f"{context} cannot be made current")
         self._thread.current = context.of
@@ -147,6 +146,7 @@ class FakeDriver(Driver):
         return self._pinned.allocate(nbytes)
 
     def free_host(self, address: int) -> None:
+        self._check_lost()
         self._pinned.free(address)
 
     def copy_to_device(self, address: int, host: int, nbytes: int, stream: Handle) -> None:
@@ -292,12 +292,15 @@ class FakeDriver(Driver):
         self.calls.append(call)
 
     def _current(self) -> int:
-        if self.lost:
-            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
+        self._check_lost()
         current = getattr(self._thread, "current", None)
         if current is None or not self._contexts[current].alive:
             raise wrong("no context is current in this thread: activate the device first")
         return current
+
+    def _check_lost(self) -> None:
+        if self.lost:
+            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
 
     def _here(self) -> Memory:
         return self._memory[self._current()]
@@ -309,8 +312,8 @@ class FakeDriver(Driver):
         return handle
 
     def _alive(self, handle: Any, kind: str) -> Handle:
-        if self.lost and kind != "context":
-            raise DeviceLostError(f"cuda:0 is lost: {self.lost}")
+        if kind != "context":
+            self._check_lost()
         if not isinstance(handle, Handle) or handle.kind != kind:
             raise wrong(f"{handle!r} is no {kind}")
         if not handle.alive:

@@ -33,7 +33,7 @@ BENCH_KEYS = [
     *("tensor_buft_overrides", "load_mode", "lazy_mode", "embeddings", "no_op_offload"),
     *("no_host", "repack", "fit_target", "fit_min_ctx", "n_prompt", "n_gen", "n_depth"),
     *("test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"),
-    *("bandwidth_share", "gmac_per_s", "tensor_share"),
+    *("bandwidth_share", "gmac_per_s", "tensor_share", "gap_us", "idle_us"),
 ]
 
 

@@ -130,6 +130,28 @@ def test_a_gpu_that_is_lost_ends_steps_and_not_closing(golden: Path):
         assert len(session) == 2  # as it was before the step
 
 
+def test_a_gpu_that_is_lost_is_one_line(machine, golden: Path, monkeypatch: pytest.MonkeyPatch):
+    driver = machine(H100)
+
+    def fails(*_: Any) -> None:
+        driver.lost = "an illegal memory access"
+        driver._check_lost()
+
+    monkeypatch.setattr(driver, "launch_graph", fails)
+    path = str(golden / "qwen3" / "model-f16.gguf")
+    said = CliRunner().invoke(main, ["run", path, "-p", "hi", "--devices", "cuda"])
+    last = said.stderr.strip().splitlines()[-1]
+    assert said.exit_code == 1 and last == "error: cuda:0 is lost: an illegal memory access"
+
+
+def test_what_has_no_room_on_a_gpu_is_left_to_the_cpu(machine, golden: Path):
+    machine(dataclasses.replace(H100, total_nbytes=16 << 20))
+    args = "run", str(golden / "qwen3" / "model-f16.gguf"), "-p", "hi", "-n", "1", "--devices"
+    said = CliRunner().invoke(main, [*args, "cuda", "-c", "8"])
+    assert said.exit_code == 1 and "no room" in said.stderr and "or -ngl" in said.stderr
+    assert CliRunner().invoke(main, [*args, "cuda", "-ngl", "auto"]).exit_code == 0
+
+
 def test_the_driver_remembers_that_a_context_is_lost():
     names = {"cuDeviceGet": (0, 0), "cuDeviceGetName": (0, b"H100\0"), "cuCtxSetCurrent": (0,)}
     kept = {"cuDevicePrimaryCtxRetain": (0, 7), "cuDevicePrimaryCtxRelease": (0,)}

@@ -113,10 +113,14 @@ def test_bench_says_shares_of_the_gpu_and_draws(gpu: FakeDriver, small_model: Pa
     wanted = 2e9 * prompt["gmac_per_s"] / peaks["int8"]
     assert prompt["tensor_share"] == pytest.approx(wanted)
     assert decode["bandwidth_share"] > 0 and decode["tensor_share"] is None
+    bars = len(_bars(svg.read_text()))
+    assert decode["gap_us"] == pytest.approx((1 - bars) / (bars - 1), abs=0.01)
+    assert decode["idle_us"] == pytest.approx(2)  # events: of the step, and behind its inputs
+    assert prompt["gap_us"] is None and prompt["idle_us"] is None
     assert len(_bars(svg.read_text())) > 10
     table = _bench(str(small_model), "--devices", "cuda:0")
     assert re.search(r"\| +CUDA +\|", table.stdout.replace("CUDA ", " CUDA ")), table.output
-    assert "tensor_share" in table.stdout
+    assert "tensor_share" in table.stdout and re.search(r" 2\.00 \|$", table.stdout, re.MULTILINE)
 
 
 def test_a_timeline_of_a_cpu_is_refused(small_model: Path, tmp_path: Path):

@@ -163,6 +163,10 @@ class CudaBackend:
         found = peaks(self.device)
         return found.int8 if found.known else None
 
+    def idle(self) -> contextlib.AbstractContextManager[list[float]]:
+        """See backends/base.py."""
+        return self.gaps.watched(self.stream)
+
     def abort(self) -> None:
         """A step cannot be ended early: it takes milliseconds."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any
 
 import click
@@ -24,6 +25,8 @@ from runtime.cli.options import (
 )
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
+
+_WATCHED = 32  # tokens between which idle time is looked for
 
 
 def _numbers(names: str, least: int, text: str) -> Callable[[F], F]:
@@ -72,7 +75,9 @@ def command(
 
     The columns are llama-bench's. In addition decodes show bandwidth_share, the bytes that had
     to be read per second over what memory gives to as many threads, and prompts show GMAC/s; on a
-    GPU shares are of a copy's bandwidth and of the tensor cores' int8 peak, measured once.
+    GPU shares are of a copy's bandwidth and of the tensor cores' int8 peak, measured once, and
+    two columns of microseconds say how long it does nothing: gap_us between the launches of a
+    token's step, on average, and idle_us between two steps, the median.
     Numbers may be lists and ranges: 128,512 or 1-8 or 1-8+2 or 16-128*2.
     """
     from runtime.cli.bench_output import FORMATS
@@ -107,25 +112,29 @@ def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Sett
 def _results(
     wanted: Sequence[Setting], chosen: Sequence[Test], options: dict[str, Any]
 ) -> Iterator[Result]:
+    from runtime.backends.base import Apart
+    from runtime.cli import bench_timeline
+
     load = precision_arguments(options)
     load["context"] = max(test.n_depth + test.tokens for test in chosen)
     with _Loader(load) as loader:
         for setting in wanted:
             model = loader.model(setting)
             if options["timeline"]:
-                from runtime.cli import bench_timeline
-
                 bench_timeline.check(model)
+            decodes = any(t.n_gen for t in chosen) and isinstance(model.backend, Apart)
+            step = bench_timeline.step(model) if decodes or options["timeline"] else None
             bandwidth = _bandwidth(model) if any(t.n_gen for t in chosen) else None
             operations = _operations(model) if any(t.n_prompt for t in chosen) else None
             for test in chosen:
                 note(f"{test.name}, {model.threads} threads ...")
                 time.sleep(options["delay"])
-                result = Result(test, setting, model, bandwidth, operations)
+                result = Result(test, setting, model, bandwidth, operations, step and step.gap)
                 result.seconds = _measure(result, options["repetitions"], not options["no_warmup"])
+                result.idle = _idle(result)
                 yield result
             if options["timeline"]:
-                bench_timeline.draw(model, options["timeline"])
+                bench_timeline.draw(step, model, options["timeline"])
 
 
 class _Loader:
@@ -201,6 +210,23 @@ def _time(result: Result, test: Test, random: Any) -> float:
         if test.n_depth:
             session.eval(random_tokens(random, result.model, test.n_depth), logits="last")
         return timed(session, test, result.setting, random)
+
+
+def _idle(result: Result) -> float | None:
+    """Median seconds that a GPU waits between the steps of single tokens, of a short run more."""
+    import numpy as np
+
+    from runtime.backends.base import Apart
+
+    test, model, random = result.test, result.model, np.random.default_rng(2)
+    if test.n_gen < 2 or not isinstance(model.backend, Apart):
+        return None
+    with model.session() as session:
+        if before := test.n_depth + test.n_prompt:
+            session.eval(random_tokens(random, model, before), logits="last")
+        with model.backend.idle() as seconds:
+            timed(session, Test(0, min(test.n_gen, _WATCHED), 0), result.setting, random)
+    return median(seconds)
 
 
 def random_tokens(random: Any, model: Any, n: int) -> list[int]:

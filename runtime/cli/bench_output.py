@@ -27,9 +27,11 @@ _CHANGED = (
     (("tensor_split", 12, False), None), (("gpu_layers", 10, True), None),
     (("cpu_moe", 7, True), False),
 )  # fmt: skip
-# the last two are this program's own, and on GPUs a third
-_ON_GPU = (("tensor_share", 12, True),)
+# the last two are this program's own, and on GPUs three more
+_ON_GPU = (("tensor_share", 12, True), ("gap_us", 7, True), ("idle_us", 7, True))
 _LAST = (("test", 15, True), ("t/s", 20, True), ("bandwidth_share", 15, True), ("GMAC/s", 8, True))
+
+_OWN = ("bandwidth_share", "gmac_per_s", "tensor_share", "gap_us", "idle_us")  # keys
 
 # Keys of llama-bench that only its own options change: these are its values on a CPU.
 _AS_ON_CPU: dict[str, dict[str, Any]] = {
@@ -162,8 +164,7 @@ FORMATS: dict[str, type[Printer]] = {
 
 
 def fields(result: Result) -> dict[str, Any]:
-    """A result under llama-bench's keys, then shares of bandwidth and peak and `gmac_per_s`, or
-    None."""
+    """A result under llama-bench's keys; then ours, which are None where they say nothing."""
     from runtime.backends.cpu.run.cores import cpu_name
 
     file, speeds = result.model.file, result.speeds
@@ -193,9 +194,7 @@ def fields(result: Result) -> dict[str, Any]:
         "stddev_ts": round(deviation(speeds), 6),
         "samples_ns": nanoseconds,
         "samples_ts": speeds,
-        "bandwidth_share": result.bandwidth_share,
-        "gmac_per_s": result.gmac_per_s,
-        "tensor_share": result.tensor_share,
+        **{key: getattr(result, key) for key in _OWN},
     }
     found: dict[str, Any] = {}
     for key, value in own.items():
@@ -223,7 +222,7 @@ def _flat(result: Result) -> dict[str, Any]:
 
 
 def _sql_type(key: str, value: Any) -> str:
-    if key in ("bandwidth_share", "gmac_per_s", "tensor_share") or isinstance(value, float):
+    if key in _OWN or isinstance(value, float):
         return "REAL"
     return "INTEGER" if isinstance(value, int) else "TEXT"
 
@@ -234,7 +233,6 @@ def _quoted(value: Any) -> str:
 
 def _cells(result: Result) -> dict[str, str]:
     file, speeds, setting = result.model.file, result.speeds, result.setting
-    share, gmac = result.bandwidth_share, result.gmac_per_s
     return {
         "model": facts.model_type(file),
         "size": _size(file.tensors_nbytes),
@@ -252,10 +250,16 @@ def _cells(result: Result) -> dict[str, str]:
         "cpu_moe": "all" if setting.cpu_moe is True else str(setting.cpu_moe),
         "test": result.test.name,
         "t/s": f"{fmean(speeds):.2f} ± {deviation(speeds):.2f}",
-        "bandwidth_share": "" if share is None else f"{share:.3f}",
-        "GMAC/s": "" if gmac is None else f"{gmac:.1f}",
-        "tensor_share": "" if result.tensor_share is None else f"{result.tensor_share:.3f}",
+        "bandwidth_share": _decimal(result.bandwidth_share, 3),
+        "GMAC/s": _decimal(result.gmac_per_s, 1),
+        "tensor_share": _decimal(result.tensor_share, 3),
+        "gap_us": _decimal(result.gap_us, 2),
+        "idle_us": _decimal(result.idle_us, 2),
     }
+
+
+def _decimal(value: float | None, places: int) -> str:
+    return "" if value is None else f"{value:.{places}f}"
 
 
 def _backend(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,7 +17,8 @@ class Result:
     """Seconds of every repetition, and what the model had to do for one token.
 
     bandwidth: bytes per second that the memory gives in which the model lies. operations: of the
-    GPU's tensor cores per second, None where it runs on no one GPU.
+    GPU's tensor cores per second, None where it runs on no one GPU. gap: seconds from one launch
+    of a decode step to the next; idle: those from one decode step to the next; None as well.
     """
 
     test: Test
@@ -24,6 +26,8 @@ class Result:
     model: Any
     bandwidth: float | None
     operations: float | None = None
+    gap: float | None = None
+    idle: float | None = None
     seconds: list[float] = field(default_factory=list)
     started: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
@@ -53,12 +57,27 @@ class Result:
             return None
         return 2e9 * self.gmac_per_s / self.operations
 
+    @property
+    def gap_us(self) -> float | None:
+        """Of tokens one by one on a GPU: between the launches of a step, on average."""
+        return _us(self.gap) if self.test.n_gen else None
+
+    @property
+    def idle_us(self) -> float | None:
+        """Of tokens one by one: how long the GPU waits for the next step, the median."""
+        return _us(self.idle)
+
     def _traffic(self) -> Any:
         """What a token moves in the middle of the test."""
         from runtime import traffic
 
         context = self.test.n_depth + self.test.n_gen // 2
         return traffic.of_file(self.model.file, self.model.kv_types, context)
+
+
+def _us(seconds: float | None) -> float | None:
+    known = seconds is not None and math.isfinite(seconds)
+    return round(1e6 * seconds, 3) if known else None  # type: ignore[operator]
 
 
 def deviation(values: Sequence[float]) -> float:

@@ -23,11 +23,11 @@ def check(model: Any) -> None:
         )
 
 
-def draw(model: Any, path: str) -> None:
-    """Write the picture. ClickException: no such folder."""
+def draw(found: Any, model: Any, path: str) -> None:
+    """Write a picture of a `Timeline`. ClickException: no such folder."""
     from runtime.report.timeline_svg import picture
 
-    found, name = step(model), model.backend.name
+    name = model.backend.name
     title = f"{model.file.path.name} on {name}: one token after {_depth(model)}"
     try:
         Path(path).write_text(picture(found, title), encoding="utf-8")

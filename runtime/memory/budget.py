@@ -100,11 +100,12 @@ def choose(
     """
     free, page_nbytes = available_memory() if free is None else free, max(1, page_nbytes)
     more = " or more devices" if where else ""
+    beside = ", or -ngl (gpu_layers), which leaves layers to the CPU" if "cuda" in where else ""
     budget = sys.maxsize if free is None else max(0, int((free - weights) * SHARE))
     slots = _slots(sequences, budget, slot_nbytes)
     state = slots * slot_nbytes
     most = max(0, budget - state) // page_nbytes * PAGE
-    if context is not None and context > most:
+    if context is not None and context > most > 0:
         also = f" and {gib(state)} of recurrent state" if state else ""
         raise MemoryLimitError(
             f"context={context} needs {gib(-(-context // PAGE) * page_nbytes)} of KV cache{also}, "
@@ -112,11 +113,12 @@ def choose(
             f"(a smaller kv_type such as 'q8_0'{more} fits more)"
         )
     wanted = context or min(trained, most)
-    if wanted < 1:
+    if wanted > most or wanted < 1:
         also = f" beside {gib(state)} of recurrent state" if state else ""
         raise MemoryLimitError(
             f"the model takes {gib(weights)} and {gib(free or 0)} of memory is free{where}: "
             f"no room is left for a KV cache{also}; use a smaller or more quantised model{more}"
+            f"{beside}"
         )
     each = -(-wanted // PAGE)
     pages = min((each + _SPARE_PAGES) * sequences, (budget - state) // page_nbytes)

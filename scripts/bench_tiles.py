@@ -3,7 +3,8 @@
     python scripts/bench_tiles.py [--threads N] [--isa NAME] [--formats Q4_0,Q8_0] [--tokens 512]
 
 Weights and activations are arbitrary; each figure is the best of several runs. The last column is
-the share of the read bandwidth measured in the same run.
+the share of the read bandwidth measured in the same run, as are the raw rates of the processor's
+units that stand above: what loops of one instruction reach.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
+
+from raw_rates import raw_rates
 
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.run.bandwidth import read_bandwidth
@@ -51,9 +54,13 @@ class Machine:
         weights = _filled(packed_nbytes(spec.format, n_rows, n_inner))
         tile = activation_tile_nbytes(spec.columns, spec.coding, n_inner)
         x = _filled(-(-n_tokens // spec.columns) * tile)
-        out, live = np.zeros((n_tokens, n_rows), np.float32), np.array([n_tokens], np.int64)
+        out, live = _filled(4 * n_tokens * n_rows), np.array([n_tokens], np.int64)
         args = [weights.ctypes.data, x.ctypes.data, out.ctypes.data, n_rows, 0, 0, 0]
-        table = np.array([*args, live.ctypes.data, n_rows, n_inner], np.int64)
+        return self.best(kernel, [*args, live.ctypes.data, n_rows, n_inner], repeats)
+
+    def best(self, kernel: Any, args: list[int], repeats: int = 7) -> float:
+        """The best time of one call of a kernel on all threads."""
+        table = np.array(args, np.int64)
         return min(self._once(kernel, table.ctypes.data) for _ in range(repeats))
 
     def _once(self, kernel: Any, args: int) -> float:
@@ -106,10 +113,12 @@ def main(threads: int | None, isa_name: str | None, formats: str, tokens: int) -
     n_threads, isa_name = threads or physical_cores(), isa_name or isa.selected()
     bandwidth = read_bandwidth(n_threads)
     columns = ("format", "4 columns", "8 columns", "16 columns", "decode GB/s", "of bandwidth")
-    title = f"{isa_name}, {n_threads} threads, GMAC/s; memory {bandwidth / 1e9:.1f} GB/s"
-    table = Table(*columns, title=title)
     with ThreadPoolExecutor(n_threads) as pool:
         machine = Machine(isa_name, n_threads, pool)
+        raw = raw_rates(isa_name, lambda kernel: machine.best(kernel, [0]))
+        units = ", ".join(f"{name} {n_threads * rate / 1e9:.0f}" for name, rate in raw.items())
+        title = f"{isa_name}, {n_threads} threads, GMAC/s; memory {bandwidth / 1e9:.1f} GB/s"
+        table = Table(*columns, title=f"{title}\nraw: {units}")
         for name in formats.split(","):
             table.add_row(*_row(machine, name, tokens, bandwidth))
     Console().print(table)

@@ -12,7 +12,7 @@ from runtime.backends.cpu.tile.vector import I8, I16, Code, const, ir, vec
 
 
 def configure(code: Code, shapes: Mapping[Sequence[int], tuple[int, int]]) -> None:
-    """Give tile registers their shapes: {registers: (rows, bytes of a row)}."""
+    """Give tile registers their shapes, {registers: (rows, bytes of a row)}, and zero them all."""
     place = code.stack(64)
     code.store(ir.Constant(vec(I8, 64), [0] * 64), place, 1)
     code.store(ir.Constant(I8, 1), place)  # palette 1: eight tiles of 16 rows of 64 bytes

@@ -67,17 +67,12 @@ def _some_groups(p: Problem, scratch: Any, w: Any, tiles: Span, groups: list[Any
 
 
 def _advance(p: Problem, parts: list[Part], x: Any, place: Any, span: Span) -> None:
-    """Add the elements of `span` to the sums at `place` (which start as zero)."""
+    """Add the elements of `span` to the sums at `place` (which start as zero, as the registers)."""
     code, columns = p.code, p.spec.columns
     totals = _TOTAL[: len(parts)]
-    at_first = code.b.icmp_signed("==", span[0], const(0))
-    with code.b.if_else(at_first) as (empty, later):
-        with empty:
-            for total in totals:
-                registers.zero(code, total)
-        with later:
-            for i, total in enumerate(totals):
-                registers.load(code, total, code.at(place, i * columns * LINE), LINE)
+    with code.b.if_then(code.b.icmp_signed(">", span[0], const(0))):
+        for i, total in enumerate(totals):
+            registers.load(code, total, code.at(place, i * columns * LINE), LINE)
 
     def block(i: Any) -> None:
         pieces = code.at(x, code.times(i, PIECES * columns * LINE))
@@ -90,11 +85,15 @@ def _advance(p: Problem, parts: list[Part], x: Any, place: Any, span: Span) -> N
             registers.load(code, _W[0], weights, LINE)
             for tile in _X:
                 registers.multiply(code, "tdpbf16ps", total, tile, _W[0])
+            registers.zero(code, _W[0])  # zeroed registers: see sums_amx
+        for tile in _X:
+            registers.zero(code, tile)
 
     first, stop = (code.b.udiv(k, const(32)) for k in span)
     code.each(first, stop, block)
     for i, total in enumerate(totals):
         registers.store(code, total, code.at(place, i * columns * LINE), LINE)
+        registers.zero(code, total)
 
 
 def _read(p: Problem, place: Any, n_groups: int) -> Sums:

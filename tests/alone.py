@@ -14,7 +14,7 @@ from pathlib import Path
 # Files, and single tests of others.
 ALONE = frozenset({
     "test_ctrl_c", "test_executor", "test_forks", "test_help_is_cheap", "test_import_is_cheap",
-    "test_interrupts", "test_speed", "test_team_group",
+    "test_many_real_signals", "test_real_signals", "test_speed", "test_team_group",
 })  # fmt: skip
 
 

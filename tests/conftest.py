@@ -45,7 +45,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     if not workers():
         return (yield)
     folder = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
-    with turn(folder, not ALONE.isdisjoint((item.path.stem, item.name))):
+    name = getattr(item, "originalname", item.name)  # without its parameters
+    with turn(folder, not ALONE.isdisjoint((item.path.stem, name))):
         return (yield)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import struct
 from dataclasses import dataclass
@@ -11,15 +12,19 @@ from typing import Any
 import numpy as np
 from fake_memory import Reached, Span, overlap
 
+from runtime.backends.cuda import catalogue
 from runtime.backends.cuda.accesses import accesses
 from runtime.backends.cuda.arguments import CODES, WIDTHS
-from runtime.backends.cuda.catalogue import Compiled, declared
+from runtime.backends.cuda.catalogue import Compiled
 from runtime.backends.cuda.driver import SHARED_NBYTES
 from runtime.backends.cuda.graphs import spans
 from runtime.backends.cuda.intrinsic import Entry
 from runtime.backends.cuda.launcher import Launch
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
+
+# of a kernel one function, of which numpy_grid.py keeps what it makes
+declared = functools.cache(catalogue.declared)
 
 
 class FakeLibrary:

@@ -18,9 +18,10 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from numpy_lanes import MEANINGS, Pointer, Registers, Run, Shared, minimum_of, select, truth
+from numpy_lanes import MEANINGS, PLAIN, Pointer, Registers, Run, Shared, minimum_of, select, truth
 
 from runtime.backends.cuda import simulator
 from runtime.backends.cuda.accesses import PARSING
@@ -29,21 +30,25 @@ from runtime.ops.errors import BackendError
 
 _AT_ONCE = 1 << 14  # threads
 _UNDEFINED = object()
+# Of each kernel's function its twin on arrays, and the run that it asks for threads and masks.
+_twins: WeakKeyDictionary[Callable, tuple[Run, Callable]] = WeakKeyDictionary()
 
 
 def launch(kernel: Declared, grid: int | tuple[int, ...], *arguments: Any) -> None:
     """As `simulator.launch`, many blocks at a time."""
     x, y, z, *_ = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)
-    run = Run(kernel.entry.threads, kernel.entry.shared_nbytes, (x, y, z))
+    if kernel.function not in _twins:
+        made = Run(kernel.entry.threads, kernel.entry.shared_nbytes)
+        _twins[kernel.function] = made, _Rewriter(made).function(kernel.function)
+    run, function = _twins[kernel.function]
     bound = [
         Pointer(a.array, a.kind, run) if isinstance(a, _Array) else a
         for a in _bound(kernel, arguments)
     ]
-    function = _Rewriter(run).function(kernel.function)
     step = max(1, _AT_ONCE // kernel.entry.threads)
     with np.errstate(all="ignore"):
         for first in range(0, x * y * z, step):
-            run.begin(first, min(step, x * y * z - first))
+            run.begin((x, y, z), first, min(step, x * y * z - first))
             function(*bound)
 
 
@@ -230,10 +235,12 @@ class _Rewriter:
         used = {name for name in (*code.co_names, *code.co_freevars) if name in known}
         scope = {name: self._twin(known[name]) for name in used}
         more = {"min": minimum_of(np.minimum), "max": minimum_of(np.maximum), "abs": np.abs}
-        return more | scope | {"_c": self._control, "_undefined": _UNDEFINED}
+        return more | scope | {"_c": self._control, "_run": self._run, "_undefined": _UNDEFINED}
 
     def _twin(self, value: Any) -> Any:
         if isinstance(value, Intrinsic):
+            if value.name in PLAIN:
+                return PLAIN[value.name]
             if value.name not in MEANINGS:
                 raise BackendError(f"tests/numpy_lanes.py does not know the intrinsic {value.name}")
             return functools.partial(MEANINGS[value.name], self._run, value)
@@ -276,6 +283,10 @@ def _call(name: str, *arguments: ast.expr) -> ast.Call:
 def _lazy(value: ast.expr) -> ast.Lambda:
     empty = ast.arguments([], [], None, [], [], None, [])
     return ast.Lambda(empty, value)
+
+
+# where it holds, an assignment needs no mask
+_EVERY_THREAD = ast.parse("_run.mask is None", mode="eval").body
 
 
 class _Expressions(ast.NodeTransformer):
@@ -353,7 +364,8 @@ class _Statements:
     def _assign(self, target: ast.expr, value: ast.expr) -> list[ast.stmt]:
         if isinstance(target, ast.Name):
             old = ast.Name(target.id, ast.Load())
-            return [ast.Assign([ast.Name(target.id, ast.Store())], _call("keep", value, old))]
+            kept = ast.IfExp(_EVERY_THREAD, value, _call("keep", value, old))
+            return [ast.Assign([ast.Name(target.id, ast.Store())], kept)]
         if isinstance(target, ast.Subscript):
             index = _Expressions().visit(target.slice)
             return [ast.Expr(_call("put", target.value, index, value))]

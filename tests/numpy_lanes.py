@@ -20,12 +20,13 @@ _WORD = 0xFFFFFFFF
 class Run:
     """The threads under way: some blocks of a grid; `mask`: who is in the branch, None: all."""
 
-    def __init__(self, threads: int, dynamic_nbytes: int, grid: tuple[int, int, int]) -> None:
-        self.threads, self.grid, self._dynamic_nbytes = threads, grid, dynamic_nbytes
+    def __init__(self, threads: int, dynamic_nbytes: int) -> None:
+        self.threads, self._dynamic_nbytes = threads, dynamic_nbytes
         self.mask: Any = None
 
-    def begin(self, first: int, count: int) -> None:
+    def begin(self, grid: tuple[int, int, int], first: int, count: int) -> None:
         """Blocks `first` on, in the order of the grid."""
+        self.grid = grid
         blocks = np.repeat(np.arange(first, first + count), self.threads)
         self.blocks, self.mask = count, None
         self.block = blocks - first
@@ -78,8 +79,8 @@ def _widened(array: np.ndarray) -> np.ndarray:
 def _stored(value: Any, dtype: np.dtype) -> np.ndarray:
     array = np.asarray(value)
     if dtype.kind == "f":
-        return array.astype(dtype)
-    return array.astype(np.int64).astype(dtype)
+        return array.astype(dtype, copy=False)
+    return array.astype(np.int64, copy=False).astype(dtype)
 
 
 class Pointer:
@@ -88,11 +89,12 @@ class Pointer:
     def __init__(self, array: np.ndarray, kind: str, run: Run) -> None:
         self._raw = array.reshape(-1).view(np.uint8)
         self.kind, self._run, self._writable = kind, run, array.flags.writeable
+        self._views: dict[int, np.ndarray] = {}
 
     def read(self, index: Any, count: int) -> tuple[Any, ...]:
         """`count` elements at `index` x `count` of each thread."""
         rows = self._rows(count)
-        found = rows[self._checked(index, len(rows))]
+        found = rows.take(self._checked(index, len(rows)), 0)
         return tuple(_widened(found[..., n]) for n in range(count))
 
     def write(self, index: Any, values: tuple[Any, ...]) -> None:
@@ -109,25 +111,25 @@ class Pointer:
         return rows[self._run.whole(self._checked(index, len(rows)))]
 
     def _rows(self, count: int) -> np.ndarray:
-        size = WIDTH[self.kind] * count
-        rows = self._raw[: len(self._raw) // size * size].view(_DTYPES[self.kind])
-        return rows.reshape(-1, count)
+        if count not in self._views:
+            size = WIDTH[self.kind] * count
+            rows = self._raw[: len(self._raw) // size * size].view(_DTYPES[self.kind])
+            self._views[count] = rows.reshape(-1, count)
+        return self._views[count]
 
     def _checked(self, index: Any, count: int) -> Any:
-        if np.ndim(index) == 0:
-            index = self._run.whole(int(index))
-        mask = self._run.mask
-        bad = (index < 0) | (index >= count)
-        if mask is not None:
-            bad &= mask
-        if bad.any():
-            who = int(np.flatnonzero(bad)[0])
-            raise BackendError(
-                f"thread {self._run.thread[who]} of block "
-                f"{tuple(int(i[who]) for i in self._run.index)} touches {self.kind} at "
-                f"{int(index[who])} of {count}"
-            )
-        return index if mask is None else np.where(mask, index, 0)
+        run = self._run
+        at = run.whole(index, np.int64)
+        at = at if run.mask is None else np.where(run.mask, at, 0)
+        if at.view(np.uint64).max() >= count:  # below zero, too
+            bad = run.whole((at < 0) | (at >= count)) & (True if run.mask is None else run.mask)
+            for who in np.flatnonzero(bad)[:1]:
+                block = tuple(int(i[who]) for i in run.index)
+                raise BackendError(
+                    f"thread {run.thread[who]} of block {block} touches {self.kind} at "
+                    f"{int(at[who])} of {count}"
+                )
+        return at
 
 
 class Picked:
@@ -230,19 +232,25 @@ class Registers:
         return int(index)
 
 
+def _whole(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int64, copy=False)
+
+
 def u32(x: Any) -> Any:
     """The low 32 bits, unsigned."""
-    return x.astype(np.int64) & _WORD if isinstance(x, np.ndarray) else int(x) & _WORD
+    return _whole(x) & _WORD if isinstance(x, np.ndarray) else int(x) & _WORD
 
 
 def i32(x: Any) -> Any:
     """The low 32 bits, signed."""
+    if isinstance(x, np.ndarray) and x.ndim:
+        return _whole(x).astype(np.int32).astype(np.int64)
     return (u32(x) ^ 0x80000000) - 0x80000000
 
 
 def f32(x: Any) -> Any:
     """Rounded to nearest even."""
-    return x.astype(np.float32) if isinstance(x, np.ndarray) else np.float32(x)
+    return x.astype(np.float32, copy=False) if isinstance(x, np.ndarray) else np.float32(x)
 
 
 def _bits(x: Any) -> Any:
@@ -251,11 +259,12 @@ def _bits(x: Any) -> Any:
 
 
 def _float_of(word: Any) -> Any:
-    return np.asarray(u32(word)).astype(np.uint32).view(np.float32)[()]
+    return np.asarray(word, np.int64).astype(np.uint32).view(np.float32)[()]
 
 
 def _half(word: Any) -> Any:
-    return np.asarray(u32(word) & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)[()]
+    halves = np.asarray(word, np.int64).astype(np.uint16).view(np.float16)
+    return halves.astype(np.float32)[()]
 
 
 def _to_half(x: Any) -> Any:
@@ -268,7 +277,8 @@ def _bf16(x: Any) -> Any:
 
 
 def _fma(a: Any, b: Any, c: Any) -> Any:
-    return f32(np.float64(a) * np.float64(b) + np.float64(c))
+    exact = np.multiply(a, b, dtype=np.float64)
+    return np.add(exact, c, dtype=np.float64).astype(np.float32)
 
 
 def _fma_pair(a: Any, b: Any, c: Any) -> Any:
@@ -277,34 +287,43 @@ def _fma_pair(a: Any, b: Any, c: Any) -> Any:
     return low | high << 16
 
 
+def _bytes_of(word: Any, signed: bool = False) -> np.ndarray:
+    """[..., 4], the lowest first."""
+    words = np.asarray(word, np.int64).astype(np.uint32)[..., None]
+    return words.view(np.int8 if signed else np.uint8)
+
+
 def _prmt(a: Any, b: Any, selector: Any) -> Any:
-    words = (u32(a), u32(b))
-    out: Any = 0
-    for i in range(4):
-        nibble = selector >> 4 * i & 15
-        place = nibble & 7
-        word = np.where(place < 4, words[0], words[1])
-        byte = word >> 8 * (place & 3) & 0xFF
-        sign = np.where(byte & 0x80, 0xFF, 0)
-        out = out | np.where(nibble & 8, sign, byte) << 8 * i
-    return out[()] if isinstance(out, np.ndarray) else out
+    given = np.concatenate(np.broadcast_arrays(_bytes_of(a), _bytes_of(b)), -1)
+    nibbles = np.asarray(selector)[..., None] >> 4 * np.arange(4)
+    if nibbles.ndim == 1:
+        found = given[..., nibbles & 7]
+    else:
+        given = np.broadcast_to(given, (len(nibbles), 8))
+        found = np.take_along_axis(given, nibbles & 7, 1)
+    if (nibbles & 8).any():
+        found = np.where(nibbles & 8, np.where(found & 0x80, 0xFF, 0).astype(np.uint8), found)
+    words = np.ascontiguousarray(found).view(np.uint32)[..., 0].astype(np.int64)
+    return words if words.ndim else int(words)
 
 
-def _byte(word: Any, n: int, signed: bool) -> Any:
+def _byte(word: Any, n: int) -> Any:
     value = u32(word) >> 8 * n & 0xFF
-    return (value ^ 0x80) - 0x80 if signed else value
+    return (value ^ 0x80) - 0x80
 
 
 def _dp4a(signed: bool) -> Callable:
     def dot(a: Any, b: Any, c: Any) -> Any:
-        return i32(sum((_byte(a, n, signed) * _byte(b, n, True) for n in range(4)), start=c))
+        products = np.multiply(_bytes_of(a, signed), _bytes_of(b, True), dtype=np.int32)
+        first, second, third, fourth = (products[..., n] for n in range(4))
+        return i32(c + (first + second + third + fourth))
 
     return dot
 
 
 def _dp2a(a: Any, b: Any, c: Any) -> Any:
     first = ((u32(a) & 0xFFFF) ^ 0x8000) - 0x8000
-    return i32(first * _byte(b, 0, True) + (i32(a) >> 16) * _byte(b, 1, True) + c)
+    return i32(first * _byte(b, 0) + (i32(a) >> 16) * _byte(b, 1) + c)
 
 
 def _of_warp(run: Run, value: Any) -> np.ndarray:
@@ -407,10 +426,6 @@ def _shared(run: Run, intrinsic: Intrinsic) -> Shared:
     return Shared(run.shared[id(intrinsic)], kind, run)
 
 
-def _plain(function: Callable) -> Callable:
-    return lambda run, intrinsic, *arguments: function(*arguments)
-
-
 def _atomic_add(run: Run, intrinsic: Intrinsic, pointer: Pointer, index: Any, value: Any) -> Any:
     """Threads of the branch, one after another."""
     old, saved = np.zeros(run.thread.shape, np.int64), run.mask
@@ -427,6 +442,39 @@ def _nothing(run: Run, intrinsic: Intrinsic, *arguments: Any) -> None:
     """All threads are in step."""
 
 
+# Of the arguments alone.
+PLAIN: dict[str, Callable[..., Any]] = {
+    "u32": u32,
+    "i32": i32,
+    "f32": f32,
+    "int_to_f32": f32,
+    "round_i32": lambda x: i32(np.rint(f32(x))),
+    "bits_to_f32": _float_of,
+    "f32_to_bits": _bits,
+    "f16_to_f32": _half,
+    "f32_to_f16": _to_half,
+    "f16_low": _half,
+    "f16_high": lambda word: _half(u32(word) >> 16),
+    "pack_f16": lambda a, b: _to_half(a) | _to_half(b) << 16,
+    "pack_bf16": lambda a, b: _bf16(a) | _bf16(b) << 16,
+    "fma": _fma,
+    "multiply": lambda a, b: f32(a) * f32(b),
+    "fma_bf16x2": _fma_pair,
+    "fmax": np.fmax,
+    "fmin": np.fmin,
+    "fabs": np.abs,
+    "exp2": lambda x: np.exp2(f32(x)),
+    "rcp": lambda x: np.float32(1) / f32(x),
+    "rsqrt": lambda x: np.float32(1) / np.sqrt(f32(x)),
+    "divide": lambda a, b: f32(a) / f32(b),
+    "floor": np.floor,
+    "shift_right": lambda x, n: i32(x) >> n,
+    "prmt": _prmt,
+    "dp4a": _dp4a(True),
+    "dp4a_us": _dp4a(False),
+    "dp2a": _dp2a,
+}
+
 MEANINGS: dict[str, Callable[..., Any]] = {
     "thread_x": lambda run, _: run.thread,
     "block_x": lambda run, _: run.index[0],
@@ -434,35 +482,6 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "block_z": lambda run, _: run.index[2],
     "grid_x": lambda run, _: run.grid[0],
     "grid_y": lambda run, _: run.grid[1],
-    "u32": _plain(u32),
-    "i32": _plain(i32),
-    "f32": _plain(f32),
-    "int_to_f32": _plain(f32),
-    "round_i32": _plain(lambda x: i32(np.asarray(np.rint(f32(x))))),
-    "bits_to_f32": _plain(_float_of),
-    "f32_to_bits": _plain(_bits),
-    "f16_to_f32": _plain(_half),
-    "f32_to_f16": _plain(_to_half),
-    "f16_low": _plain(_half),
-    "f16_high": _plain(lambda word: _half(u32(word) >> 16)),
-    "pack_f16": _plain(lambda a, b: _to_half(a) | _to_half(b) << 16),
-    "pack_bf16": _plain(lambda a, b: _bf16(a) | _bf16(b) << 16),
-    "fma": _plain(_fma),
-    "multiply": _plain(lambda a, b: f32(a) * f32(b)),
-    "fma_bf16x2": _plain(_fma_pair),
-    "fmax": _plain(np.fmax),
-    "fmin": _plain(np.fmin),
-    "fabs": _plain(np.abs),
-    "exp2": _plain(lambda x: np.exp2(f32(x))),
-    "rcp": _plain(lambda x: np.float32(1) / f32(x)),
-    "rsqrt": _plain(lambda x: np.float32(1) / np.sqrt(f32(x))),
-    "divide": _plain(lambda a, b: f32(a) / f32(b)),
-    "floor": _plain(np.floor),
-    "shift_right": _plain(lambda x, n: i32(x) >> n),
-    "prmt": _plain(_prmt),
-    "dp4a": _plain(_dp4a(True)),
-    "dp4a_us": _plain(_dp4a(False)),
-    "dp2a": _plain(_dp2a),
     **{
         f"{name}{n}": (lambda run, _, p, i, n=n or 1: p.read(i, n) if n > 1 else p.read(i, 1)[0])
         for name in ("load", "constant", "stream", "shared_load")

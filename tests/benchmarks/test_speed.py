@@ -13,6 +13,7 @@ Run without workers, pytest-benchmark times each work too, with the ratio beside
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -165,18 +166,21 @@ def test_cost_of_an_op(benchmark: Any):
 
 
 def test_waiting_for_another_thread():
-    """Instructions that one of two threads works at for some 15 µs take no longer than alone."""
+    """Instructions that one of two threads works at for some 15 µs take no longer than alone.
+
+    The best of many short steps: on a busy machine, too, some have both processors throughout.
+    """
     node = ops.step_input("x", (ops.Dim("tokens", 1), 1 << 14), F32)
-    for _ in range(100):
+    for _ in range(15):
         node = ops.softmax(node)
     values = np.random.default_rng(2).standard_normal((1, 1 << 14)).astype(np.float32)
-    one, two = (_step(node, threads=n, x=values) for n in (1, 2))
-    for each in (one, two):
-        each()
-    seen = [paired_ratio(two, one)]
-    while seen[-1] < KEEP and len(seen) < ATTEMPTS:
-        seen.append(paired_ratio(two, one))
-    assert seen[-1] >= KEEP, f"two threads beside one: {np.round(seen, 3)}"
+    works = [_step(node, threads=n, x=values) for n in (1, 2)]
+    best = [math.inf, math.inf]
+    for turn in range(1000):
+        best = [min(known, _best(work, 10)) for known, work in zip(best, works, strict=True)]
+        if turn >= 10 and best[0] >= KEEP * best[1]:
+            return
+    pytest.fail(f"one thread takes {best[0] * 1e6:.0f} µs, two {best[1] * 1e6:.0f} µs")
 
 
 def test_a_sum_over_two_devices(monkeypatch: pytest.MonkeyPatch):

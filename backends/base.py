@@ -250,18 +250,47 @@ class Choice(NamedTuple):
     chance: float = 0.0
 
 
+class Chosen(Protocol):
+    """The tokens that a step chooses."""
+
+    @property
+    def held(self) -> Any:
+        """As a step input; see `Choosing.begin`."""
+        ...
+
+    def __call__(self) -> np.ndarray:
+        """Waits for the step: int32 [rows], the token of each, -1 where logits are not finite."""
+        ...
+
+
 @runtime_checkable
 class Choosing(Protocol):
-    """What a backend has beside that chooses tokens: a step need not wait for the host."""
+    """What a backend has beside that chooses tokens: a step need not wait for the host.
+
+    chooses: whether it does. ahead: whether a step can be begun before the one before it has ended.
+    """
+
+    chooses: bool
+    ahead: bool
+
+    def begin(
+        self, program: Program, inputs: Mapping[str, Any], live: Mapping[str, int]
+    ) -> Sequence[Any]:
+        """Begin a step and leave what it makes on the device; only where it is `ahead`.
+
+        Each of its outputs in a form that another such device takes as a step input, of a step that
+        is begun before the next one here.
+        """
+        ...
 
     def choose(
-        self, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        self, program: Program, inputs: Mapping[str, Any], live: Mapping[str, int],
         choices: Sequence[Choice],
-    ) -> Callable[[], np.ndarray]:  # fmt: skip
+    ) -> Chosen:  # fmt: skip
         """Begin a step of as many tokens as rows of logits, in one order, and a choice for each.
 
-        What is returned waits for it and gives int32 [rows]: the token chosen of each, -1 where the
-        logits are not all finite; it is to be called before the step after the next is begun.
-        Inputs without "tokens": the step evaluates those that the last one of this program chose.
+        What is returned is to be called before the step after the next is begun. Inputs without
+        "tokens", where it is `ahead`: the step evaluates those that the last one of this program
+        chose.
         """
         ...

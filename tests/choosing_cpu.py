@@ -25,6 +25,8 @@ VOCABULARY = byte_pairs()
 class ChoosingCpu(CpuBackend):
     """`log`: what was begun and waited for, in order; `broken`: the steps whose logits are NaN."""
 
+    chooses = ahead = True
+
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self.log: list[tuple[str, int]] = []

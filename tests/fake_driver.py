@@ -166,6 +166,19 @@ class FakeDriver(Driver):
         self._touch("copy", stream, list(both))
         self._here().move(target, source, nbytes)
 
+    def copy_between(
+        self, target: int, to: Handle, source: int, of: Handle, nbytes: int, stream: Handle
+    ) -> None:
+        self._mine(stream, "stream")
+        ends = [self._memory[self._alive(context, "context").of] for context in (to, of)]
+        spans = [Span(target, target + nbytes, True), Span(source, source + nbytes, False)]
+        for memory, span in zip(ends, spans, strict=True):
+            memory.check(span.start, span.end, "a copy between GPUs")
+        self._note("copy between", stream)
+        self._order.add(stream, spans, "a copy between GPUs")
+        if self._execute:
+            ends[0].contents(target, nbytes)[:] = ends[1].contents(source, nbytes)
+
     def fill(self, address: int, value: int, nbytes: int, stream: Handle) -> None:
         self._touch("fill", stream, [Span(address, address + nbytes, True)])
         self._here().fill(address, value, nbytes)

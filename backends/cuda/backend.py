@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Choice, Progress
+from runtime.backends.base import Choice, Chosen, Progress
 from runtime.backends.cuda import arena
 from runtime.backends.cuda.driver import DeviceLostError, Driver
 from runtime.backends.cuda.gaps import Gaps
+from runtime.backends.cuda.held import Held
 from runtime.backends.cuda.joint import Joint
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.layouts import UNIT
@@ -40,6 +41,7 @@ class CudaBackend:
 
     exact = False  # several sum parts: twice a layer, where gathers would be four times
     grain = UNIT
+    chooses = ahead = True
 
     def __init__(
         self, file: Any = None, index: int = 0, activations: str = "int8",
@@ -124,10 +126,16 @@ class CudaBackend:
         """Several that work on every tensor together."""
         return Joint(devices)
 
+    def begin(
+        self, program: Program, inputs: Mapping[str, Any], live: Mapping[str, int]
+    ) -> list[Held]:
+        """See `Choosing` in backends/base.py."""
+        return program.begin(inputs, live)
+
     def choose(
-        self, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
+        self, program: Program, inputs: Mapping[str, Any], live: Mapping[str, int],
         choices: Sequence[Choice],
-    ) -> Callable[[], np.ndarray]:  # fmt: skip
+    ) -> Chosen:  # fmt: skip
         """See `Choosing` in backends/base.py."""
         return program.choose(inputs, live, choices)
 

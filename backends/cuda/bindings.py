@@ -174,6 +174,11 @@ class BoundDriver(Driver):
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         self._call("cuMemcpyDtoDAsync", target, source, nbytes, stream)
 
+    def copy_between(
+        self, target: int, to: Any, source: int, of: Any, nbytes: int, stream: Any
+    ) -> None:
+        self._call("cuMemcpyPeerAsync", target, to, source, of, nbytes, stream)
+
     def fill(self, address: int, value: int, nbytes: int, stream: Any) -> None:
         self._call("cuMemsetD8Async", address, value, nbytes, stream)
 

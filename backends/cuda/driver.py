@@ -121,6 +121,11 @@ class Driver(Protocol):
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
         """From device memory to device memory."""
 
+    def copy_between(
+        self, target: int, to: Any, source: int, of: Any, nbytes: int, stream: Any
+    ) -> None:
+        """From memory of one GPU's context to that of another's, whether these reach it or not."""
+
     def fill(self, address: int, value: int, nbytes: int, stream: Any) -> None:
         """Every byte `value`."""
 

@@ -14,6 +14,7 @@ import numpy as np
 from runtime.backends.base import Choice
 from runtime.backends.cuda.arena import Buffer
 from runtime.backends.cuda.driver import ALIGNMENT
+from runtime.backends.cuda.held import Held
 from runtime.backends.cuda.launcher import Device, Stream
 from runtime.backends.plan.plan import Plan, Ref
 from runtime.ops.errors import BackendError
@@ -42,7 +43,11 @@ class Inputs:
         self._copies = [_Copy(device, at) for _ in range(_COPIES)]
         self._room = device.arena(at, "step inputs")
         self._device = self._room.take(at)
+        self._of, self._taken = device, device.event()
         self._turn = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._starts
 
     def place(self, name: str, offset: int = 0) -> Buffer:
         """Where an input lies on the device."""
@@ -54,34 +59,39 @@ class Inputs:
         return self.place(ref.buffer.key, ref.offset)
 
     def send(
-        self, stream: Stream, plan: Plan, inputs: Mapping[str, np.ndarray],
+        self, stream: Stream, plan: Plan, inputs: Mapping[str, Any],
         live: Mapping[str, int], tiles: Mapping[str, np.ndarray], choices: Sequence[Choice] = (),
     ) -> None:  # fmt: skip
         """Numbers of this step, to the device in the stream's order.
 
         What is behind the live ones is of an earlier step, but tiles are ended by 0. Without TOKENS
-        those on the device stay as they are.
+        those on the device stay as they are. What another device has comes straight from there.
         """
         self._turn = (self._turn + 1) % _COPIES
         copy = self._copies[self._turn]
         copy.sent.synchronize()
         kept = TOKENS not in inputs and TOKENS in self._starts
+        held = {n: x for n, x in inputs.items() if isinstance(x, Held) and n in self._starts}
         for name in self._starts:
-            if not name.startswith("choice.") and not (kept and name == TOKENS):
+            given = not name.startswith("choice.") and name not in held
+            if given and not (kept and name == TOKENS):
                 self._fill(self._array(copy, name), name, plan, inputs, live, tiles)
         self._fill_choices(copy, choices)
         first = self._behind_tokens if kept else 0
         self._device.view(first).write(copy.host.array[first:], stream)
         copy.sent.record(stream)
+        for name, rows in held.items():
+            rows.copy(self.place(name), self._of, stream, self._taken)
 
     def close(self) -> None:
         """Give it back."""
         for copy in self._copies:
             copy.close()
+        self._taken.close()
         self._room.close()
 
     def _fill(
-        self, room: np.ndarray, name: str, plan: Plan, inputs: Mapping[str, np.ndarray],
+        self, room: np.ndarray, name: str, plan: Plan, inputs: Mapping[str, Any],
         live: Mapping[str, int], tiles: Mapping[str, np.ndarray],
     ) -> None:  # fmt: skip
         if name == "counts":

@@ -7,16 +7,17 @@ edges follow from the bytes that launches touch, on whatever device: no flag is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.backends.base import Choice, Progress
+from runtime.backends.base import Choice, Chosen, Progress
 from runtime.backends.cuda.arena import Buffer
 from runtime.backends.cuda.graphs import Graph, dependencies
+from runtime.backends.cuda.held import Held
 from runtime.backends.cuda.launcher import Event, Launch
 from runtime.backends.cuda.rules.collective import peer_key
 from runtime.backends.cuda.stores import stored_nbytes
@@ -102,17 +103,24 @@ class JointProgram:
         self._replay()
         return self._programs[0].fetched(live)
 
+    def begin(self, inputs: Mapping[str, Any], live: Mapping[str, int]) -> list[Held]:
+        """See `Choosing` in backends/base.py: what the first device has."""
+        for program in self._programs:
+            program.give(inputs, live)
+        self._alone(0)
+        self._replay()
+        return self._programs[0].held(live)
+
     def choose(
-        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
-        choices: Sequence[Choice],
-    ) -> Callable[[], np.ndarray]:  # fmt: skip
+        self, inputs: Mapping[str, Any], live: Mapping[str, int], choices: Sequence[Choice]
+    ) -> Chosen:
         """See `Choosing` in backends/base.py: every device chooses for itself, all the same."""
         ends = [program.choosing() for program in self._programs]
         for program in self._programs:
             program.give(inputs, live, choices)
         self._alone(0)
         self._replay([(n, launch) for n, end in enumerate(ends) for launch in end.launches])
-        return ends[0].fetch(self._devices[0].stream, len(choices))
+        return ends[0].fetch(self._devices[0].stream, len(choices), self._programs[0].hands)
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]

@@ -40,12 +40,12 @@ class Device(Owned):
         self.target = target_of(*self.info.capability)
         self._kernels = kernels if kernels is not None else library(self.target)
         self._functions: dict[Kernel, Function] = {}
-        self._context = driver.retain_context(index)
+        self.context = driver.retain_context(index)
         self.activate()
 
     def activate(self) -> None:
         """Make this the calling thread's device. Launches act on the thread's device."""
-        self.driver.use_context(self._context)
+        self.driver.use_context(self.context)
 
     def reach(self, other: Device) -> None:
         """Let kernels here use that device's memory. BackendError: there is no way."""
@@ -57,7 +57,7 @@ class Device(Owned):
                 f"split by layers, as layers(cuda:{self.index},cuda:{other.index})"
             )
         self.activate()
-        self.driver.reach(other._context)
+        self.driver.reach(other.context)
 
     def function(self, kernel: Kernel) -> Function:
         """A kernel, compiled if need be and loaded. BackendError: it cannot be."""

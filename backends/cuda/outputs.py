@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from runtime.backends.cuda.arena import Buffer
+from runtime.backends.cuda.held import Hands, Held
 from runtime.backends.cuda.launcher import Device, Stream
+from runtime.ops.errors import BackendError
 from runtime.ops.tensor import Tensor
 
 
@@ -33,6 +36,13 @@ class Output:
     def array(self, live: Mapping[str, int]) -> np.ndarray:
         """Its live rows, once the stream was waited for; valid until the next fetch."""
         return np.ndarray(self._live(live), self._dtype, self._host.array, strides=self._strides)
+
+    def held(self, live: Mapping[str, int], by: Hands) -> Held:
+        """Its live rows where they are made; BackendError: they do not follow each other."""
+        shape = self._live(live)
+        if 0 not in shape and self._extent(shape) != math.prod(shape) * self._dtype.itemsize:
+            raise BackendError(f"rows of {shape} that lie apart cannot be handed on")
+        return Held(self._source, self._extent(shape), by)
 
     def close(self) -> None:
         """Give it back."""

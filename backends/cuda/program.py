@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Choice
+from runtime.backends.base import Choice, Chosen
 from runtime.backends.cuda.arena import Buffer
 from runtime.backends.cuda.choosing import Choosing
 from runtime.backends.cuda.driver import ALIGNMENT
 from runtime.backends.cuda.gaps import Gaps
 from runtime.backends.cuda.graphs import Graph, dependencies
+from runtime.backends.cuda.held import Hands, Held
 from runtime.backends.cuda.inputs import Inputs
 from runtime.backends.cuda.launcher import Device, Launch, Stream
 from runtime.backends.cuda.outputs import Output
@@ -61,6 +62,7 @@ class Program:
             for ref, tensor in zip(plan.outputs, plan.output_tensors, strict=True)
         ]
         self._choosing: Choosing | None = None
+        self.hands = Hands(device, stream)
         self._open = True
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
@@ -69,15 +71,25 @@ class Program:
         self._replay(self.launches)
         return self.fetched(live)
 
+    def begin(self, inputs: Mapping[str, Any], live: Mapping[str, int]) -> list[Held]:
+        """See `Choosing` in backends/base.py."""
+        self.give(inputs, live)
+        self._replay(self.launches)
+        return self.held(live)
+
+    def held(self, live: Mapping[str, int]) -> list[Held]:
+        """The outputs of the step that the stream was given last."""
+        self.hands.done()
+        return [output.held(live, self.hands) for output in self._outputs]
+
     def choose(
-        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
-        choices: Sequence[Choice],
-    ) -> Callable[[], np.ndarray]:  # fmt: skip
+        self, inputs: Mapping[str, Any], live: Mapping[str, int], choices: Sequence[Choice]
+    ) -> Chosen:
         """Begin a step that ends with tokens; see `Choosing` in backends/base.py."""
         end = self.choosing()
         self.give(inputs, live, choices)
         self._replay([*self.launches, *end.launches])
-        return end.fetch(self._stream, len(choices))
+        return end.fetch(self._stream, len(choices), self.hands)
 
     def choosing(self) -> Choosing:
         """What follows its launches where a step chooses tokens."""
@@ -125,15 +137,15 @@ class Program:
             graph.close()
         self._inputs.close()
         self._tickets.close()
+        self.hands.close()
         for output in self._outputs:
             output.close()
         if self._choosing is not None:
             self._choosing.close()
 
     def give(
-        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
-        choices: Sequence[Choice] = (),
-    ) -> None:  # fmt: skip
+        self, inputs: Mapping[str, Any], live: Mapping[str, int], choices: Sequence[Choice] = ()
+    ) -> None:
         """What the step is given, to the device."""
         self._check_open()
         self._device.activate()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Backend, Program, Progress, Room
+from runtime.backends.base import Backend, Choice, Choosing, Chosen, Program, Progress, Room
 from runtime.backends.base import Step as Given
 from runtime.backends.meta.graph_stages import OnHost, StagedGraph, cut_graph
 from runtime.backends.meta.line import Line, Step
@@ -42,6 +43,8 @@ class LayersBackend:
         self.apart = any(map(is_apart, self._devices))
         # a device that has several stages does one at a time
         self.stages = 1 if host and host.experts else len(self._devices)
+        self.chooses = _chooses(self._devices[-1]) and not (host and host.rest == 0)
+        self.ahead = all(isinstance(d, Choosing) and d.ahead for d in self._devices)
         self.name = f"layers({', '.join(device.name for device in self._devices)})"
         self.threads = sum(device.threads for device in self._devices)
         self._line = Line(self.stages, partial(_abort, self._devices))
@@ -94,8 +97,21 @@ class LayersBackend:
         key = graph.key()
         if key not in self._programs:
             programs = [device.program(part) for device, part in self._staged(graph)]
-            self._programs[key] = LayersProgram(self._cut(graph), programs, self._line)
+            cut = self._cut(graph)
+            devices = [self._devices[n] for n in cut.owners]
+            self._programs[key] = LayersProgram(cut, programs, self._line, devices, self.ahead)
         return self._programs[key]
+
+    def choose(
+        self, program: LayersProgram, inputs: Mapping[str, Any], live: Mapping[str, int],
+        choices: Sequence[Choice],
+    ) -> Chosen:  # fmt: skip
+        """See `Choosing` in backends/base.py: the last stage's device chooses."""
+        return program.choose(inputs, live, choices)
+
+    def begin(self, *_: Any) -> Sequence[Any]:
+        """Nothing stands behind layers."""
+        raise NotImplementedError
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """One device after the other."""
@@ -155,14 +171,49 @@ class LayersBackend:
 class LayersProgram:
     """See backends/base.py: the programs of all stages."""
 
-    def __init__(self, cut: StagedGraph, programs: Sequence[Program], line: Line) -> None:
+    def __init__(
+        self, cut: StagedGraph, programs: Sequence[Program], line: Line,
+        devices: Sequence[Backend], ahead: bool = False,
+    ) -> None:  # fmt: skip
+        """devices: of each stage. ahead: all of them are; see `Choosing` in backends/base.py."""
         self._cut, self._programs, self._line = cut, programs, line
+        self._devices: Sequence[Any] = devices
+        self._ahead = ahead and {*cut.outputs} <= {*cut.stages[-1].results}
+        self._chosen: Chosen | None = None
         self.observable = all(program.observable for program in programs)
         self.plan = _joined(cut, [program.plan for program in programs])
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
-        """One stage after the other."""
+        """One stage after the other; where all are such the host does not wait in between."""
+        if self._ahead:
+            values = self._before(inputs, live)
+            results = self._programs[-1].run(values, live)
+            found = dict(zip(self._cut.stages[-1].results, results, strict=True))
+            return [found[name] for name in self._cut.outputs]
         return self.run_by(lambda program, values: program.run(values, live), inputs)
+
+    def choose(
+        self, inputs: Mapping[str, Any], live: Mapping[str, int], choices: Sequence[Choice]
+    ) -> Chosen:
+        """See `LayersBackend.choose`."""
+        assert self._cut.stages[-1].results[:1] == self._cut.outputs[:1], "the logits come last"
+        given = dict(inputs)
+        if "tokens" not in given and self._chosen is not None:
+            given["tokens"] = self._chosen.held
+        values = self._before(given, live)
+        chosen = self._devices[-1].choose(self._programs[-1], values, live, choices)
+        self._chosen = chosen if self._ahead else None
+        return chosen
+
+    def _before(self, inputs: Mapping[str, Any], live: Mapping[str, int]) -> dict[str, Any]:
+        """What the last stage is given, once those before it have run, or have begun to."""
+        self._line.settle()
+        values = dict(inputs)
+        stages = zip(self._devices, self._programs, self._cut.stages, strict=True)
+        for device, program, stage in list(stages)[:-1]:
+            run = partial(device.begin, program) if self._ahead else program.run
+            values |= zip(stage.results, run(values, live), strict=True)
+        return values
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
@@ -196,6 +247,10 @@ class LayersProgram:
         pairs = zip(self._programs, self._cut.stages, strict=True)
         stages = [partial(do, program, stage.results) for program, stage in pairs]
         return Step(stages, lambda: [values[name] for name in self._cut.outputs])
+
+
+def _chooses(device: Backend) -> bool:
+    return isinstance(device, Choosing) and device.chooses
 
 
 def _begun(steps: Iterable[Given]) -> Iterator[Step]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from runtime.backends.base import Joinable, Program, Progress, Room
+from runtime.backends.base import Choice, Choosing, Chosen, Joinable, Program, Progress, Room
 from runtime.backends.meta.parts import Split, SplitGraphs, cut_of, inferred, joined
 from runtime.backends.meta.rooms import is_apart, rooms_of
 from runtime.backends.plan.plan import Plan
@@ -33,6 +34,8 @@ class TensorBackend:
         self._joint, self.apart = first.joined(devices), is_apart(first)
         self.threads = sum(device.threads for device in devices)
         self.name = f"tensor ({', '.join(device.name for device in devices)})"
+        self.chooses = isinstance(first, Choosing) and first.chooses
+        self.ahead = isinstance(first, Choosing) and first.ahead
         self._programs: dict[str, Program] = {}
 
     def graphs(self, graph: Graph) -> Sequence[Graph]:
@@ -89,6 +92,17 @@ class TensorBackend:
         if key not in self._programs:
             self._programs[key] = self._joint.bind([each for (each,) in self._plans([graph])])
         return self._programs[key]
+
+    def begin(self, program: Any, inputs: Mapping[str, Any], live: Mapping[str, int]) -> Any:
+        """See `Choosing` in backends/base.py, where devices are such."""
+        return program.begin(inputs, live)
+
+    def choose(
+        self, program: Any, inputs: Mapping[str, Any], live: Mapping[str, int],
+        choices: Sequence[Choice],
+    ) -> Chosen:  # fmt: skip
+        """See `Choosing` in backends/base.py, where devices are such."""
+        return program.choose(inputs, live, choices)
 
     def load(self, graphs: Sequence[Graph], progress: Progress | None = None) -> None:
         """Compile or load all kernels, once for all devices; then pack weights, on all at once."""

@@ -156,15 +156,18 @@ def begin(advances: abc.Sequence[Advance]) -> None:
     """The device is about to write: nobody may count any more on what is written over."""
     begun = [a.begun() for a in advances]
     if any(begun):
-        _store(advances, [new or a.sequence.record for a, new in zip(advances, begun, strict=True)])
+        store(
+            [a.sequence for a in advances],
+            [new or a.sequence.record for a, new in zip(advances, begun, strict=True)],
+        )
 
 
 def commit(advances: abc.Sequence[Advance]) -> None:
     """The step has ended: its sequences are what it made of them, all at once."""
-    _store(advances, [a.done() for a in advances])
+    store([a.sequence for a in advances], [a.done() for a in advances])
 
 
-def _store(advances: abc.Sequence[Advance], records: abc.Sequence[Record]) -> None:
-    sequences = [a.sequence for a in advances]
+def store(sequences: abc.Sequence[Sequence], records: abc.Iterable[Record]) -> None:
+    """A record for each sequence, all at once."""
     # `map` calls `setattr` without a line of Python between, so no interrupt comes between.
     deque(map(setattr, sequences, repeat("record"), records), maxlen=0)

@@ -64,7 +64,9 @@ class Engine:
         # One step at a time: they share buffers and pages. Whatever changes who holds pages and
         # slots waits too, so that nothing a step reads or writes is given away meanwhile.
         self.lock = forks.lock()
-        self.decoder = Decoder(self, backend) if isinstance(backend, Choosing) else None
+        self.decoder: Decoder | None = None
+        if isinstance(backend, Choosing) and backend.chooses:
+            self.decoder = Decoder(self, backend)
         self.validated: Callable[[], Any] | None = None  # prints what VALIDATE found, once
         self._closed = False
         layers = architecture.p.layers
@@ -131,8 +133,8 @@ class Engine:
         `most_tokens`, with what is evaluated again after a rewind, or rows than `most_rows`.
         """
         with self.alone():
-            advances = self._admitted(pieces)
-            self._check_size(advances)
+            advances = self.admitted(pieces)
+            self.check_size(advances)
             self.pools.reserve(advances)
             going = [a for a in advances if a.error is None]
             begin(going)
@@ -151,7 +153,7 @@ class Engine:
         `Model.step`.
         """
         with self.alone():
-            advances = self._admitted(pieces)
+            advances = self.admitted(pieces)
             _raise(advances)
             self.pools.reserve(advances)
             _raise(advances)
@@ -217,7 +219,7 @@ class Engine:
             if given.shape != wanted:
                 raise OptionError(f"{name} of shape {list(given.shape)}; needed is {list(wanted)}")
 
-    def _admitted(self, pieces: abc.Sequence[Piece]) -> list[Advance]:
+    def admitted(self, pieces: abc.Sequence[Piece]) -> list[Advance]:
         """Each piece on its way, with an error where it is not one that can be evaluated."""
         self.check_open()
         if len({piece.sequence for piece in pieces}) != len(pieces):
@@ -231,7 +233,8 @@ class Engine:
                 advance.error = error.with_traceback(None)  # which would hold the advance
         return advances
 
-    def _check_size(self, advances: abc.Sequence[Advance]) -> None:
+    def check_size(self, advances: abc.Sequence[Advance]) -> None:
+        """OptionError for more than one step takes."""
         tokens, rows = size_of(advances)
         if tokens > self.most_tokens or rows > self.most_rows:
             raise OptionError(

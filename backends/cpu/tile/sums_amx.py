@@ -2,8 +2,9 @@
 
 For every scale group (32 elements, or 16 where the format has a scale for each half) the matrix
 unit makes 16 x 16 integer dots in a tile register; they go to memory and are added to the float
-sums there. A few groups are under way at once: one is multiplied while an earlier one is written
-and a still earlier one is scaled, as the units wait for each other otherwise.
+sums there. A few groups are under way at once, in a pipeline that runs through the whole stretch:
+one is multiplied while an earlier one is written and a still earlier one is scaled, column by
+column between these steps, as the units wait for each other otherwise.
 
 Every tile register is zeroed right after its last use: one that holds zeros needs no room in the
 processor, which two hardware threads of a core share (1.2 to 1.4 times faster beside a busy one).
@@ -11,6 +12,7 @@ processor, which two hardware threads of a core share (1.2 to 1.4 times faster b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +24,13 @@ from runtime.backends.cpu.tile.spec import AMX_COLUMNS, Q_BYTES, SIDE_BYTES
 from runtime.backends.cpu.tile.sums_int8 import less_minimum
 from runtime.backends.cpu.tile.vector import F32, I32, const, vec
 
-STRETCH = 2048  # elements of K that are unpacked at a time; a multiple of every block
+STRETCH = 1024  # elements of K that are unpacked at a time; a multiple of every block
 MAX_TILES = 32  # column tiles whose sums wait between two stretches
 CODES = 8 * LINE  # bytes of the unpacked codes of 16 rows by 32 elements
 SUMS = 4 * ROWS * AMX_COLUMNS  # bytes of the sums of one tile
 DOT, X, W = range(0, 4), range(4, 6), range(6, 8)  # tile registers: dots, activations, weights
 
-_WRITE_AFTER, _SCALE_AFTER = 2, 4  # groups that are multiplied before one is written, scaled
+_WRITE_AFTER = 2  # groups that are multiplied before one is written; it is scaled after all DOT
 
 
 class AmxScratch:
@@ -68,15 +70,34 @@ def advance(p: Problem, s: AmxScratch, x: Any, place: Any, span: tuple[Any, Any]
     code = p.code
     start, stop = (code.b.udiv(k, const(32)) for k in span)
     sums = [code.load(code.at(place, LINE * c), vec(F32, ROWS), LINE) for c in range(AMX_COLUMNS)]
-
-    def blocks(i: Any, sums: list[Any], n: int) -> list[Any]:
-        groups = [g for j in range(n) for g in _groups(p, s, x, (i, start), j)]
-        return _pipeline(p, s, groups, sums)
-
     several = len(DOT) // p.layout.scales
-    whole = code.at(start, code.b.and_(code.b.sub(stop, start), const(-several)))
-    sums = code.loop(start, whole, sums, lambda i, v: blocks(i, v, several), several)
-    return code.loop(whole, stop, sums, lambda i, v: blocks(i, v, 1))
+
+    def groups(i: Any, n: int = several) -> list[_Group]:
+        return [g for j in range(n) for g in _groups(p, s, x, (i, start), j)]
+
+    def whole_turns(i: Any, sums: list[Any]) -> list[Any]:
+        sums = _turn(p, s, groups(i), [], sums)
+        second = code.at(i, several)
+        sums = code.loop(
+            second, whole, sums,
+            lambda i, v: _turn(p, s, groups(i), groups(code.at(i, -several)), v), several,
+        )  # fmt: skip
+        return _turn(p, s, [], groups(code.at(whole, -several)), sums)
+
+    def one(i: Any, sums: list[Any]) -> list[Any]:
+        few = groups(i, 1)
+        for g in few:
+            _all(_multiplied(p, g))
+        for g in few:
+            _all(_written(p, s, g))
+        for g in few:
+            sums = [step(total) for step, total in zip(_scaled(p, s, g), sums, strict=True)]
+        return sums
+
+    length = code.b.and_(code.b.sub(stop, start), const(-several))
+    whole = code.at(start, length)
+    sums = code.loop(start, whole, sums, whole_turns, length)  # once, or not at all
+    return code.loop(whole, stop, sums, one)
 
 
 def _groups(p: Problem, s: AmxScratch, x: Any, numbers: tuple[Any, Any], j: int) -> list[_Group]:
@@ -93,67 +114,114 @@ def _groups(p: Problem, s: AmxScratch, x: Any, numbers: tuple[Any, Any], j: int)
     ]
 
 
-def _pipeline(p: Problem, s: AmxScratch, groups: list[_Group], sums: list[Any]) -> list[Any]:
-    n = len(groups)
-    for step in range(n + _SCALE_AFTER):
-        if step < n:
-            _multiply(p, groups[step])
-        if 0 <= step - _WRITE_AFTER < n:
-            _write(p, s, groups[step - _WRITE_AFTER])
-        if 0 <= step - _SCALE_AFTER < n:
-            sums = _scaled(p, s, groups[step - _SCALE_AFTER], sums)
+def _turn(
+    p: Problem, s: AmxScratch, now: list[_Group], before: list[_Group], sums: list[Any]
+) -> list[Any]:
+    """Multiply the groups `now`, which are written two later; scale those of the turn before."""
+    count = len(DOT)
+    under_way = [*(before or [None] * count), *(now or [None] * count)]
+    for slot in range(count):
+        steps: list[Callable[[], None]] = []
+        if now:
+            steps += _multiplied(p, now[slot])
+        written = under_way[count + slot - _WRITE_AFTER]
+        if written is not None:
+            steps += _written(p, s, written)
+        if before:
+            sums = _in_between(steps, _scaled(p, s, before[slot]), sums)
+        else:
+            _all(steps)
     return sums
 
 
-def _multiply(p: Problem, g: _Group) -> None:
-    """Dots of 16 rows by 16 columns added to the group's tile register, which is zero."""
-    dot, x, w = DOT[g.slot], X[g.slot % 2], W[g.slot % 2]
-    registers.load(p.code, x, g.x, Q_BYTES)
-    weights = p.code.at(g.record, CODES // p.layout.scales * g.part)
-    registers.load(p.code, w, weights, LINE)
-    registers.multiply(p.code, "tdpbssd", dot, x, w)
-    for done in (x, w):
-        registers.zero(p.code, done)
+def _in_between(
+    steps: list[Callable[[], None]], columns: list[Callable[[Any], Any]], sums: list[Any]
+) -> list[Any]:
+    """The steps, evenly among the columns: the sums after these."""
+    result, done = [], 0
+    for c, (column, total) in enumerate(zip(columns, sums, strict=True)):
+        until = -(-len(steps) * (c + 1) // len(columns))
+        _all(steps[done:until])
+        done = until
+        result.append(column(total))
+    return result
 
 
-def _write(p: Problem, s: AmxScratch, g: _Group) -> None:
-    """The dots into memory, [column][row]; their register is zero then."""
-    registers.store(p.code, DOT[g.slot], p.code.at(s.dots, SUMS * g.slot), LINE)
-    registers.zero(p.code, DOT[g.slot])
+def _all(steps: list[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
 
 
-def _scaled(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
-    """The float operations of `sums_int8`, in the same order."""
-    if p.layout.half_minima:
-        return _with_half_minima(p, s, g, sums)
-    code, kind = p.code, vec(F32, ROWS)
-    scale = code.load(code.at(g.record, CODES + LINE * g.part), kind, LINE)
-    result = []
-    for c, total in enumerate(sums):
-        place = code.at(s.dots, SUMS * g.slot + LINE * c)
-        value = code.b.sitofp(code.load(place, vec(I32, ROWS), LINE), kind)
-        value = code.b.fmul(value, code.load_splat(code.at(g.side, 4 * c), F32))
-        result.append(code.fma(value, scale, total))
-    if not p.layout.minimum:
-        return result
-    minimum = code.load(code.at(g.record, CODES + LINE), kind, LINE)
-    row_sums = code.at(g.side, 4 * AMX_COLUMNS)
+def _multiplied(p: Problem, g: _Group) -> list[Callable[[], None]]:
+    """Steps: dots of 16 rows by 16 columns added to the group's tile register, which is zero."""
+    code, dot, x, w = p.code, DOT[g.slot], X[g.slot % 2], W[g.slot % 2]
+    weights = code.at(g.record, CODES // p.layout.scales * g.part)
+
+    def multiply() -> None:
+        registers.multiply(code, "tdpbssd", dot, x, w)
+        for done in (x, w):
+            registers.zero(code, done)
+
     return [
-        code.fma(minimum, code.load_splat(code.at(row_sums, 4 * c), F32), total)
-        for c, total in enumerate(result)
+        lambda: registers.load(code, x, g.x, Q_BYTES),
+        lambda: registers.load(code, w, weights, LINE),
+        multiply,
     ]
 
 
-def _with_half_minima(p: Problem, s: AmxScratch, g: _Group, sums: list[Any]) -> list[Any]:
-    code, kind = p.code, vec(F32, ROWS)
-    scale, unit = (code.load(code.at(g.record, CODES + LINE * i), kind, LINE) for i in (0, 1))
-    places = [code.at(g.record, CODES + LINE * i) for i in (2, 3)]
-    halves = tuple(code.load(place, vec(I32, ROWS), LINE) for place in places)
-    result = []
-    for c, total in enumerate(sums):
-        dot = code.load(code.at(s.dots, SUMS * g.slot + LINE * c), vec(I32, ROWS), LINE)
-        places = [code.at(g.side, 4 * (which * AMX_COLUMNS + c)) for which in (3, 4)]
-        row_sums = [code.load_splat(place, I32) for place in places]
-        value = less_minimum(code, (dot, scale), (half_sums(code, halves, row_sums), unit))
-        result.append(code.fma(value, code.load_splat(code.at(g.side, 4 * c), F32), total))
-    return result
+def _written(p: Problem, s: AmxScratch, g: _Group) -> list[Callable[[], None]]:
+    """Steps: the dots into memory, [column][row]; their register is zero then."""
+
+    def write() -> None:
+        registers.store(p.code, DOT[g.slot], p.code.at(s.dots, SUMS * g.slot), LINE)
+        registers.zero(p.code, DOT[g.slot])
+
+    return [write]
+
+
+def _scaled(p: Problem, s: AmxScratch, g: _Group) -> list[Callable[[Any], Any]]:
+    """For each column sum -> sum: the float operations of `sums_int8`, in the same order."""
+    make = _with_half_minima if p.layout.half_minima else _with_scale
+    return [make(p, s, g, c) for c in range(AMX_COLUMNS)]
+
+
+def _with_scale(p: Problem, s: AmxScratch, g: _Group, c: int) -> Callable[[Any], Any]:
+    code = p.code
+
+    def column(total: Any) -> Any:
+        value = code.b.fmul(_dot(p, s, g, c), _side(p, g, 0, c))
+        total = code.fma(value, _vector(p, g, g.part), total)
+        if not p.layout.minimum:
+            return total
+        return code.fma(_vector(p, g, 1), _side(p, g, 1, c), total)
+
+    return column
+
+
+def _with_half_minima(p: Problem, s: AmxScratch, g: _Group, c: int) -> Callable[[Any], Any]:
+    code = p.code
+
+    def column(total: Any) -> Any:
+        halves = tuple(_vector(p, g, i, I32) for i in (2, 3))
+        both = half_sums(code, halves, [_side(p, g, i, c, I32) for i in (3, 4)])
+        scale, unit = (_vector(p, g, i) for i in (0, 1))
+        value = less_minimum(code, (_dot(p, s, g, c), scale), (both, unit))
+        return code.fma(value, _side(p, g, 0, c), total)
+
+    return column
+
+
+def _dot(p: Problem, s: AmxScratch, g: _Group, c: int) -> Any:
+    """The dots of a column, as floats."""
+    dots = p.code.load(p.code.at(s.dots, SUMS * g.slot + LINE * c), vec(I32, ROWS), LINE)
+    return p.code.b.sitofp(dots, vec(F32, ROWS))
+
+
+def _side(p: Problem, g: _Group, which: int, c: int, kind: Any = F32) -> Any:
+    """One kind of side data of a column, in every lane."""
+    return p.code.load_splat(p.code.at(g.side, 4 * (which * AMX_COLUMNS + c)), kind)
+
+
+def _vector(p: Problem, g: _Group, i: int, kind: Any = F32) -> Any:
+    """Vector i of those that follow the codes of a record."""
+    return p.code.load(p.code.at(g.record, CODES + LINE * i), vec(kind, ROWS), LINE)

@@ -129,16 +129,16 @@ def _with_half_minima(p: Problem, blocks: list[Block], dots: Any, x: X, sums: An
         g, c = divmod(i, p.spec.columns)
         both = half_sums(code, blocks[g].halves, [start[c] for start in starts])
         scale = d[c]
-        value = less_minimum(code, (dots[g][c], blocks[g].scales[0]), (both, units[g]))
+        dot = code.b.sitofp(dots[g][c], units[g].type)
+        value = less_minimum(code, (dot, blocks[g].scales[0]), (both, units[g]))
         result.append(code.fma(value, scale, total))
     return result
 
 
 def less_minimum(code: Code, dot: tuple[Any, Any], both: tuple[Any, Any]) -> Any:
-    """fma(float(both), unit, float(dot) * scale) of (dot, scale) and (both, unit)."""
-    kind = dot[1].type
-    product = code.b.fmul(code.b.sitofp(dot[0], kind), dot[1])
-    return code.fma(code.b.sitofp(both[0], kind), both[1], product)
+    """fma(float(both), unit, dot * scale) of (dot, scale) and (both, unit)."""
+    product = code.b.fmul(*dot)
+    return code.fma(code.b.sitofp(both[0], both[1].type), both[1], product)
 
 
 def minimum_unit(code: Code, block: Block) -> Any:

@@ -23,12 +23,13 @@ AUTO = "auto"
 def open_backend(
     devices: str, file: Any, threads: int | None, activations: str, split_mode: str | None = None,
     tensor_split: Shares | None = None, main_device: int | None = None, graphs: bool = True,
-    gpu_layers: int | str | None = None, cpu_moe: bool | int | None = None,
+    gpu_layers: int | str | None = None, cpu_moe: bool | int | None = None, pack_cache: str = "",
 ) -> Backend:  # fmt: skip
     """The backend of a device expression and what `meta.choices.chosen` takes beside it.
 
     file: an open GGUF file. threads: of all devices together, by default one per core; of a NUMA
     node its own. graphs: of GPUs, see CudaBackend. gpu_layers, cpu_moe: see `offloaded`.
+    pack_cache: where CPUs keep packed weights, see PackCache; "": nowhere.
     OptionError names what cannot be used, and what is known.
     """
     if devices.strip().lower() == AUTO:
@@ -41,6 +42,11 @@ def open_backend(
         )  # fmt: skip
     every = list(dict.fromkeys(device for stage in stages for device in stage.devices))
     kinds = sorted({device.kind for device in every})
+    if pack_cache and host is None and not set(kinds) & {"cpu", "numa", "mpi"}:
+        raise OptionError(
+            f"pack_cache keeps the packed weights of CPUs, and devices={shown(devices)} has none: "
+            "leave it out"
+        )
     if kinds == ["null"]:
         from runtime.backends.cpu.planner import Planner, options
         from runtime.backends.null import NullBackend
@@ -53,9 +59,10 @@ def open_backend(
     if kinds == ["mpi"] and len(stages) == 1:
         from runtime.backends.meta.mpi import open_mpi
 
-        return open_mpi(file, threads, activations, _shares_of_all(devices, stages[0]))
+        shares = _shares_of_all(devices, stages[0])
+        return open_mpi(file, threads, activations, shares, pack_cache)
     _check(devices, stages, every, kinds)
-    return _behind(stages, _Opened(file, activations, stages, threads, graphs), host)
+    return _behind(stages, _Opened(file, activations, stages, threads, graphs, pack_cache), host)
 
 
 def names_mpi(expression: str) -> bool:
@@ -169,7 +176,7 @@ class _Opened:
 
     def __init__(
         self, file: Any, activations: str, stages: Sequence[Stage], threads: int | None,
-        graphs: bool = True,
+        graphs: bool = True, pack_cache: str = "",
     ) -> None:  # fmt: skip
         from runtime.backends.cpu import check_threads
         from runtime.backends.cpu.run.cores import physical_cores
@@ -178,7 +185,8 @@ class _Opened:
         self._given = threads
         self._file, self._activations = file, activations
         self._driver: Any = None
-        self._graphs = graphs
+        self._graphs, self._pack_cache = graphs, pack_cache
+        self._packs: Any = None
         weights: dict[Device, Fraction] = {}
         for stage in stages:
             for device, share in zip(stage.devices, stage.shares, strict=True):
@@ -207,8 +215,14 @@ class _Opened:
         if device.kind == "numa":
             assert device.number is not None and device.of is not None, "it is one of several"
             cores = shared_out(device.of)[device.number]
+        from runtime.backends.cpu.run.pack_cache import PackCache
+
+        if self._pack_cache and self._packs is None:
+            self._packs = PackCache(self._file, self._pack_cache)
         threads = self._threads.get(device, self._given)
-        return CpuBackend(self._file, threads, self._activations, cores=cores)
+        return CpuBackend(
+            self._file, threads, self._activations, cores=cores, packs=self._packs
+        )  # fmt: skip
 
 
 def allotted(total: int, weights: Sequence[Fraction]) -> list[int]:

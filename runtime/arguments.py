@@ -158,8 +158,18 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         raise wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
     for name in ("cache_rotation", "graphs"):
         plain[name] = flag(name, options[name])
+    plain["pack_cache"] = _pack_cache(options["pack_cache"])
     check_progress(options["progress"])
     return {**options, **plain}
+
+
+def _pack_cache(value: Any) -> str:
+    """Where packed weights are kept, as `PackCache` has it; "": nowhere."""
+    if isinstance(value, bool | np.bool_) or value is None:
+        return "folder" if value else ""
+    if not isinstance(value, str) or value not in ("folder", "beside"):
+        raise wrong("pack_cache", value, "True, False, 'folder' or 'beside'")
+    return str(value)
 
 
 def check_has_weights(file: Any) -> None:

@@ -55,6 +55,7 @@ def load(
     graphs: bool = True,
     gpu_layers: int | str | None = None,
     cpu_moe: bool | int = False,
+    pack_cache: bool | str = False,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -74,6 +75,9 @@ def load(
     gpu_layers: of devices that are GPUs, or "cpu" beside a GPU: the GPUs have so many of the last
     layers, the output being one, and the CPU the others; "all", or "auto" as many as fit. cpu_moe:
     the experts of all layers are the CPU's, or of the first so many.
+    pack_cache: weights of CPUs are kept on disk as they are packed, once, and mapped by every later
+    process, which shares them with others: True or "folder", in the cache folder; "beside" the
+    model. The files are about as large as the model; `runtime cache` lists and removes them.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -86,7 +90,7 @@ def load(
         "activations": activations, "sequences": sequences, "progress": progress,
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
-        "gpu_layers": gpu_layers, "cpu_moe": cpu_moe,
+        "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):

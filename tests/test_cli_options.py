@@ -128,7 +128,7 @@ class TestFlags:
         more = ("-p", "1", "-n", "0", "-r", "1") if name == "bench" else ()
         result = invoke(name, *more, option, DEMO, stdin="hi")
         assert result.exit_code == 0, result.stderr
-        loads = name not in ("inspect", "plan")
+        loads = name not in ("inspect", "plan", "cache")
         assert [given[0] for given in result.loaded[:1]] == [str(DEMO)] * loads
 
     @pytest.mark.parametrize(("threads", "said"), [(8, 0), (9, 1), (1000, 1)])

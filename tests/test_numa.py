@@ -13,7 +13,7 @@ from fake_model import DEMO, needs_demo
 import runtime
 from runtime import ops
 from runtime.backends.cpu import CpuBackend
-from runtime.backends.cpu.run import cores, weights
+from runtime.backends.cpu.run import cores, forms
 from runtime.gguf.reader import open_gguf
 
 needs_pins = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot pin threads")
@@ -116,8 +116,8 @@ def test_memory_is_first_written_by_the_devices_own_threads(monkeypatch: pytest.
         return make
 
     before = os.sched_getaffinity(0)
-    for name, made in weights._MAKERS.items():
-        monkeypatch.setitem(weights._MAKERS, name, watched(name, made))
+    for name in ("raw", "vector", "repacked"):
+        monkeypatch.setattr(forms, name, watched(name, getattr(forms, name)))
     backend = CpuBackend(open_gguf(DEMO), threads=2, cores=one)
     with runtime.load(DEMO, devices="null", context=64, sequences=1) as model:
         graph = model.graph(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from runtime.backends.cpu.planner import Planner, options
 from runtime.backends.cpu.run.cores import checked, physical_cores
 from runtime.backends.cpu.run.executor import ThreadTeam
 from runtime.backends.cpu.run.memory import FixedMemory
+from runtime.backends.cpu.run.pack_cache import PackCache
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.cpu.run.weights import WeightStore, aligned
 from runtime.backends.cpu.tile.spec import AMX_COLUMNS
@@ -29,7 +31,7 @@ class CpuBackend:
     """See backends/base.py. `threads` None means one per physical core.
 
     cores: the logical processors that its threads keep to, such as range(0, 2); None: any. Memory
-    is first written by those, so that it lies on their NUMA node.
+    is first written by those, so that it lies on their NUMA node. packs: keeps packed weights.
     """
 
     exact = True  # several cut no sum: a meeting of threads costs next to nothing
@@ -38,6 +40,7 @@ class CpuBackend:
     def __init__(
         self, file: Any = None, threads: int | None = None, activations: str = "int8",
         kernels: Library | None = None, fuse: bool = True, cores: Iterable[int] | None = None,
+        packs: PackCache | None = None,
     ) -> None:  # fmt: skip
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations={activations!r} must be 'int8' or 'f32'")
@@ -49,7 +52,7 @@ class CpuBackend:
         amx = self.library.target == "amx"
         self.planner = Planner(options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx))
         self.team = ThreadTeam(self.threads, self.library.address, kept)
-        self.weights = WeightStore(file, self.library, self.team)
+        self.weights = WeightStore(file, self.library, self.team, packs)
         self.memory = FixedMemory(self.weights)
         self._programs: dict[str, Program] = {}
         self._arena, self._scratch = aligned(0), aligned(0)
@@ -110,10 +113,11 @@ class CpuBackend:
         buffers = weight_buffers(plans)
         self.library.prepare(self.kernels(plans), progress)
         total, done = self.weights.stored_nbytes(buffers), 0
-        for nbytes in self.weights.load(buffers):
-            done += nbytes
-            if progress:
-                progress(done, total, "loading weights")
+        with closing(self.weights.load(buffers)) as work:
+            for nbytes in work:
+                done += nbytes
+                if progress:
+                    progress(done, total, "loading weights")
 
     def kernels(self, plans: Sequence[Plan]) -> list[Kernel]:
         """Everything these plans need compiled, packing and the executor included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from runtime.backends.cpu.run.group import TeamGroup
 from runtime.backends.cpu.run.program import Pace, Program
 from runtime.backends.cpu.run.weights import aligned
 from runtime.backends.plan.kernel import Kernel
-from runtime.backends.plan.plan import Plan, weight_buffers
+from runtime.backends.plan.plan import Buffer, Plan, weight_buffers
 
 if TYPE_CHECKING:
     from runtime.backends.cpu import CpuBackend
@@ -54,7 +54,7 @@ class Joint:
     def load(self, plans: Sequence[Sequence[Plan]], progress: Progress | None = None) -> None:
         """Kernels of these plans, of each device some; then the weights, on all devices at once."""
         self._devices[0].library.prepare(self._kernels(plans), progress)
-        buffers = [weight_buffers(each) for each in plans]
+        buffers = once(weight_buffers(each) for each in plans)
         total = sum(
             device.weights.stored_nbytes(each)
             for device, each in zip(self._devices, buffers, strict=True)
@@ -117,6 +117,16 @@ class JointProgram:
     def _prepare(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> None:
         for program in self._programs:
             program.prepare(inputs, live)
+
+
+def once(of_each: Iterable[list[Buffer]]) -> list[list[Buffer]]:
+    """The weights of each device; of rows that several look up, which they share, the first's."""
+    found: list[list[Buffer]] = []
+    shared: set[Hashable] = set()
+    for buffers in of_each:
+        found.append([b for b in buffers if b.memory != "raw" or b.content not in shared])
+        shared.update(b.content for b in buffers if b.memory == "raw")
+    return found
 
 
 def at_once(works: Iterable[Iterator[int]]) -> Iterator[int]:

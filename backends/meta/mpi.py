@@ -54,14 +54,15 @@ def take_part(open_file: OpenFile) -> None:
 
 
 def open_mpi(
-    file: Any, threads: int | None, activations: str, shares: Sequence[float]
-) -> MpiBackend:
+    file: Any, threads: int | None, activations: str, shares: Sequence[float],
+    pack_cache: str = "",
+) -> MpiBackend:  # fmt: skip
     """The devices of all processes, in process 0, where `take_part` has returned.
 
     threads: of each process; None: those of a machine are shared out among its processes.
     """
     beside, number = processes(), next(_numbers)
-    given = threads, activations, [float(share) for share in shares]
+    given = threads, activations, [float(share) for share in shares], pack_cache
     beside.tell([number, "open", [str(file.path), fingerprint(file), *given], True])
     with _answered(beside):
         rank = Rank(beside, file, *given)

@@ -15,15 +15,15 @@ from runtime.backends.base import Progress
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.run.apart import Apart, Meeting, memory_of
 from runtime.backends.cpu.run.cores import physical_cores, processors
+from runtime.backends.cpu.run.pack_cache import PackCache
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.meta.parts import SplitGraphs, cut_of, inferred
 from runtime.backends.meta.processes import Processes
+from runtime.backends.plan.fingerprint import sampled
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import Parts, cut_array
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
-
-_SAMPLE, _SAMPLES = 64 << 10, 256  # bytes of weights that are compared at a place, and places
 
 
 class Rank:
@@ -34,11 +34,12 @@ class Rank:
 
     def __init__(
         self, beside: Processes, file: Any, threads: int | None, activations: str,
-        shares: Sequence[float],
+        shares: Sequence[float], pack_cache: str = "",
     ) -> None:  # fmt: skip
         if threads is None:
             threads = max(1, physical_cores() // beside.beside)
-        self.device = CpuBackend(file, threads, activations)
+        packs = PackCache(file, pack_cache) if pack_cache else None
+        self.device = CpuBackend(file, threads, activations, packs=packs)
         self.split = SplitGraphs(shares, partial(inferred, told=beside.rank == 0))
         beside.crowded = threads * beside.beside > processors()
         self.programs: dict[str, tuple[Program, Apart]] = {}
@@ -109,26 +110,11 @@ class Rank:
 
 
 def fingerprint(file: Any) -> dict[str, str]:
-    """What must be the same in all processes: the version of the code, and the file.
-
-    Of the weights a sample: 64 KiB where a tensor begins, at 256 places spread over the file, and
-    at its end, which is all of a file of less than 16 MiB.
-    """
-    found = hashlib.sha256(repr(sorted(file.metadata, key=str)).encode())
-    step = max(_SAMPLE, file.tensors_nbytes // _SAMPLES)
-    last = next(reversed(file.tensors), None)
-    for tensor in file.tensors.values():
-        found.update(f"{tensor.name} {tensor.shape} {tensor.dtype.name}".encode())
-        block = tensor.dtype.nbytes
-        size = min(_SAMPLE // block * block, tensor.nbytes)
-        ends = [tensor.nbytes - size] if tensor.name == last else []
-        for start in (*range(0, tensor.nbytes, step // block * block), *ends):
-            room = np.empty(min(size, tensor.nbytes - start), np.uint8)
-            found.update(tensor.read(start, room))
+    """What must be the same in all processes: the version of the code, and the file."""
     version = sys.modules["runtime"].__version__
     return {
         "version": f"{version}, code {_code()}",
-        "file": f"{file.tensors_nbytes} bytes, {found.hexdigest()[:12]}",
+        "file": f"{file.tensors_nbytes} bytes, {sampled(file)[:12]}",
     }
 
 

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-_DAY = 24 * 3600
-_UNUSED = 30 * _DAY  # seconds after which an entry is removed that nobody has read
+DAY = 24 * 3600
+UNUSED = 30 * DAY  # seconds after which an entry is removed that nobody has read
 _FOLDERS = re.compile(r"(kernels|cuda)-\w+(-[0-9a-f]{16})?")
 _OLD_FOLDERS = re.compile(r"(kernels|cuda)-\w+-[0-9a-f]{16}")  # one for each version
 _ENTRY = re.compile(rb"[0-9a-f]{64}\n")  # how each entry of this and of older versions begins
@@ -53,7 +53,7 @@ class Entries:
             return None
         if stored != name.encode():
             return None
-        _mark_used(self.path(name), stat)
+        mark_used(self.path(name), stat)
         return head.decode(), code
 
     def write(self, name: str, head: str, code: bytes) -> None:
@@ -94,9 +94,9 @@ def replace(path: Path, content: bytes) -> None:
             raise
 
 
-def _mark_used(path: Path, stat: os.stat_result) -> None:
-    """Once a day: many systems do not note when a file was read."""
-    if max(stat.st_atime, stat.st_mtime) < time.time() - _DAY:
+def mark_used(path: Path, stat: os.stat_result) -> None:
+    """Once a day: many systems do not note when a file was read. stat: before it was read."""
+    if max(stat.st_atime, stat.st_mtime) < time.time() - DAY:
         with contextlib.suppress(OSError):
             os.utime(path)
 
@@ -120,9 +120,9 @@ def _remove_unused(path: Path) -> None:
         stat = path.stat()  # before it is opened: that may count as a use
         age = time.time() - max(stat.st_atime, stat.st_mtime)
         if path.suffix == _UNFINISHED:  # left by a writer that was killed
-            if age > _DAY:
+            if age > DAY:
                 path.unlink()
-        elif path.suffix in _CODE and age > _UNUSED and _is_entry(path):
+        elif path.suffix in _CODE and age > UNUSED and _is_entry(path):
             path.unlink()
 
 

@@ -92,6 +92,11 @@ class Library(ABC, Generic[Loaded]):
                     self.entries.write(self.name(kernel), json.dumps(head), code)
                 self._loaded[kernel] = self.load(head, code)
 
+    def sources(self, kernels: Iterable[Kernel], *modules: str) -> str:
+        """A digest of the source of kernels and of further modules, imports included."""
+        every = {name for kernel in kernels for name in self.modules(kernel)}
+        return self._sources.digest(*sorted(every.union(modules)))
+
     def name(self, kernel: Kernel, toolchain: str | None = None) -> str:
         """The name of a kernel's entry, which says all that its code depends on."""
         source = self._sources.digest(*self.modules(kernel))[:32]

@@ -37,6 +37,7 @@ COMMANDS = {
     "imatrix": "Collect an importance matrix for a quantiser.",
     "devices": "Show the processor, its instruction sets, and memory.",
     "warmup": "Compile the kernels a model needs, once for this machine.",
+    "cache": "Show or remove the packed weights that --pack-cache keeps.",
 }
 _NAMES_MPI = re.compile(r"(-\S+=)?[\w*.,:/()]*\bmpi\b[\w*.,:/()]*", re.IGNORECASE)
 _HELPERS = {"help": "This text, or that of a command.", "version": "Show the version."}

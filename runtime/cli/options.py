@@ -71,6 +71,9 @@ _PRECISION_OPTIONS = (
     option("--no-graph graphs", "Launch the kernels of a GPU one by one, in place of one graph of "
            "them for each step; the same bits.", _MODEL, flag_value=False, default=None),
     *OFFLOAD_OPTIONS,
+    option("--pack-cache", "Keep packed weights on disk for the next start, in the cache folder or "
+           "(--pack-cache beside) beside the model; see 'runtime cache'.", _MODEL,
+           type=click.Choice(["folder", "beside"]), bare="folder", metavar="[beside]"),
 )  # fmt: skip
 _DEVICES = ("devices", "split_mode", "tensor_split", "main_device", "gpu_layers")
 
@@ -184,6 +187,7 @@ def precision_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from `precision_options`, but the types of the cache."""
     found = {name: options[name] for name in ("activations", "cache_rotation")}
     found |= {} if options["graphs"] is None else {"graphs": options["graphs"]}
+    found |= {"pack_cache": options["pack_cache"]} if options["pack_cache"] else {}
     return found | device_arguments(options)
 
 

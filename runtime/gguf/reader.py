@@ -127,6 +127,14 @@ class GGUFFile:
         """All files that it is in."""
         return {self.path, *(tensor.path for tensor in self.tensors.values())}
 
+    @property
+    def opened(self) -> list[tuple[str, int, int]]:
+        """Of all files with tensors name, bytes and time of change (ns) when they were opened."""
+        sources = {
+            tensor._part.source.path: tensor._part.source for tensor in self.tensors.values()
+        }
+        return [(path.name, *source.opened) for path, source in sorted(sources.items())]
+
     def stored_metadata(self) -> dict[str, Stored]:
         """The metadata as it is stored, for `write_gguf`, which keeps every number's type."""
         return stored_metadata(Head(Source(self.path)))

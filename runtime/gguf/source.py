@@ -24,7 +24,8 @@ _MOST_HEAD = 256 << 20  # ten times the largest header seen
 
 
 class Source:
-    """A file that is open for reading. `size`: its bytes when it was opened.
+    """A file that is open for reading. `size`: its bytes when it was opened; `opened`: with the
+    time of its last change, in nanoseconds.
 
     FileError, in one line, wherever the file cannot be read, is short, or has changed.
     """
@@ -39,12 +40,12 @@ class Source:
                 what = "is not a file; check the path" if path.exists() else missing
                 raise FileError(f"{path}: {what}")
             self._file = path.open("rb", buffering=0)
-            self._opened = self._state()
+            self.opened = self._state()
         except (OSError, ValueError) as error:
             if isinstance(error, FileError):
                 raise
             raise self._unreadable(error) from error
-        self.size = self._opened[0]
+        self.size = self.opened[0]
         self._lock = threading.Lock()  # of the place in the file, where reading needs one
         if not self.size:
             raise FileError(f"{path}: the file is empty; download it again")
@@ -95,7 +96,7 @@ class Source:
         for error in results:
             if isinstance(error, OSError):
                 raise self._unreadable(error) from error
-        if not all(results) or self._state() != self._opened:
+        if not all(results) or self._state() != self.opened:
             raise FileError(
                 f"{self.path}: the file was changed after it was opened; load it again when "
                 "nothing writes to it any more"

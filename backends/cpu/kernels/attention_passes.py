@@ -68,29 +68,23 @@ def scores_pass(rows: int, format: KVFormat) -> Callable:
     held = _registers(format)[rows][0]
     make = _dots_of_codes if format.coding else _dots_of_floats
 
-    def add(b, target, is_first, sums):
-        """Add what a chunk of dims gives."""
-        for r in range(rows):
-            for j in range(held):
-                at = e.offset(b, target, 4 * (r * PAGE + j * e.LANES))
-                old = b.select(is_first, e.floats(0.0), e.load(b, at, e.wide(e.f32), 4))
-                e.store(b, sums[r * held + j](old), at, 4)
-
     def scores(b, block, row, page, dims, n_keys, o, ahead):
         q = b.add(e.offset(b, block, Block.q), times(b, row, 4))
         target = b.add(e.offset(b, block, Block.scores), times(b, row, 4 * PAGE))
+        for first in range(0, PAGE // e.LANES, held):
+            vectors = range(first, first + held)
 
-        def chunk(dim):
-            left = b.sub(dims, dim)
-            count = b.select(b.icmp_signed("<", left, number(_CHUNK)), left, number(_CHUNK))
-            is_first = b.icmp_signed("==", dim, number(0))
-            here = b.add(q, times(b, dim, ROW_BYTES))
-            for first in range(0, PAGE // e.LANES, held):
-                place = (page, dim, dims, range(first, first + held))
-                sums = make(b, format, rows, here, place, count, ahead)
-                add(b, e.offset(b, target, 4 * e.LANES * first), is_first, sums)
+            def chunk(dim, totals, vectors=vectors):
+                left = b.sub(dims, dim)
+                count = b.select(b.icmp_signed("<", left, number(_CHUNK)), left, number(_CHUNK))
+                here = b.add(q, times(b, dim, ROW_BYTES))
+                sums = make(b, format, rows, here, (page, dim, dims, vectors), count, ahead)
+                return [add(total) for add, total in zip(sums, totals, strict=True)]
 
-        repeat_if_any(b, number(0), dims, _CHUNK, chunk)
+            zeros = [e.floats(0.0)] * (rows * held)
+            for i, total in enumerate(repeat(b, number(0), dims, _CHUNK, zeros, chunk)):
+                r, j = divmod(i, held)
+                e.store(b, total, e.offset(b, target, 4 * (r * PAGE + (first + j) * e.LANES)), 4)
 
     return scores
 
@@ -147,8 +141,7 @@ def _dots_of_codes(
     for plane in format.shared:
         at, step = k_place(b, format, plane, page, dim, dims), e.LANES * plane.dtype.nbytes
         shared.append([load16(b, plane, e.offset(b, at, step * j)) for j in vectors])
-    products = _by_row if chosen().lanes == e.LANES else _by_word
-    found = products(b, dots, words, q, rows)
+    found = _products(b, dots, words, q, rows)
 
     def adds(r, j):
         def add(old):
@@ -160,25 +153,12 @@ def _dots_of_codes(
     return [adds(r, j) for r in range(rows) for j in range(len(vectors))]
 
 
-def _by_row(b: ir.IRBuilder, dots: KeyDots, words: list, q: Any, rows: int) -> Callable:
+def _products(b: ir.IRBuilder, dots: KeyDots, words: list, q: Any, rows: int) -> Callable:
     """(row, vector): sums of products with the high and the low bytes of q.
 
-    All words of the keys stay in registers, and rows come one after another: their words of q are
-    operands in memory.
+    Words of the keys come one after another and are added to the sums of all rows, which so do not
+    wait for each other; their words of q are operands in memory.
     """
-    keys = [[dots.keys(word) for word in some] for some in words]
-
-    def sums(r, j):
-        found = [dots.begin(), dots.begin()]
-        for w, key in enumerate(keys[j]):
-            found = [dots.add(x, key, word_place(b, q, n, w, r), w) for n, x in enumerate(found)]
-        return [dots.end(total) for total in found]
-
-    return sums
-
-
-def _by_word(b: ir.IRBuilder, dots: KeyDots, words: list, q: Any, rows: int) -> Callable:
-    """The same where registers are few: the words of the keys come one after another."""
     sums = [[[dots.begin(), dots.begin()] for _ in words] for _ in range(rows)]
     for w in range(WORDS):
         for j, some in enumerate(words):

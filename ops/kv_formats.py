@@ -45,7 +45,7 @@ class Plane(NamedTuple):
 
     @property
     def together(self) -> int:
-        """Numbers of K of one token that lie side by side: those that a dot product takes."""
+        """Numbers that lie side by side, as products take them: of K of a token, of V of tokens."""
         return 4 if self.bits else 1
 
     def width(self, dims: int) -> int:

@@ -500,7 +500,7 @@ SOURCE_FAULTS = [
         "for rank in range(1, k):": "for rank in range(1, k - 1):",
     }),
     SourceFault("what products leave out of codes forgotten", "coded", "kv_dots.py", {
-        "b.sitofp(b.add(total, correction)": "b.sitofp(total",
+        "self.b.add(total, correction)": "total",
     }),
     SourceFault("q not rotated", "coded", "kv_cache.py", {
         "rotate_k(target, head_dim, k_rotation)": "rotate_k(target, head_dim, k_rotation * is_k)",

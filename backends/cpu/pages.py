@@ -1,8 +1,9 @@
 """Cache pages of this backend to and from plain arrays [pages, PAGE, heads, dim].
 
 A page holds the planes of its KVFormat for each KV head, one behind the other: of K transposed as
-[numbers][PAGE], where of codes four stay side by side, of V as [PAGE][numbers]. Heads are padded
-(`padded_head`) with zeros.
+[numbers][PAGE], where of codes four stay side by side, of V as [PAGE][numbers]; codes of V as
+[PAGE / 4][numbers][4], and what groups of them share as in K. Heads are padded (`padded_head`)
+with zeros.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.ops.kv_formats import HEAD_UNIT, PAGE, fill, kv_format, padded_head
+from runtime.ops.kv_formats import HEAD_UNIT, PAGE, Plane, fill, kv_format, padded_head
 from runtime.ops.tensor import Tensor
 
 
@@ -46,9 +47,9 @@ def to_planes(memory: np.ndarray, leaf: Tensor) -> list[np.ndarray]:
         start, width = at, plane.width(dims)
         at += PAGE * width * plane.dtype.nbytes
         numbers = np.ascontiguousarray(blocks[..., start:at]).view(plane.numpy)
-        if leaf.attrs["storage"] == "k":
-            n = plane.together
-            numbers = numbers.reshape(len(memory), heads, width // n, PAGE, n).swapaxes(2, 3)
+        shape, order = _order(plane, leaf, width)
+        numbers = numbers.reshape(len(memory), heads, *(shape[i] for i in order))
+        numbers = numbers.transpose(0, 1, *(2 + order.index(i) for i in range(4)))
         found.append(numbers.reshape(len(memory), heads, PAGE, width).swapaxes(1, 2))
     return found
 
@@ -56,9 +57,21 @@ def to_planes(memory: np.ndarray, leaf: Tensor) -> list[np.ndarray]:
 def from_planes(planes: Sequence[np.ndarray], leaf: Tensor) -> np.ndarray:
     """The inverse of `to_planes`."""
     pages, _, heads, _ = planes[0].shape
-    order = (0, 2, 3, 1, 4) if leaf.attrs["storage"] == "k" else (0, 2, 1, 3, 4)
     parts = []
-    for plane, row in zip(planes, kv_format(leaf.dtype.name).planes, strict=True):
-        turned = plane.reshape(*plane.shape[:3], -1, row.together).transpose(order)
+    for numbers, plane in zip(planes, kv_format(leaf.dtype.name).planes, strict=True):
+        shape, order = _order(plane, leaf, numbers.shape[3])
+        turned = numbers.swapaxes(1, 2).reshape(pages, heads, *shape)
+        turned = turned.transpose(0, 1, *(2 + i for i in order))
         parts.append(np.ascontiguousarray(turned).view(np.uint8).reshape(pages, heads, -1))
     return np.concatenate(parts, -1).reshape(pages, -1)
+
+
+def _order(plane: Plane, leaf: Tensor, width: int) -> tuple[Sequence[int], Sequence[int]]:
+    """A head's [PAGE, width] cut into four axes, and the order in which they lie in memory."""
+    n = plane.together
+    if leaf.attrs["storage"] == "k":
+        return (PAGE, 1, width // n, n), (2, 0, 1, 3)
+    if n > 1:
+        return (PAGE // n, n, width, 1), (0, 2, 1, 3)
+    inside = kv_format(leaf.dtype.name).coding is not None
+    return (PAGE, 1, width, 1), (2, 0, 1, 3) if inside else (0, 1, 2, 3)

@@ -10,7 +10,7 @@ from runtime.backends.cpu.abi import (
     DELTA_COLUMNS,
     DELTA_VECTORS,
 )
-from runtime.ops.kv_formats import GROUP, PAGE, padded_head
+from runtime.ops.kv_formats import GROUP, PAGE
 
 
 def float_bits(value: float) -> int:
@@ -33,6 +33,5 @@ def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: i
     rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
     q, o = (-(-dim // GROUP) * GROUP for dim in (k_dim, v_dim))
-    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + q + o)
-    page = PAGE * padded_head(v_dim) * 4 + 64  # of V as float32
-    return -(-(page + blocks * state) // 64) * 64
+    state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + q + 2 * o)
+    return blocks * state

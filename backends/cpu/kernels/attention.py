@@ -25,7 +25,7 @@ from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 from . import emit as e
 from . import simd as s
 from .attention_block import Block, block_beginning, exp2_negative, row_peaks, tanh
-from .attention_passes import output_pass, row_passes, scores_pass, widening
+from .attention_passes import output_pass, row_passes, scores_pass
 from .kv_planes import padded, room
 from .rotation import rotating
 from .rows import helper
@@ -41,8 +41,8 @@ _ROWS, _GROUP = ATTENTION_ROWS, ATTENTION_ROWS * ATTENTION_BLOCKS
 
 @helper
 def block_nbytes(k_dims, v_dims):
-    """Bytes of the state of 8 rows: what `Block` lists, then q and the sums of v."""
-    return _Q + (room(k_dims) + room(v_dims)) * (4 * _ROWS)
+    """Bytes of the state of 8 rows: `Block`, q, the sums of v, weights for codes of v."""
+    return _Q + (room(k_dims) + 2 * room(v_dims)) * (4 * _ROWS)
 
 
 @s.operation(s.f32x16, s.f32)
@@ -137,16 +137,15 @@ def end_row(block, r, k_room, v_dim):
 def page_step(k_type, v_type):
     """(block, rows, k, v, ahead.., base, ..): a block of rows takes in one page, the keys base..
 
-    k_ahead and v_ahead: how far behind this page the one to be read next lies. wide: where V of
-    the page is as float32, or 0.
+    k_ahead and v_ahead: how far behind this page the one to be read next lies.
     """
-    scores, output, output_wide = (
+    scores, output = (
         row_passes(make, kv_format(name))
-        for make, name in ((scores_pass, k_type), (output_pass, v_type), (output_pass, "f32"))
+        for make, name in ((scores_pass, k_type), (output_pass, v_type))
     )
 
     @helper
-    def step(block, rows, k, v, k_ahead, v_ahead, wide, base, k_dims, v_dims, window, softcap):
+    def step(block, rows, k, v, k_ahead, v_ahead, base, k_dims, v_dims, window, softcap):
         low, high = s.load_i64(block + _LOW), s.load_i64(block + _HIGH)
         if base <= high and (window == 0 or base + PAGE > low - window + 1):
             scores(block, rows, k, k_dims, 0, 0, k_ahead)
@@ -157,10 +156,7 @@ def page_step(k_type, v_type):
             weigh_scores(block, rows)
             o = block + _Q + room(k_dims) * (4 * _ROWS)
             n_keys = min(PAGE, high - base + 1)
-            if wide != 0:
-                output_wide(block, rows, wide, v_dims, n_keys, o, 0)
-            else:
-                output(block, rows, v, v_dims, n_keys, o, v_ahead)
+            output(block, rows, v, v_dims, n_keys, o, v_ahead)
 
     return step
 
@@ -198,8 +194,7 @@ def item_beginning(k_type):
 def build_attention(k_type, v_type):
     """softmax(scale q k) v over the pages of each sequence: (tile x KV heads x rows) dealt out."""
     step, begin_item = page_step(k_type, v_type), item_beginning(k_type)
-    rotate, widen = rotating(v_type), widening(kv_format(v_type))
-    is_coded = kv_format(v_type).coding is not None
+    rotate = rotating(v_type)
 
     def attention(
         q, q_stride, q_head_stride, k_pages, v_pages, k_page_bytes, v_page_bytes, block_table,
@@ -209,8 +204,7 @@ def build_attention(k_type, v_type):
         count, group = s.load_i64(n_tiles), n_heads // n_kv_heads
         limit = group_rows(tiles, count, n_kv_heads, group, n_threads)
         k_dims, v_dims = padded(k_dim), padded(v_dim)
-        wide, block_bytes = scratch + thread * scratch_bytes, block_nbytes(k_dims, v_dims)
-        blocks = wide + PAGE * v_dims * 4 + 64
+        blocks, block_bytes = scratch + thread * scratch_bytes, block_nbytes(k_dims, v_dims)
         cap, factor, turn = s.float_of(softcap), s.float_of(scale), 0
         if cap == s.f32(0):
             factor = factor * s.f32(_LOG2_E)
@@ -236,15 +230,11 @@ def build_attention(k_type, v_type):
                         ahead = s.load_i32(pages + page * 4 + 4) - here
                     k = k_pages + here * k_page_bytes + head * (k_page_bytes // n_kv_heads)
                     v = v_pages + here * v_page_bytes + head * (v_page_bytes // n_kv_heads)
-                    v_wide = 0
-                    if is_coded and rows > _ROWS:
-                        v_wide, n_keys = wide, min(PAGE, high - page * PAGE + 1)
-                        widen(v, wide, n_keys, v_dims, ahead * v_page_bytes)
                     for i in range(0, rows, _ROWS):
                         step(
                             blocks + i // _ROWS * block_bytes, min(_ROWS, rows - i), k, v,
-                            ahead * k_page_bytes, ahead * v_page_bytes, v_wide, page * PAGE,
-                            k_dims, v_dims, window, cap,
+                            ahead * k_page_bytes, ahead * v_page_bytes, page * PAGE, k_dims,
+                            v_dims, window, cap,
                         )  # fmt: skip
                         ahead = 0  # one block asks for the next page, for all
                     page += 1

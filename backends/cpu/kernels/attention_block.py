@@ -1,7 +1,7 @@
 """The state of a block of 8 query rows of attention, and its softmax arithmetic.
 
 q lies as [dim][8] and o as [dims / 16][8][16], so that a pass finds all its rows at constant
-distances from one address.
+distances from one address. What codes are multiplied with (kv_dots.py) takes the same room.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from runtime.ops.kv_formats import GROUP, PAGE, Coding, KVFormat
 from . import emit as e
 from . import simd as s
 from .emit import number, times
-from .kv_dots import store_query
+from .kv_dots import Numbers, folded
 
 ROW_BYTES = 4 * ATTENTION_ROWS  # of one dim of q
 
@@ -65,31 +65,11 @@ def repeat_if_any(b: ir.IRBuilder, start: Any, stop: Any, step: int, body: Calla
 @s.operation(s.f32x16, s.i64)
 def row_peaks(b, scores):
     """Lane r: the largest of the 32 scores of row r, for the 8 rows of a block."""
-    lanes = range(e.LANES)
-    parts = []
+    rows = []
     for r in range(ATTENTION_ROWS):
-        low, high = (e.offset(b, scores, 4 * (r * PAGE + h * e.LANES)) for h in (0, 1))
-        halves = (e.load(b, at, e.wide(e.f32), 4) for at in (low, high))
-        parts.append((e.larger(b, *halves), [r] * e.LANES))
-    while len(parts) > 1:
-        parts = [_merge(b, *parts[i : i + 2]) for i in range(0, len(parts), 2)]
-    value, _ = parts[0]  # two lanes for each row are left
-    even, odd = ([2 * (i % ATTENTION_ROWS) + k for i in lanes] for k in (0, 1))
-    return e.larger(b, e.lanes_of(b, value, even), e.lanes_of(b, value, odd))
-
-
-def _merge(b: ir.IRBuilder, first: tuple, second: tuple) -> tuple[Any, list[int]]:
-    """Two vectors in one: each row's lanes are folded to half their number."""
-    (x, x_rows), (y, y_rows) = first, second
-    rows = x_rows + y_rows
-    low: list[int] = []
-    high: list[int] = []
-    for row in dict.fromkeys(rows):
-        places = [i for i, r in enumerate(rows) if r == row]
-        low += places[: len(places) // 2]
-        high += places[len(places) // 2 :]
-    parts = (b.shuffle_vector(x, y, ir.Constant(e.wide(e.i32), picked)) for picked in (low, high))
-    return e.larger(b, *parts), [rows[i] for i in low]
+        halves = (e.offset(b, scores, 4 * (r * PAGE + h * e.LANES)) for h in (0, 1))
+        rows.append(e.larger(b, *(e.load(b, at, e.wide(e.f32), 4) for at in halves)))
+    return folded(b, rows, lambda x, y: e.larger(b, x, y))
 
 
 # 2^r on [-1/2, 1/2]: the polynomial of degree 5 with constant term 1 and the least relative error
@@ -168,11 +148,12 @@ def _as_integers(
     b: ir.IRBuilder, coding: Coding, block: Any, row: Any, k_dim: Any, factor: Any
 ) -> None:
     source = e.load(b, b.add(e.offset(b, block, Block.sources), times(b, row, 8)), e.i64, 8)
-    q = b.add(e.offset(b, block, Block.q), times(b, row, 4))
+    q = e.offset(b, block, Block.q)
 
     def group(dim):
-        parts = tuple(_some(b, source, b.add(dim, number(i)), k_dim) for i in (0, e.LANES))
-        store_query(b, coding, parts, b.add(q, times(b, dim, ROW_BYTES)), factor)
+        low, high = (_some(b, source, b.add(dim, number(i)), k_dim) for i in (0, e.LANES))
+        numbers = Numbers(b, b.add(q, times(b, dim, ROW_BYTES)), row)
+        numbers.store_beside(numbers.store(coding, [(low, high)], factor), 1)
 
     repeat_if_any(b, number(0), k_dim, GROUP, group)
 

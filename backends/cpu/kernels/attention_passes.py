@@ -4,8 +4,10 @@ Scores: R rows x 32 keys; K's 32 tokens of one dim are two vectors, widened once
 and q is broadcast from memory. Every 32 dims make one partial sum, in which dims are added in
 order, or for codes one exact integer, of words of four dims; partial sums are added in order too,
 so the chains of different sums overlap in the processor. Output: R rows x some dims; V's dims of
-one key are widened once for the R rows, and keys are added in order. How many vectors a pass holds
-in registers changes no bit of any row. Dims are those of a page: always a multiple of 16.
+one key are widened once for the R rows, and keys are added in order. Of codes the weights of the 32
+keys, times what a group of V has for each of them, become integers, and the products of a page are
+one exact integer. How many vectors a pass holds in registers changes no bit of any row. Dims are
+those of a page: always a multiple of 16.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from . import emit as e
 from . import simd as s
 from .attention_block import ROW_BYTES, Block, repeat, repeat_if_any
 from .emit import number, times
-from .kv_dots import WORDS, KeyDots, sum_of, whole_dot, word_place
+from .kv_dots import WORDS, CodeDots, Numbers, folded, middle
 from .kv_planes import (
     check,
-    k_place,
-    k_step,
     key_words,
     load16,
-    load_splat,
-    v_place,
-    value_codes,
+    place_of_dim,
+    place_of_four,
+    place_of_token,
+    step_of_dim,
+    value_words,
 )
 from .target import chosen
 
@@ -44,9 +46,9 @@ _REGISTERS = {
     4: {2: (1, 1), 1: (2, 2)},
 }[chosen().lanes]
 _REGISTERS_OF_CODES = {
-    16: {8: (1, 2), 4: (2, 4), 2: (2, 4), 1: (2, 4)},
-    8: {2: (1, 2), 1: (1, 4)},
-    4: {1: (1, 2)},
+    16: {8: (1, 1), 4: (2, 2), 2: (2, 2), 1: (2, 2)},
+    8: {2: (1, 1), 1: (1, 2)},
+    4: {1: (1, 1)},
 }[chosen().lanes]
 
 
@@ -69,7 +71,7 @@ def scores_pass(rows: int, format: KVFormat) -> Callable:
     make = _dots_of_codes if format.coding else _dots_of_floats
 
     def scores(b, block, row, page, dims, n_keys, o, ahead):
-        q = b.add(e.offset(b, block, Block.q), times(b, row, 4))
+        q = e.offset(b, block, Block.q)
         target = b.add(e.offset(b, block, Block.scores), times(b, row, 4 * PAGE))
         for first in range(0, PAGE // e.LANES, held):
             vectors = range(first, first + held)
@@ -78,7 +80,8 @@ def scores_pass(rows: int, format: KVFormat) -> Callable:
                 left = b.sub(dims, dim)
                 count = b.select(b.icmp_signed("<", left, number(_CHUNK)), left, number(_CHUNK))
                 here = b.add(q, times(b, dim, ROW_BYTES))
-                sums = make(b, format, rows, here, (page, dim, dims, vectors), count, ahead)
+                place = (page, dim, dims, vectors)
+                sums = make(b, format, (rows, row), here, place, count, ahead)
                 return [add(total) for add, total in zip(sums, totals, strict=True)]
 
             zeros = [e.floats(0.0)] * (rows * held)
@@ -90,13 +93,13 @@ def scores_pass(rows: int, format: KVFormat) -> Callable:
 
 
 def _dots_of_floats(
-    b: ir.IRBuilder, format: KVFormat, rows: int, q: Any, place: tuple, count: Any, ahead: Any
+    b: ir.IRBuilder, format: KVFormat, which: tuple, q: Any, place: tuple, count: Any, ahead: Any
 ) -> list[Callable]:
     """By row and vector of keys: what adds the products of `count` dims to what was before."""
     plane, unroll = format.codes[0], 4
     page, dim, dims, vectors = place
-    size, held = k_step(plane), len(vectors)
-    page = k_place(b, format, plane, page, dim, dims)
+    size, held, (rows, row) = step_of_dim(plane), len(vectors), which
+    page, q = place_of_dim(b, format, plane, page, dim, dims), b.add(q, times(b, row, 4))
 
     def few(i, sums):
         sums = list(sums)
@@ -120,97 +123,157 @@ def _dots_of_floats(
 
 
 def _dots_of_codes(
-    b: ir.IRBuilder, format: KVFormat, rows: int, q: Any, place: tuple, count: Any, ahead: Any
+    b: ir.IRBuilder, format: KVFormat, which: tuple, q: Any, place: tuple, count: Any, ahead: Any
 ) -> list[Callable]:
     """The same of a group of codes, with its scales and minima."""
-    page, dim, dims, vectors = place
+    (page, dim, dims, vectors), (rows, row) = place, which
     coding = format.coding
     assert coding is not None
-    dots = KeyDots(b, coding)
-    starts = [k_place(b, format, plane, page, dim, dims) for plane in format.codes]
+    starts = [place_of_dim(b, format, plane, page, dim, dims) for plane in format.codes]
     if vectors[0] == 0:
         for plane, at in zip(format.codes, starts, strict=True):
-            for j in range(0, GROUP * k_step(plane), 64):
-                e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
+            _prefetch(b, at, GROUP * step_of_dim(plane), ahead)
     is_whole = b.icmp_signed(">", count, number(GROUP // 2))
     words = [
         key_words(b, format, [e.offset(b, at, 4 * e.LANES * j) for at in starts], is_whole)
         for j in vectors
     ]
-    shared = []
-    for plane in format.shared:
-        at, step = k_place(b, format, plane, page, dim, dims), e.LANES * plane.dtype.nbytes
-        shared.append([load16(b, plane, e.offset(b, at, step * j)) for j in vectors])
-    found = _products(b, dots, words, q, rows)
+    shared = [_shared(b, format, page, dim, dims, j) for j in vectors]
+    numbers = Numbers(b, q, row)
+    found = _products(CodeDots(b, coding), words, numbers, rows)
 
     def adds(r, j):
         def add(old):
-            new = _fma(b, whole_dot(b, q, r, *found(r, j)), shared[0][j], old)
-            return _fma(b, sum_of(b, q, r), shared[1][j], new) if coding.has_minimum else new
+            new = _fma(b, b.fmul(found[r][j], numbers.scale(r)), shared[j][0], old)
+            return _fma(b, numbers.beside(r), shared[j][1], new) if coding.has_minimum else new
 
         return add
 
     return [adds(r, j) for r in range(rows) for j in range(len(vectors))]
 
 
-def _products(b: ir.IRBuilder, dots: KeyDots, words: list, q: Any, rows: int) -> Callable:
-    """(row, vector): sums of products with the high and the low bytes of q.
+def _prefetch(b: ir.IRBuilder, at: Any, nbytes: int, ahead: Any) -> None:
+    for j in range(0, nbytes, 64):
+        e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
 
-    Words of the keys come one after another and are added to the sums of all rows, which so do not
-    wait for each other; their words of q are operands in memory.
+
+def _shared(b: ir.IRBuilder, format: KVFormat, page: Any, dim: Any, dims: Any, j: int) -> list[Any]:
+    """The scales that a group has for tokens 16 j to 16 j + 15, and what codes taken as 0 mean."""
+    scale, *minimum = (
+        load16(b, plane, e.offset(b, place, e.LANES * plane.dtype.nbytes * j))
+        for plane in format.shared
+        for place in [place_of_dim(b, format, plane, page, dim, dims)]
+    )
+    if not minimum:
+        return [scale]
+    assert format.coding is not None
+    return [scale, _fma(b, scale, e.floats(float(middle(format.coding))), minimum[0])]
+
+
+def _products(dots: CodeDots, words: list, numbers: Numbers, rows: int) -> list[list[Any]]:
+    """[row][vector] float32: products of the numbers of rows with vectors of codes, in words.
+
+    A word of codes comes after another and is added to the sums of all rows, so that these do not
+    wait for each other; their words of the numbers are operands in memory.
     """
     sums = [[[dots.begin(), dots.begin()] for _ in words] for _ in range(rows)]
     for w in range(WORDS):
         for j, some in enumerate(words):
-            key = dots.keys(next(some))
+            codes = dots.codes(next(some))
             for r, mine in enumerate(sums):
                 mine[j] = [
-                    dots.add(x, key, word_place(b, q, n, w, r), w) for n, x in enumerate(mine[j])
+                    dots.add(x, codes, numbers.word(n, w, r), w) for n, x in enumerate(mine[j])
                 ]
-    found = [[[dots.end(total) for total in both] for both in mine] for mine in sums]
-    return lambda r, j: found[r][j]
-
-
-def _values(
-    b: ir.IRBuilder, format: KVFormat, page: Any, key: Any, dim: Any, dims: Any, vectors: int
-) -> tuple[list[tuple[Any, int]], list[Any]]:
-    """What is read of V of one key from `dim` on, (address, bytes); `vectors` float32 vectors."""
-    read, found = [], []
-    if format.coding is None:
-        plane = format.codes[0]
-        at, step = v_place(b, format, plane, page, key, dim, dims), e.LANES * plane.dtype.nbytes
-        read.append((at, vectors * step))
-        return read, [load16(b, plane, e.offset(b, at, step * j)) for j in range(vectors)]
-    for plane in format.codes:
-        nbytes = e.LANES * vectors // plane.dims * plane.dtype.nbytes
-        read.append((v_place(b, format, plane, page, key, dim, dims), nbytes))
-    for group in range(vectors * e.LANES // GROUP):
-        step = group * GROUP
-        places = [
-            e.offset(b, at, step // plane.dims)
-            for (at, _), plane in zip(read, format.codes, strict=True)
-        ]
-        scale, *minimum = (
-            load_splat(
-                b, plane, v_place(b, format, plane, page, key, b.add(dim, number(step)), dims)
-            )
-            for plane in format.shared
-        )
-        lift = minimum[0] if minimum else None
-        if format.coding.lowest and not format.coding.book:
-            lift = b.fmul(scale, e.floats(float(format.coding.lowest)))
-        for codes in value_codes(b, format, places):
-            found.append(_fma(b, codes, scale, lift) if lift else b.fmul(codes, scale))
-    return read, found
+    return [
+        [numbers.whole(r, *(dots.end(total) for total in both)) for both in mine]
+        for r, mine in enumerate(sums)
+    ]
 
 
 def output_pass(rows: int, format: KVFormat) -> Callable:
     """Emits: o = o * decay + p v for rows row.. of a block.
 
-    Only the first n_keys tokens of the page are read: what lies behind them may be anything.
+    Only the first n_keys tokens of the page count: what lies behind them may be anything.
     """
     check(format)
-    held = _registers(format)[rows][1]
+    return (_output_of_codes if format.coding else _output_of_floats)(rows, format)
+
+
+def _output_of_codes(rows: int, format: KVFormat) -> Callable:
+    held, coding = _registers(format)[rows][1], format.coding
+    assert coding is not None
+
+    def output(b, block, row, page, dims, n_keys, o, ahead):
+        decay = b.add(e.offset(b, block, Block.decay), times(b, row, 4))
+        whole = b.and_(b.add(dims, number(GROUP - 1)), number(-GROUP))
+        weights = b.add(o, times(b, whole, ROW_BYTES))
+
+        def group(dim):
+            numbers = Numbers(b, b.add(weights, times(b, dim, ROW_BYTES)), row)
+            _store_weights(b, format, (rows, row), numbers, (block, page, dim, dims, n_keys))
+            places = [place_of_four(b, format, plane, page, dim, dims) for plane in format.codes]
+            for plane, (at, step) in zip(format.codes, places, strict=True):
+                for w in range(WORDS):
+                    nbytes = 4 * GROUP // plane.dims
+                    _prefetch(b, b.add(at, times(b, step, w)), nbytes, ahead)
+            is_whole = b.icmp_signed(">", b.sub(dims, dim), number(GROUP // 2))
+            for first in range(0, GROUP // e.LANES, held):
+                halves = range(first, first + held)
+                words = [value_words(b, format, places, half, is_whole) for half in halves]
+                found = _products(CodeDots(b, coding), words, numbers, rows)
+                start = b.add(b.add(o, times(b, dim, ROW_BYTES)), times(b, row, 4 * e.LANES))
+                for r, mine in enumerate(found):
+                    factor = _broadcast(b, e.offset(b, decay, 4 * r))
+                    for half, new in zip(halves, mine, strict=True):
+                        at = e.offset(b, start, 4 * e.LANES * (half * ATTENTION_ROWS + r))
+                        old = e.load(b, at, e.wide(e.f32), 4)
+                        lift = numbers.beside(r) if coding.has_minimum else e.floats(0.0)
+                        total = _fma(b, old, factor, lift)
+                        e.store(b, _fma(b, new, numbers.scale(r), total), at, 4)
+
+        repeat_if_any(b, number(0), dims, GROUP, group)
+
+    return output
+
+
+def _store_weights(
+    b: ir.IRBuilder, format: KVFormat, which: tuple, numbers: Numbers, place: tuple
+) -> None:
+    """The weights p of 32 keys, times the scales that a group of V has, as integers.
+
+    Beside them the sums of p times what codes taken as 0 mean. Tokens from n_keys on have no scale.
+    """
+    (rows, row), (block, page, dim, dims, n_keys) = which, place
+    p = b.add(e.offset(b, block, Block.scores), times(b, row, 4 * PAGE))
+    count = e.splat(b, b.trunc(n_keys, e.i32))
+    halves = range(PAGE // e.LANES)
+    shared = []
+    for j in halves:
+        keys = ir.Constant(e.wide(e.i32), list(range(e.LANES * j, e.LANES * (j + 1))))
+        seen = b.icmp_signed("<", keys, count)
+        shared.append(
+            [
+                b.select(seen, value, e.floats(0.0))
+                for value in _shared(b, format, page, dim, dims, j)
+            ]
+        )
+    weights = [
+        [e.load(b, e.offset(b, p, 4 * (PAGE * r + e.LANES * j)), e.wide(e.f32), 4) for j in halves]
+        for r in range(rows)
+    ]
+
+    def times_of(mine, which):
+        return tuple(b.fmul(w, values[which]) for w, values in zip(mine, shared, strict=True))
+
+    assert format.coding is not None
+    numbers.store(format.coding, [times_of(mine, 0) for mine in weights])
+    if format.coding.has_minimum:
+        sums = [b.fadd(*times_of(mine, 1)) for mine in weights]
+        numbers.store_beside(folded(b, sums, b.fadd), rows)
+
+
+def _output_of_floats(rows: int, format: KVFormat) -> Callable:
+    held, plane = _registers(format)[rows][1], format.codes[0]
 
     def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead):
         """`vectors` vectors of dims from `dim` on, over all keys."""
@@ -227,13 +290,13 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
             b.fmul(e.load(b, at, e.wide(e.f32), 4), factors[i // vectors])
             for i, at in enumerate(places)
         ]
+        step = e.LANES * plane.dtype.nbytes
 
         def key(i, sums):
             sums, weights = list(sums), b.add(p, times(b, i, 4))
-            read, found = _values(b, format, page, i, dim, dims, vectors)
-            for at, nbytes in read:
-                for j in range(0, nbytes, 64):
-                    e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
+            at = place_of_token(b, format, page, i, dim, dims)
+            _prefetch(b, at, vectors * step, ahead)
+            found = [load16(b, plane, e.offset(b, at, step * j)) for j in range(vectors)]
             for r in range(rows):
                 weight = _broadcast(b, e.offset(b, weights, 4 * PAGE * r))
                 for j, value in enumerate(found):
@@ -245,41 +308,13 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
 
     def output(b, block, row, page, dims, n_keys, o, ahead):
         rest = (block, row, page, dims, n_keys, o, ahead)
-        at, least = number(0), GROUP // e.LANES if format.coding else 1
-        for stop, vectors in ((b.and_(dims, number(-e.LANES * held)), held), (dims, least)):
+        at = number(0)
+        for stop, vectors in ((b.and_(dims, number(-e.LANES * held)), held), (dims, 1)):
             step = e.LANES * vectors
             repeat_if_any(b, at, stop, step, lambda dim, n=vectors: stripe(b, dim, n, *rest))
             at = stop
 
     return output
-
-
-def widening(format: KVFormat) -> Any:
-    """(page, target, n_keys, dims, ahead): the first keys of V as float32 [keys][dims].
-
-    What rows of several blocks multiply is then taken from codes once. A last group of half the
-    dims fills its second half too, of which the next key, or 64 bytes behind all, makes way.
-    """
-    check(format)
-
-    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64)
-    def widen(b, page, target, n_keys, dims, ahead):
-        def key(i):
-            row = b.add(target, times(b, b.mul(i, dims), 4))
-
-            def group(dim):
-                read, found = _values(b, format, page, i, dim, dims, GROUP // e.LANES)
-                for at, _ in read:
-                    e.prefetch(b, b.add(at, ahead), near=2)
-                for j, value in enumerate(found):
-                    at = e.offset(b, b.add(row, times(b, dim, 4)), 4 * e.LANES * j)
-                    e.store(b, value, at, 4)
-
-            repeat_if_any(b, number(0), dims, GROUP, group)
-
-        repeat_if_any(b, number(0), n_keys, 1, key)
-
-    return widen
 
 
 def row_passes(make: Callable, format: KVFormat) -> Any:

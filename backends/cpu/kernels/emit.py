@@ -115,6 +115,11 @@ def smaller(b: ir.IRBuilder, x: Value, y: Value) -> Value:
     return b.select(b.fcmp_ordered("<", x, y), x, y)
 
 
+def larger_int(b: ir.IRBuilder, x: Value, y: Value) -> Value:
+    """Lane-wise max of signed integers; of the bits of floats >= 0 also theirs, NaN the largest."""
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
 def absolute(b: ir.IRBuilder, x: Value) -> Value:
     """|x| by clearing the sign: -0 gives 0, NaN stays."""
     return b.bitcast(b.and_(b.bitcast(x, wide(i32)), ints(0x7FFFFFFF)), wide(f32))

@@ -1,12 +1,14 @@
-"""Integer products of K's codes with queries, and queries as the integers they are taken with.
+"""Integer products with the codes of K and V, and the integers that codes are multiplied with.
 
-A query of 32 dims is scale * (128 * high + low) with high and low of one signed byte, so that it
-is rounded 2^-14 times as much as its largest dim: what that costs is far below what K's own
-rounding does. The products are exact; instructions are those of the weight tiles.
+Queries, 32 dims at a time, and the weights of 32 keys are numbers scale * (128 * high + low) with
+high and low of one signed byte: rounded 2^-15 times as much as their largest, which costs far less
+than the codes' own rounding does. The products are exact, in whatever order; instructions are
+those of the weight tiles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -22,13 +24,11 @@ from .target import chosen
 
 Value = Any
 WORDS = GROUP // 4
-ROW = 4 * ATTENTION_ROWS  # bytes of one number of each of 8 rows
-# A group of q: words of four bytes, [high, low][word][row], then by row the scale, the correction
-# -lowest * sum of q (as far as a product leaves that out), and scale * sum of q.
-Q_GROUP = GROUP * ROW
-_LOW, _SCALE, _CORRECTION, _SUM = (
-    ROW * i for i in (WORDS, 2 * WORDS, 2 * WORDS + 1, 2 * WORDS + 2)
-)
+_ROWS = 4 * ATTENTION_ROWS  # bytes of one number of each of 8 rows
+# 32 numbers of 8 rows: bytes [high, low][row][32], then by row the scale, the correction
+# -middle * sum of the integers (as far as a product leaves that out), and a float beside them.
+_LOW = GROUP * ATTENTION_ROWS
+_SCALE, _CORRECTION, _BESIDE = (2 * _LOW + _ROWS * i for i in range(3))
 _MOST = 127 * 128
 
 
@@ -48,16 +48,24 @@ def joined(b: ir.IRBuilder, parts: list[Value]) -> Value:
     return parts[0]
 
 
+def middle(coding: Coding) -> int:
+    """The code that products take as 0, so that roundings of what it is multiplied with stay small.
+
+    Of types with minima it is none that means 0: minima are `middle` times the scale higher.
+    """
+    return (coding.highest + 1) // 2 if coding.has_minimum else -coding.lowest
+
+
 class Levels:
-    """What the tile's products know of codes: how many there are, and the code of 0."""
+    """What the tile's products know of codes: how many there are, and the one taken as 0."""
 
     def __init__(self, coding: Coding) -> None:
         self.levels = 256 if coding.book else coding.highest - coding.lowest + 1
-        self.offset = -coding.lowest
+        self.offset = middle(coding)
 
 
-class KeyDots:
-    """Products of 16 keys with some rows of q; `lowest` says what a correction counts."""
+class CodeDots:
+    """Products of 16 keys (of K) or dims (of V) with numbers of rows."""
 
     def __init__(self, b: ir.IRBuilder, coding: Coding) -> None:
         self.b, self.code = b, native(b)
@@ -67,66 +75,129 @@ class KeyDots:
         """The empty sum."""
         return [self.step.begin(None, 0) for _ in range(e.LANES // self.code.lanes)]
 
-    def keys(self, words: Value) -> list[Any]:
-        """Words of 16 keys as products take them."""
+    def codes(self, words: Value) -> list[Any]:
+        """A word of each of the 16 as products take it."""
         whole, n = self.b.bitcast(words, llvm.vec(e.i8, 64)), 4 * self.code.lanes
         cut = [llvm.shuffle(self.b, whole, whole, range(i, i + n)) for i in range(0, 64, n)]
         return [self.step.weights(part) for part in cut]
 
-    def add(self, total: list[Any], keys: list[Any], place: Value, w: int) -> list[Any]:
-        """Add the products with word number w of q, which lies at `place`."""
+    def add(self, total: list[Any], codes: list[Any], place: Value, w: int) -> list[Any]:
+        """Add the products with word number w of a row's numbers, which lies at `place`."""
         four = llvm.splat(self.b, e.load(self.b, place, e.i32, 4), self.code.lanes)
-        return [self.step.add(t, k, four, w) for t, k in zip(total, keys, strict=True)]
+        return [self.step.add(t, c, four, w) for t, c in zip(total, codes, strict=True)]
 
     def end(self, total: list[Any]) -> Value:
-        """int32 of the 16 keys."""
+        """int32 of the 16."""
         return joined(self.b, [self.step.end(t) for t in total])
 
 
-def word_place(b: ir.IRBuilder, q: Value, low: int, w: int, row: int) -> Value:
-    """Where a group of q has word w of a row's high or (1) low bytes."""
-    return e.offset(b, q, _LOW * low + ROW * w + 4 * row)
+class Numbers:
+    """32 numbers of the rows `row`.. of a block, as integers at `place`."""
+
+    def __init__(self, b: ir.IRBuilder, place: Value, row: Value) -> None:
+        self.b = b
+        self.words = b.add(place, e.times(b, row, GROUP))
+        self.others = b.add(place, e.times(b, row, 4))
+
+    def word(self, is_low: int, w: int, r: int) -> Value:
+        """Where word w of a row's high or (1) low bytes is."""
+        return e.offset(self.b, self.words, _LOW * is_low + GROUP * r + 4 * w)
+
+    def whole(self, r: int, high: Value, low: Value) -> Value:
+        """Float32 of 16 exact products (128 * high + low) . codes, less what they leave out."""
+        total = self.b.add(self.b.shl(high, e.ints(7)), low)
+        correction = e.splat(self.b, e.load(self.b, self._at(_CORRECTION, r), e.i32, 4))
+        return self.b.sitofp(self.b.add(total, correction), e.wide(e.f32))
+
+    def scale(self, r: int) -> Value:
+        """A row's scale in all lanes."""
+        return e.splat(self.b, e.load(self.b, self._at(_SCALE, r), e.f32, 4))
+
+    def beside(self, r: int) -> Value:
+        """The float beside a row's numbers in all lanes."""
+        return e.splat(self.b, e.load(self.b, self._at(_BESIDE, r), e.f32, 4))
+
+    def _at(self, place: int, r: int) -> Value:
+        return e.offset(self.b, self.others, place + 4 * r)
+
+    def store(
+        self, coding: Coding, rows: Sequence[tuple[Value, Value]], factor: Value | None = None
+    ) -> Value:
+        """Keep 32 floats of each row, two vectors, times `factor`, for products with codes.
+
+        Lane r of the result: the sum of row r as it is kept.
+        """
+        b, kind = self.b, e.wide(e.f32)
+        parts = [
+            e.larger_int(b, *(b.bitcast(e.absolute(b, half), e.wide(e.i32)) for half in both))
+            for both in rows
+        ]
+        peak = b.bitcast(folded(b, parts, lambda x, y: e.larger_int(b, x, y)), kind)
+        some = b.fcmp_ordered(">=", peak, e.floats(SMALLEST))
+        inverse = b.select(some, b.fdiv(e.floats(_MOST), peak), e.floats(0.0))
+        scale = b.select(some, b.fdiv(peak, e.floats(_MOST)), e.floats(0.0))
+        if factor is not None:
+            scale = b.fmul(scale, e.splat(b, factor))
+        # 0 times what is not finite is NaN, and so is all that the row gets from here.
+        scale = b.fadd(scale, b.fmul(peak, e.floats(0.0)))
+        totals = []
+        for r, both in enumerate(rows):
+            by = e.lanes_of(b, inverse, [r] * e.LANES)
+            steps = [e.nearest_int(b, b.fmul(half, by)) for half in both]
+            totals.append(b.add(*steps))
+            self._store_bytes(r, steps)
+        total = folded(b, totals, b.add)
+        left_out = dot_step(native(b), Levels(coding)).leaves_out
+        correction = b.mul(total, e.ints(-left_out))
+        self._store_row_by_row(_SCALE, scale, len(rows))
+        self._store_row_by_row(_CORRECTION, correction, len(rows))
+        return b.fmul(b.sitofp(total, kind), scale)
+
+    def store_beside(self, values: Value, rows: int) -> None:
+        """Keep lane r of `values` beside the numbers of row r."""
+        self._store_row_by_row(_BESIDE, values, rows)
+
+    def _store_bytes(self, r: int, steps: list[Value]) -> None:
+        b = self.b
+        narrow = [b.trunc(half, e.wide(e.i16)) for half in steps]
+        whole = llvm.shuffle(b, narrow[0], narrow[1], range(GROUP))
+        seven = llvm.fill(e.i16, 7, GROUP)
+        high = b.ashr(b.add(whole, llvm.fill(e.i16, 64, GROUP)), seven)
+        low = b.sub(whole, b.shl(high, seven))
+        for is_low, value in enumerate((high, low)):
+            e.store(b, b.trunc(value, llvm.vec(e.i8, GROUP)), self.word(is_low, 0, r), 4)
+
+    def _store_row_by_row(self, place: int, values: Value, rows: int) -> None:
+        e.store(self.b, e.lanes_of(self.b, values, range(rows)), self._at(place, 0), 4)
 
 
-def whole_dot(b: ir.IRBuilder, q: Value, row: int, high: Value, low: Value) -> Value:
-    """Float32 scale * (q . codes) of 16 keys from both sums of products."""
-    total = b.add(b.shl(high, e.ints(7)), low)
-    correction = e.splat(b, e.load(b, e.offset(b, q, _CORRECTION + 4 * row), e.i32, 4))
-    scale = e.splat(b, e.load(b, e.offset(b, q, _SCALE + 4 * row), e.f32, 4))
-    return b.fmul(b.sitofp(b.add(total, correction), e.wide(e.f32)), scale)
+def folded(b: ir.IRBuilder, rows: list[Value], combine: Callable[[Value, Value], Value]) -> Value:
+    """Lane r: the 16 lanes of row r combined: i and i + 8, then i and i + 4, i + 2, i + 1.
+
+    rows: a power of two of vectors, at most 16. What other lanes have means nothing.
+    """
+    parts = [(value, [r] * e.LANES) for r, value in enumerate(rows)]
+    while len(parts) > 1:
+        parts = [_fold(b, parts[i : i + 2], combine) for i in range(0, len(parts), 2)]
+    while len(parts[0][1]) > len(rows):
+        parts = [_fold(b, parts, combine)]
+    return parts[0][0]
 
 
-def sum_of(b: ir.IRBuilder, q: Value, row: int) -> Value:
-    """scale * sum of q of a row in all lanes: what minima of K are multiplied with."""
-    return e.splat(b, e.load(b, e.offset(b, q, _SUM + 4 * row), e.f32, 4))
-
-
-def store_query(
-    b: ir.IRBuilder, coding: Coding, parts: tuple[Value, ...], q: Value, factor: Value
-) -> None:
-    """One group of a row, 32 floats times `factor`, as integers; q: where its first number is."""
-    zero = ir.Constant(e.f32, 0.0)
-    peak = e.largest(b, e.larger(b, *(e.absolute(b, part) for part in parts)))
-    some = b.fcmp_ordered(">=", peak, ir.Constant(e.f32, e.single(SMALLEST)))
-    inverse = b.select(some, b.fdiv(ir.Constant(e.f32, float(_MOST)), peak), zero)
-    steps = [e.nearest_int(b, b.fmul(part, e.splat(b, inverse))) for part in parts]
-    # 0 times what is not finite is NaN, and so are all scores of the row.
-    bad = b.fmul(e.total(b, b.fmul(b.fadd(*parts), e.floats(0.0))), zero)
-    scale = b.fmul(b.select(some, b.fdiv(peak, ir.Constant(e.f32, float(_MOST))), zero), factor)
-    scale = b.fadd(scale, bad)
-    high = [b.ashr(b.add(x, e.ints(64)), e.ints(7)) for x in steps]
-    low = [b.sub(x, b.shl(h, e.ints(7))) for x, h in zip(steps, high, strict=True)]
-    for is_low, halves in enumerate((high, low)):
-        for half, value in enumerate(halves):
-            words = b.bitcast(b.trunc(value, e.wide(e.i8)), llvm.vec(e.i32, 4))
-            for i in range(4):
-                one = b.extract_element(words, ir.Constant(e.i32, i))
-                e.store(b, one, word_place(b, q, is_low, 4 * half + i, 0), 4)
-    total = e.total(b, b.add(*steps))
-    left_out = dot_step(native(b), Levels(coding)).leaves_out
-    correction = b.mul(total, ir.Constant(e.i32, -left_out))
-    for place, value in (
-        (_SCALE, scale), (_CORRECTION, correction),
-        (_SUM, b.fmul(b.sitofp(total, e.f32), scale)),
-    ):  # fmt: skip
-        e.store(b, value, e.offset(b, q, place), 4)
+def _fold(
+    b: ir.IRBuilder, parts: list[tuple[Value, list[int]]], combine: Callable[[Value, Value], Value]
+) -> tuple[Value, list[int]]:
+    """One or two vectors in one: each row's lanes are folded to half their number."""
+    owners = [row for _, rows in parts for row in rows]
+    start = [0, e.LANES]
+    at = [start[i] + lane for i, (_, rows) in enumerate(parts) for lane in range(len(rows))]
+    low: list[int] = []
+    high: list[int] = []
+    for row in dict.fromkeys(owners):
+        places = [place for place, owner in zip(at, owners, strict=True) if owner == row]
+        low += places[: len(places) // 2]
+        high += places[len(places) // 2 :]
+    found = [owner for owner in dict.fromkeys(owners) for _ in range(len(low) // len(set(owners)))]
+    x, y = parts[0][0], parts[-1][0]
+    repeated = e.LANES // len(low)
+    return combine(*(llvm.shuffle(b, x, y, p * repeated) for p in (low, high))), found

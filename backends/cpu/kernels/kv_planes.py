@@ -2,12 +2,15 @@
 
 A page holds 32 tokens; in it each KV head has one block, the planes of its `KVFormat` one behind
 the other. With d the head size rounded up to a multiple of 16, a plane of K is transposed, [d over
-its dims][32 tokens], so that attention reads 16 keys at once; of codes, whose products are summed
-over the dims of a key, four bytes of a token stay side by side. A plane of V is [32 tokens][d over
-its dims]. Dims that a head does not have are zeros.
+its dims][32 tokens], so that attention reads 16 keys at once. A plane of V is [32 tokens][d over
+its dims]; but what groups share is as in K, for 16 keys at once.
+
+Of codes four bytes that a product sums lie side by side: of K those of a token, [d / 4 over dims]
+[32 tokens][4], of V those of four tokens, [8][d over dims][4 tokens]. Dims that a head does not
+have are zeros.
 
 A further type is a row of ops/kv_formats.py; one whose codes have other bits needs `key_words` and
-`value_codes` to read them.
+`value_words` to read them.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from .kv_rounding import rounding
 from .rows import helper
 
 Value = Any
-WORD = 4  # bytes of K's codes of one token that lie side by side
+WORD = 4  # bytes of codes that lie side by side
 padded = helper(padded_head)
 
 
@@ -85,26 +88,34 @@ def _width(b: ir.IRBuilder, plane: Plane, dims: Value) -> Value:
     return times(b, groups, GROUP // plane.dims)
 
 
-def k_step(plane: Plane) -> int:
-    """Bytes from one dim of K to the next, dims being taken in whole numbers."""
+def step_of_dim(plane: Plane) -> int:
+    """Bytes from one dim to the next in planes with tokens inside, dims in whole numbers."""
     return PAGE * plane.dtype.nbytes // plane.dims
 
 
-def k_place(
+def place_of_dim(
     b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dim: Value, dims: Value
 ) -> Value:
-    """The address of what the 32 tokens of a block of K have in a plane from a dim on."""
-    return b.add(_start(b, format, plane, block, dims), times(b, dim, k_step(plane)))
+    """What the 32 tokens have from a dim on: in a plane of K, or of what groups of V share."""
+    return b.add(_start(b, format, plane, block, dims), times(b, dim, step_of_dim(plane)))
 
 
-def v_place(
-    b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, key: Value, dim: Value,
-    dims: Value,
-) -> Value:  # fmt: skip
-    """The address of what one token of a block of V has in a plane from a dim on."""
-    i = b.mul(key, _width(b, plane, dims))
-    i = b.add(i, dim if plane.dims == 1 else b.udiv(dim, number(plane.dims)))
-    return b.add(_start(b, format, plane, block, dims), times(b, i, plane.dtype.nbytes))
+def place_of_token(
+    b: ir.IRBuilder, format: KVFormat, block: Value, key: Value, dim: Value, dims: Value
+) -> Value:
+    """Where values (not codes) of V have a token's from a dim on."""
+    plane = format.codes[0]
+    at = times(b, b.add(b.mul(key, dims), dim), plane.dtype.nbytes)
+    return b.add(_start(b, format, plane, block, dims), at)
+
+
+def place_of_four(
+    b: ir.IRBuilder, format: KVFormat, plane: Plane, block: Value, dim: Value, dims: Value
+) -> tuple[Value, Value]:
+    """Where codes of V have the first four tokens' from a dim on; bytes to the next four's."""
+    at = times(b, dim if plane.dims == 1 else b.udiv(dim, number(plane.dims)), WORD)
+    start = b.add(_start(b, format, plane, block, dims), at)
+    return start, times(b, _width(b, plane, dims), WORD)
 
 
 # ---- loads ------------------------------------------------------------------------------
@@ -113,12 +124,6 @@ def v_place(
 def load16(b: ir.IRBuilder, plane: Plane, address: Value) -> Value:
     """16 floats that lie side by side, as float32."""
     value = e.load(b, address, e.wide(_ELEMENT[plane.dtype.name]), 1)
-    return _CONVERT[plane.dtype.name][1](b, value)
-
-
-def load_splat(b: ir.IRBuilder, plane: Plane, address: Value) -> Value:
-    """One float in all lanes, as float32."""
-    value = e.splat(b, e.load(b, address, _ELEMENT[plane.dtype.name], 1))
     return _CONVERT[plane.dtype.name][1](b, value)
 
 
@@ -167,15 +172,15 @@ def key_words(
                 loaded[i, at] = _word(b, place)
             bits = loaded[i, at] if turns == 1 else _bits(b, loaded[i, at], plane, turn)
             value = bits if value is None else b.or_(value, bits)
-        yield _entries(b, format, value, 128)
+        yield _entries(b, format, value)
 
 
-def _entries(b: ir.IRBuilder, format: KVFormat, value: Value, more: int) -> Value:
-    """The entries of the type's book for four (or one) indices a lane, `more` higher."""
+def _entries(b: ir.IRBuilder, format: KVFormat, value: Value) -> Value:
+    """The entries of the type's book for four indices a lane, 128 higher."""
     coding = format.coding
     if coding is None or not coding.book:
         return value
-    code, table = native(b), [entry + more for entry in coding.book]
+    code, table = native(b), [entry + 128 for entry in coding.book]
     n = 64 // (e.LANES // code.lanes)
     whole = b.bitcast(value, llvm.vec(e.i8, 64))
     parts = [
@@ -184,43 +189,40 @@ def _entries(b: ir.IRBuilder, format: KVFormat, value: Value, more: int) -> Valu
     return b.bitcast(joined(b, parts), value.type)
 
 
-def value_codes(b: ir.IRBuilder, format: KVFormat, places: list[Value]) -> list[Value]:
-    """The codes (entries of a book) of the 32 dims of a group of V as float32, two vectors.
+def value_words(
+    b: ir.IRBuilder, format: KVFormat, places: list[tuple[Value, Value]], half: int,
+    is_whole: Value,
+) -> Iterator[Value]:  # fmt: skip
+    """The codes of 16 dims of V, half of a group: the w-th has in each lane tokens 4 w to 4 w + 3.
 
-    places: where each plane has them.
+    places: of each plane of the codes, as `place_of_four` gives them. Where a group has half the
+    dims only, by `is_whole`, its second half is any. Of a book codes are its entries, 128 higher.
     """
-    coding, halves = format.coding, []
-    nibbles = None
-    for half in range(2):
+    for w in range(PAGE // WORD):
         value = None
-        for plane, place in zip(format.codes, places, strict=True):
+        for plane, (first, step) in zip(format.codes, places, strict=True):
+            at = b.add(first, times(b, step, w)) if w else first
             if plane.bits == 8:
-                part = _bytes_of(b, e.offset(b, place, 16 * half))
-            elif plane.bits == 4:
-                nibbles = _bytes_of(b, place) if nibbles is None else nibbles
-                part = b.lshr(nibbles, e.ints(4)) if half else b.and_(nibbles, e.ints(15))
+                further = b.select(is_whole, number(WORD * e.LANES), number(0))
+                part = _word(b, b.add(at, further) if half else at)
+            elif GROUP // 8 * plane.bits // plane.outer == e.LANES:
+                part = _bits(b, _word(b, at), plane, half)
             else:
-                part = _spread(b, plane, place, half)
+                part = _spread(b, plane, at, half)
             value = part if value is None else b.or_(value, part)
-        if coding is not None and coding.book:
-            value = _entries(b, format, value, 0)
-            value = b.ashr(b.shl(value, e.ints(24)), e.ints(24))
-        halves.append(b.sitofp(value, e.wide(e.f32)))
-    return halves
-
-
-def _bytes_of(b: ir.IRBuilder, place: Value) -> Value:
-    return b.zext(e.load(b, place, e.wide(e.i8), 1), e.wide(e.i32))
+        yield _entries(b, format, value)
 
 
 def _spread(b: ir.IRBuilder, plane: Plane, place: Value, half: int) -> Value:
-    """A plane's bits of 16 dims, which are in one word, at their place in a code."""
+    """A plane's bits of 16 dims, which are in four words, at their place in a code."""
     turns = 8 // plane.bits
-    word = e.splat(b, e.load(b, e.offset(b, place, 4 * half if plane.outer == 2 else 0), e.i32, 1))
+    at = e.offset(b, place, 16 * half if plane.outer == 2 else 0)
+    words = e.lanes_of(b, e.load(b, at, llvm.vec(e.i32, 4), 4), [0, 1, 2, 3] * 4)
     first = 0 if plane.outer == 2 else 4 * half
-    shifts = [8 * (i % 4) + plane.bits * ((first + i // 4) % turns) for i in range(e.LANES)]
-    moved = b.lshr(word, ir.Constant(e.wide(e.i32), shifts))
-    return b.shl(b.and_(moved, e.ints((1 << plane.bits) - 1)), e.ints(plane.low))
+    shifts = [plane.bits * ((first + i // 4) % turns) for i in range(e.LANES)]
+    moved = b.lshr(words, ir.Constant(e.wide(e.i32), shifts))
+    one = ((1 << plane.bits) - 1) * 0x01010101
+    return b.shl(b.and_(moved, e.ints(one)), e.ints(plane.low))
 
 
 # ---- stores -----------------------------------------------------------------------------
@@ -235,10 +237,13 @@ def store_group(format: KVFormat, which: str) -> Any:
     is_k = which == "k"
 
     def address(b, plane, block, place, dim, dims):
-        if not is_k:
-            return v_place(b, format, plane, block, place, dim, dims)
-        at = k_place(b, format, plane, block, dim, dims)
-        return b.add(at, times(b, place, plane.dtype.nbytes * plane.together))
+        if is_k or (format.coding and not plane.bits):
+            at = place_of_dim(b, format, plane, block, dim, dims)
+            return b.add(at, times(b, place, plane.dtype.nbytes * (plane.together if is_k else 1)))
+        if not plane.bits:
+            return place_of_token(b, format, block, place, dim, dims)
+        at, step = place_of_four(b, format, plane, block, dim, dims)
+        return b.add(at, b.add(b.mul(b.lshr(place, number(2)), step), b.and_(place, number(3))))
 
     def pieces(b, value, at, size, step):
         """The parts of `size` bytes of a vector, `step` bytes apart."""
@@ -249,16 +254,16 @@ def store_group(format: KVFormat, which: str) -> Any:
     def store_floats(b, plane, value, at):
         value = _CONVERT[plane.dtype.name][0](b, value)
         if is_k:
-            pieces(b, value, at, plane.dtype.nbytes, k_step(plane))
+            pieces(b, value, at, plane.dtype.nbytes, step_of_dim(plane))
         else:
             e.store(b, value, at, 1)
 
-    def store_bytes(b, value, at):
-        """Bytes of codes (four to a lane of an int32 vector)."""
+    def store_codes(b, words, at):
+        """Bytes of codes, four to a lane of an int32 vector."""
         if is_k:
-            pieces(b, value, at, WORD, PAGE * WORD)
+            pieces(b, words, at, WORD, PAGE * WORD)
         else:
-            e.store(b, value, at, 1)
+            pieces(b, b.bitcast(words, llvm.vec(e.i8, 4 * words.type.count)), at, 1, WORD)
 
     def if_whole(b, dim, dims):
         return b.if_then(b.icmp_signed("<", b.add(dim, number(GROUP // 2)), dims))
@@ -270,7 +275,7 @@ def store_group(format: KVFormat, which: str) -> Any:
             at = address(b, plane, block, place, dim, dims)
             store_floats(b, plane, low, at)
             with if_whole(b, dim, dims):
-                step = k_step(plane) if is_k else plane.dtype.nbytes
+                step = step_of_dim(plane) if is_k else plane.dtype.nbytes
                 store_floats(b, plane, high, e.offset(b, at, GROUP // 2 * step))
             return
         codes, shared = rounding(b, format.coding, low, high)
@@ -278,13 +283,12 @@ def store_group(format: KVFormat, which: str) -> Any:
             at = address(b, plane, block, place, dim, dims)
             words = packed(b, plane, codes)
             if plane.dims > 1:
-                store_bytes(b, words, at)
+                store_codes(b, words, at)
                 continue
             first, second = (llvm.shuffle(b, words, words, range(i, i + 4)) for i in (0, 4))
-            store_bytes(b, first, at)
+            store_codes(b, first, at)
             with if_whole(b, dim, dims):
-                step = PAGE if is_k else 1
-                store_bytes(b, second, e.offset(b, at, GROUP // 2 * step))
+                store_codes(b, second, e.offset(b, at, GROUP // 2 * (PAGE if is_k else WORD)))
         for plane, value in zip(format.shared, shared, strict=True):
             lanes = _CONVERT[plane.dtype.name][0](b, e.splat(b, value))
             one = b.extract_element(lanes, ir.Constant(e.i32, 0))

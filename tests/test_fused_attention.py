@@ -151,7 +151,8 @@ def test_fused_has_the_bits_of_plain_ops(graph: ops.Graph, fused: str, live: int
     np.testing.assert_array_equal(found, run(graph, live, threads=1, fuse=False))
     reference = ReferenceBackend(FILE).program(graph)
     wanted = reference.run(_given(graph, live), {"tokens": live})[0]
-    assert ((found - wanted) ** 2).sum() <= 1e-11 * (wanted**2).sum()
+    limit = 1e-10 if graph is GRAPHS["rotated attention"][0] else 1e-11  # weights of 15 bits
+    assert ((found - wanted) ** 2).sum() <= limit * (wanted**2).sum()
 
 
 def test_wanted_rows_are_picked_before_the_gate():

@@ -9,6 +9,8 @@
 |                     | and the plan, 4 the graph            |                                |
 | `VALIDATE`          | 0, or 1: compare calls of plans with | 0                              |
 |                     | the reference                        |                                |
+| `RUNTIME_NCCL`      | bytes of the smallest sum over GPUs  | 1048576                        |
+|                     | that NCCL makes; or off              |                                |
 
 Values are read at every call, so a test or a notebook can change them. A malformed value raises
 `OptionError` naming the variable and what is legal; an empty value counts as unset.
@@ -83,6 +85,21 @@ def validate() -> bool:
     if value not in _TRUE + _FALSE:
         raise _illegal("VALIDATE", value, "0 or 1")
     return value in _TRUE
+
+
+def nccl_from(usual: int) -> int | None:
+    """Bytes of the smallest sum that is NCCL's by `RUNTIME_NCCL`, else `usual`; None: none is.
+
+    Raises OptionError for anything but a number above 0 or `off`.
+    """
+    value = _read("RUNTIME_NCCL")
+    if value is None:
+        return usual
+    if value.lower() == "off":
+        return None
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise _illegal("RUNTIME_NCCL", value, "a whole number of bytes, 1 or more, or off")
+    return int(value)
 
 
 def inspected() -> bool:

@@ -39,7 +39,7 @@ def on_fake_gpus(
     path: Path, devices: str, gpus: int | Sequence[DeviceInfo] = 1, **options: Any
 ) -> Iterator[runtime.Model]:
     """A model on devices of an expression, GPUs among them."""
-    driver = fake_gpus(gpus)
+    driver = options.pop("driver", None) or fake_gpus(gpus)
     options = {"context": 64, "sequences": 1, "progress": False, "threads": 1} | options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.backends.cuda.opening.open_driver", lambda: driver)

@@ -23,8 +23,10 @@ import math
 import random
 import threading
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from fake_memory import Memory, Reached, Span
 from fake_nodes import (
     Function,
@@ -52,7 +54,7 @@ from runtime.backends.cuda.driver import (
 )
 from runtime.backends.cuda.launcher import Launch
 from runtime.backends.plan.kernel import Kernel
-from runtime.ops.errors import MemoryLimitError
+from runtime.ops.errors import BackendError, MemoryLimitError
 
 H100 = DeviceInfo(0, "fake H100", (9, 0), 80 << 30, 132, 227 << 10, 50 << 20, 1_980_000)
 
@@ -79,12 +81,14 @@ class FakeDriver(Driver):
         self._unreachable, self._peers = set(unreachable), set[tuple[int, int]]()
         self._contexts: dict[int, Handle] = {}
         self._thread = threading.local()
+        self.streams: dict[int, Handle] = {}  # by number
         self._count = 0
         self._order = Order()
         self._pinned = PinnedMemory(self._order)
         self.lost = ""
         self._microseconds, self._now = microseconds, 0.0
         self._times: dict[Handle, float] = {}
+        self.library: Any = None  # of NCCL
 
     def version(self) -> int:
         return self._version
@@ -183,8 +187,40 @@ class FakeDriver(Driver):
         self._touch("fill", stream, [Span(address, address + nbytes, True)])
         self._here().fill(address, value, nbytes)
 
+    def nccl(self) -> Any:
+        if self.library is None:
+            raise BackendError("NCCL is not installed: pip install nvidia-nccl-cu13")
+        return self.library
+
     def create_stream(self) -> Handle:
-        return self._new("stream")
+        stream = self._new("stream")
+        self.streams[stream.number] = stream
+        return stream
+
+    def summed(self, parts: Sequence[tuple[int, Handle, int, int]], nbytes: int) -> None:
+        """NCCL's part in it: of each GPU (number, stream, source, target), float32 sums of all.
+
+        No stream goes on before all have come so far. Ring by ring, each begins with another part.
+        """
+        meeting = [(self._alive(stream, "stream"), object()) for _, stream, _, _ in parts]
+        for stream, event in meeting:
+            self._order.record(event, stream)
+        for _, stream, _, _ in parts:
+            for _, event in meeting:
+                self._order.wait(stream, event)
+        given = []
+        for gpu, stream, source, target in parts:
+            ends = [Span(source, source + nbytes, False), Span(target, target + nbytes, True)]
+            for span in ends:
+                self._memory[gpu].check(span.start, span.end, "ncclAllReduce")
+            self._order.add(stream, ends, "ncclAllReduce")
+            if self._execute:
+                given.append(self._memory[gpu].contents(source, nbytes).view(np.float32).copy())
+        for gpu, _, _, target in parts if self._execute else ():
+            found = self._memory[gpu].contents(target, nbytes).view(np.float32)
+            cuts = [len(found) * n // len(given) for n in range(len(given) + 1)]
+            for n, (start, end) in enumerate(pairwise(cuts)):
+                found[start:end] = sum(part[start:end] for part in given[n:] + given[:n])
 
     def destroy_stream(self, stream: Handle) -> None:
         self._alive(stream, "stream").alive = False

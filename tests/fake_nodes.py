@@ -58,6 +58,9 @@ class Handle:
     def __repr__(self) -> str:
         return f"{self.kind} {self.number}"
 
+    def __int__(self) -> int:
+        return self.number
+
 
 @dataclass
 class Function:

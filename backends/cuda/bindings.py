@@ -150,6 +150,11 @@ class BoundDriver(Driver):
         if int(code) and code != self._api.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
             self._fail("cuCtxEnablePeerAccess", code)
 
+    def nccl(self) -> Any:
+        from .nccl import loaded
+
+        return loaded()
+
     def memory_info(self) -> tuple[int, int]:
         return self._call("cuMemGetInfo")
 

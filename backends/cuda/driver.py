@@ -97,6 +97,9 @@ class Driver(Protocol):
     def reach(self, context: Any) -> None:
         """Let kernels of the current context use memory of another GPU's; twice is once."""
 
+    def nccl(self) -> Any:
+        """NCCL's library, for the GPUs of this driver. BackendError: it is not installed."""
+
     def memory_info(self) -> tuple[int, int]:
         """(free, total) bytes of the current device."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from runtime.ops.errors import BackendError
 
 from .driver import DeviceInfo, Driver
+from .nccl import check_version
 from .opening import open_driver
 from .targets import target_of
 
@@ -63,14 +64,29 @@ def described(opened: Callable[[], Driver] = open_driver) -> dict[str, Any]:
     try:
         driver = opened()
     except BackendError as error:
-        return {"driver": _driver(), "cuda": None, "devices": [], "problem": str(error)}
+        return {
+            "driver": _driver(),
+            "cuda": None,
+            "devices": [],
+            "nccl": None,
+            "problem": str(error),
+        }
     version = driver.version()
     return {
         "driver": _driver(),
         "cuda": f"{version // 1000}.{version % 1000 // 10}",
         "devices": [_as_data(_gpu(driver, index)) for index in range(driver.device_count())],
+        "nccl": _nccl(driver) if driver.device_count() > 1 else None,
         "problem": "",
     }
+
+
+def _nccl(driver: Driver) -> dict[str, Any]:
+    """The library for sums over several GPUs."""
+    try:
+        return {"version": ".".join(map(str, check_version(driver.nccl()))), "problem": ""}
+    except BackendError as error:
+        return {"version": None, "problem": str(error)}
 
 
 def _driver() -> str | None:

@@ -1,31 +1,42 @@
-"""Several CUDA devices whose launches of a step are one graph.
+"""Several CUDA devices whose launches of a step are one graph, or some with NCCL's sums between.
 
 Each has its own plan, memory and stream; a collective reads the parts of all where they lie. In
 the list of all launches those of a collective stand behind what any device computes for it, and
 edges follow from the bytes that launches touch, on whatever device: no flag is waited for.
+
+Large sums, those of prompts, are NCCL's on GPUs of their own. A graph is cut there: between two
+such sums a device mostly needs nothing of another, so each replays its stretch on its own stream,
+in whose order the library's calls stand, and no event holds it up. (Capturing the calls into one
+graph would save some microseconds of a step that takes milliseconds, and tie it to what the library
+does while it is captured.)
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from runtime.backends.base import Choice, Chosen, Progress
+from runtime.backends.cuda import nccl
 from runtime.backends.cuda.arena import Buffer
+from runtime.backends.cuda.driver import DeviceLostError
 from runtime.backends.cuda.graphs import Graph, dependencies
 from runtime.backends.cuda.held import Held
 from runtime.backends.cuda.launcher import Event, Launch
+from runtime.backends.cuda.program import Program, Sum
 from runtime.backends.cuda.rules.collective import peer_key
 from runtime.backends.cuda.stores import stored_nbytes
+from runtime.backends.environment import nccl_from
 from runtime.backends.plan.plan import Plan, weight_buffers
 
 if TYPE_CHECKING:
     from runtime.backends.cuda.backend import CudaBackend
-    from runtime.backends.cuda.program import Program
 
 
 class Joint:
@@ -38,6 +49,11 @@ class Joint:
         for one in devices:
             for other in devices:
                 one.device.reach(other.device)
+        gpus, streams = [d.device for d in devices], [d.stream for d in devices]
+        self._nccl, why = nccl.opened(gpus, streams)
+        nccl.tell(why)
+        for device in devices:
+            device.planner.nccl_from = nccl_from(nccl.FROM) if self._nccl else None
 
     def bind(self, plans: Sequence[Plan]) -> JointProgram:
         """The program of a plan of each device."""
@@ -49,7 +65,7 @@ class Joint:
                 given[peer_key(number, n)] = work.view(start, nbytes)
         pairs = zip(self._devices, plans, strict=True)
         programs = [device.bind(plan, given.__getitem__) for device, plan in pairs]
-        self._programs.append(JointProgram(self._devices, programs))
+        self._programs.append(JointProgram(self._devices, programs, self._nccl))
         return self._programs[-1]
 
     def missing(self, plans: Sequence[Sequence[Plan]]) -> int:
@@ -79,6 +95,12 @@ class Joint:
         for program in self._programs:
             program.close()
         self._programs.clear()
+        if self._nccl is not None:
+            with contextlib.suppress(DeviceLostError):
+                for device in self._devices:
+                    device.device.activate()
+                    device.stream.synchronize()
+                self._nccl.close()
 
 
 class JointProgram:
@@ -86,29 +108,33 @@ class JointProgram:
 
     observable = False  # of one device alone it would read what others have not computed
 
-    def __init__(self, devices: Sequence[CudaBackend], programs: Sequence[Program]) -> None:
+    def __init__(
+        self, devices: Sequence[CudaBackend], programs: Sequence[Program],
+        library: nccl.Nccl | None = None,
+    ) -> None:  # fmt: skip
         first = programs[0].plan
         self.plan = replace(first, name=f"{first.name}, the first of {len(programs)} devices")
         self._devices, self._programs = tuple(devices), tuple(programs)
         places = list(merged([program.plan for program in programs]))
-        self.launches = [(n, programs[n].launches[at]) for n, at in places]
-        self._graphs: dict[bool, Graph] = {}  # by whether it chooses tokens
+        calls = [program.plan.calls() for program in programs]
+        self.steps = [(n, programs[n].steps[at]) for n, at in places]
+        self._stretches = list(_stretches(self.steps, [calls[n][at].meets for n, at in places]))
+        self._nccl = library
+        self._graphs: dict[tuple[int, int, bool], Graph] = {}
         self._events = [device.device.event() for device in devices]
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One step of all devices; results as the first one has them."""
         for program in self._programs:
             program.give(inputs, live)
-        self._alone(0)
-        self._replay()
+        self._replay(live)
         return self._programs[0].fetched(live)
 
     def begin(self, inputs: Mapping[str, Any], live: Mapping[str, int]) -> list[Held]:
         """See `Choosing` in backends/base.py: what the first device has."""
         for program in self._programs:
             program.give(inputs, live)
-        self._alone(0)
-        self._replay()
+        self._replay(live)
         return self._programs[0].held(live)
 
     def choose(
@@ -118,8 +144,7 @@ class JointProgram:
         ends = [program.choosing() for program in self._programs]
         for program in self._programs:
             program.give(inputs, live, choices)
-        self._alone(0)
-        self._replay([(n, launch) for n, end in enumerate(ends) for launch in end.launches])
+        self._replay(live, [(n, launch) for n, end in enumerate(ends) for launch in end.launches])
         return ends[0].fetch(self._devices[0].stream, len(choices), self._programs[0].hands)
 
     def profile(
@@ -128,17 +153,16 @@ class JointProgram:
         """As `run`, launch by launch: nanoseconds of each instruction of the first device."""
         for program in self._programs:
             program.give(inputs, live)
-        first = self._devices[0]
         spans: list[tuple[Event, Event]] = []
-        for n, launch in self.launches:
-            self._alone(n)
-            if n:
-                launch.run(self._devices[n].stream)
-                continue
-            spans.append((first.device.event(), first.device.event()))
-            spans[-1][0].record(first.stream)
-            launch.run(first.stream)
-            spans[-1][1].record(first.stream)
+        for stretch in self._stretches:
+            for n, launch in stretch.launches:
+                self._alone(n)
+                with nullcontext() if n else self._timed(spans):
+                    launch.run(self._devices[n].stream)
+            if stretch.sums:
+                self._alone(0)
+                with self._timed(spans):
+                    self._sum(stretch.sums, live)
         self._alone(0)
         results = self._programs[0].fetched(live)
         self._behind(0)
@@ -158,23 +182,68 @@ class JointProgram:
         for program in self._programs:
             program.close()
 
-    def _replay(self, more: Sequence[tuple[int, Launch]] = ()) -> None:
-        """All launches, behind what the first device's stream was given; the others' wait."""
-        first, pairs = self._devices[0], [*self.launches, *more]
+    def _replay(self, live: Mapping[str, int], more: Sequence[tuple[int, Launch]] = ()) -> None:
+        """All launches and sums, behind what the streams were given."""
+        first, last = self._devices[0], len(self._stretches) - 1
         with first.gaps.around(first.stream):
-            if first.graphs:
-                if bool(more) not in self._graphs:
-                    launches = [launch for _, launch in pairs]
-                    edges = dependencies(launches, programmatic=True)
-                    self._graphs[bool(more)] = Graph(first.device, launches, edges)
-                self._graphs[bool(more)].replay(first.stream)
-            else:
-                for n, each in groupby(pairs, lambda pair: pair[0]):
-                    self._alone(n)
-                    for _, launch in each:
-                        launch.run(self._devices[n].stream)
-                self._alone(0)
+            for at, stretch in enumerate(self._stretches):
+                self._go(at, stretch, more if at == last else ())
+                if stretch.sums:
+                    self._sum(stretch.sums, live)
+        if last:
+            self._alone(0)
         self._behind(0)
+
+    def _go(self, at: int, stretch: _Stretch, more: Sequence[tuple[int, Launch]]) -> None:
+        """The launches of a stretch: of all in one graph, or of each device in its own."""
+        pairs = [*stretch.launches, *more]
+        if stretch.meets or not self._devices[0].graphs:
+            self._alone(0)
+            if self._devices[0].graphs:
+                self._graph((at, 0, bool(more)), pairs)
+            else:
+                self._one_by_one(pairs)
+                self._alone(0)
+            if at < len(self._stretches) - 1:
+                self._behind(0)
+            return
+        for n, device in enumerate(self._devices):
+            if own := [pair for pair in pairs if pair[0] == n]:
+                device.device.activate()
+                self._graph((at, n, bool(more)), own)
+
+    def _graph(self, key: tuple[int, int, bool], pairs: Sequence[tuple[int, Launch]]) -> None:
+        """Replay launches on the stream of the device that the key names."""
+        device = self._devices[key[1]]
+        if key not in self._graphs:
+            launches = [launch for _, launch in pairs]
+            edges = dependencies(launches, programmatic=True)
+            self._graphs[key] = Graph(device.device, launches, edges)
+        self._graphs[key].replay(device.stream)
+
+    def _one_by_one(self, pairs: Sequence[tuple[int, Launch]]) -> None:
+        for n, each in groupby(pairs, lambda pair: pair[0]):
+            self._alone(n)
+            for _, launch in each:
+                launch.run(self._devices[n].stream)
+
+    def _sum(self, sums: Sequence[Sum], live: Mapping[str, int]) -> None:
+        """One of NCCL's, in the order of every stream."""
+        assert self._nccl is not None, "plans have such sums only where it is"
+        self._nccl.sum(
+            [each.source.address for each in sums], [each.target.address for each in sums],
+            sums[0].count(live), [device.stream.handle for device in self._devices],
+        )  # fmt: skip
+        self._devices[0].device.activate()
+
+    @contextlib.contextmanager
+    def _timed(self, spans: list[tuple[Event, Event]]) -> Iterator[None]:
+        """What the first device is given, between two events more."""
+        first = self._devices[0]
+        spans.append((first.device.event(), first.device.event()))
+        spans[-1][0].record(first.stream)
+        yield
+        spans[-1][1].record(first.stream)
 
     def _behind(self, device: int) -> None:
         """The others' streams go on when that device's has done what it was given."""
@@ -196,6 +265,36 @@ class JointProgram:
         for n, event in enumerate(self._events):
             if n != device:
                 self._devices[device].stream.wait(event)
+
+
+class _Stretch(NamedTuple):
+    """Launches, with their devices, up to a sum of NCCL's; `meets`: whether any is a collective's.
+
+    sums: that sum, of each device its part; none behind the last.
+    """
+
+    launches: list[tuple[int, Launch]]
+    meets: bool
+    sums: list[Sum]
+
+
+def _stretches(
+    steps: Sequence[tuple[int, Launch | Sum]], meets: Sequence[bool]
+) -> Iterator[_Stretch]:
+    """All of them in order; without sums there is one, which is for all devices together."""
+    launches: list[tuple[int, Launch]] = []
+    sums: list[Sum] = []
+    together = not any(isinstance(step, Sum) for _, step in steps)
+    for (n, step), meeting in zip(steps, meets, strict=True):
+        if sums and (n == 0 or isinstance(step, Launch)):
+            yield _Stretch(launches, together, sums)
+            launches, sums, together = [], [], False
+        if isinstance(step, Sum):
+            sums.append(step)
+        else:
+            launches.append((n, step))
+            together = together or meeting
+    yield _Stretch(launches, together, sums)
 
 
 def merged(plans: Sequence[Plan]) -> Iterator[tuple[int, int]]:

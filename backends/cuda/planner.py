@@ -9,9 +9,11 @@ from typing import Any
 from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
 from runtime.backends.cuda.pages import page_nbytes
 from runtime.backends.cuda.widths import FEW, product_kinds
+from runtime.backends.passes.fuse_collectives import sums_by_library
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
+from runtime.backends.plan.plan import Plan
 from runtime.ops.blocks import BLOCK_FORMATS
 from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
@@ -34,6 +36,7 @@ def options(activations: str = "int8", fuse: bool = True) -> Options:
 class Planner(planner.Planner):
     """Plans for any GPU."""
 
+    nccl_from: int | None = None  # bytes of the smallest sum over devices that is NCCL's
     readable = ("f32", "f16", "bf16", *BLOCK_FORMATS)
 
     def rules(self) -> Rules:
@@ -41,6 +44,12 @@ class Planner(planner.Planner):
         from runtime.backends.cuda.rules import RULES
 
         return RULES
+
+    def plan(self, graph: Graph, guarded: bool = False) -> Plan:
+        """See plan/planner.py."""
+        if self.nccl_from is not None:
+            graph = sums_by_library(graph, self.nccl_from)
+        return super().plan(graph, guarded)
 
     def packed_nbytes(self, weight: Tensor) -> int:
         """See plan/planner.py."""

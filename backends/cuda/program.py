@@ -8,7 +8,9 @@ the host can give that step to the device before it knows the token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +56,8 @@ class Program:
         rows = max((int(x.shape[0]) for x in plan.output_tensors if x.ndim), default=1)
         self._inputs = Inputs(device, plan, tiles, rows)
         self._tickets = _Tickets(device, stream, plan)
-        self.launches = [self._launch(device, call) for call in plan.calls()]
+        self.steps = [self._step(device, call) for call in plan.calls()]
+        self.launches = [step for step in self.steps if isinstance(step, Launch)]
         self._replayed = graph
         self._graphs: dict[int, Graph] = {}  # by the number of launches
         self._outputs = [
@@ -178,6 +181,13 @@ class Program:
         self._stream.synchronize()
         return [output.array(live) for output in self._outputs]
 
+    def _step(self, device: Device, call: Call) -> Launch | Sum:
+        if not call.library:
+            return self._launch(device, call)
+        source, target = (self._value(call.arguments[name], "f32*") for name in ("x", "out"))
+        tokens, *rest = call.node.shape
+        return Sum(source, target, math.prod(map(int, rest)), getattr(tokens, "name", ""))
+
     def _launch(self, device: Device, call: Call) -> Launch:
         function = device.function(call.kernel)
         names = [name for name, _ in function.entry.arguments]
@@ -208,6 +218,20 @@ class Program:
             assert self._peers is not None, "a graph with collectives is one device's of several"
             return self._peers(ref.buffer.key).view(ref.offset)
         return self._store.place(ref.buffer).view(ref.offset)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum over devices that a library makes between launches: of rows, all or those of a dim."""
+
+    source: Buffer
+    target: Buffer
+    row: int
+    dim: str
+
+    def count(self, live: Mapping[str, int]) -> int:
+        """How many elements."""
+        return live[self.dim] * self.row if self.dim else self.target.nbytes // 4
 
 
 class _Tickets:

@@ -61,6 +61,17 @@ def _residuals(graph: Graph) -> dict[Tensor, tuple[int, int]]:
     return found
 
 
+def sums_by_library(graph: Graph, least: int) -> Graph:
+    """A graph whose sums of at least so many bytes say `library`, where all devices have a part."""
+
+    def told(node: Tensor, *part: Tensor) -> Tensor:
+        whole = len(node.attrs["holders"]) == node.attrs["devices"] > 1
+        attrs = {"library": True} if whole and node.nbytes >= least else {}
+        return node.with_(inputs=part, attrs={**node.attrs, **attrs})
+
+    return rewrite(graph, {all_sum: told})
+
+
 def gather_for_products(graphs: Sequence[Graph]) -> list[Graph]:
     """Graphs of several devices whose gathers say so (`weights`: of which type) where all that
     takes a result are products, so that it can be packed before it is gathered.

@@ -77,7 +77,7 @@ class Call:
 
     `own`: of these buffers a thread touches its own part alone; see Share, whose length `divided`
     repeats (0: none). `grid`: of a device that launches kernels, how many blocks of threads, along
-    up to three axes.
+    up to three axes. `library`: what does it in place of a kernel of ours.
     """
 
     kernel: Kernel
@@ -88,6 +88,7 @@ class Call:
     divided: int = 0
     own: frozenset[Buffer] = frozenset()
     grid: tuple[int, ...] = ()
+    library: str = ""
 
     @property
     def meets(self) -> bool:
@@ -144,7 +145,7 @@ class Plan:
 
     def kernels(self) -> list[Kernel]:
         """The kernels it needs, each once, in order of first use."""
-        return list(dict.fromkeys(c.kernel for c in self.calls()))
+        return list(dict.fromkeys(c.kernel for c in self.calls() if not c.library))
 
     def buffers(self) -> list[Buffer]:
         """All buffers, each once, in order of first use."""

@@ -83,6 +83,9 @@ def _gpu_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
         if gpu["problem"]:
             rows.append(("", "not usable", gpu["problem"]))
+    if found["nccl"]:
+        version, problem = found["nccl"]["version"], found["nccl"]["problem"]
+        rows.append(("", "large sums", f"NCCL {version}" if version else f"own: {problem}"))
     version = f"{found['driver']}, " if found["driver"] else ""
     return [*rows, ("", "driver", f"{version}supports CUDA {found['cuda']}")]
 

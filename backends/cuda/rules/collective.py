@@ -25,6 +25,9 @@ def all_sum(lowering: Lowering, node: Tensor) -> None:
     inputs = list(node.inputs)
     more = lowering.read(inputs.pop()) if node.attrs.get("residual") else None
     _give(lowering, node, inputs)
+    if node.attrs.get("library"):
+        _sum_by_nccl(lowering, node, more)
+        return
     parts = [_part(lowering, node, holder) for holder in node.attrs["holders"]]
     out = lowering.write(node)
     first, rest = parts[:PARTS], parts[PARTS:]
@@ -40,6 +43,19 @@ def all_sum(lowering: Lowering, node: Tensor) -> None:
             return
         out = Out(out.ref, also_read=True)
         first, rest = [out.ref, *rest[: PARTS - 1]], rest[PARTS - 1 :]
+
+
+def _sum_by_nccl(lowering: Lowering, node: Tensor, more: Ref | None) -> None:
+    """A call of the library between launches, and a launch for the residual."""
+    out = lowering.write(node)
+    _meet(lowering, node, "nccl_sum", x=lowering.parts[node.attrs["number"]], out=out)
+    lowering.calls[-1].library = "NCCL"
+    if more is not None:
+        out = Out(out.ref, also_read=True)
+        lowering.emit(
+            "sum_parts", node, a=out.ref, b=0, c=0, d=0, more=more, out=out,
+            pieces=node.size // 4, count=1, has_more=1, grid=(-(-node.size // 4 // THREADS),),
+        )  # fmt: skip
 
 
 @lowers("all_gather")

@@ -23,11 +23,11 @@ from rich.table import Table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout need not be installed
 
-from raw_rates import raw_rates
 
 from runtime.backends.cpu.compile import isa, objects
 from runtime.backends.cpu.run.bandwidth import read_bandwidth
 from runtime.backends.cpu.run.cores import physical_cores
+from runtime.backends.cpu.run.raw_rates import raw_rates
 from runtime.backends.cpu.tile.emit import emit_matmul
 from runtime.backends.cpu.tile.formats import NAMES as FORMATS
 from runtime.backends.cpu.tile.formats import format_of, packed_nbytes

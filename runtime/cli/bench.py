@@ -44,6 +44,7 @@ Examples:
   runtime bench model.gguf -p 64-1024*2 -n 64 -pg 512,128 -d 0,4096
   runtime bench model.gguf --kv-type q8_0 -o jsonl
   runtime bench model.gguf --devices cuda:0 --timeline step.svg
+  runtime bench model.gguf -d 4096 --roofline roofline.svg
 """,
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
@@ -65,6 +66,9 @@ Examples:
         metavar="FORMAT")  # fmt: skip
 @option("--timeline", "Draw when each launch of one decode step runs on a GPU (SVG).", "Tests",
         type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
+@option("--roofline", "Draw what bounds each phase on this machine's CPU (SVG): what memory and "
+        "units give, and what decoding, also at depth (-d, or 2048), a prompt and 16 sequences "
+        "reach of it.", "Tests", type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
 @option("-m --model more_models", "A model's file, as the argument MODEL.", "Model",
         multiple=True, metavar="FILE")  # fmt: skip
 @precision_options
@@ -113,15 +117,20 @@ def _results(
     wanted: Sequence[Setting], chosen: Sequence[Test], options: dict[str, Any]
 ) -> Iterator[Result]:
     from runtime.backends.base import Apart
-    from runtime.cli import bench_timeline
+    from runtime.cli import bench_roofline, bench_timeline
 
     load = precision_arguments(options)
     load["context"] = max(test.n_depth + test.tokens for test in chosen)
+    deepest = max(test.n_depth for test in chosen)
+    if options["roofline"]:
+        load |= bench_roofline.sizes(load["context"], deepest)
     with _Loader(load) as loader:
         for setting in wanted:
             model = loader.model(setting)
             if options["timeline"]:
                 bench_timeline.check(model)
+            if options["roofline"]:
+                bench_roofline.check(model, options["roofline"])
             decodes = any(t.n_gen for t in chosen) and isinstance(model.backend, Apart)
             step = bench_timeline.step(model) if decodes or options["timeline"] else None
             bandwidth = _bandwidth(model) if any(t.n_gen for t in chosen) else None
@@ -135,6 +144,8 @@ def _results(
                 yield result
             if options["timeline"]:
                 bench_timeline.draw(step, model, options["timeline"])
+            if options["roofline"]:
+                bench_roofline.draw(model, options["roofline"], deepest or None)
 
 
 class _Loader:

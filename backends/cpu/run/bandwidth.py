@@ -35,12 +35,12 @@ def read_bandwidth(threads: int | None = None, n_bytes: int = READ_BYTES) -> flo
     kernel = objects.function(objects.load_object(objects.compile_ir(_emit(name), name)))
     sums = np.zeros((n_threads, 8), np.uint64)
     args = np.array([memory.ctypes.data, n_bytes, sums.ctypes.data], np.int64)
-    best = min(_timed(kernel, args.ctypes.data, n_threads) for _ in range(_REPEATS))
+    best = min(timed(kernel, args.ctypes.data, n_threads) for _ in range(_REPEATS))
     read = n_bytes // (n_threads * _STREAMS * _STEP) * (n_threads * _STREAMS * _STEP)
     return read / best
 
 
-def _timed(kernel: Any, args: int, n_threads: int) -> float:
+def timed(kernel: Any, args: int, n_threads: int) -> float:
     """Seconds from the first thread's start to the last one's end."""
     ready = threading.Barrier(n_threads)
     spans: list[tuple[float, float]] = []

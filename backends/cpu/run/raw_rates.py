@@ -1,6 +1,6 @@
 """What a processor's units give alone: loops of one instruction, for figures to stand beside.
 
-Measured by `bench_tiles.py` in its own run: rates of rented machines change from minute to minute.
+Measured in the run whose figures they judge: rates of rented machines change within minutes.
 """
 
 from __future__ import annotations
@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from runtime.backends.cpu.compile import objects
-from runtime.backends.cpu.compile.isa import isa
+from runtime.backends.cpu.compile.isa import isa, selected
+from runtime.backends.cpu.run.bandwidth import timed
 from runtime.backends.cpu.tile import registers
 from runtime.backends.cpu.tile.dots import dot_step
 from runtime.backends.cpu.tile.formats import format_of
 from runtime.backends.cpu.tile.sums_amx import DOT, W, X
 from runtime.backends.cpu.tile.vector import F32, I8, I32, I64, Code, const, vec
 
+_PASSES = 60  # in many of them one thread starts after the other has ended
 TURNS = 20_000  # of a loop: a few milliseconds at most
+_QUICK = 20  # times as many of instructions that take half a clock, not sixteen
 _CHAINS = 12  # of sums that do not wait for each other
 _TILE = 16  # rows, and columns, of a matrix register
 
@@ -33,6 +38,16 @@ def raw_rates(isa_name: str, timed: Callable[[Any], float]) -> dict[str, float]:
     return rates
 
 
+def unit_rates(threads: int) -> dict[str, float]:
+    """Multiply-adds per second of all threads together, by unit; the best of a few passes."""
+    place = np.zeros(8, np.int64)
+
+    def best(kernel: Any) -> float:
+        return min(timed(kernel, place.ctypes.data, threads) for _ in range(_PASSES))
+
+    return {name: threads * rate for name, rate in raw_rates(selected(), best).items()}
+
+
 def _units(isa_name: str) -> dict[str, tuple[Callable[[str], str], int]]:
     """By name: the loop's emitter, and the multiply-adds of one of its instructions."""
     lanes = isa(isa_name).lanes
@@ -40,8 +55,8 @@ def _units(isa_name: str) -> dict[str, tuple[Callable[[str], str], int]]:
     if isa_name == "amx":
         for name, instruction, k in (("int8 tiles", "tdpbssd", 64), ("bf16", "tdpbf16ps", 32)):
             units[name] = _tiles_of(instruction), _TILE * _TILE * k
-    units["int8 vectors"] = _dots, 4 * lanes
-    units["f32"] = _fma, lanes
+    units["int8 vectors"] = _dots, 4 * lanes * _QUICK
+    units["f32"] = _fma, lanes * _QUICK
     return units
 
 
@@ -95,10 +110,10 @@ def _fma(isa_name: str) -> str:
 
 
 def _loop(code: Code, turn: Callable[[Any, list[Any]], list[Any]], kind: Any) -> str:
-    """TURNS turns of sums in registers, which are written, as what nobody needs is not computed."""
+    """Turns of sums in registers, which are written, as what nobody needs is not computed."""
     small = code.splat(code.b.trunc(code.b.and_(code.args, const(3)), I32))
     start = [code.fill(kind, i) for i in range(_CHAINS)]
-    sums = code.loop(0, TURNS, start, lambda _, sums: turn(small, sums))
+    sums = code.loop(0, TURNS * _QUICK, start, lambda _, sums: turn(small, sums))
     place = code.stack(4 * code.lanes * _CHAINS)
     for i, total in enumerate(sums):
         code.store(total, code.at(place, 4 * code.lanes * i), 4)

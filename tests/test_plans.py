@@ -19,9 +19,10 @@ from small_models import HYBRID, NOVEL, Sizes, write_model
 
 import runtime
 from runtime import ops
+from runtime.backends.cpu.abi import ATTENTION_TOKENS
 from runtime.backends.cpu.planner import make_plan, options
 from runtime.backends.cpu.rules import RULES
-from runtime.backends.cpu.run.program import TILE_TOKENS, attention_tiles
+from runtime.backends.cpu.run.program import attention_tiles
 from runtime.backends.passes.prepare import prepare
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Plan, schedule
@@ -271,14 +272,14 @@ def test_every_op_has_a_rule():
     assert not missing
 
 
-@pytest.mark.parametrize("lengths", [[1], [20], [3, 1, 1, 30, 8], [8, 8], [1] * 12])
+@pytest.mark.parametrize("lengths", [[1], [20], [3, 1, 1, 80, 8], [32, 32], [33, 1], [1] * 12])
 def test_attention_tiles_cover_each_token_once(lengths: list[int]):
     sequences = np.repeat(np.arange(len(lengths)), lengths).astype(np.int32)
     out = np.zeros((len(sequences), 4), np.int32)
     n = attention_tiles(sequences, len(sequences), out)
     covered = []
     for first, count, row, _ in out[:n]:
-        assert 1 <= count <= TILE_TOKENS
+        assert 1 <= count <= ATTENTION_TOKENS
         assert (sequences[first : first + count] == row).all()
         covered += range(first, first + count)
     assert covered == list(range(len(sequences)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 SHARE_UNIT = 32  # elements: what is divided alike between threads is divided in whole units
 
 MAX_HEAD_DIM = 1024  # of a head that is normed, rotated and stored by one kernel
-ATTENTION_ROWS = 8  # query rows of a register block of attention; tokens of a tile
+ATTENTION_ROWS = 8  # query rows of a register block of attention
+ATTENTION_TOKENS = 32  # tokens of a tile of attention at most: they share the reading of a page
 MAX_TAPS = 64  # of a short convolution
 CONV_BLOCK = 128  # channels that a short convolution takes together, where heads do not say
 DELTA_COLUMNS = 64  # columns of a recurrent state that a thread takes together at most

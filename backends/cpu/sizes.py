@@ -7,6 +7,7 @@ import struct
 from runtime.backends.cpu.abi import (
     ATTENTION_BLOCKS,
     ATTENTION_ROWS,
+    ATTENTION_TOKENS,
     DELTA_COLUMNS,
     DELTA_VECTORS,
 )
@@ -30,7 +31,7 @@ def delta_scratch_nbytes(dk: int) -> int:
 
 def attention_scratch_nbytes(n_heads: int, n_kv_heads: int, k_dim: int, v_dim: int) -> int:
     """Bytes of scratch that each thread of `attention` needs; see kernels/attention.py."""
-    rows = ATTENTION_ROWS * (n_heads // n_kv_heads)
+    rows = ATTENTION_TOKENS * (n_heads // n_kv_heads)
     blocks = min(ATTENTION_BLOCKS, -(-rows // ATTENTION_ROWS))
     q, o = (-(-dim // GROUP) * GROUP for dim in (k_dim, v_dim))
     state = 320 + ATTENTION_ROWS * 4 * (16 + PAGE + q + 2 * o)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from runtime.backends.cpu.abi import ATTENTION_TOKENS
 from runtime.backends.cpu.compile.library import Native
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.run.table import Record, Table
@@ -22,7 +23,6 @@ from runtime.ops.tensor import Tensor
 if TYPE_CHECKING:
     from runtime.backends.cpu.run.contents import Contents
 
-TILE_TOKENS = 8  # tokens of one attention tile: they share the conversion of a page
 _PER_TILE = 4  # int32 of a tile record: first token, count, sequence row, unused
 _LONG = 0.02  # seconds that a step may take without a look at signals
 
@@ -185,7 +185,7 @@ class Program:
 
 
 def attention_tiles(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:
-    """Cut live tokens into runs of one sequence, TILE_TOKENS at most; the number of tiles.
+    """Cut live tokens into runs of one sequence, ATTENTION_TOKENS at most; the number of tiles.
 
     Long prompts come first in memory but tiles are dealt out to threads one by one, so their
     different lengths even out.
@@ -198,9 +198,9 @@ def attention_tiles(sequences: np.ndarray, tokens: int, out: np.ndarray) -> int:
     starts = np.concatenate([[0], cuts])
     ends = np.concatenate([cuts, [tokens]])
     firsts = np.concatenate(
-        [np.arange(a, b, TILE_TOKENS) for a, b in zip(starts, ends, strict=True)]
+        [np.arange(a, b, ATTENTION_TOKENS) for a, b in zip(starts, ends, strict=True)]
     )
-    lasts = np.minimum(firsts + TILE_TOKENS, ends[np.searchsorted(ends, firsts, side="right")])
+    lasts = np.minimum(firsts + ATTENTION_TOKENS, ends[np.searchsorted(ends, firsts, side="right")])
     n = len(firsts)
     out[:n, 0], out[:n, 1], out[:n, 2] = firsts, lasts - firsts, row[firsts]
     return n

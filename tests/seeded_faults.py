@@ -509,7 +509,7 @@ SOURCE_FAULTS = [
         "e.ints(mask))": "e.ints(mask >> 1))",
     }, sweep=True),
     SourceFault("the first way to round codes", "coded", "kv_rounding.py", {
-        'b.fcmp_ordered("<", error, self.error)': 'b.fcmp_ordered("<", error, _float(-1.0))',
+        'b.fcmp_ordered("<", error, least)': 'b.fcmp_ordered("<", error, _float(-1.0))',
     }, sweep=True),
     SourceFault("state that does not decay", "hybrid", "delta_passes.py", {
         "value = b.fmul(columns.load(b, at, j), factor)": "value = columns.load(b, at, j)",

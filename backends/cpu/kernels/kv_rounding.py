@@ -1,6 +1,7 @@
 """How 32 values become codes: the arithmetic of `Coding.round` in ops/kv_formats.py, bit by bit.
 
-Products and sums are rounded apart, without fused multiply-add, and sums are taken in that order.
+Products and sums are rounded apart, without fused multiply-add, and sums are taken in that order;
+those of all ways to round, or of all that a scale is fitted from, at once.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from runtime.backends.cpu import llvm
 from runtime.ops.kv_formats import GROUP, SMALLEST, Coding
 
 from . import emit as e
+from .kv_dots import folded
 
 Value = Any
 Halves = list[Value]  # two vectors of 16 dims
@@ -25,10 +28,24 @@ def _each(halves: Halves, apply: Any) -> Halves:
     return [apply(half) for half in halves]
 
 
-def _total(b: ir.IRBuilder, x: Halves, y: Halves | None = None) -> Value:
-    """The sum of x, or of x * y, as `group_sum` takes it."""
-    terms = x if y is None else [b.fmul(p, q) for p, q in zip(x, y, strict=True)]
-    return e.total(b, b.fadd(*terms))
+def _fold(b: ir.IRBuilder, vectors: list[Value], combine: Any) -> list[Value]:
+    """Scalars: the lanes of each vector combined, in the order of `group_sum`."""
+    filled = vectors + vectors[-1:] * (-len(vectors) % (1 << (len(vectors) - 1).bit_length()))
+    value = folded(b, filled, combine)
+    return [b.extract_element(value, ir.Constant(e.i32, i)) for i in range(len(vectors))]
+
+
+def _totals(b: ir.IRBuilder, *pairs: tuple[Halves, Halves | None]) -> list[Value]:
+    """The sums of x, or of x * y, for each pair as `group_sum` takes them."""
+    sums = []
+    for x, y in pairs:
+        terms = x if y is None else [b.fmul(p, q) for p, q in zip(x, y, strict=True)]
+        sums.append(b.fadd(*terms))
+    return _fold(b, sums, b.fadd)
+
+
+def _largest(b: ir.IRBuilder, *values: Halves) -> list[Value]:
+    return _fold(b, [e.larger(b, *x) for x in values], lambda x, y: e.larger(b, x, y))
 
 
 def _nearest(b: ir.IRBuilder, coding: Coding, steps: Value) -> Value:
@@ -54,22 +71,23 @@ def _codes(b: ir.IRBuilder, coding: Coding, q: Value) -> Value:
     return code
 
 
-class _Best:
-    """The way to round with the least squared error, so far."""
+def _best(b: ir.IRBuilder, ways: list[tuple[Halves, Halves]]) -> Halves:
+    """Of ways to round, (off by, q), the q with the least squared error; the first of equals."""
+    least, *errors = _totals(b, *((off, off) for off, _ in ways))
+    best = ways[0][1]
+    for error, (_, q) in zip(errors, ways[1:], strict=True):
+        wins = b.fcmp_ordered("<", error, least)
+        least = b.select(wins, error, least)
+        best = [b.select(wins, x, y) for x, y in zip(q, best, strict=True)]
+    return best
 
-    def __init__(self, b: ir.IRBuilder) -> None:
-        self.b, self.error = b, None
-        self.q: Halves = []
 
-    def offer(self, off: Halves, q: Halves) -> None:
-        """Take q, which is off by `off`, if it is better."""
-        b, error = self.b, _total(self.b, off, off)
-        if self.error is None:
-            self.error, self.q = error, q
-            return
-        wins = b.fcmp_ordered("<", error, self.error)
-        self.error = b.select(wins, error, self.error)
-        self.q = [b.select(wins, x, y) for x, y in zip(q, self.q, strict=True)]
+def _quotients(b: ir.IRBuilder, numbers: list[float], by: Value) -> list[tuple[Value, Value]]:
+    """number / by and by / number in all lanes, for each of four numbers."""
+    kind = llvm.vec(e.f32, len(numbers))
+    four, many = ir.Constant(kind, [e.single(n) for n in numbers]), llvm.splat(b, by, len(numbers))
+    both = b.fdiv(four, many), b.fdiv(many, four)
+    return [tuple(e.lanes_of(b, x, [i] * e.LANES) for x in both) for i in range(len(numbers))]
 
 
 def rounding(b: ir.IRBuilder, coding: Coding, low: Value, high: Value) -> tuple[Halves, Halves]:
@@ -81,27 +99,19 @@ def rounding(b: ir.IRBuilder, coding: Coding, low: Value, high: Value) -> tuple[
     return _each(q, lambda half: _codes(b, coding, half)), shared
 
 
-def _extremes(b: ir.IRBuilder, x: Halves) -> tuple[Value, Value]:
-    """The smallest and the largest value."""
-    minus = e.largest(b, e.larger(b, *_each(x, b.fneg)))
-    return b.fneg(minus), e.largest(b, e.larger(b, *x))
-
-
 def _scaled(b: ir.IRBuilder, coding: Coding, x: Halves) -> tuple[Value, Halves, list[Value]]:
     zero = _float(0.0)
-    peak = e.largest(b, e.larger(b, *_each(x, lambda half: e.absolute(b, half))))
-    _, top = _extremes(b, x)
+    peak, top = _largest(b, _each(x, lambda half: e.absolute(b, half)), x)
     largest = b.select(b.fcmp_ordered(">=", top, peak), peak, b.fneg(peak))
-    best = _Best(b)
-    for goal in coding.tries:
-        inverse = e.splat(b, b.fdiv(_float(goal), largest))
-        scale = e.splat(b, b.fdiv(largest, _float(goal)))
+    ways = []
+    for inverse, scale in _quotients(b, list(coding.tries), largest):
         q = [_nearest(b, coding, b.fmul(half, inverse)) for half in x]
-        best.offer(_off(b, x, q, scale), q)
+        ways.append((_off(b, x, q, scale), q))
+    best = _best(b, ways)
     some = b.fcmp_ordered(">=", peak, _float(SMALLEST))
-    fitted = b.fdiv(_total(b, x, best.q), _total(b, best.q, best.q))
-    scale = b.select(some, fitted, zero)
-    return some, best.q, [b.fadd(scale, _not_finite(b, x))]
+    product, square, nothing = _totals(b, (x, best), (best, best), (_nothing(b, x), None))
+    scale = b.select(some, b.fdiv(product, square), zero)
+    return some, best, [b.fadd(scale, nothing)]
 
 
 def _off(b: ir.IRBuilder, x: Halves, q: Halves, scale: Value) -> Halves:
@@ -110,31 +120,34 @@ def _off(b: ir.IRBuilder, x: Halves, q: Halves, scale: Value) -> Halves:
 
 def _with_minimum(b: ir.IRBuilder, coding: Coding, x: Halves) -> tuple[Value, Halves, list[Value]]:
     zero, n = _float(0.0), _float(float(GROUP))
-    low, top = _extremes(b, x)
+    minus, top = _largest(b, _each(x, b.fneg), x)
+    low = b.fneg(minus)
     extent = b.fsub(top, low)
     above = _each(x, lambda half: b.fsub(half, e.splat(b, low)))
-    best = _Best(b)
-    for below, beyond in coding.cuts:
-        steps = _float(coding.highest / (1 - below - beyond))
+    steps = [coding.highest / (1 - below - beyond) for below, beyond in coding.cuts]
+    ways = []
+    for (below, _), pair in zip(coding.cuts, _quotients(b, steps, extent), strict=True):
+        inverse, scale = pair
         start = e.splat(b, b.fmul(_float(below), extent))
-        inverse, scale = (e.splat(b, b.fdiv(*pair)) for pair in ((steps, extent), (extent, steps)))
         left = [b.fsub(half, start) for half in above]
         q = [_nearest(b, coding, b.fmul(half, inverse)) for half in left]
-        best.offer(_off(b, left, q, scale), q)
-    total, sums = _total(b, above), _total(b, best.q)
-    covariance = b.fsub(_total(b, above, best.q), b.fdiv(b.fmul(total, sums), n))
-    variance = b.fsub(_total(b, best.q, best.q), b.fdiv(b.fmul(sums, sums), n))
+        ways.append((_off(b, left, q, scale), q))
+    best = _best(b, ways)
+    total, sums, product, square = _totals(
+        b, (above, None), (best, None), (above, best), (best, best)
+    )
+    covariance = b.fsub(product, b.fdiv(b.fmul(total, sums), n))
+    variance = b.fsub(square, b.fdiv(b.fmul(sums, sums), n))
     some = b.and_(
         b.fcmp_ordered(">=", extent, _float(SMALLEST)), b.fcmp_ordered(">", variance, zero)
     )
-    nothing = _not_finite(b, x)
+    (nothing,) = _totals(b, (_nothing(b, x), None))
     scale = b.select(some, b.fdiv(covariance, variance), zero)
     lift = b.fdiv(b.fsub(total, b.fmul(scale, sums)), n)
     minimum = b.fadd(low, b.select(some, lift, zero))
-    return some, best.q, [b.fadd(scale, nothing), b.fadd(minimum, nothing)]
+    return some, best, [b.fadd(scale, nothing), b.fadd(minimum, nothing)]
 
 
-def _not_finite(b: ir.IRBuilder, x: Halves) -> Value:
+def _nothing(b: ir.IRBuilder, x: Halves) -> Halves:
     """0, or NaN where a value is not finite."""
-    return e.total(b, b.fmul(b.fadd(*_each(x, lambda half: b.fmul(half, e.floats(0.0)))),
-                             e.floats(0.0)))  # fmt: skip
+    return _each(x, lambda half: b.fmul(half, e.floats(0.0)))

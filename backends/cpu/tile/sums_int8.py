@@ -21,6 +21,9 @@ from runtime.backends.cpu.tile.vector import F32, I32, Broadcasts, Code, vec
 # Side data of a block, [5][columns]: scale, scale * sum(q), and -8 * sum(q) of all and each half.
 _D, _S, _C, _C_LOW = range(4)
 _SUMS_IN_REGISTERS = 8
+# Where several blocks of 32 are unpacked together their scales need registers too: all formats of
+# x86 with such chunks are 1.0 to 1.5 times faster so (measured), a token's Q6_K by 1.3.
+_SUMS_BESIDE_CHUNKS = 4
 
 
 def sums_int8(p: Problem, parts: list[Part], x: Any) -> Sums:
@@ -29,7 +32,7 @@ def sums_int8(p: Problem, parts: list[Part], x: Any) -> Sums:
     start = zeros(p, parts)
     # Dots and sums of 16 vectors each do not fit the registers: the sums, touched once in a
     # block, wait in memory.
-    waiting = _on_stack(p, start) if len(start) > _SUMS_IN_REGISTERS else None
+    waiting = _on_stack(p, start) if len(start) > _most_in_registers(p) else None
 
     def body(blocks: list[Block], number: Any, sums: list[Any]) -> list[Any]:
         place = X(p, x, sides, number)
@@ -42,6 +45,11 @@ def sums_int8(p: Problem, parts: list[Part], x: Any) -> Sums:
         return by_part(p, over_blocks(p, parts, body, start))
     over_blocks(p, parts, body, [])
     return by_part(p, waiting.get())
+
+
+def _most_in_registers(p: Problem) -> int:
+    beside_chunks = p.layout.chunk > 32 and not p.code.isa.has_sdot
+    return _SUMS_BESIDE_CHUNKS if beside_chunks else _SUMS_IN_REGISTERS
 
 
 def _on_stack(p: Problem, start: list[Any]) -> Waiting:

@@ -17,6 +17,7 @@ from runtime.session import Session
 if TYPE_CHECKING:
     from runtime.model import Model
     from runtime.text.sampling import Token
+    from runtime.together import Together
 
 # keywords of `generate` and `chat` that are no fields of `Sampling`
 _OWN = ("max_tokens", "ignore_eos", "on_token", "on_prompt")
@@ -109,6 +110,17 @@ class TextModel:
         """
         given = locals()
         return _reply(cast("Model", given.pop("self")), given.pop("messages"), given)
+
+    def together(self, answers: Iterable[Generation]) -> Together:
+        """Answers of this model under way, read together: (number, text) of any, as it comes.
+
+        One step evaluates a token of each of them; each is the answer it would be alone, and ends,
+        or is closed, for itself. An error of one is raised when it comes, and ends that one: go on
+        with `next` for the others.
+        """
+        from runtime.together import Together
+
+        return Together(cast("Model", self), answers)
 
 
 def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, Any]) -> Generation:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 
 from runtime.engine.advance import Piece
+from runtime.engine.decoder import Next
 from runtime.engine.engine import OnPrompt, checked
 from runtime.errors import OptionError
 from runtime.session import Session
@@ -89,11 +90,7 @@ class Generation:
         return self
 
     def __next__(self) -> str:
-        if not self._reading.acquire(blocking=False):
-            raise OptionError(
-                "this answer is being read already, by another thread or around this very call; "
-                "read it in one place (close() may be called from anywhere)"
-            )
+        self._take_turn()
         try:
             return self._next_piece()
         except BaseException:  # StopIteration among them
@@ -127,6 +124,14 @@ class Generation:
         state = self.reason or ("closed" if self._over else "iterate it, or take .text")
         return f"<Generation of {len(self._answer.tokens)} tokens: {state}>"
 
+    def _take_turn(self) -> None:
+        """Be the one who reads, until `_reading` is released."""
+        if not self._reading.acquire(blocking=False):
+            raise OptionError(
+                "this answer is being read already, by another thread or around this very call; "
+                "read it in one place (close() may be called from anywhere)"
+            )
+
     def _next_piece(self) -> str:
         if not (self._begun or self._over):
             self._begin()
@@ -144,34 +149,45 @@ class Generation:
         self._answer.begin([*self._session.tokens, *self._pending])
         self._over = self._answer.reason is not None
 
+    def _first(self) -> str:
+        """What the first token completes, if there is one."""
+        if not (self._begun or self._over):
+            self._begin()
+        return "" if self._over else self._advance()
+
     def _advance(self) -> str:
         """Evaluate what is pending and choose a token; the text it completes."""
         self._check_session()
-        token, text, end = self._fed()
+        chosen = self._chosen()
+        return self._took(self._fed_by(self._evaluated() if chosen is None else chosen))
+
+    def _took(self, fed: Fed) -> str:
+        """The text that a token completes; the token is to be evaluated next."""
+        token, text, end = fed
         self._pending = [token.id]
         self._over = self._over or end is not None
         if self._options.on_token is not None:
             self._options.on_token(token)
         return text
 
-    def _fed(self) -> Fed:
-        """The next token, chosen by the device where that can be."""
-        chosen = self._chosen()
-        if chosen is not None:
-            self._length += 1
-            return self._answer.take(chosen)
-        row = self._evaluated()
+    def _fed_by(self, found: int | np.ndarray) -> Fed:
+        """The token that a device chose behind what was pending, or that its logits give."""
         self._length += len(self._pending)
-        return self._answer.feed(row)
+        return self._answer.take(found) if isinstance(found, int) else self._answer.feed(found)
 
-    def _chosen(self) -> int | None:
-        decoder = self._session.model._engine.decoder
-        choice = self._answer.choice() if decoder is not None and self._answer.tokens else None
-        if decoder is None or choice is None:
+    def _next(self) -> Next | None:
+        """What is pending, where a device can choose what follows."""
+        choice = self._answer.choice() if self._answer.tokens else None
+        if choice is None:
             return None
         (token,) = self._pending
-        then = self._answer.choice(1)
-        return decoder.choose(self._session._sequence, token, choice, then)
+        return Next(self._session._sequence, token, choice, self._answer.choice(1))
+
+    def _chosen(self) -> int | None:
+        """The next token, chosen by the device where that can be."""
+        decoder = self._session.model._engine.decoder
+        wanted = self._next() if decoder is not None else None
+        return None if decoder is None or wanted is None else decoder.choose(*wanted)
 
     def _evaluated(self) -> np.ndarray:
         """The logits after what is pending, float32 [vocabulary]."""
@@ -187,8 +203,9 @@ class Generation:
                 f"{self._length}: it was used elsewhere meanwhile; ask for the answer again"
             )
 
-    def _give_back(self) -> None:
+    def _give_back(self, last: bool = True) -> None:
+        """last: no other answer goes on in the same steps."""
         if self._owned:
             self._session.close()
-        elif (decoder := self._session.model._engine.decoder) is not None:
+        elif last and (decoder := self._session.model._engine.decoder) is not None:
             decoder.end()

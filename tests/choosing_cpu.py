@@ -33,6 +33,10 @@ class ChoosingCpu(CpuBackend):
         self.broken: set[int] = set()
         self._last: dict[int, np.ndarray] = {}
 
+    def begin(self, *_: Any) -> Sequence[Any]:
+        """See `Choosing` in backends/base.py; nothing stands behind it here."""
+        raise NotImplementedError
+
     def choose(
         self, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
         choices: Sequence[Choice],

@@ -15,6 +15,7 @@ from runtime.backends.cpu.tile.emit import emit_matmul
 from runtime.backends.cpu.tile.formats import format_of
 from runtime.backends.cpu.tile.pack import emit_pack
 from runtime.backends.cpu.tile.spec import TileSpec
+from runtime.backends.cpu.tile.sums_amx import STRETCH
 from runtime.errors import Error
 
 BEST = ISAS[0]
@@ -88,6 +89,12 @@ def test_int8_tile_is_the_reference(name: str, isa_name: str, columns: int) -> N
 def test_f32_tile_is_the_reference(name: str, isa_name: str, columns: int) -> None:
     for shape in shapes(name):
         check(TileSpec(name, columns, "f32"), isa_name, shape)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="AMX is needed")
+@pytest.mark.parametrize(("name", "rest"), [("Q4_0", 96), ("Q4_0", 160), ("Q6_K", 256)])
+def test_sums_of_amx_go_on_in_the_next_stretch(name: str, rest: int) -> None:
+    check(TileSpec(name, 16, "int8"), "amx", (17, 20, STRETCH + rest))
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="AMX is needed")

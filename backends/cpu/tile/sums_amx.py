@@ -119,7 +119,8 @@ def _turn(
 ) -> list[Any]:
     """Multiply the groups `now`, which are written two later; scale those of the turn before."""
     count = len(DOT)
-    under_way = [*(before or [None] * count), *(now or [None] * count)]
+    nothing: list[_Group | None] = [None] * count
+    under_way = [*(before or nothing), *(now or nothing)]
     for slot in range(count):
         steps: list[Callable[[], None]] = []
         if now:

@@ -20,6 +20,7 @@ from runtime import ops
 from runtime.backends.cpu import CpuBackend
 from runtime.backends.cpu.joint import Joint
 from runtime.backends.cpu.rules import collective
+from runtime.backends.cpu.run.cores import shared_out
 from runtime.ops import Dim, Graph
 from runtime.ops.collective import all_sum
 
@@ -48,7 +49,8 @@ def graph(n: int, device: int, devices: int, summed: bool) -> Graph:
 def microseconds(threads: list[int], n: int, once: bool, summed: bool) -> float:
     """Of one round, the least of many runs."""
     before, collective.ONCE_NBYTES = collective.ONCE_NBYTES, -1 if once else 1 << 40
-    devices = [CpuBackend(threads=count) for count in threads]
+    pairs = zip(threads, shared_out(len(threads)), strict=True)  # as devices of a model
+    devices = [CpuBackend(threads=count, cores=cores) for count, cores in pairs]
     joint, count = Joint(devices), len(devices)
     program = joint.bind([
         device.plan(graph(n, number, count, summed)) for number, device in enumerate(devices)

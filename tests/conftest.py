@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from alarms import alarm  # noqa: F401  a fixture
-from alone import ALONE, turn, workers
+from alone import ALONE, alone, turn, workers
 from kept_processes import Kept
 from small_models import NOVEL, write_model
 
@@ -41,12 +42,19 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Among several workers, what times something runs alone."""
+    """Among several workers, tests take turns with those that run alone."""
     if not workers():
         return (yield)
     folder = item.config._tmp_path_factory.getbasetemp().parent  # type: ignore[attr-defined]
+    with turn(folder):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What times something runs alone, when its fixtures are made."""
     name = getattr(item, "originalname", item.name)  # without its parameters
-    with turn(folder, not ALONE.isdisjoint((item.path.stem, name))):
+    with nullcontext() if ALONE.isdisjoint((item.path.stem, name)) else alone():
         return (yield)
 
 

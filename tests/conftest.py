@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -59,10 +60,14 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kept_processes() -> Iterator[None]:
+def kept_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One start of a compile process for many tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "Pool", Kept)
+        if workers() and sys.platform != "win32":
+            folder = tmp_path_factory.getbasetemp().parent / "kernels"
+            folder.mkdir(exist_ok=True)
+            patch.setattr(Kept, "shared", folder)
         yield
     Kept.end()
 

@@ -241,12 +241,12 @@ def outcome(seed: int, path: Path) -> Outcome:
     raw, _ = mutated(seed)
     path.write_bytes(raw)
     compiled: list[str] = []
-    before, start = _resident(), time.monotonic()
+    before, start = _resident(), time.process_time()
     try:
         kind, text = "evaluated", _evaluate(path, seed, compiled)
     except Exception as error:
         kind, text = _judge(error, path)
-    seconds = time.monotonic() - start if not compiled else 0.0  # compiling is no hang
+    seconds = time.process_time() - start if not compiled else 0.0  # compiling is no hang
     return Outcome(seed, kind, text, seconds, _resident() - before)
 
 

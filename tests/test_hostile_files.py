@@ -218,7 +218,7 @@ def test_two_thousand_mutated_headers(tmp_path: Path) -> None:
     good = small_file(tmp_path / "good.gguf").read_bytes()
     extra = gguf_bytes({"general.architecture": "qwen3"} | metadata, {"w": ((4,), 0, bytes(16))})
     path = tmp_path / "mutated.gguf"
-    opened, refused, start = 0, 0, time.perf_counter()
+    opened, refused, start = 0, 0, time.process_time()
     for seed in range(2000):
         rng = np.random.default_rng(seed)
         raw = bytearray((good, extra)[seed % 2])
@@ -234,4 +234,4 @@ def test_two_thousand_mutated_headers(tmp_path: Path) -> None:
             assert "\n" not in message and str(path.parent) in message, (seed, message)
             refused += 1
     assert opened > 100 and refused > 1000
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -16,46 +16,42 @@ from runtime.backends.cpu.compile import isa
 
 _PROGRAM = """
 import sys, numpy as np, runtime
-path, out = sys.argv[1:]
+out, *paths = sys.argv[1:]
 found = {}
-for activations in ("int8", "f32"):
-    with runtime.load(path, kv_type="f32", threads=2, activations=activations) as model:
-        with model.session() as session:
-            rows = [session.eval(list(range(1, 41))), session.eval([5]), session.eval([6, 7, 8])]
-        found[activations] = np.concatenate(rows)
-        with model.session() as session:
-            found["one " + activations] = session.eval(list(range(1, 41)) + [5, 6, 7, 8])
+for path in paths:
+    for activations in ("int8", "f32"):
+        with runtime.load(path, kv_type="f32", threads=2, activations=activations) as model:
+            with model.session() as session:
+                rows = [session.eval(list(range(1, 41))), *map(session.eval, ([5], [6, 7, 8]))]
+            with model.session() as session:
+                whole = session.eval(list(range(1, 41)) + [5, 6, 7, 8])
+        found[path + activations], found[path + activations + "one"] = np.concatenate(rows), whole
 np.savez(out, **found)
 """
+SWEEP = pytest.param(("Q5_1",), marks=pytest.mark.sweep)  # which has minima
 
 
-@pytest.fixture(
-    scope="module",
-    params=["F32", "Q4_0", pytest.param("Q5_1", marks=pytest.mark.sweep)],  # Q5_1 has minima
-)
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("isa")
-    return write_model(folder / "m.gguf", Sizes(layers=1), request.param)
-
-
+@pytest.mark.parametrize("kinds", [("F32", "Q4_0"), SWEEP], ids="-".join)
 @pytest.mark.parametrize("name", isa.available())
-def test_model_agrees_with_the_reference(name: str, path: Path, tmp_path: Path):
-    with runtime.load(path, devices="reference", kv_type="f32") as exact:
-        want = exact.eval([*range(1, 41), 5, 6, 7, 8])
+def test_models_agree_with_the_reference(name: str, kinds: tuple[str, ...], tmp_path: Path):
+    paths = [write_model(tmp_path / f"{kind}.gguf", Sizes(layers=1), kind) for kind in kinds]
     out = tmp_path / "logits.npz"
     environment = {**os.environ, "RUNTIME_CPU_ISA": name}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(path), str(out)], env=environment,
+        [sys.executable, "-c", _PROGRAM, str(out), *map(str, paths)], env=environment,
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = np.load(out)
-    for activations, limit in (("f32", 1e-11), ("int8", 2e-3)):
-        got = found[activations]
-        error = float(((got - want) ** 2).sum() / (want**2).sum())
-        assert error <= limit
-        np.testing.assert_array_equal(found["one " + activations], got)
+    for path in paths:
+        with runtime.load(path, devices="reference", kv_type="f32") as exact:
+            want = exact.eval([*range(1, 41), 5, 6, 7, 8])
+        for activations, limit in (("f32", 1e-11), ("int8", 2e-3)):
+            got = found[f"{path}{activations}"]
+            error = float(((got - want) ** 2).sum() / (want**2).sum())
+            assert error <= limit, (path.stem, activations)
+            np.testing.assert_array_equal(found[f"{path}{activations}one"], got)
 
 
 def test_unavailable_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):

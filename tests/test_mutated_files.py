@@ -1,7 +1,8 @@
 """Files changed at random, loaded and evaluated: one clear line, or the right numbers.
 
 10,000 of them with `-m sweep`, some by default. A worker process that crashes or hangs is told
-apart from an error; no file may take more than 10 s (compiling aside) or much memory.
+apart from an error; no file may take more than 10 s of a processor, compiling aside, or much
+memory.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ def _ldmatrix(count: int, transposed: bool) -> Callable:
 
 
 def _mma(unpack: Callable[[np.ndarray], np.ndarray], floats: bool) -> Callable:
-    kind = np.float32 if floats else np.float64
+    kind = np.float64  # see meanings.py; integers are exact in it
 
     def mma(run: Run, intrinsic: Intrinsic, *v: Any) -> tuple[Any, ...]:
         words = [
@@ -385,7 +385,7 @@ def _mma(unpack: Callable[[np.ndarray], np.ndarray], floats: bool) -> Callable:
             c[:, rows, r & 1 :: 2] = _of_warp(run, v[6 + r]).reshape(-1, 8, 4)
         d = a @ b + c
         found = [d[:, 8 * (r >> 1) : 8 * (r >> 1) + 8, r & 1 :: 2].reshape(-1) for r in range(4)]
-        return tuple(found if floats else map(i32, found))
+        return tuple(map(f32 if floats else i32, found))
 
     return mma
 

@@ -37,9 +37,14 @@ SOME = {
     "tile": ("format=Q8_0-width=32", "format=Q4_K-width=128", "format=Q2_K-width=128"),
     "expert_pair": ("format=Q4_K",),
     "expert_total": ("format=Q6_K",),
+    "tile_half": ("format=F16-width=128", "format=BF16-width=128"),
+    "tile_float": ("width=128",),
+    "matvec_half": ("format=F16-gated=False", "format=BF16-gated=True"),
+    "expert_rows_half": ("format=F16",),
 }
 # format -> instructions of the inner loop for each mma of 32 products, at most (128 columns)
 PER_MMA = {"Q4_K": 24, "Q2_K": 55}
+PER_HALF_MMA = {"F16": 6, "BF16": 4.2}  # all there is of a stage, splitting of columns too
 EVERY = os.environ.get("CUDA_GATES") == "all"
 
 
@@ -72,6 +77,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "expert_group": (48, ("LDG.E", "REDUX", "STG.E.128"), ()),
     "expert_pair": (128, ("LDG.E.128.CONSTANT", "IDP.4A", "MUFU.EX2", "SHFL"), ()),
     "expert_rows_float": (96, ("LDG.E.128.CONSTANT", "FFMA"), ()),
+    "expert_rows_half": (112, ("LDG.E.128.CONSTANT", "HMMA.16816.F32", "STS.128"), ()),
     "expert_sum": (88, ("LDG.E", "FFMA", "MUFU.EX2"), ()),
     "expert_total": (128, ("LDG.E.128.CONSTANT", "IDP.4A", "FFMA"), ()),
     "gather_rows": (24, ("LDG.E",), ()),
@@ -83,7 +89,8 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "norm_gate": (88, ("LDG.E.128", "MUFU.EX2", "MUFU.RCP", "MUFU.RSQ"), ()),
     "normalize": (40, ("LDG.E", "SHFL"), ()),
     "matvec": (255, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
-    "matvec_float": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
+    "matvec_float": (144, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
+    "matvec_half": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "HMMA.16816.F32", "STS.128"), ()),
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
     "qkv_post": (112, ("LDG.E", "MUFU.RSQ", "STG.E.U16", "STG.E.U8", "VOTE"), ()),
     "quantize": (32, ("LDG.E.128", "F2I", "SHFL"), ()),
@@ -103,6 +110,8 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "softmax": (40, ("LDG.E", "SHFL", "MUFU.EX2"), ()),
     "take": (24, ("LDG.E",), ()),
     "tile": (255, ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.168", "LDG.E"), ()),
+    "tile_float": (255, ("LDGSTS.E.BYPASS.128", "LDS.128", "FFMA"), ("HMMA",)),
+    "tile_half": (255, ("LDGSTS.E.BYPASS.128", "LDS.128", "HMMA.16816.F32", "STS.128"), ()),
     "sum_parts": (48, ("LDG.E.128", "STG.E.128", "FADD"), ("FFMA",)),
     "swiglu": (40, ("LDG.E.128", "MUFU.EX2", "MUFU.RCP"), ()),
     "top_k": (40, ("LDG.E", "REDUX"), ("SHFL",)),
@@ -165,6 +174,14 @@ def test_tile_keeps_the_tensor_cores_busy(compiled, format: str, target: str):
     inner = min(loops, key=lambda x: x.per("IMMA"))
     halves = inner.count("IMMA.16816")
     assert inner.per("IMMA") * (2 if halves else 1) <= PER_MMA[format]
+
+
+@pytest.mark.parametrize("target", GATED)
+@pytest.mark.parametrize("format", PER_HALF_MMA)
+def test_tile_of_halves_keeps_the_tensor_cores_busy(compiled, format: str, target: str):
+    found = compiled[target].get(Kernel.of("tile_half", format=format, width=128))
+    (stage,) = (x for x in sass.loops(sass.disassemble(found.code)) if x.count("HMMA"))
+    assert stage.per("HMMA") <= PER_HALF_MMA[format]
 
 
 def _inner_loop(found: Compiled) -> sass.Loop:

@@ -68,3 +68,32 @@ def test_a_hybrid_has_the_same_bits_in_any_pieces(golden: Path):
         with model.session() as session:
             pieces = [session.eval(ids[a:b]) for a, b in pairwise((0, 1, 2, 8, 20))]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("qwen3moe", "f16"), ("qwen3", "bf16")])
+def test_tokens_times_halves_have_the_same_bits_anywhere(
+    golden: Path, name: str, kind: str, tmp_path: Path
+):
+    """In a prompt that takes tiles, one by one, in other pieces, and beside another sequence.
+
+    As near the exact logits as the CPU's must be.
+    """
+    source, path = golden / name / "model-f32.gguf", golden / name / f"model-{kind}.gguf"
+    if not path.exists():
+        path = tmp_path / path.name
+        runtime.quantize(source, path, kind, progress=False)
+    ids = np.load(golden / name / "golden.npz")["p48_ids"][:36].tolist()
+    options = {"kv_type": "f32", "context": 64}
+    with runtime.load(path, devices="reference", **options) as model:
+        exact = model.eval(ids)
+    with on_fake_cuda(path, sequences=2, **options) as model:
+        whole = model.eval(ids)
+        check_rows(whole, exact, 2e-10)
+        programs = model.backend._programs.values()
+        assert "tile_half" in {call.kernel.name for p in programs for call in p.plan.calls()}
+        with model.session() as session, model.session() as other:
+            pieces = [session.eval(ids[:1]), session.eval(ids[1:4])]
+            for a, b in pairwise((4, 13, 35, 36)):
+                found, _ = model.step([(session, ids[a:b]), (other, ids[:3])])
+                pieces.append(found)
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)

@@ -13,12 +13,14 @@ from tile_calls import random_rows
 
 from runtime import ops
 from runtime.backends.cuda.kernels.tile import WIDTHS
-from runtime.backends.cuda.layouts import FORMATS
+from runtime.backends.cuda.layouts import FLOATS, FORMATS
 from runtime.backends.cuda.widths import group_width, tile_width
 from runtime.ops.dtypes import DTYPES, F32
 from runtime.ops.quants import dequantize
 
 ROWS = 37
+EVERY = (*FORMATS, *FLOATS)
+_RACED = ("Q2_K", "F16", "F32")  # the others differ from them in one part
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def _filled(x: np.ndarray, room: int) -> np.ndarray:
     return np.pad(x, ((0, room), (0, 0)), constant_values=np.nan)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", EVERY)
 def test_columns_of_a_tile_have_the_bits_of_one_column(format: str):
     """Tiles cut on both sides, with room for more; several stretches, the last one short."""
     product = Product(format, 768 if DTYPES[format.lower()].block == 256 else 13 * 32)
@@ -83,7 +85,7 @@ def test_columns_of_a_tile_have_the_bits_of_one_column(format: str):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("format", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_K", "Q6_K", *FLOATS])
 def test_tiles_of_all_widths_agree(format: str, width: int, monkeypatch: pytest.MonkeyPatch):
     """Two tiles of columns and of rows; an even number of rows, which are stored in pairs."""
     product = Product(format, 256, rows=130)
@@ -95,12 +97,14 @@ def test_tiles_of_all_widths_agree(format: str, width: int, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "format", ["Q2_K", *(pytest.param(f, marks=pytest.mark.sweep) for f in FORMATS if f != "Q2_K")]
+    "format",
+    [*_RACED, *(pytest.param(f, marks=pytest.mark.sweep) for f in EVERY if f not in _RACED)],
 )
 def test_a_tile_races_with_nothing(format: str):
-    product = Product(format, 256, quick=False, rows=9)
+    inner = {"F32": 72, "F16": 136}.get(format, 256)  # at least three stages
+    product = Product(format, inner, quick=False, rows=9)
     x, residual = product.numbers(9)
-    quick = Product(format, 256, rows=9)
+    quick = Product(format, inner, rows=9)
     np.testing.assert_array_equal(product(x, residual), quick(x, residual))
     product.backend.close()
     quick.backend.close()

@@ -6,6 +6,7 @@ memory: a call that needs what another thread has yet to write gives other bits,
 
 from __future__ import annotations
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ _VECTORS = {
 }  # fmt: skip
 
 
+@functools.cache
 def file(kind: str) -> SimpleNamespace:
     """Random weights, matrices of experts and networks in `kind`."""
     rng = np.random.default_rng(5)
@@ -61,7 +63,7 @@ class Layer:
     """Builders of one layer's feed-forward part, for steps of `tokens` and weights of `kind`."""
 
     def __init__(self, tokens: int, kind: str) -> None:
-        self.tensors = FILES[kind].tensors
+        self.tensors = file(kind).tensors
         self.x = ops.step_input("x", (ops.Dim("tokens", tokens), HIDDEN), F32)
         self.h = ops.rms_norm(self.x, self.w("norm"), eps=EPS)
 

@@ -34,9 +34,19 @@ parts (`parts` says where), each a multiple of 16 bytes:
             Q3_K, Q6_K: int8 a half; IQ4_XS: int8 a block; MXFP4: a byte, exponent
     supers  by eights of blocks in the order of the row: f16, or f16 scale and f16 minimum
 
-Rows of F32, F16 and BF16 lie as in the file, filled up with zeros to a multiple of 8 values; their
-sum is cut otherwise: of n units of 8 values stretch s of S takes units s, s + S, .. in order, a
-fma a value, and S is the largest power of two <= 32 and <= max(1, n // 2).
+Rows of F32, F16 and BF16 lie as in the file, filled up with zeros to a multiple of 8 values, and
+have sums of their own. F32: of n units of 8 values stretch s of S takes units s, s + S, .. in
+order, a fma a value, and S is the largest power of two <= 32 and <= max(1, n // 2); then the
+stretches' sums are added as above. F16 and BF16: blocks of 64 values are summed by tensor cores,
+in float32 from zero, of each half of a block the activations' pieces from the last to the first
+(`kernels/halves.py`), of each piece two mma: value 8 t + 4 j + i of the half's 32 is in mma j, at
+k = 2 t + i for i < 2, else at 2 t + 6 + i. Then, block after block in order,
+
+    sum = fma(found, scale, sum)  the block's scale of the column, a power of two; 1 for BF16
+
+How an mma adds its 16 products and the number it is given is the GPU's: it is taken for granted
+that the same operands at the same k give the same bits, in any row, column and kernel. The
+simulator adds them exactly and rounds once.
 
 **Packed activations** are columns one after another, each `column_nbytes`: a plane of first halves
 (16 int8) by place, one of second halves, and by place f32 scale and two int16, the negated sums of

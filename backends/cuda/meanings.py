@@ -360,7 +360,9 @@ def _mma(unpack: Callable[[int], list[Any]], kind: Any) -> Callable[..., Any]:
     """D = A B + C of A [16, K] and B [K, 8] in fragments of `len(unpack)` values a word.
 
     Lane 4 g + t holds of A rows g and g + 8, columns of t in both halves of K; of B column g;
-    of C and D rows g and g + 8, columns 2 t and 2 t + 1.
+    of C and D rows g and g + 8, columns 2 t and 2 t + 1. Floats are added up in float64, which
+    holds sums of so few products of halves exactly unless their sizes differ by 2^30, and rounded
+    once; a GPU rounds otherwise, but, like this, by the operands and their place in k alone.
     """
     per = len(unpack(0))
 
@@ -386,7 +388,7 @@ def _mma(unpack: Callable[[int], list[Any]], kind: Any) -> Callable[..., Any]:
 def _fragment(d: np.ndarray, lane: int) -> list[Any]:
     g, t = divmod(lane, 4)
     found = [d[g + 8 * (r >> 1), 2 * t + (r & 1)] for r in range(4)]
-    return found if d.dtype.kind == "f" else [i32(v) for v in found]
+    return [(f32 if d.dtype.kind == "f" else i32)(v) for v in found]
 
 
 def _bf16_pair(word: int) -> list[Any]:
@@ -401,5 +403,5 @@ def mma_s8_half(a0: int, a1: int, b: int, *c: int) -> Any:
     return mma_s8(a0, a1, 0, 0, b, 0, *c)
 
 
-mma_f16 = _mma(lambda w: [f16_low(u32(w)), f16_high(u32(w))], np.float32)
-mma_bf16 = _mma(_bf16_pair, np.float32)
+mma_f16 = _mma(lambda w: [f16_low(u32(w)), f16_high(u32(w))], np.float64)
+mma_bf16 = _mma(_bf16_pair, np.float64)

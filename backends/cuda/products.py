@@ -11,7 +11,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from runtime.backends.cuda.kernels import matvec, matvec_float
+from runtime.backends.cuda.kernels import matvec, matvec_float, matvec_half
 from runtime.backends.cuda.kernels.matvec_ends import (
     GATED,
     MOST,
@@ -36,29 +36,47 @@ from runtime.backends.plan.plan import Buffer, Call, Ref
 
 _NEVER = (1 << 32) - 1  # a block that no launch has
 _PLAIN = {"alpha": 1.0, "limit": float("inf"), "plus": 0.0}
+_KERNELS = ("matvec", "matvec_float", "matvec_half")
 _ALIKE = ("x", "live", "n_columns", "row_pieces", "shift", "stretches", "pairs", "units")
 
 
 def kernel_of(format: str, columns: int) -> tuple[str, dict[str, Any]]:
     """Name and constants of the kernel for a format and so many columns."""
-    name = "matvec_float" if format in FLOATS else "matvec"
-    return name, {"format": format, "columns": columns_of(columns, format)}
+    if format == "F32":
+        return "matvec_float", {"columns": columns_of(columns)}
+    if format in FLOATS:
+        return "matvec_half", {"format": format, "gated": False}
+    return "matvec", {"format": format, "columns": columns_of(columns, format)}
 
 
 def arguments_of(format: str, rows: int, inner: int, columns: int) -> dict[str, Any]:
     """Of a product of one weight with so many columns; addresses and sums are still to come."""
-    lanes = float_lanes(inner) if format in FLOATS else cut(inner).lanes
+    floats = float_arguments(format, inner) if format in FLOATS else {}
     common = {
         **{f"{name}{i}": 0 for name in ("w", "b", "out", "n") for i in range(MOST)},
         **{f"first{i}": _NEVER for i in range(1, MOST)},
         "n0": rows, "residual": 0, "residual_stride": 0, "sums": 0, "gate": 0, "turns": 1,
-        "n_columns": columns, "shift": lanes.bit_length() - 1, **_PLAIN, **dict.fromkeys(NAMES, 0),
+        "n_columns": columns, **_PLAIN, **dict.fromkeys(NAMES, 0),
     }  # fmt: skip
-    if format in FLOATS:
-        pieces = parts(format, inner)[""] // PIECE
-        return common | {"row_pieces": pieces, "units": -(-inner // UNIT)}
-    rest = {"packed": 0, "out_stretches": 0, "out_length": 0}
+    if floats:
+        return common | floats
+    shift = cut(inner).lanes.bit_length() - 1
+    rest = {"packed": 0, "out_stretches": 0, "out_length": 0, "shift": shift}
     return common | row_arguments(format, inner) | rest
+
+
+def float_arguments(format: str, inner: int) -> dict[str, int]:
+    """Of rows of floats, and by how many lanes or, of halves, warps they are shared."""
+    shared = float_lanes(inner) if format == "F32" else matvec_half.warps_of(inner)
+    return {
+        "row_pieces": parts(format, inner)[""] // PIECE, "units": -(-inner // UNIT),
+        "shift": shared.bit_length() - 1,
+    }  # fmt: skip
+
+
+def half_rows(shift: int) -> int:
+    """Rows of halves that a block of threads takes, or as many of gate and of up."""
+    return matvec_half.ROWS * (matvec_half.WARPS >> shift)
 
 
 def row_arguments(format: str, inner: int) -> dict[str, int]:
@@ -74,7 +92,10 @@ def row_arguments(format: str, inner: int) -> dict[str, int]:
 def grid_of(kernel: Kernel, arguments: dict[str, Any]) -> tuple[int, int]:
     """Blocks of threads for all weights of a launch, and turns of 8 columns."""
     gated = bool(arguments["gate"])
-    each = rows_of_block(_rows(kernel), 1 << arguments["shift"], gated)
+    if kernel.name == "matvec_half":
+        each = half_rows(arguments["shift"])
+    else:
+        each = rows_of_block(_rows(kernel), 1 << arguments["shift"], gated)
     rows = [arguments[f"n{i}"] for i in range(1 if gated else MOST)]
     if arguments["gate"] & PACKED:
         rows = [BLOCK * cut(rows[0]).places]
@@ -126,8 +147,12 @@ def _gated(gate: Call, up: Call, end: Call) -> Call:
         **gate.arguments, "w1": up.arguments["w0"], "b1": up.arguments["b0"], "out0": given["out"],
         "n1": gate.arguments["n0"], "gate": GATED,
         "sums": _number(gate, "sums") | _number(up, "sums") << 1,
-        "turns": turns_of(_rows(gate.kernel), 1 << _number(gate, "shift")),
     }  # fmt: skip
+    kernel = gate.kernel
+    if kernel.name == "matvec_half":
+        kernel = Kernel.of(kernel.name, **dict(kernel.constants) | {"gated": True})
+    else:
+        arguments["turns"] = turns_of(_rows(kernel), 1 << _number(gate, "shift"))
     if constants["clamp"]:
         arguments |= {"alpha": given["alpha"], "limit": given["limit"], "plus": 1.0}
     if constants["packed"]:
@@ -137,8 +162,8 @@ def _gated(gate: Call, up: Call, end: Call) -> Call:
         }  # fmt: skip
     reads = dict.fromkeys((*gate.reads, *up.reads))
     return replace(
-        end, kernel=gate.kernel, arguments=arguments, reads=tuple(reads),
-        grid=grid_of(gate.kernel, arguments),
+        end, kernel=kernel, arguments=arguments, reads=tuple(reads),
+        grid=grid_of(kernel, arguments),
     )  # fmt: skip
 
 
@@ -180,7 +205,7 @@ def _number(call: Call, name: str) -> int:
 
 def _is_product(call: Call) -> bool:
     memory = [buffer.memory for buffer in call.writes]
-    return call.kernel.name in ("matvec", "matvec_float") and memory == ["arena"]
+    return call.kernel.name in _KERNELS and memory == ["arena"]
 
 
 def _key(call: Call) -> Hashable:

@@ -50,7 +50,7 @@ def build_expert_pair(format: str) -> Declared:
     """
     sums, EACH = warp_rows(format, 2), rows_of(format, 1) // 2
     values, four_values = shared("f32", 2 * INNER), registers("f32", 4)
-    dot, single = warp_rows_of_floats("F32"), shared("f32", 1)
+    dot, single = warp_rows_of_floats(), shared("f32", 1)
 
     @entry(
         "gate:u32* up:u32* x:u32* ids:i32* gate_bias:f32* up_bias:f32* shared_gate:u32* "

@@ -1,4 +1,4 @@
-"""A warp's rows of matrices of experts, and products with float weights, choice by choice.
+"""A warp's rows of matrices of experts, and products with float32 weights, choice by choice.
 
 Rows are shared by the lanes of a warp as in `matvec.py`, and their sums are the canonical ones of
 `layouts.py`. A block of 8 warps takes one choice, which is a column of its own.
@@ -26,11 +26,10 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
-from runtime.backends.plan.catalogue import constants
 
 from .formats import FORMATS, adder
 from .matvec import rows_of
-from .matvec_float import FETCH, add_unit
+from .matvec_float import add_unit, fetch
 from .sums import STRIDE, stretch_sum
 
 WARPS = 8
@@ -86,9 +85,9 @@ def warp_rows(format: str, matrices: int = 1) -> Callable:
     return sums
 
 
-def warp_rows_of_floats(format: str) -> Callable:
-    """The same for float weights and columns, as in `matvec_float`."""
-    ROWS, fetch, keep = FLOAT_ROWS, FETCH[format], _keeper(FLOAT_ROWS)
+def warp_rows_of_floats() -> Callable:
+    """The same for float32 weights and columns, as in `matvec_float`."""
+    ROWS, keep = FLOAT_ROWS, _keeper(FLOAT_ROWS)
     accumulators, values = registers("f32", ROWS), registers("f32", 8)
 
     def sums(y, at, weights, x, column, row, limit, row_pieces, shift, units):
@@ -132,15 +131,14 @@ def _keeper(ROWS: int, matrices: int = 1) -> Callable:
     return keep
 
 
-@constants(format=tuple(FETCH))
-def build_expert_rows_float(format: str) -> Declared:
-    """out[choice] = w x + bias, of float weights and columns: `units` of 8 values.
+def build_expert_rows_float() -> Declared:
+    """out[choice] = w x + bias, of float32 weights and columns: `units` of 8 values.
 
     `rows` rows of each expert, one expert after another; biases alike. `x`: columns, each of
     `every` choices; ids i32 [live], below 0 where an expert is elsewhere: then nothing is written.
     Grid (rows / (8 times the rows of a warp at a time), choices).
     """
-    sums = warp_rows_of_floats(format)
+    sums = warp_rows_of_floats()
     values = shared("f32", WARPS * MOST_ROWS)
 
     @entry(

@@ -1,9 +1,7 @@
-"""Float weights times 1 to 8 columns of float32, 8 values of a row at a time; lanes share rows as
+"""Float32 weights times 1 to 8 columns of float32, 8 values of a row at a time; lanes share rows as
 in `matvec.py`."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
@@ -12,8 +10,6 @@ from runtime.backends.cuda.intrinsics import (
     block_y,
     constant4,
     entry,
-    f16_high,
-    f16_low,
     f32,
     fma,
     launch_next,
@@ -42,27 +38,12 @@ from .matvec_ends import (
 from .norm_tail import ARGUMENTS, norm_tail
 
 
-def _fetch_f32(values, at, weights, row, unit):
+def fetch(values, at, weights, row, unit):
+    """8 values of a row that begins at piece `row`."""
     p = u32(row + 2 * unit)
     a, b = constant4(weights, p), constant4(weights, u32(p + 1))
     for i in range(4):
         values[at + i], values[at + 4 + i] = bits_to_f32(a[i]), bits_to_f32(b[i])
-
-
-def _fetch_f16(values, at, weights, row, unit):
-    a = constant4(weights, u32(row + unit))
-    for i in range(4):
-        values[at + 2 * i], values[at + 2 * i + 1] = f16_low(a[i]), f16_high(a[i])
-
-
-def _fetch_bf16(values, at, weights, row, unit):
-    a = constant4(weights, u32(row + unit))
-    for i in range(4):
-        values[at + 2 * i] = bits_to_f32(u32(a[i] << 16))
-        values[at + 2 * i + 1] = bits_to_f32(u32(a[i] & 0xFFFF0000))
-
-
-FETCH: dict[str, Callable] = {"F32": _fetch_f32, "F16": _fetch_f16, "BF16": _fetch_bf16}
 
 
 def add_unit(values, at, x, p, total):
@@ -75,10 +56,10 @@ def add_unit(values, at, x, p, total):
     return total
 
 
-@constants(format=tuple(FETCH), columns=(1, 2, 4, 8))
-def build_matvec_float(format: str, columns: int) -> Declared:
+@constants(columns=(1, 2, 4, 8))
+def build_matvec_float(columns: int) -> Declared:
     """As `matvec`: rows have `row_pieces` pieces and `units` of 8 values; columns `units` too."""
-    ROWS, COLUMNS, fetch = rows_of(columns), columns, FETCH[format]
+    ROWS, COLUMNS = rows_of(columns), columns
     accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
     weight_values, bases = registers("f32", ROWS * 8), registers("u32", COLUMNS)
     (finish, _), tail = finisher(ROWS, COLUMNS), norm_tail(WARPS)

@@ -153,7 +153,7 @@ def build_tile(format: str, width: int) -> Declared:
     N = shape.columns * shape.rows // 32
     copy, keep, fetch = _column_copier(shape), _row_keeper(shape, form), form.fetch
     multiply = multiplier(shape, form)
-    finish = storer(shape)
+    finish = storer(shape.columns, shape.rows)
     shared_words, shared_numbers = dynamic_shared("u32"), dynamic_shared("f32")
     accumulators, stretch_totals, raw_words = (
         registers("f32", N),

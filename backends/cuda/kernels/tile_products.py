@@ -160,9 +160,9 @@ def scaled(bits, y, offset):
     return fma(bits_to_f32(u32(bits)), y, offset)
 
 
-def storer(shape: Shape) -> Callable:
-    """Totals plus bias and residual to `out`; two neighbouring rows are one access."""
-    M, N = shape.columns // 16, shape.rows // 8
+def storer(columns: int, rows: int) -> Callable:
+    """A warp's totals plus bias and residual to `out`; two neighbouring rows are one access."""
+    M, N = columns // 16, rows // 8
 
     def add_bias(total, bias, first_bias, row, rows):
         for n in range(N):

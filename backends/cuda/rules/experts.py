@@ -7,8 +7,8 @@ from typing import Any
 from runtime.backends.cuda.kernels.experts import INNER
 from runtime.backends.cuda.kernels.experts_group import groups_of
 from runtime.backends.cuda.kernels.experts_rows import WARPS, rows_at_once
-from runtime.backends.cuda.layouts import FLOATS, PIECE, UNIT, cut, float_lanes, packed_type, parts
-from runtime.backends.cuda.products import row_arguments
+from runtime.backends.cuda.layouts import FLOATS, UNIT, cut, float_lanes, packed_type
+from runtime.backends.cuda.products import float_arguments, half_rows, row_arguments
 from runtime.backends.cuda.rules.matmul import packed
 from runtime.backends.cuda.rules.norm_tail import NONE
 from runtime.backends.cuda.rules.registry import lowers
@@ -51,19 +51,14 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
         "x": Ref(lowering.result(x)), "out": lowering.write(node), "every": node.attrs["every"],
         "bias": lowering.weight(bias[0], "vector") if bias else 0, "has_bias": len(bias),
     }  # fmt: skip
-    if x.attrs["coding"] == "f32":
-        form = "repacked" if format in FLOATS else "vector"
-        format = format if form == "repacked" else "F32"
-        lanes = float_lanes(inner)
-        lowering.emit(
-            "expert_rows_float", node, {"format": format}, **common, rows=rows,
-            weights=lowering.weight(w, form), **_choices(lowering, ids),
-            row_pieces=parts(format, inner)[""] // PIECE, shift=lanes.bit_length() - 1,
-            units=-(-inner // 8), grid=(-(-_row_blocks(rows, format, lanes) // WARPS), ids.size),
-        )  # fmt: skip
+    form, few = "repacked", int(ids.shape[0]) <= FEW  # then each choice is as if it were a token
+    if x.attrs["coding"] == "f32" and format not in FLOATS:
+        format, form = "F32", "vector"
+    common["weights"] = lowering.weight(w, form)
+    if few and format in FLOATS:
+        _few_floats(lowering, node, format, rows, inner, ids, common)
         return
-    common["weights"] = lowering.weight(w, "repacked")
-    if int(ids.shape[0]) <= FEW:  # each choice as if it were a token
+    if few:
         lowering.emit(
             "expert_total", node, {"format": format}, **common, **_terms(lowering, {}), rows=rows,
             k=1, ranks=1, joined=0, shares=0, has_shares=0, **_choices(lowering, ids),
@@ -76,6 +71,21 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
     emit_tile(
         lowering, node, format, width, rows, inner, capacity, **common, order=Ref(listed),
         groups=Ref(listed, first), grouped=1, sums=sums,
+    )  # fmt: skip
+
+
+def _few_floats(
+    lowering: Lowering, node: Tensor, format: str, rows: int, inner: int, ids: Tensor,
+    common: dict[str, Any],
+) -> None:  # fmt: skip
+    name, constants, row = "expert_rows_half", {"format": format}, float_arguments(format, inner)
+    each = half_rows(row["shift"])
+    if format == "F32":
+        name, constants = "expert_rows_float", {}
+        each = WARPS * rows_at_once(format, 1 << row["shift"])
+    arguments = common | row | _choices(lowering, ids)
+    lowering.emit(
+        name, node, constants, **arguments, rows=rows, grid=(-(-rows // each), ids.size)
     )  # fmt: skip
 
 

@@ -99,20 +99,20 @@ def linear(lowering: Lowering, node: Tensor) -> None:
     x, w, *extra = node.inputs
     rows, inner = (int(n) for n in w.shape)
     columns, format = node.size // rows, packed_type(w.dtype)
-    floats = x.attrs["coding"] == "f32"
+    form = "repacked"
+    if x.attrs["coding"] == "f32" and format not in FLOATS:
+        format, form = "F32", "vector"
     sums = {"x": Ref(lowering.result(x)), **_sums(lowering, extra)}
     live = lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1)
-    width = 0 if floats else tile_width(columns, rows)
+    width = tile_width(columns, rows)
     if width:
         bits = (sums["sums"] & 1) + 2 * bool(sums["sums"] & RESIDUAL)
         sums |= {"bias": sums.pop("b0", 0), "sums": bits, "out": lowering.write(node)}
         emit_tile(
             lowering, node, format, width, rows, inner, -(-columns // width), live=live,
-            weights=lowering.weight(w, "repacked"), **sums,
+            weights=lowering.weight(w, form), **sums,
         )  # fmt: skip
         return
-    form = "repacked" if format in FLOATS or not floats else "vector"
-    format = format if form == "repacked" else "F32"
     name, constants = kernel_of(format, columns)
     arguments = arguments_of(format, rows, inner, columns) | {
         "w0": lowering.weight(w, form), "out0": lowering.write(node), "live": live, **sums,

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from small_models import Sizes, write_model
 
 import runtime
 from runtime.backends.cpu.run import pack_cache, pack_file, weights
@@ -27,11 +28,18 @@ IDS = [1, 2, 3, 4, 5]
 Say = Callable[[], str]
 
 
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random mixture of experts, Q4_0 but for its norms and routers."""
+    path = tmp_path_factory.mktemp("models") / "experts.gguf"
+    return write_model(path, Sizes("qwen3moe", experts=4, inner=64), "Q4_0")
+
+
 @pytest.fixture
-def model(small_model: Path, tmp_path: Path) -> Path:
+def model(quantised: Path, tmp_path: Path) -> Path:
     """A copy of its own, in a folder of its own."""
     (tmp_path / "models").mkdir()
-    return Path(shutil.copy(small_model, tmp_path / "models" / "model.gguf"))
+    return Path(shutil.copy(quantised, tmp_path / "models" / "model.gguf"))
 
 
 def logits(model: Path, **options: object) -> np.ndarray:
@@ -218,6 +226,16 @@ def test_an_interrupt_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         logits(model, pack_cache="beside")
     assert len(seen[-1]) == 1 and not packs(model)
+
+
+def test_what_a_killed_writer_left_is_removed(model: Path):
+    logits(model, pack_cache="beside")
+    (file,) = packs(model)
+    file.rename(f"{file}.0123456789abcdef.part")
+    other = file.with_name("another.packed.0123456789abcdef.part")
+    other.write_bytes(b"x")
+    logits(model, pack_cache="beside")
+    assert packs(model) == sorted([other, file])
 
 
 TWO = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import shutil
 import sys
@@ -128,6 +129,8 @@ class Packs:
             with contextlib.suppress(OSError):  # writing will say it
                 held.enter_context(locked(lock, waits))
                 held.callback(_remove, lock)
+                for left in self.path.parent.glob(f"{glob.escape(self.path.name)}.*{PART}"):
+                    _remove(left)  # its writer was killed: nobody else has the lock
             yield
 
     @contextlib.contextmanager

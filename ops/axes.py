@@ -38,10 +38,12 @@ class Link(NamedTuple):
 
     places: int64 [length of the target's, m], for each index of the target those of the source
     (-1: none). shared: the target's serves all of them; else they must be of the same owners.
+    same: each index goes with its own.
     """
 
     places: np.ndarray
     shared: bool = False
+    same: bool = False
 
 
 def _remembered(function: Callable[..., T]) -> Callable[..., T]:
@@ -70,7 +72,15 @@ def links(node: Tensor, source: int, axis: int, target: int) -> tuple[tuple[int,
     else:
         way = partial(_by_pattern, node, source, axis, target)
     found = ((number, way(number)) for number in range(_operand(node, target).ndim))
-    return tuple((number, link) for number, link in found if link is not None)
+    length = int(_operand(node, source).shape[axis])
+    return tuple((number, _told(link, length)) for number, link in found if link is not None)
+
+
+def _told(link: Link, length: int) -> Link:
+    """A link from an axis of that length that says whether it changes anything."""
+    places = link.places[:, 0]
+    same = link.places.shape[1] == 1 and np.array_equal(places, np.arange(length))
+    return link._replace(same=same and not link.shared)
 
 
 @_remembered
@@ -167,6 +177,8 @@ _LINEAR = (Kind.VIEW, Kind.COPY, Kind.CONTRACTION)
 
 def carried(split: Split, axis: int, link: Link) -> Split | None:
     """The same owners along an axis that goes with it; None where they would have to be mixed."""
+    if link.same:
+        return split._replace(axis=axis)
     masks = np.append(split.masks(), 0)[link.places]  # nobody at -1
     if link.shared:
         return split_of(axis, np.bitwise_or.reduce(masks, 1))

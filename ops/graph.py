@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ class Graph:
     @cached_property
     def nodes(self) -> tuple[Tensor, ...]:
         """All nodes, every one after its inputs; stable for equal construction."""
-        return tuple(_depth_first(self.outputs))
+        return _depth_first(self.outputs)
 
     @cached_property
     def users(self) -> dict[Tensor, list[Tensor]]:
@@ -62,17 +62,21 @@ class Graph:
         return render(self)
 
 
-def _depth_first(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    seen: set[Tensor] = set()
-    stack = [(node, False) for node in reversed(outputs)]
+def _depth_first(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    seen, found = set[Tensor](), list[Tensor]()
+    stack: list[Tensor | None] = [*reversed(outputs)]  # None: what is below has its inputs
     while stack:
-        node, ready = stack.pop()
-        if ready:
-            yield node
+        node = stack.pop()
+        if node is None:
+            found.append(stack.pop())  # type: ignore[arg-type]
         elif node not in seen:
             seen.add(node)
-            stack.append((node, True))
-            stack.extend((x, False) for x in reversed(node.inputs) if x not in seen)
+            if node.inputs:
+                stack += (node, None)
+                stack += [x for x in reversed(node.inputs) if x not in seen]
+            else:
+                found.append(node)
+    return tuple(found)
 
 
 def walk(graph: Graph, rules: Rules | None = None, default: Rule | None = None) -> list[Any]:
@@ -98,15 +102,15 @@ def _named(rules: Rules) -> dict[str, Rule]:
 def rewrite(graph: Graph, rules: Rules) -> Graph:
     """The graph with nodes replaced by what `rules` return; other nodes follow their inputs."""
 
-    def rebuild(node: Tensor, *inputs: Tensor) -> Tensor:
-        if inputs == node.inputs:  # tensors are equal only to themselves
-            return node
-        return node.with_(inputs=inputs)
-
-    rules = _named(rules)
+    rules, new = _named(rules), dict[Tensor, Tensor]()
     if not any(node.op in rules for node in graph.nodes):
         return graph
-    new = dict(zip(graph.nodes, walk(graph, rules, rebuild), strict=True))
+    for node in graph.nodes:
+        inputs = tuple([new[x] for x in node.inputs])
+        if rule := rules.get(node.op):
+            new[node] = rule(node, *inputs)
+        else:  # tensors are equal only to themselves
+            new[node] = node if inputs == node.inputs else node.with_(inputs=inputs)
     outputs = tuple(new[o] for o in graph.outputs)
     return graph if outputs == graph.outputs else Graph(outputs, graph.name)
 

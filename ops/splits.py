@@ -53,10 +53,13 @@ class Split(NamedTuple):
     runs: tuple[tuple[Owners, int], ...]
     repeat: int = 1
 
+    @lru_cache(1024)  # noqa: B019  of what is equal
     def masks(self) -> np.ndarray:
-        """int64 [length of the axis]: the owners of every index, device d as bit d."""
+        """int64 [length of the axis], to read: the owners of every index, device d as bit d."""
         bits = np.array([sum(1 << d for d in owners) for owners, _ in self.runs], np.int64)
-        return np.tile(bits.repeat([n for _, n in self.runs]), self.repeat)
+        found = np.tile(bits.repeat([n for _, n in self.runs]), self.repeat)
+        found.flags.writeable = False
+        return found
 
     def local(self, device: int) -> int:
         """Length of the axis on one device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -56,7 +56,10 @@ class Layout(NamedTuple):
         )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+_NO_ATTRS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class Tensor:
     """The result of `op` on `inputs`: shape in numpy order (outermost first), dtype, attributes.
 
@@ -67,9 +70,16 @@ class Tensor:
     op: str
     inputs: tuple[Tensor, ...]
     shape: Shape
-    dtype: DType = F32
-    attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    name: str = ""
+    dtype: DType
+    attrs: Mapping[str, Any]
+    name: str
+
+    def __init__(
+        self, op: str, inputs: tuple[Tensor, ...], shape: Shape, dtype: DType = F32,
+        attrs: Mapping[str, Any] = _NO_ATTRS, name: str = "",
+    ) -> None:  # fmt: skip
+        # graphs are rebuilt by every pass: setting frozen fields one by one takes thrice as long
+        self.__dict__.update(op=op, inputs=inputs, shape=shape, dtype=dtype, attrs=attrs, name=name)
 
     @property
     def ndim(self) -> int:

@@ -237,10 +237,11 @@ def _dealt(regions: Sequence[Region], shares: Sequence[float]) -> list[np.ndarra
             owner = _by_group(groups, costs, ends, given, total)
         else:
             owner = _in_order(classes, costs, ends * total - given)
+        atoms, devices = np.array([*owner.keys()]), np.array([*owner.values()])
+        for device in range(len(shares)):
+            given[device] = np.append(given[device], costs[atoms[devices <= device]]).cumsum()[-1]
         bits = np.zeros(len(region.root), np.int64)
-        for atom, device in owner.items():
-            given[device:] += costs[atom]
-            bits[atom] = 1 << device
+        bits[atoms] = 1 << devices
         found.append(bits[region.root])
     return found
 
@@ -250,7 +251,8 @@ def _in_order(classes: Sequence[int], costs: np.ndarray, ends: np.ndarray) -> di
     sums = np.append(0, np.cumsum(costs[list(classes)]))
     cuts = list(accumulate((int(np.argmin(np.abs(sums - end))) for end in ends), max))
     cuts[-1] = len(classes)
-    return {atom: int(np.searchsorted(cuts, n, side="right")) for n, atom in enumerate(classes)}
+    owners = np.searchsorted(cuts, np.arange(len(classes)), side="right")
+    return dict(zip(classes, owners.tolist(), strict=True))
 
 
 def _by_group(
@@ -419,7 +421,7 @@ class _Pass:
     def _holders(self, node: Tensor, state: State, everybody: int) -> int:
         state = state.experts if isinstance(state, Routed) else state
         if isinstance(state, Split):
-            return int(np.bitwise_or.reduce(state.masks()))
+            return reduce(or_, (1 << device for owners, _ in state.runs for device in owners), 0)
         if state is MIRRORED:
             return everybody
         given = zip(node.inputs, self.uses[node], strict=True)

@@ -27,7 +27,7 @@ from runtime.ops.cost import Seen, flops, moves, page_nbytes
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, find, kind_of
 from runtime.ops.splits import MIRRORED, PARTIAL, Split, State, local_shape
-from runtime.ops.tensor import LEAVES, Tensor
+from runtime.ops.tensor import LEAVES, Shape, Tensor
 
 PageBytes = Callable[[Tensor], float]  # of one page, or one slot, of a state leaf
 Pace = Callable[[Device, Tensor], float]  # of a byte of a weight or state on a device
@@ -70,20 +70,37 @@ class StagePlan:
     def weights(self, device: int) -> int:
         """Bytes of the weights on a device, in its own forms."""
         read = {
-            (node, n): self._local(node, n, device)
-            for node in self.graph.nodes
-            for n, x in enumerate(node.inputs)
-            if x.base.op == "weight" and self._takes(node, n, device)
+            (node, n): self._local(x.base, state, device)
+            for node, n, x, state in self._weights
+            if self._takes(node, n, device)
         }
         if self.devices[device].kind in ON_CPU:
             first = next(n for n, each in enumerate(self.devices) if each.kind in ON_CPU)
             return _CPU.weights_nbytes(read, device == first)
         return _GPU.weights_nbytes(read)
 
-    def _local(self, node: Tensor, number: int, device: int) -> Tensor:
-        x = node.inputs[number]
-        state = self.use(node, number) if x.op == "weight" else self.state(x.base)
-        return x.base.with_(shape=local_shape(x.base.shape, state, device))
+    @cached_property
+    def _weights(self) -> list[tuple[Tensor, int, Tensor, State]]:
+        """Weights that are read: by a node, as its input of a number, and how that takes it."""
+        return [
+            (node, n, x, self.use(node, n) if x.op == "weight" else self.state(x.base))
+            for node in self.graph.nodes
+            for n, x in enumerate(node.inputs)
+            if x.base.op == "weight"
+        ]
+
+    @cached_property
+    def _locals(self) -> dict[tuple[Tensor, Shape], Tensor]:
+        return {}
+
+    def _local(self, x: Tensor, state: State, device: int) -> Tensor:
+        """What a device has of a leaf: one of a shape is the same for all."""
+        if not isinstance(state, Split):
+            return x
+        key = x, local_shape(x.shape, state, device)
+        if key not in self._locals:
+            self._locals[key] = x.with_(shape=key[1])
+        return self._locals[key]
 
     def _computes(self, node: Tensor, device: int) -> bool:
         return self.layout is None or node in self._computed[device]

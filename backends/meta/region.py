@@ -84,6 +84,8 @@ class Region:
             before, known = self.labels[tensor]
             if before != axis:
                 raise Unsplittable(f"{tensor!r} would be split along axes {before} and {axis}")
+            if known is atoms or np.array_equal(known, atoms):
+                return
             if known.shape != atoms.shape:
                 width = max(known.shape[1], atoms.shape[1])
                 known, atoms = (
@@ -142,6 +144,9 @@ class Region:
 
     def _push(self, source: Tensor, target: Tensor, axis: int, link: Link) -> None:
         _, atoms = self.labels[source]
+        if link.same:
+            self._put(target, axis, atoms)
+            return
         beside = np.append(atoms, np.full((1, atoms.shape[1]), -1), 0)
         found = beside[link.places]  # [length, places that go with an index, atoms of each]
         if not (found >= 0).any():
@@ -154,8 +159,10 @@ class Region:
 
     def _joins(self, tensor: Tensor, link: Link) -> int:
         """How many indices of the target would join atoms."""
+        if link.shared or link.places.shape[1] == 1:
+            return 0
         roots = self.root[self.labels[tensor][1][:, 0]][link.places]
-        return 0 if link.shared else int((roots != roots[:, :1]).any(1).sum())
+        return int((roots != roots[:, :1]).any(1).sum())
 
     def _joined(self, atoms: np.ndarray) -> np.ndarray:
         """The first atom at each index, once all of an index are joined."""

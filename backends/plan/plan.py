@@ -248,19 +248,21 @@ def fit(lives: Mapping[Key, tuple[int, int, int]]) -> tuple[dict[Key, int], int]
     First fit over what is in use at the same time, largest first of what begins together.
     """
     offsets: dict[Key, int] = {}
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last moment; sorted
+    placed: list[tuple[int, int, int]] = []  # offset, end, last moment: of now, sorted
+    most = moment = 0
     for key, (nbytes, first, last) in sorted(lives.items(), key=lambda i: (i[1][1], -i[1][0])):
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
-        offsets[key] = _first_fit(placed, size, first, last)
-        insort(placed, (offsets[key], offsets[key] + size, first, last))
-    return offsets, max((end for _, end, _, _ in placed), default=0)
+        if first > moment:
+            moment, placed = first, [each for each in placed if each[2] >= first]
+        offsets[key] = _first_fit(placed, size)
+        insort(placed, (offsets[key], offsets[key] + size, last))
+        most = max(most, offsets[key] + size)
+    return offsets, most
 
 
-def _first_fit(placed: list[tuple[int, int, int, int]], size: int, first: int, last: int) -> int:
+def _first_fit(placed: Sequence[tuple[int, int, int]], size: int) -> int:
     at = 0
-    for offset, end, start, stop in placed:
-        if stop < first or start > last:
-            continue
+    for offset, end, _ in placed:
         if offset - at >= size:
             break
         at = max(at, end)

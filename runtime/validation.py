@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.backends.meta.layers import LayersProgram
+from runtime.backends.passes.fuse_attention import attention_pack
 from runtime.backends.passes.fuse_delta import delta_step
 from runtime.backends.passes.packing import pack, pack_rows
 from runtime.backends.plan.plan import Buffer, Call, Plan
@@ -30,7 +31,7 @@ from runtime.ops.registry import OPS, Kind, kind_of
 from runtime.ops.tensor import Tensor
 
 if TYPE_CHECKING:
-    from runtime.backends.cpu.run.contents import Contents
+    from runtime.backends.plan.contents import Contents
 
 # Largest normalised squared error of a row. float32 leaves 1e-14 of a few roundings, which the
 # first limit is wide of. A product adds up n numbers one by one: 2e-15 n, 3e-11 of the longest
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 # 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token:
 # 1e-11 was seen of both. With K in codes a query has 15 bits: 2e-9 on normal values, 2e-6 seen.
 _LIMIT, _OF_LONG_SUMS, _OF_CODED_KEYS = 1e-11, 1e-10, 3e-5
-_LONG_SUMS = (attention, gated_delta, delta_step)
+_LONG_SUMS = (gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes
 _AS_GOOD = 3.0  # squared error of a group against that of another way; 1.8 was seen of those
@@ -139,6 +140,17 @@ class _Step:
         self._n = 0  # of the instruction under way
         self._values: dict[Tensor, np.ndarray] = {}
         self._states: dict[Tensor, _State] = {}
+        self._lent = {x for call in self._plan.calls() for x in self._unread(call)}
+        self._kept: dict[Tensor, np.ndarray] = {}
+
+    def _unread(self, call: Call) -> Iterator[Tensor]:
+        """What the ops of a call need and it does not read: an earlier call did that part."""
+        results, nodes = self._plan.results, [call.node]
+        nodes += [x for x, buffer in results.items() if buffer in call.writes]
+        for x in (x for node in nodes for x in node.inputs if x.base in results):
+            buffer = results[x.base]
+            if self._contents.holds(x.base) and buffer not in (*call.reads, *call.writes):
+                yield x
 
     def run(self) -> None:
         instructions = zip(
@@ -161,6 +173,9 @@ class _Step:
             for b in instruction.writes:
                 if b.memory == "arena":
                     self._digests[b] = self._contents.digest(b)
+            for x in self._lent:
+                if self._plan.results[x.base] in instruction.writes:
+                    self._kept[x] = self._contents.array(x).copy()
         self._intact([ref.buffer for ref in self._plan.outputs])
 
     def _intact(self, buffers: list[Buffer]) -> None:
@@ -201,16 +216,20 @@ class _Step:
             self._judge(call, name, *_integers(got, want))
             return
         size = _natural_size(call, want, values)
-        self._judge(call, name, *_floats(got.astype(np.float64), want, _limit(tensor), size))
+        self._judge(
+            call, name, *_floats(got.astype(np.float64), want, _limit(tensor, self._contents), size)
+        )
 
     def _packed(self, tensor: Tensor, want: np.ndarray) -> tuple[float, str]:
         packed = self._contents.packed(tensor)
         rows = np.zeros_like(packed.values)
         rows[: want.size // rows.shape[1]] = want.reshape(-1, rows.shape[1])
+        limit = _limit(tensor, self._contents)
         if packed.codes is None:
-            return _floats(packed.values, rows, _LIMIT)
+            return _floats(packed.values, rows, limit)
         exact = pack.made(tensor) or pack_rows.made(tensor)
-        wrong = packed.wrong(rows, 0.0 if exact else _SLACK)
+        slack = math.sqrt(limit) if _attends(tensor) else _SLACK
+        wrong = packed.wrong(rows, 0.0 if exact else slack)
         return 0.0, f"in block {_place(wrong)}" if wrong.any() else ""
 
     def _value(self, x: Tensor) -> np.ndarray:
@@ -226,10 +245,15 @@ class _Step:
         if base.op in ("weight", "constant"):
             stored = self._of.weight(base)
             return stored if x is base else self._contents.part(x, stored.reshape(-1))
-        if base.op != "input":
+        if x in self._kept:
+            return self._kept[x]
+        if base.op == "input":
+            given = self._inputs[base.name]
+        elif self._contents.holds(base):
             return self._contents.array(x)
-        given = self._inputs[base.name]
-        room = np.zeros([int(n) for n in base.shape], base.dtype.numpy)
+        else:  # a kernel does several ops in one and keeps what the last of them gives
+            given = compute(base, *(self._value(y) for y in base.inputs))
+        room = np.zeros([int(n) for n in base.shape], given.dtype)
         room[tuple(slice(n) for n in given.shape)] = given
         return self._contents.part(x, room.reshape(-1))
 
@@ -242,11 +266,16 @@ class _Step:
         self._of.tally.add(name, error)
 
 
-def _limit(x: Tensor) -> float:
-    if attention.made(x) and kv_format(x.inputs[1].dtype.name).coding:
-        return _OF_CODED_KEYS
+def _limit(x: Tensor, contents: Contents) -> float:
+    if _attends(x):
+        coded = kv_format(x.inputs[1].dtype.name).coding
+        return _OF_CODED_KEYS if coded else contents.of_attention
     long = kind_of(x) is Kind.CONTRACTION or any(op.made(x) for op in _LONG_SUMS)
     return _OF_LONG_SUMS if long else _LIMIT
+
+
+def _attends(x: Tensor) -> bool:
+    return attention.made(x) or attention_pack.made(x)
 
 
 def _without_rounding(node: Tensor) -> Tensor:

@@ -160,7 +160,9 @@ def test_validate_knows_plain_ops(tmp_path: Path, name: str, monkeypatch, capsys
 def test_validate_names_the_first_difference_and_nothing_else(small: Path, monkeypatch, capsys):
     monkeypatch.setenv("VALIDATE", "1")
     limit = validation._limit
-    monkeypatch.setattr(validation, "_limit", lambda x: -1.0 if x.op == "attention" else limit(x))
+    monkeypatch.setattr(
+        validation, "_limit", lambda x, c: -1.0 if x.op == "attention" else limit(x, c)
+    )
     message = (
         r"VALIDATE: blk\.0\.attention \(instruction \d+, attention-.*\) differs .* in row \[0, 0\]"
     )

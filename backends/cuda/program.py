@@ -9,10 +9,10 @@ the host can give that step to the device before it knows the token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,8 +29,12 @@ from runtime.backends.cuda.outputs import Output
 from runtime.backends.cuda.stores import Store
 from runtime.backends.cuda.tiles import attends, attention_tiles, tile_rows, tiles_name
 from runtime.backends.cuda.timeline import Timeline, timeline
+from runtime.backends.plan import plan
 from runtime.backends.plan.plan import Argument, Call, Plan, Ref
 from runtime.ops.errors import BackendError
+
+if TYPE_CHECKING:
+    from runtime.backends.cuda.contents import Contents
 
 
 class Program:
@@ -39,7 +43,7 @@ class Program:
     peers: where what other devices give to collectives lies, by the key of its buffer.
     """
 
-    observable = False
+    observable = True
 
     def __init__(
         self, plan: Plan, device: Device, stream: Stream, store: Store, arena: Buffer,
@@ -103,6 +107,26 @@ class Program:
                 self._device, self._inputs, logits, self.plan.output_tensors[0]
             )
         return self._choosing
+
+    def run_each(
+        self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
+    ) -> Iterator[Callable[[], None]]:
+        """One step: the launches of each instruction are given by the function for it, once."""
+        self.give(inputs, live)
+        launches = iter(self.launches)
+        for instruction in self.plan.instructions:
+            mine = [next(launches) for _ in instruction.calls]
+            yield lambda mine=mine: [launch.run(self._stream) for launch in mine]  # type: ignore
+
+    def contents(self, live: Mapping[str, int]) -> Contents:
+        """What lies in memory in a step of these live counts, whenever it is asked."""
+        from runtime.backends.cuda.contents import Contents
+
+        def copied(buffer: plan.Buffer) -> np.ndarray:
+            place = self._view(Ref(buffer)).view(0, buffer.nbytes)
+            return place.read(np.empty(buffer.nbytes, np.uint8), self._stream)
+
+        return Contents(self.plan, copied, self._store, live)
 
     def profile(
         self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
@@ -173,6 +197,10 @@ class Program:
                 edges = dependencies(launches, programmatic=True)
                 self._graphs[len(launches)] = Graph(self._device, launches, edges)
             self._graphs[len(launches)].replay(self._stream)
+
+    def results(self, live: Mapping[str, int]) -> list[np.ndarray]:
+        """The graph's outputs after a step of these live counts."""
+        return self.fetched(live)
 
     def fetched(self, live: Mapping[str, int]) -> list[np.ndarray]:
         """The outputs, once the stream has done what it was given; the device is active."""

@@ -81,13 +81,20 @@ class Store:
 
     def read(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
         """See `Backend.read_state`."""
-        buffer, size = self.state(leaf), page_nbytes(leaf)
-        found = np.empty((len(rows), size), np.uint8)
-        for row, out in zip(rows, found, strict=True):
-            buffer.view(int(row) * size, size).read(out, self._stream)
+        found = self.raw(leaf, rows)
         if leaf.attrs["storage"] == "slots":
             return found.view(np.float32).reshape(len(rows), *map(int, leaf.shape[1:]))
         return to_plain(found, leaf)
+
+    def raw(self, leaf: Tensor, rows: Sequence[int]) -> np.ndarray:
+        """uint8 [rows, bytes]: pages or slots as they lie."""
+        buffer, size = self.state(leaf), page_nbytes(leaf)
+        found = np.empty((len(rows), size), np.uint8)
+        if isinstance(rows, range) and rows == range(int(leaf.shape[0])):
+            return buffer.read(found, self._stream)
+        for row, out in zip(rows, found, strict=True):
+            buffer.view(int(row) * size, size).read(out, self._stream)
+        return found
 
     def write(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
         """The inverse of `read`."""

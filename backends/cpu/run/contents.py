@@ -1,9 +1,8 @@
-"""What lies in a program's memory, as numpy arrays: for VALIDATE, and for tests."""
+"""What lies in the memory of a program of the CPU's: see plan/contents.py."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,9 +11,9 @@ import numpy as np
 from runtime.backends.cpu.rules.moe import HEADER
 from runtime.backends.cpu.run.memory import FixedMemory
 from runtime.backends.cpu.tile.spec import PIECES, STRETCHES, activation_tile_nbytes
+from runtime.backends.plan import contents
 from runtime.backends.plan.plan import Buffer, Plan
-from runtime.ops.kv_formats import kv_format
-from runtime.ops.tensor import Dim, Tensor
+from runtime.ops.tensor import Tensor
 
 _CLOSE = 1e-5  # how near a scale must be to the best one: float32 sums of 32 products
 
@@ -84,76 +83,38 @@ class Packed:
         return ~found & np.isfinite(peak[..., 0])
 
 
-class Contents:
-    """Results and state of one step in a program's memory; live rows alone."""
+class Contents(contents.Contents):
+    """See plan/contents.py."""
 
     def __init__(
         self, plan: Plan, arena: np.ndarray, memory: FixedMemory, live: Mapping[str, int]
     ) -> None:
-        self._plan, self._arena, self._memory, self._live = plan, arena, memory, live
+        super().__init__(plan, live)
+        self._arena, self._memory = arena, memory
 
-    def shape(self, x: Tensor) -> tuple[int, ...]:
-        """The live part of a tensor's shape."""
-        return tuple(self._live[n.name] if isinstance(n, Dim) else int(n) for n in x.shape)
+    def bytes(self, buffer: Buffer) -> np.ndarray:
+        """See plan/contents.py."""
+        return self._arena[buffer.offset : buffer.offset + buffer.nbytes]
 
-    def array(self, x: Tensor) -> np.ndarray:
-        """What a result, or a view of one, stands for: float32, int32, or of a pack float64."""
-        if x.dtype.is_blocked:
-            values = self.packed(x).values
-            return values if self._gathered(x) else self._rows(x, values).reshape(self.shape(x))
-        if "experts" in x.attrs:
-            return self._tiles(x)
-        assert x.dtype.numpy is not None, f"{x!r} has no numpy type"
-        return self.part(x, self._bytes(x.base).view(x.dtype.numpy))
+    def pages(self, leaf: Tensor) -> np.ndarray:
+        """See plan/contents.py."""
+        return self._memory.state(leaf)
 
-    def part(self, x: Tensor, base: np.ndarray) -> np.ndarray:
-        """The live part of x, whose memory lies in `base` (all elements, flat)."""
-        layout, item = x.layout, base.itemsize
-        strides = tuple(item * stride for stride in layout.strides)
-        start = base[layout.offset :]
-        whole = np.ndarray([int(n) for n in x.shape], base.dtype, start, strides=strides)
-        return whole[tuple(slice(n) for n in self.shape(x))]
+    def read(self, leaf: Tensor, rows: np.ndarray) -> np.ndarray:
+        """See plan/contents.py."""
+        return self._memory.read(leaf, rows.tolist())
 
     def packed(self, x: Tensor) -> Packed:
-        """A pack node's tiles, columns without a row among them."""
+        """See plan/contents.py: tiles, columns without a row among them."""
         n, columns, coding = int(x.shape[-1]), x.attrs["C"], x.attrs["coding"]
         rows = math.prod(self.shape(x)[:-1])
-        tiles = len(self._tiles(x.inputs[-1])) if self._gathered(x) else -(-rows // columns)
+        tiles = len(self.tiles(x.inputs[-1])) if self.gathered(x) else -(-rows // columns)
         nbytes = activation_tile_nbytes(columns, coding, n)
-        return Packed.of(self._bytes(x)[: tiles * nbytes].reshape(-1, nbytes), n, columns, coding)
+        raw = self.bytes_of(x)[: tiles * nbytes].reshape(-1, nbytes)
+        return Packed.of(raw, n, columns, coding)
 
-    def digest(self, buffer: Buffer) -> int:
-        """A checksum of a buffer of the arena."""
-        return zlib.crc32(self._arena[buffer.offset : buffer.offset + buffer.nbytes].tobytes())
-
-    def totals(self, leaf: Tensor) -> np.ndarray:
-        """uint64 by page or slot: the sum of its words; 0 where nothing was ever written."""
-        memory = self._memory.state(leaf)
-        words = memory.view(np.uint64 if memory.shape[1] % 8 == 0 else np.uint32)
-        return words.sum(1, dtype=np.uint64)
-
-    def state(self, leaf: Tensor, rows: np.ndarray) -> np.ndarray:
-        """float32 [len(rows), ...]: these pages (as [PAGE, heads, dim]) or slots of a leaf."""
-        if not len(rows):
-            return np.zeros((0, *map(int, leaf.shape[1:])), np.float32)
-        found = self._memory.read(leaf, rows.tolist())
-        if found.dtype == np.uint8:
-            return kv_format(leaf.dtype.name).plain(found, int(leaf.shape[3]))
-        return found
-
-    def _gathered(self, x: Tensor) -> bool:
-        """Whether a pack's rows are those of experts' tiles."""
-        return "experts" in x.inputs[-1].attrs
-
-    def _rows(self, x: Tensor, values: np.ndarray) -> np.ndarray:
-        return values[: math.prod(self.shape(x)[:-1])]
-
-    def _tiles(self, x: Tensor) -> np.ndarray:
-        """int32 [live tiles, 1 + C]."""
-        raw, width = self._bytes(x), 1 + x.attrs["C"]
+    def tiles(self, x: Tensor) -> np.ndarray:
+        """See plan/contents.py."""
+        raw, width = self.bytes_of(x), 1 + x.attrs["C"]
         count = int(raw[:8].view(np.int64)[0])
         return raw[HEADER:].view(np.int32)[: count * width].reshape(-1, width)
-
-    def _bytes(self, x: Tensor) -> np.ndarray:
-        buffer = self._plan.results[x]
-        return self._arena[buffer.offset : buffer.offset + buffer.nbytes]

@@ -21,7 +21,7 @@ from runtime.backends.cuda.peaks import measured
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import Error
 
-_TINY = Kernel.of("argmax_parts")
+_TINY = Kernel.of("normalize")
 
 
 def machine(check: Check) -> Iterator[Row]:
@@ -82,7 +82,7 @@ def loading(check: Check) -> Iterator[Row]:
 def launches(check: Check) -> Iterator[Row]:
     """Microseconds of host time per launch by route; of the device per node of a graph."""
     count = 3 if check.dry else 300
-    with check.device() as device, device.stream() as stream, device.arena(1 << 23) as arena:
+    with check.device() as device, device.stream() as stream, device.arena(1 << 24) as arena:
         clock = Clock(device, stream, check.dry)
         tiny = _tiny(device, stream, arena, 256, count)
         yield from _routes(clock, tiny)
@@ -116,10 +116,7 @@ def _gaps(clock: Clock, arena: Arena, count: int) -> Iterator[Row]:
     """Work cut into `count` nodes against the same work in one."""
     elements = 256 if count < 10 else 2048
     cut = _tiny(clock.device, clock.stream, arena, elements, count)
-    buffers = [cut[0].buffers[name] for name in ("x", "values", "ids")]
-    whole = arena.take(4 * elements * count)
-    whole.fill(0, clock.stream)
-    alone = clock.device.launch(_TINY, 1, whole, *buffers[1:], elements * count)
+    (alone,) = _tiny(clock.device, clock.stream, arena, elements * count, 1)
     for name, early in (("plain", False), ("programmatic", True)):
         taken = []
         for launches in ([alone], cut):
@@ -163,10 +160,8 @@ class Clock:
 
 
 def _tiny(device: Device, stream: Stream, arena: Arena, elements: int, count: int) -> list[Launch]:
-    """One block each that reads its own `elements` numbers in turn."""
-    x, values, ids = arena.take(4 * elements * count), arena.take(256), arena.take(256)
+    """One warp each that goes through its own `elements` numbers in turn."""
+    x, out = arena.take(4 * elements * count), arena.take(4 * elements * count)
     x.fill(0, stream)
-    return [
-        device.launch(_TINY, 1, x.view(4 * elements * i), values, ids, elements)
-        for i in range(count)
-    ]
+    places = [(x.view(4 * elements * i), out.view(4 * elements * i)) for i in range(count)]
+    return [device.launch(_TINY, 1, *place, elements, elements) for place in places]

@@ -66,8 +66,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # kernel -> (registers at most, opcodes that must be there, opcodes that must not)
 EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
-    "argmax_parts": (32, ("LDG.E", "SHFL"), ()),
-    "argmax_merge": (32, ("LDG.E", "SHFL"), ()),
     "attention": (232, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2", "LDS.128", "ATOMG"), ()),
     "binary": (24, ("LDG.E",), ()),
     "copy": (24, ("LDG.E",), ()),

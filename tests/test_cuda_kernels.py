@@ -1,4 +1,4 @@
-"""Norm, rope, SwiGLU, int8 packing and argmax on the simulator against numpy, at odd sizes."""
+"""Norm, rope, SwiGLU and int8 packing on the simulator against numpy, at odd sizes."""
 
 from __future__ import annotations
 
@@ -161,27 +161,3 @@ def test_rope_in_place(rng):
     expected = rope(x, angles, style="neox")
     simulate("rope", (2, 1), x, angles, x, 8, 24, 48, 24, 48, 24, constants={"style": "neox"})
     assert abs(x - expected).max() < 1e-6
-
-
-def _argmax(x: np.ndarray, parts: int) -> np.ndarray:
-    rows, n = x.shape
-    best, ids = unset(rows, parts), np.zeros((rows, parts), np.uint32)
-    out = np.full(rows, 0xCDCDCDCD, np.uint32)
-    simulate("argmax_parts", (parts, rows), x, best, ids, n)
-    simulate("argmax_merge", rows, best, ids, out, parts)
-    return out
-
-
-@pytest.mark.parametrize(("n", "parts"), [(1, 1), (1000, 3), (77, 40)])
-def test_argmax(rng, n: int, parts: int):
-    x = rng.standard_normal((2, n)).astype(np.float32)
-    np.testing.assert_array_equal(_argmax(x, parts), x.argmax(1))
-
-
-def test_argmax_takes_the_first_of_equals_and_skips_nan():
-    x = np.zeros((4, 600), np.float32)
-    x[0, [7, 300, 599]] = 1
-    x[1], x[1, 500] = np.nan, -np.inf
-    x[2] = -np.inf
-    x[3] = np.nan
-    np.testing.assert_array_equal(_argmax(x, 3), [7, 500, 0, 0])

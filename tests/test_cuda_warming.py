@@ -84,7 +84,7 @@ def test_an_unknown_target_is_one_line():
 
 def test_a_filled_cache_runs_without_the_toolchain(compiled, tmp_path: Path):
     """A process in which it cannot be imported finds every kernel that another one compiled."""
-    kernel = Kernel.of("argmax_merge")
+    kernel = Kernel.of("normalize")
     Library("sm_90a", tmp_path).prepare([kernel])
     hidden = "numba", "numba_cuda", "llvmlite", "cuda.core", "nvidia"
     program = (
@@ -93,7 +93,7 @@ def test_a_filled_cache_runs_without_the_toolchain(compiled, tmp_path: Path):
         "from runtime.backends.plan.kernel import Kernel\n"
         "def absent(name): raise m.PackageNotFoundError(name)\n"
         f"m.version = absent; library = Library('sm_90a', Path({str(tmp_path)!r}));"
-        "print(library.get(Kernel.of('argmax_merge')).code)"
+        "print(library.get(Kernel.of('normalize')).code)"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stdout.strip() == "b'code'", found.stderr
@@ -103,4 +103,4 @@ def test_without_a_toolchain_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("runtime.backends.cuda.library.library", lambda t: Library(t, None))
     with pytest.raises(BackendError, match=r"graph-runtime\[cuda\]"):
-        warming.fill("sm_90a", [Kernel.of("argmax_merge")])
+        warming.fill("sm_90a", [Kernel.of("normalize")])

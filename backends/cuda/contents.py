@@ -75,7 +75,11 @@ class Contents(contents.Contents):
         live: Mapping[str, int],
     ) -> None:  # fmt: skip
         super().__init__(plan, live)
-        self.bytes, self._store = copied, store  # type: ignore[method-assign]
+        self._copied, self._store = copied, store
+
+    def bytes(self, buffer: Buffer) -> np.ndarray:
+        """See plan/contents.py."""
+        return self._copied(buffer)
 
     def pages(self, leaf: Tensor) -> np.ndarray:
         """See plan/contents.py."""
@@ -101,8 +105,8 @@ class Contents(contents.Contents):
             first = -(-given.size // 4) * 4
             capacity = groups_of(given.size, x.attrs["experts"], width)
             groups = words[first : first + 4 * capacity].reshape(-1, 4)
-            rows = [(e, words[at + i]) for e, at, count, _ in groups for i in range(count)]
-            return np.array(rows, np.int32).reshape(-1, 2)
+            listed = [(e, words[at + i]) for e, at, count, _ in groups for i in range(count)]
+            return np.array(listed, np.int32).reshape(-1, 2)
         ids = words[:choices]
         rows = np.flatnonzero(ids >= 0)
         if grouped:

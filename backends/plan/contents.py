@@ -15,10 +15,17 @@ from runtime.ops.tensor import Dim, Tensor
 
 
 class Packed(Protocol):
-    """Packed activations, taken apart: float64 [rows, n], and int8 codes, None of floats."""
+    """Packed activations, taken apart."""
 
-    values: np.ndarray
-    codes: np.ndarray | None
+    @property
+    def values(self) -> np.ndarray:
+        """float64 [rows, n]: what they stand for."""
+        ...
+
+    @property
+    def codes(self) -> np.ndarray | None:
+        """int8 [rows, n / 32, 32], rows filled up; None of floats."""
+        ...
 
     def wrong(self, want: np.ndarray, slack: float) -> np.ndarray:
         """bool [rows, n / 32]: blocks of codes that no exact packing of `want` [rows, n] gives.

@@ -73,9 +73,9 @@ def planned_nbytes(graph: Graph, rows: bool) -> tuple[int, int, int]:
 
 
 def repacked(x: object) -> int:
-    from runtime.backends.cpu.run.weights import _repacked_nbytes
+    from runtime.backends.cpu.run.forms import repacked_nbytes
 
-    return _repacked_nbytes(x)
+    return repacked_nbytes(x)
 
 
 FORMS = {"raw": lambda x: x.nbytes, "vector": lambda x: 4 * x.size, "repacked": repacked}

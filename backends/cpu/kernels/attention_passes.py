@@ -24,7 +24,7 @@ from . import emit as e
 from . import simd as s
 from .attention_block import ROW_BYTES, Block, repeat, repeat_if_any
 from .emit import number, times
-from .kv_dots import WORDS, CodeDots, Numbers, folded, middle
+from .kv_dots import WORDS, Numbers, code_dots, folded, middle
 from .kv_planes import (
     check,
     key_words,
@@ -140,7 +140,7 @@ def _dots_of_codes(
     ]
     shared = [_shared(b, format, page, dim, dims, j) for j in vectors]
     numbers = Numbers(b, q, row)
-    found = _products(CodeDots(b, coding), words, numbers, rows)
+    found = _products(code_dots(b, coding), words, numbers, rows)
 
     def adds(r, j):
         def add(old):
@@ -170,24 +170,19 @@ def _shared(b: ir.IRBuilder, format: KVFormat, page: Any, dim: Any, dims: Any, j
     return [scale, _fma(b, scale, e.floats(float(middle(format.coding))), minimum[0])]
 
 
-def _products(dots: CodeDots, words: list, numbers: Numbers, rows: int) -> list[list[Any]]:
+def _products(dots: Any, words: list, numbers: Numbers, rows: int) -> list[list[Any]]:
     """[row][vector] float32: products of the numbers of rows with vectors of codes, in words.
 
     A word of codes comes after another and is added to the sums of all rows, so that these do not
     wait for each other; their words of the numbers are operands in memory.
     """
-    sums = [[[dots.begin(), dots.begin()] for _ in words] for _ in range(rows)]
+    sums = [[dots.begin() for _ in words] for _ in range(rows)]
     for w in range(WORDS):
         for j, some in enumerate(words):
             codes = dots.codes(next(some))
             for r, mine in enumerate(sums):
-                mine[j] = [
-                    dots.add(x, codes, numbers.word(n, w, r), w) for n, x in enumerate(mine[j])
-                ]
-    return [
-        [numbers.whole(r, *(dots.end(total) for total in both)) for both in mine]
-        for r, mine in enumerate(sums)
-    ]
+                mine[j] = dots.add(mine[j], codes, numbers.word(w, r), w)
+    return [[numbers.whole(r, dots.end(total)) for total in mine] for r, mine in enumerate(sums)]
 
 
 def output_pass(rows: int, format: KVFormat) -> Callable:
@@ -220,7 +215,7 @@ def _output_of_codes(rows: int, format: KVFormat) -> Callable:
             for first in range(0, GROUP // e.LANES, held):
                 halves = range(first, first + held)
                 words = [value_words(b, format, places, half, is_whole) for half in halves]
-                found = _products(CodeDots(b, coding), words, numbers, rows)
+                found = _products(code_dots(b, coding), words, numbers, rows)
                 start = b.add(b.add(o, times(b, dim, ROW_BYTES)), times(b, row, 4 * e.LANES))
                 for r, mine in enumerate(found):
                     factor = _broadcast(b, e.offset(b, decay, 4 * r))

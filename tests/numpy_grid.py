@@ -15,6 +15,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,7 @@ _AT_ONCE = 1 << 14  # threads
 _UNDEFINED = object()
 # Of each kernel's function its twin on arrays, and the run that it asks for threads and masks.
 _twins: WeakKeyDictionary[Callable, tuple[Run, Callable]] = WeakKeyDictionary()
+_ONE = threading.Lock()  # a run is of one launch at a time; stages of layers launch in threads
 
 
 def launch(kernel: Declared, grid: int | tuple[int, ...], *arguments: Any) -> None:
@@ -46,7 +48,7 @@ def launch(kernel: Declared, grid: int | tuple[int, ...], *arguments: Any) -> No
         for a in _bound(kernel, arguments)
     ]
     step = max(1, _AT_ONCE // kernel.entry.threads)
-    with np.errstate(all="ignore"):
+    with _ONE, np.errstate(all="ignore"):
         for first in range(0, x * y * z, step):
             run.begin((x, y, z), first, min(step, x * y * z - first))
             function(*bound)

@@ -530,8 +530,7 @@ def _caught_in_a_copy(fault: SourceFault, model: Path) -> str:
     root = Path(__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         for part in ("ops", "backends", "runtime"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(root / part, Path(folder, part), ignore=ignored)
+            shutil.copytree(root / part, Path(folder, part))
         path = Path(folder, "backends/cpu/kernels", fault.file)
         text = path.read_text(encoding="utf-8")
         for right, wrong in fault.changes.items():

@@ -15,6 +15,7 @@ from cuda_models import on_fake_gpus
 from fake_driver import H100
 from small_models import Sizes, write_model
 
+from runtime.backends import offload
 from runtime.backends.base import Room
 from runtime.backends.cuda.backend import CudaBackend
 from runtime.backends.meta.choices import chosen
@@ -157,13 +158,14 @@ FILE = SimpleNamespace(
         ("layers(cuda:0,cuda:1)", -1, False, 3_000, ("layers(cuda:0,cuda:1)", (3, 0))),
         ("tensor(cuda:0,cuda:0)", "auto", False, 3_000, ("tensor(cuda:0,cuda:0)", (1, 0))),
         ("cuda:0", "auto", True, 6_000, ("cuda:0", (None, 1 << 30))),
-        ("cuda:0", "auto", False, 600, ("cuda:0", (0, 0))),
+        ("cuda:0", "auto", False, 700, ("cuda:0", (1, 0))),
+        ("cuda:0", "auto", False, 600, ("cpu", None)),
     ],
 )  # fmt: skip
 def test_which_layers_and_experts_the_cpu_has(devices, gpu_layers, cpu_moe, free, want):
     stages, host = offloaded(
         devices, chosen(devices), FILE, gpu_layers, cpu_moe, lambda: Device("cuda", 7),
-        lambda device: free,
+        lambda device: free + offload._FIXED / offload._SHARE,
     )  # fmt: skip
     assert (text(stages), host if host is None else tuple(host)) == want
 

@@ -79,7 +79,8 @@ class WeightStore:
         Packed weights lie in one piece of memory, which the system then maps with large pages:
         reading them is a third faster than from many small pieces (measured).
         """
-        wanted = [b for b in buffers if b.content not in self._made | self._rows]
+        have = {*self._made, *self._rows}
+        wanted = [b for b in buffers if b.content not in have]
         if self._packs is not None and wanted:
             wanted = yield from self._mapped(self._file_of(self._packs, wanted), wanted)
         packed = [_nbytes(b) for b in wanted if b.memory == "repacked"]

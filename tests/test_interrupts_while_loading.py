@@ -168,10 +168,10 @@ def test_packing(small_model: Path):
 
 def test_no_call_packs_more_than_a_moment():
     """What one native call takes, since Python sees an interrupt only after it."""
-    from runtime.backends.cpu.run import weights
+    from runtime.backends.cpu.run import forms
 
-    pieces = [*weights._pieces(3, 100_003, 2304), *weights._pieces(128, 2048, 2304)]
+    pieces = [*forms.pieces(3, 100_003, 2304), *forms.pieces(128, 2048, 2304)]
     assert all(count * (stop - first) * 2304 <= 17 << 20 for _, count, first, stop in pieces)
-    rows = [(m + k, r) for m, n, a, b in weights._pieces(3, 40_003, 2304)
+    rows = [(m + k, r) for m, n, a, b in forms.pieces(3, 40_003, 2304)
             for k in range(n) for r in range(a, b)]  # fmt: skip
     assert rows == [(m, r) for m in range(3) for r in range(40_003)]

@@ -173,15 +173,6 @@ def column_nbytes(inner: int, coding: str = "int8") -> int:
     return cut(inner).places * (BLOCK + 8) if coding == "int8" else float_nbytes(inner)
 
 
-def columns_of(tokens: int, format: str = "") -> int:
-    """Columns of a product that share the reading of a weight: 1, 2, 4 or 8, more in turns.
-
-    Formats that few files have are not compiled for 2 and 4.
-    """
-    widths = (1,) if format in RARE else (1, 2, 4)
-    return next((n for n in widths if tokens <= n), 8)
-
-
 def pack(raw: np.ndarray, format: str, rows: int, inner: int) -> np.ndarray:
     """A matrix of the file, its rows one after another as uint8, as kernels read it: uint8.
 

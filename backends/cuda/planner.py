@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.backends.cuda.layouts import FORMATS, packed_nbytes, packed_type
 from runtime.backends.cuda.pages import page_nbytes
-from runtime.backends.cuda.widths import FEW, product_kinds
+from runtime.backends.cuda.widths import DELTA_LAYER, FEW, product_kinds
 from runtime.backends.passes.fuse_collectives import sums_by_library
 from runtime.backends.passes.packing import Options
 from runtime.backends.plan import planner
@@ -19,7 +19,6 @@ from runtime.ops.graph import Graph
 from runtime.ops.tensor import Tensor
 
 MAX_HEAD_DIM = 256
-DELTA_LAYER = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
 
 
 def options(activations: str = "int8", fuse: bool = True) -> Options:

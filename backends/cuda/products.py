@@ -26,11 +26,11 @@ from runtime.backends.cuda.layouts import (
     FLOATS,
     PIECE,
     UNIT,
-    columns_of,
     cut,
     float_lanes,
     parts,
 )
+from runtime.backends.cuda.widths import columns_of
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Ref
 

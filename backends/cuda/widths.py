@@ -1,18 +1,36 @@
-"""How wide tiles of many columns are, and up to how many tokens experts are taken one by one."""
+"""What the tokens of a step decide: each number that chooses between kernels stands here.
+
+    tokens                  products with one weight                   experts, recurrence
+    1, 2, 4, 8              columns that share a reading (COLUMNS)     each choice by itself (FEW)
+    up to 16                                                           one launch (DELTA_LAYER)
+    up to 8 _MOST_TURNS     turns of 8 columns, or tiles: the quicker  tiles by expert
+    more                    tiles of WIDTHS columns                    tiles by expert
+
+A result's bits depend on none of them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from runtime.backends.cuda.kernels.tile import ROWS, WIDTHS
-from runtime.backends.cuda.layouts import columns_of
+from runtime.backends.cuda.layouts import RARE
 from runtime.ops.graph import Graph
 from runtime.ops.matmul import matmul, matmul_id
 
+COLUMNS = (1, 2, 4, 8)  # of a product that share the reading of a weight; more in turns
+_RARE_COLUMNS = (1, 8)  # of formats that few files have
 FEW = 8  # tokens of which each choice of an expert is a product of its own
+DELTA_LAYER = 16  # tokens; beyond, a recurrence is faster with blocks of fewer columns
 _PROCESSORS = 132
 _COSTS = dict(zip(WIDTHS, (900, 1400), strict=True))  # cycles of a stage, about
 _TURN, _MOST_TURNS = 4, 4  # cycles of as much in a matrix-vector product of 8 columns
+
+
+def columns_of(tokens: int, format: str = "") -> int:
+    """Columns of a product that share the reading of a weight, one of COLUMNS."""
+    widths = _RARE_COLUMNS if format in RARE else COLUMNS
+    return next((n for n in widths if tokens <= n), COLUMNS[-1])
 
 
 def tile_width(columns: int, rows: int) -> int:

@@ -24,7 +24,7 @@ from runtime.backends.cuda.intrinsics import (
     thread_x,
     u32,
 )  # fmt: skip
-from runtime.backends.cuda.layouts import columns_of
+from runtime.backends.cuda.widths import columns_of
 from runtime.backends.plan.catalogue import constants
 
 from .formats import FORMATS, adder

@@ -488,6 +488,10 @@ MEANINGS: dict[str, Callable[..., Any]] = {
         for n in ("", 2, 4)
     },
     **{
+        f"{name}_pair": lambda run, _, p, i: (*p.read(i, 4), *p.read(u32(i + 1), 4))
+        for name in ("load", "constant")
+    },
+    **{
         f"{name}{n}": lambda run, _, p, i, *values: p.write(i, values)
         for name in ("store", "shared_store")
         for n in ("", 2, 4)

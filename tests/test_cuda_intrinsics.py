@@ -47,6 +47,7 @@ ELSEWHERE = {
 }
 _TWO, _FOUR = "store2(out, {at}, s[0], s[1])", "store4(out, {at}, s[0], s[1], s[2], s[3])"
 _FIRST_TWO, _FIRST_FOUR = (f"s = {{op}}(words, 1); {x.format(at=0)}" for x in (_TWO, _FOUR))
+_PAIR = f"s = {{op}}(words, 1); {_FOUR.format(at=0)}; s = s[4:]; {_FOUR.format(at=1)}"
 _MY_TWO, _MY_FOUR = (x.format(at="thread_x()") for x in (_TWO, _FOUR))
 _FILLED = "a = tile(); shared_store4(a, thread_x(), 1, 2, 3, thread_x()); syncthreads(); "
 _COPIED = (
@@ -60,6 +61,8 @@ BODIES = {
     "load": ("store(out, 0, {op}(words, 1))", "LDG.E "),
     "load2": (_FIRST_TWO, "LDG.E.64 "),
     "load4": (_FIRST_FOUR, "LDG.E.128 "),
+    "load_pair": (_PAIR, "LDG.E.128 "),
+    "constant_pair": (_PAIR, "LDG.E.128.CONSTANT"),
     "constant": ("store(out, 0, {op}(words, 1))", "LDG.E.CONSTANT"),
     "constant2": (_FIRST_TWO, "LDG.E.64.CONSTANT"),
     "constant4": (_FIRST_FOUR, "LDG.E.128.CONSTANT"),

@@ -1,4 +1,5 @@
-"""Kernels to PTX to cubin, with no GPU and no driver. With `lowering.py`, all that knows numba.
+"""Kernels to PTX to cubin, with no GPU and no driver. With lowering.py and frontend.py, all
+that knows numba.
 
 numba only compiles: its dispatcher, its arrays and its launches are never used. nvJitLink turns
 the PTX into code for one target and reports the registers and spills of each kernel.
@@ -6,7 +7,6 @@ the PTX into code for one target and reports the registers and spills of each ke
 
 from __future__ import annotations
 
-import copy
 import functools
 import re
 import struct
@@ -18,23 +18,18 @@ import numpy as np
 from cuda.core import Linker, LinkerOptions, ObjectCode
 from numba import cuda, types
 from numba.cuda import dispatcher
-from numba.cuda.core import inline_closurecall
 
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
 
+from . import frontend
 from .catalogue import Compiled, declared
 from .intrinsic import Declared, Intrinsic
 from .lowering import TYPES, lowered
 from .targets import capability
 
-# Where numba inlines a function it copies, twice and deeply, what it has made for this one call:
-# a quarter of the time of compiling. The code is the same without.
-inline_closurecall.copy = python_types.SimpleNamespace(  # type: ignore[attr-defined]
-    copy=copy.copy, deepcopy=lambda value, memo=None: value
-)
-
-_kept: dict[int, dict[Any, Any]] = {}  # capability -> helpers, of all kernels of this process
+frontend.install()
+_helpers: dict[int, dict[Any, Any]] = {}  # capability -> those of all kernels of this process
 
 
 def compile_kernel(kernel: Kernel, target: str) -> Compiled:
@@ -65,9 +60,11 @@ def to_ptx(kernel: Declared, target: str) -> str:
     variant = (major, minor, "a") if target.endswith("a") else (major, minor)
     dispatcher.get_current_device = lambda: python_types.SimpleNamespace(compute_capability=variant)
     bounds = kernel.entry.threads, kernel.entry.min_blocks or 1
+    function = _rebound(kernel.function, 10 * major + minor)
+    frontend.look_for_operations()
     compile_all: Any = cuda.compile_all  # type: ignore[attr-defined]
     codes, _ = compile_all(
-        _rebound(kernel.function, 10 * major + minor, {}), _signature(kernel), device=False,
+        function, _signature(kernel), device=False,
         abi="numba", cc=variant, output="ptx", launch_bounds=bounds,
     )  # fmt: skip
     if len(codes) != 1 or not isinstance(codes[0], str):
@@ -89,16 +86,14 @@ def _signature(kernel: Declared) -> Any:
     return types.void(*[types.CPointer(t) if k.endswith("*") else t for k, t in pairs])
 
 
-def _rebound(function: Any, capability: int, made: dict[Any, Any]) -> Any:
+def _rebound(function: Any, capability: int) -> Any:
     """The same code with every intrinsic and helper replaced by what numba compiles."""
-    if function in made:
-        return made[function]
 
     def replaced(name: str, value: Any) -> Any:
         if isinstance(value, Intrinsic):
             return lowered(value, capability)
         if isinstance(value, python_types.FunctionType):
-            return _helper(value, capability, made)
+            return _helper(value, capability)
         if isinstance(value, float) and not isinstance(value, np.floating):
             raise BackendError(
                 f"{function.__name__}: {name} = {value} is double: write f32({value})"
@@ -111,25 +106,30 @@ def _rebound(function: Any, capability: int, made: dict[Any, Any]) -> Any:
         python_types.CellType(replaced(n, cell.cell_contents))
         for n, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
     ]
-    made[function] = python_types.FunctionType(
+    return python_types.FunctionType(
         code, names, function.__name__, function.__defaults__, tuple(cells)
     )
-    return made[function]
 
 
-def _helper(function: Any, capability: int, made: dict[Any, Any]) -> Any:
+def _helper(function: Any, capability: int) -> Any:
     """A function that others call; LLVM inlines it, which takes a fifth of the time it takes numba.
 
     But numba those with arrays in shared memory: LLVM would make one array for each function.
-    What has no closure is the same in every kernel, and compiled once.
+    What says the same is compiled once for all kernels, whoever made it.
     """
-    if function.__closure__ is None:
-        made = _kept.setdefault(capability, {})
-    key = "helper", function
+    made, key = _helpers.setdefault(capability, {}), _meaning(function)
     if key not in made:
         how = {"inline": "always"} if _shares(function) else {"forceinline": True}
-        made[key] = cuda.jit(device=True, **how)(_rebound(function, capability, made))
+        made[key] = cuda.jit(device=True, **how)(_rebound(function, capability))
     return made[key]
+
+
+def _meaning(value: Any) -> Any:
+    """Equal for functions of one code and equal constants."""
+    if isinstance(value, python_types.FunctionType):
+        cells = tuple(_meaning(cell.cell_contents) for cell in value.__closure__ or ())
+        return value.__code__, value.__module__, cells
+    return type(value), repr(value) if isinstance(value, float) else value
 
 
 @functools.cache

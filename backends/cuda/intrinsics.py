@@ -10,7 +10,7 @@ ldmatrix); `meanings.py` spells them out.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from . import meanings as m
@@ -86,6 +86,9 @@ load4 = _rule("load4", lambda p, i: p.read(i, 4), "load", 4, "plain")
 constant = _rule("constant", lambda p, i: p.read(i)[0], "load", 1, "constant")
 constant2 = _rule("constant2", lambda p, i: p.read(i, 2), "load", 2, "constant")
 constant4 = _rule("constant4", lambda p, i: p.read(i, 4), "load", 4, "constant")
+# units i and i + 1 of four, the second at a fixed distance from the first
+load_pair = _rule("load_pair", m.read_pair, "load", 4, "plain", 2)
+constant_pair = _rule("constant_pair", m.read_pair, "load", 4, "constant", 2)
 stream2 = _rule("stream2", lambda p, i: p.read(i, 2), "stream", 2)
 stream4 = _rule("stream4", lambda p, i: p.read(i, 4), "stream", 4)
 # Element i on its way to the second-level cache: of what nobody writes, before `launch_wait` too
@@ -179,6 +182,7 @@ launch_next = _op(
 )
 
 
+@cache
 def registers(kind: str, count: int) -> Intrinsic:
     """Made beside a kernel, called in it: a lane's own array, kept in registers.
 

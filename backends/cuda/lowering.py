@@ -142,19 +142,21 @@ def _barrier(operation: Intrinsic) -> Rule:
 
 
 def _load(operation: Intrinsic) -> Rule:
-    count, mode = operation.parameters
+    count, mode, times = (*operation.parameters, 1)[:3]
     space = _SHARED if mode == "shared" else _GLOBAL
 
     def generate(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-        place = _address(builder, values[0], values[1], count, space)
-        read = builder.load(place, align=count * sig.args[0].dtype.bitwidth // 8)
-        if mode == "constant":
-            read.set_metadata("invariant.load", builder.module.add_metadata([]))
-        parts = [read] if count == 1 else _lanes(builder, read, count)
+        place, parts = _address(builder, values[0], values[1], count, space), list[Any]()
+        for n in range(times):
+            here = builder.gep(place, [_I64(n)]) if n else place
+            read = builder.load(here, align=count * sig.args[0].dtype.bitwidth // 8)
+            if mode == "constant":
+                read.set_metadata("invariant.load", builder.module.add_metadata([]))
+            parts += [read] if count == 1 else _lanes(builder, read, count)
         return _returned(context, builder, sig, parts)
 
     def sign(pointer: Any, index: Any) -> Any:
-        return signature(_return_type([pointer.dtype] * count), pointer, _U32)
+        return signature(_return_type([pointer.dtype] * count * times), pointer, _U32)
 
     return Rule(2, sign, generate)
 

@@ -218,6 +218,11 @@ def ahead(pointer: Pointer, index: int) -> None:
     pointer.read(index)
 
 
+def read_pair(pointer: Pointer, index: int) -> tuple[Any, ...]:
+    """Eight elements, in two accesses of four."""
+    return (*pointer.read(index, 4), *pointer.read(int(index) + 1, 4))
+
+
 def atomic_add(pointer: Pointer, index: int, value: int) -> int:
     """atom.add of u32: the value before."""
     (old,) = pointer.read(index)

@@ -19,6 +19,7 @@ from runtime.backends.cuda.intrinsics import (
     launch_wait,
     load,
     load4,
+    load_pair,
     registers,
     shared,
     store,
@@ -73,8 +74,8 @@ def warp_rows(format: str, matrices: int = 1) -> Callable:
                 w, to = weights if r < EACH else others, r * WORDS
                 fetch(raw, to, w, base[r % EACH], high, scales, supers, places, pair, block)
             p = u32(column + 2 * pair)
-            a, b = load4(x, p), load4(x, u32(p + 1))
-            c, d = load4(x, u32(p + places)), load4(x, u32(p + places + 1))
+            firsts, seconds = load_pair(x, p), load_pair(x, u32(p + places))
+            a, b, c, d = firsts[:4], firsts[4:], seconds[:4], seconds[4:]
             m = load4(x, u32(column + 2 * places + pair))
             for r in range(ROWS):
                 acc[r] = add(raw, r * WORDS, 0, a, c, bits_to_f32(m[0]), m[1], acc[r])

@@ -15,6 +15,7 @@ from runtime.backends.cuda.intrinsics import (
     constant,
     constant2,
     constant4,
+    constant_pair,
     dp2a,
     dp4a,
     dp4a_us,
@@ -50,10 +51,9 @@ class Format(NamedTuple):
 
 def fetch_pieces(raw, at, weights, piece, pair):
     """Two pieces, a block each."""
-    p = u32(piece + 2 * pair)
-    a, b = constant4(weights, p), constant4(weights, u32(p + 1))
-    raw[at], raw[at + 1], raw[at + 2], raw[at + 3] = a[0], a[1], a[2], a[3]
-    raw[at + 4], raw[at + 5], raw[at + 6], raw[at + 7] = b[0], b[1], b[2], b[3]
+    a = constant_pair(weights, u32(piece + 2 * pair))
+    for n in range(8):
+        raw[at + n] = a[n]
 
 
 def fetch_piece(raw, at, weights, piece):

@@ -7,6 +7,7 @@ family's budget, the instructions that the kernel exists for, and short inner lo
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -30,9 +31,12 @@ if importlib.util.find_spec("numba_cuda") is None or sass.find_disassembler() is
     pytest.skip("the extra 'cuda' is not installed", allow_module_level=True)
 
 GATED = ("sm_80", "sm_90a")
-# format -> instructions of the inner loop for each dp4a, at most, of 1 and of 8 columns: what nvcc
-# 13.0 makes of the same loop in CUDA C (for sm_80, of 8 columns, up to three instructions less)
-PER_DP4A = {"Q8_0": (3.13, 2.05), "Q4_0": (3.57, 2.28), "Q4_K": (4.72, 2.77), "Q6_K": (7.34, 2.87)}
+ROOT = Path(__file__).resolve().parents[1]
+# "target format columns" -> instructions of the inner loop for each dp4a, as nvcc 13.0 makes them
+# of the same loop in CUDA C (scripts/gate_nvcc.py): ours are no more
+LOOPS: dict[str, float] = json.loads((ROOT / "tests/data/matvec_loops.json").read_text())
+LONGER = {"sm_90a Q2_K 1": 6.25}  # by one instruction
+FAST = ("Q8_0", "Q4_0", "Q4_K", "Q6_K")
 SOME = {
     "tile": ("format=Q8_0-width=32", "format=Q4_K-width=128", "format=Q2_K-width=128"),
     "expert_pair": ("format=Q4_K",),
@@ -56,14 +60,12 @@ def _gated(kernel: Kernel) -> bool:
     constants = dict(kernel.constants)
     if kernel.name in SOME:
         return EVERY or str(kernel).removeprefix(f"{kernel.name}-") in SOME[kernel.name]
-    widths = (1, 8) if constants.get("format") in PER_DP4A else (1,)
+    widths = (1, 2, 4, 8) if constants.get("format") in FAST else (1,)
     product = kernel.name in ("matvec", "matvec_float")
     return EVERY or not product or constants["columns"] in widths
 
 
 KERNELS = [kernel for kernel in CATALOGUE.every() if _gated(kernel)]
-ROOT = Path(__file__).resolve().parents[1]
-
 # kernel -> (registers at most, opcodes that must be there, opcodes that must not)
 EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "attention": (232, ("LDG.E.128", "HMMA.16816.F32", "MUFU.EX2", "LDS.128", "ATOMG"), ()),
@@ -79,7 +81,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "expert_sum": (88, ("LDG.E", "FFMA", "MUFU.EX2"), ()),
     "expert_total": (128, ("LDG.E.128.CONSTANT", "IDP.4A", "FFMA"), ()),
     "gather_rows": (24, ("LDG.E",), ()),
-    "gated_delta": (224, ("LDS.128", "FFMA", "MUFU.EX2", "SHFL"), ()),
+    "gated_delta": (232, ("LDS.128", "FFMA", "MUFU.EX2", "SHFL"), ()),
     "get_rows": (40, ("LDG.E",), ()),
     "hadamard": (40, ("LDG.E", "SHFL.BFLY"), ()),
     "kv_write": (80, ("STG.E.U16", "STG.E.U8", "SHFL.BFLY", "VOTE"), ()),
@@ -149,18 +151,19 @@ def test_kernel_compiles_well(compiled: dict[str, Library], kernel: Kernel, targ
 
 
 @pytest.mark.parametrize("target", GATED)
-@pytest.mark.parametrize("format", PER_DP4A)
-@pytest.mark.parametrize("columns", [1, 8])
-def test_inner_loop_is_short(compiled, format: str, columns: int, target: str):
-    kernel = Kernel.of("matvec", format=format, columns=columns)
-    assert _inner_loop(compiled[target].get(kernel)).per("IDP.4A") <= PER_DP4A[format][columns == 8]
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.name == "matvec"], ids=str)
+def test_inner_loop_is_no_longer_than_nvccs(compiled, kernel: Kernel, target: str):
+    constants = dict(kernel.constants)
+    case = f"{target} {constants['format']} {constants['columns']}"
+    most = LONGER.get(case, LOOPS[case])
+    assert _inner_loop(compiled[target].get(kernel)).per("IDP.4A") <= most
 
 
 @pytest.mark.parametrize("target", GATED)
 @pytest.mark.parametrize(("name", "format"), [("expert_pair", "Q4_K"), ("expert_total", "Q6_K")])
 def test_inner_loop_of_experts_is_short(compiled, name: str, format: str, target: str):
     found = compiled[target].get(Kernel.of(name, format=format))
-    assert _inner_loop(found).per("IDP.4A") <= PER_DP4A[format][0]
+    assert _inner_loop(found).per("IDP.4A") <= LOOPS[f"{target} {format} 1"]
 
 
 @pytest.mark.parametrize("target", GATED)

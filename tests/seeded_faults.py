@@ -54,7 +54,7 @@ from fault_seeds import (
 
 from runtime import ops
 from runtime.backends.cpu.rules.moe import HEADER
-from runtime.backends.cpu.run import exchange, weights
+from runtime.backends.cpu.run import exchange, forms
 from runtime.backends.cpu.run import program as programs
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.cpu.run.weights import WeightStore
@@ -125,13 +125,13 @@ def _scales_off(pack: Any) -> Any:
 
 
 def _taps_reversed(patch: Patch) -> None:
-    vector = weights._MAKERS["vector"]
+    vector = forms.vector
 
-    def faulty(self: WeightStore, w: Any) -> np.ndarray:
-        found = vector(self, w)
+    def faulty(w: Any, *rest: Any) -> np.ndarray:
+        found = vector(w, *rest)
         return np.ascontiguousarray(found[:, ::-1]) if "conv1d" in w.name else found
 
-    patch.setitem(weights._MAKERS, "vector", faulty)
+    patch.setattr(forms, "vector", faulty)
 
 
 def _short_lives(uses: Any) -> Any:

@@ -20,7 +20,7 @@ from runtime.ops.tensor import Tensor
 PIECE = 16 << 20  # bytes read, and packed or widened, at a time; an interrupt waits for one
 
 Take = Callable[[int], np.ndarray]
-Run = Callable[[str, list[int]], None]  # the packing kernel of a format, with its arguments
+Run = Callable[[str, np.ndarray, np.ndarray, tuple[int, int], int, int], None]  # `_repack`
 
 
 def raw(w: Tensor, stored: Any, room: np.ndarray) -> np.ndarray:
@@ -56,11 +56,7 @@ def repacked(w: Tensor, stored: StoredRows, room: np.ndarray, take: Take, run: R
             wide = dequantize(np.ascontiguousarray(found), w.dtype, (len(found), inner))
             found = np.ascontiguousarray(wide, np.float32).view(np.uint8)
         to = out[matrix * each + packed_nbytes(format, first, inner) :]
-        stride = found.strides[0]
-        run(format, [
-            found.ctypes.data, to.ctypes.data, stop - first, inner, stride, count,
-            (stop - first) * stride, each,
-        ])  # fmt: skip
+        run(format, found, to, (stop - first, inner), count, each)
     return out
 
 

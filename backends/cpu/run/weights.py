@@ -147,7 +147,7 @@ class WeightStore:
         # those in memory where an embedding is the output matrix as well
         known = None if "cut" in w.attrs else self._rows.get(("raw", w.content))
         take = self._take if slab is None else lambda nbytes: slab[:nbytes]
-        return forms.repacked(w, StoredRows(w, stored, known), self._room, take, self._pack)
+        return forms.repacked(w, StoredRows(w, stored, known), self._room, take, self._repack)
 
     def _take(self, nbytes: int) -> np.ndarray:
         """Memory from the slab, or of its own for a weight that comes later."""
@@ -157,9 +157,17 @@ class WeightStore:
         self._slab = self._slab[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
         return out
 
-    def _pack(self, format: str, arguments: list[int]) -> None:
-        """Run the packing kernel of a format on all threads."""
+    def _repack(
+        self, format: str, raw: np.ndarray, out: np.ndarray, shape: tuple[int, int], matrices: int,
+        apart: int,
+    ) -> None:  # fmt: skip
+        """Pack matrices of one shape, rows raw [matrices * rows, bytes] that may lie apart; their
+        tiles begin `apart` bytes from each other."""
+        (rows, inner), stride = shape, raw.strides[0]
         kernel = Kernel.of("pack_weights", format=format)
+        arguments = [
+            raw.ctypes.data, out.ctypes.data, rows, inner, stride, matrices, rows * stride, apart,
+        ]  # fmt: skip
         table = Table.single(self._library.address(kernel), arguments)
         self._team.run(*table.records())
 

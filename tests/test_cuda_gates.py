@@ -89,7 +89,7 @@ EXPECTED: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
     "norm_gate": (88, ("LDG.E.128", "MUFU.EX2", "MUFU.RCP", "MUFU.RSQ"), ()),
     "normalize": (40, ("LDG.E", "SHFL"), ()),
     "matvec": (255, ("LDG.E.128.CONSTANT", "LDG.E.128", "IDP.4A", "LDS.128"), ()),
-    "matvec_float": (144, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
+    "matvec_float": (152, ("LDG.E.128.CONSTANT", "LDG.E.128", "FFMA", "LDS.128"), ()),
     "matvec_half": (128, ("LDG.E.128.CONSTANT", "LDG.E.128", "HMMA.16816.F32", "STS.128"), ()),
     "put_stretch": (24, ("LDG.E", "STG.E"), ()),
     "qkv_post": (112, ("LDG.E", "MUFU.RSQ", "STG.E.U16", "STG.E.U8", "VOTE"), ()),

@@ -5,6 +5,7 @@ functions made inside. So most passes find nothing, and what `u32 + u32` is, say
 of times over: here it is answered once in a process. The code is the same, in a third of the time.
 Imported by `compile.py` alone: numba stays like this for the rest of the process.
 """
+# mypy: disable-error-code="attr-defined,method-assign"
 
 from __future__ import annotations
 

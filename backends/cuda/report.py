@@ -2,13 +2,17 @@
 
 Registers, bytes spilled and bytes of shared memory (static + dynamic), warps of a multiprocessor
 by registers alone, and the innermost loop that does the kernel's work: its instructions, those for
-each dp4a or mma, and its loads of 16 bytes. Needs the extra `cuda`, and no GPU.
+each dp4a or mma, and its loads of 16 bytes; in a checkout also how many for each dp4a nvcc makes of
+the same loop (`scripts/gate_nvcc.py`). Needs the extra `cuda`, and no GPU.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.errors import BackendError
@@ -20,7 +24,8 @@ from .library import Library, library
 _WORK = ("IDP.4A", "IMMA", "HMMA", "LDG")  # what a loop is for, the first that is there
 _REGISTERS = 65536  # of a multiprocessor
 _COUNTS = ("registers", "spilled", "shared", "warps", "bytes", "instructions")
-_HEAD = ("kernel", *_COUNTS, "loop", "per", "16-byte")
+_HEAD = ("kernel", *_COUNTS, "loop", "per", "nvcc", "16-byte")
+_NVCC = Path(__file__).resolve().parents[2] / "tests" / "data" / "matvec_loops.json"
 
 
 @dataclass(frozen=True)
@@ -57,22 +62,42 @@ def warps(compiled: Compiled) -> int:
     return min(64, _REGISTERS // (per_warp * per_block) * per_block)
 
 
-def table(kernels: Library, listed: list[Kernel] | None = None) -> list[str]:
-    """Lines of a Markdown table of kernels, by default of all, compiling what is missing."""
+def nvcc_loops() -> dict[str, float]:
+    """ "target format columns" -> instructions for each dp4a as nvcc makes the loop of `matvec`.
+
+    Empty where no checkout is.
+    """
+    return json.loads(_NVCC.read_text("utf-8")) if _NVCC.exists() else {}
+
+
+def table(
+    kernels: Library, listed: list[Kernel] | None = None, nvcc: Mapping[str, float] | None = None
+) -> list[str]:
+    """Lines of a Markdown table of kernels, by default of all, compiling what is missing.
+
+    nvcc: as `nvcc_loops` gives it, by default that.
+    """
+    nvcc = nvcc_loops() if nvcc is None else nvcc
     listed = KERNELS.every() if listed is None else listed
     kernels.prepare(listed)
     lines = [" | ".join(["", *_HEAD, ""]).strip(), "| --- " + "| ---: " * (len(_HEAD) - 1) + "|"]
     for kernel in listed:
         found = kernels.get(kernel)
         f = figures(found)
-        loop = (
-            (str(f.loop), f"{f.per_work:.1f} {f.work}", str(f.wide_loads)) if f.loop else ("",) * 3
-        )
+        per = f"{f.per_work:.2f} {f.work}"
+        peer = _of_nvcc(kernel, kernels.target, nvcc)
+        loop = (str(f.loop), per, peer, str(f.wide_loads)) if f.loop else ("",) * 4
         shared = found.shared_nbytes + found.entry.shared_nbytes
         numbers = (found.registers, found.spilled, shared, warps(found), len(found.code))
         cells = [str(kernel), *map(str, numbers), str(f.instructions), *loop]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _of_nvcc(kernel: Kernel, target: str, nvcc: Mapping[str, float]) -> str:
+    constants = dict(kernel.constants)
+    case = f"{target} {constants.get('format')} {constants.get('columns')}"
+    return f"{nvcc[case]:.2f}" if kernel.name == "matvec" and case in nvcc else ""
 
 
 def main(targets: list[str]) -> None:

@@ -33,6 +33,8 @@ import datetime
 import json
 import math
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -53,7 +55,10 @@ import gpu_check_ops as ops  # noqa: E402
 import gpu_check_speed as speed  # noqa: E402
 from gpu_check_setup import Check, Row, prepare  # noqa: E402
 
+from runtime.errors import Error  # noqa: E402
+
 DATA = ROOT / "tests" / "data" / "gpu"
+_FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
 class Part(NamedTuple):
@@ -76,11 +81,26 @@ PARTS = {
 }
 
 
-@click.command(help=__doc__)
+class Command(click.Command):
+    """A mistake, or what is missing here, is one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; status 1 after a mistake."""
+        try:
+            return super().invoke(ctx)
+        except Error as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.command(
+    cls=Command,
+    help="\b\n" + __doc__.replace("\n\n", "\n\n\b\n"),  # lines as they stand
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.option("--dry", is_flag=True, help="A driver without a GPU; no times.")
-@click.option("--prepare", "target_folder", type=click.Path(path_type=Path), help="Make a folder.")
+@click.option("--prepare", "target_folder", type=_FOLDER, help="Make a folder.")
 @click.option("--target", default="sm_90a", show_default=True, help="Of what --prepare compiles.")
-@click.option("--carried", type=click.Path(path_type=Path), help="The folder that was carried.")
+@click.option("--carried", type=_FOLDER, help="The folder that was carried.")
 @click.option("--device", default=0, help="Number of the GPU.")
 @click.option("--seconds", default=470.0, show_default=True, help="Of all parts together.")
 @click.option("--only", multiple=True, type=click.Choice(list(PARTS)), help="These parts.")
@@ -93,11 +113,12 @@ def main(
     if target_folder is not None:
         click.echo(prepare(target_folder, target))
         return
-    check = Check(dry, device, carried)
     if part is not None:
         assert out is not None, "a part writes to a file"
-        keep(out, part, check)
+        keep(out, part, Check(dry, device, carried, out.parent))
         return
+    check = Check(dry, device, carried)
+    check.begin()
     wanted = {name: PARTS[name] for name in only or PARTS}
     report = run(check, wanted, seconds)
     show(report)
@@ -130,7 +151,9 @@ def run(check: Check, wanted: dict[str, Part], seconds: float) -> dict[str, Any]
 
 def apart(name: str, check: Check, seconds: float) -> dict[str, Any]:
     """A part in a process of its own, ended after so long."""
-    kept = check.scratch / f"{name}.json"
+    folder = check.scratch / name
+    folder.mkdir()
+    kept = folder / "found.json"
     command = [sys.executable, __file__, "--part", name, "--out", str(kept)]
     command += ["--device", str(check.index)]
     if check.carried is not None:
@@ -145,6 +168,7 @@ def apart(name: str, check: Check, seconds: float) -> dict[str, Any]:
         found = json.loads(kept.read_text())
     except (OSError, ValueError):
         found = {"rows": []}
+    shutil.rmtree(folder, ignore_errors=True)
     return found | ({"error": error} if error and "error" not in found else {})
 
 
@@ -236,4 +260,5 @@ def _slug_of(name: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
     main()

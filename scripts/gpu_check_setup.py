@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,11 +12,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from gpu_check_scratch import scratch
+
 import runtime
 from runtime.backends.cuda.backend import CudaBackend
 from runtime.backends.cuda.driver import Driver
 from runtime.backends.cuda.launcher import Device
 from runtime.backends.cuda.opening import open_driver
+from runtime.backends.cuda.targets import capability
+from runtime.errors import BackendError, OptionError
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]  # "name", and "right" where it can be wrong
@@ -26,24 +29,37 @@ MICROSECONDS = 5.0  # that launches are said to take without a GPU
 
 @dataclass(frozen=True)
 class Check:
-    """dry: no GPU is behind it, so all is small and no time is real. carried: see `prepare`."""
+    """dry: no GPU is behind it, so all is small and no time is real. carried: see `prepare`.
+
+    folder: for files of this run; by default one in memory, where there is such a place.
+    OptionError: nothing was carried there.
+    """
 
     dry: bool
     index: int = 0
     carried: Path | str | None = None
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.carried is not None:  # kernels compiled elsewhere, by another toolchain
-            os.environ["RUNTIME_CACHE_DIR"] = str(Path(self.carried, "cache").resolve())
+            cache = Path(self.carried, "cache")
+            if not cache.is_dir():
+                none = "no kernels are in it" if cache.parent.is_dir() else "no such folder"
+                raise OptionError(f"{self.carried}: {none}, see --prepare")
+            os.environ["RUNTIME_CACHE_DIR"] = str(cache.resolve())
             carried = patch("runtime.backends.cuda.library.toolchain_digest", lambda: "")
             carried.start()
 
     @functools.cached_property
     def scratch(self) -> Path:
-        """A folder in memory, where there is one, for this run."""
-        memory = Path("/dev/shm")
-        base = memory if memory.is_dir() and not self.dry else None
-        return Path(tempfile.mkdtemp(prefix="gpu-check-", dir=base))
+        """The folder for files of this run."""
+        return self.folder or scratch(in_memory=not self.dry)
+
+    def begin(self) -> None:
+        """BackendError: there is no such GPU."""
+        count = self.driver(execute=False).device_count()
+        if self.index not in range(count):
+            raise BackendError(f"no GPU cuda:{self.index}: the driver sees {count}")
 
     @property
     def golden(self) -> Path | None:
@@ -101,8 +117,10 @@ class Check:
 def prepare(folder: Path, target: str) -> str:
     """Fill a folder with what is carried: all kernels for a target, golden models; what it has.
 
-    Golden models in float32 stay here: float16 says as much in half the bytes.
+    Golden models in float32 stay here: float16 says as much in half the bytes. BackendError: no
+    such target, or no toolchain.
     """
+    capability(target)
     from runtime import warming
     from runtime.progress import reporter
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +20,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import gpu_check
 import gpu_check_models
 import gpu_check_ops
+import gpu_check_scratch
+import gpu_check_setup
+from fake_driver import FakeDriver
 from gpu_check_setup import Check, Row
+
+from runtime.errors import BackendError
 
 COUNTS = {"launches", "memory_bytes_per_node", "gb", "clock_mhz", "l2_mb", "memory_gb", "free_gb"}
 
@@ -127,6 +134,71 @@ def test_the_command_prints_and_saves(
     CliRunner().invoke(gpu_check.main, ["--dry"])
     assert not gpu_check.DATA.exists()  # what no GPU said is not kept
     assert gpu_check._slug(report) == "fake-h100"
+
+
+def test_what_is_missing_is_one_line_before_any_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(gpu_check, "run", lambda *_: pytest.fail("a part ran"))
+    monkeypatch.setattr(gpu_check_setup, "open_driver", lambda: FakeDriver())
+    monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path / "cache"))
+    absent, empty = tmp_path / "absent", tmp_path / "empty"
+    empty.mkdir()
+    for given, says in (
+        (["--device", "7"], "no GPU cuda:7: the driver sees 1"),
+        (["--carried", absent], f"{absent}: no such folder, see --prepare"),
+        (["--carried", empty], f"{empty}: no kernels are in it, see --prepare"),
+        (["--prepare", absent, "--target", "sm_75"], "no CUDA target 'sm_75': there are sm_80"),
+    ):
+        result = CliRunner().invoke(gpu_check.main, list(map(str, given)))
+        assert (result.exit_code, result.output.count("\n")) == (1, 1), result.output
+        assert result.output.startswith(f"Error: {says}") and not absent.exists()
+    monkeypatch.setattr(gpu_check_setup, "open_driver", _no_driver)
+    result = CliRunner().invoke(gpu_check.main)
+    assert (result.exit_code, result.output) == (1, "Error: no driver\n")
+
+
+def _no_driver():
+    raise BackendError("no driver")
+
+
+def test_help_keeps_its_lines():
+    for name in ("-h", "--help"):
+        result = CliRunner().invoke(gpu_check.main, [name])
+        assert "\n  ops       the op grid against numpy\n" in result.output, result.output
+
+
+def test_folders_of_ended_processes_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """By who is ended with SIGTERM itself; by the next run after a kill; never a living one's."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(gpu_check_scratch.tempfile, "tempdir", None)
+    program = tmp_path / "maker.py"
+    program.write_text(
+        "import signal, sys, time\n"
+        "from gpu_check_scratch import scratch\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "print(scratch(in_memory=False), flush=True); time.sleep(60)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(gpu_check.__file__).parent)}
+    made = {}
+    for how in ("terminated", "killed", "living"):
+        process = subprocess.Popen(
+            [sys.executable, program], stdout=subprocess.PIPE, text=True, env=env
+        )
+        assert process.stdout is not None
+        made[how] = process, Path(process.stdout.readline().strip())
+    try:
+        made["terminated"][0].terminate()
+        made["killed"][0].kill()
+        assert made["terminated"][0].wait() == 143 and made["killed"][0].wait()
+        there = {how: folder.is_dir() for how, (_, folder) in made.items()}
+        assert there == {"terminated": False, "killed": True, "living": True}
+        gpu_check_scratch.sweep(tmp_path)
+        assert list(tmp_path.glob("gpu-check-*")) == [made["living"][1]]
+    finally:
+        for process, _ in made.values():
+            process.kill()
+            process.communicate()
 
 
 def test_pictures_lie_beside_the_report(tmp_path: Path):

@@ -81,19 +81,7 @@ PARTS = {
 }
 
 
-class Command(click.Command):
-    """A mistake, or what is missing here, is one line."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run; status 1 after a mistake."""
-        try:
-            return super().invoke(ctx)
-        except Error as error:
-            raise click.ClickException(str(error)) from None
-
-
 @click.command(
-    cls=Command,
     help="\b\n" + __doc__.replace("\n\n", "\n\n\b\n"),  # lines as they stand
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -261,4 +249,7 @@ def _slug_of(name: str) -> str:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was made is removed
-    main()
+    try:
+        main()
+    except Error as error:
+        sys.exit(f"error: {error}")

@@ -119,6 +119,7 @@ def draw(decode: Speeds, name: str, threads: int) -> str:
         out.text(x - 12, top + HEIGHT + 16, f"{last * part / 4:,.0f}")
         out.path(f"M{left},{y}H{left + WIDTH}", 'stroke="#e7e9ec"')
     kinds = list(dict.fromkeys(kind for _, kind in decode))
+    ends: list[tuple[float, str, str]] = []
     for (whose, kind), speeds in decode.items():
         points = [
             (left + WIDTH * depth / last, top + HEIGHT * (1 - speed / most))
@@ -128,7 +129,11 @@ def draw(decode: Speeds, name: str, threads: int) -> str:
         dash = "" if whose == "ours" else ' stroke-dasharray="5 4"'
         line = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
         out.path(f"M{line}", f'stroke="{colour}" stroke-width="2"{dash}')
-        out.text(left + WIDTH + 8, points[-1][1] + 4, f"{kind}, {whose}", more=f'fill="{colour}"')
+        ends.append((points[-1][1] + 4, f"{kind}, {whose}", colour))
+    below = top + HEIGHT + 4.0
+    for y, name_of_line, colour in sorted(ends, reverse=True):  # apart, from the lowest up
+        below = min(y, below - 13)
+        out.text(left + WIDTH + 8, below, name_of_line, more=f'fill="{colour}"')
     out.text(left, top + HEIGHT + 34, "tokens in the cache")
     out.width = left + WIDTH + 110
     return out.svg()

@@ -292,6 +292,27 @@ def test_a_nan_stays_in_its_row() -> None:
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q5_1"])
+def test_what_is_not_finite_in_v_is_nothing_to_those_who_do_not_see_it(
+    kind: str, window: int, bad: float
+) -> None:
+    case = Case(k_type=kind, v_type=kind, window=window, spans=((0, 40),))
+    leaf = ops.state("v", (*case.arrays["v_plain"].shape,), kv_format(kind).dtype, "v")
+    page, token = int(case.arrays["block_table"][0, 0]), 9
+    clean = case.run()
+    values = case.arrays["v_plain"].copy()
+    values[page, token, :, 3] = bad
+    case.arrays["v"] = np.ascontiguousarray(from_plain(values, leaf))
+    found = case.run()
+    last = token + window if window else 40
+    assert not np.isfinite(found[token:last]).all(axis=(1, 2)).any()
+    for rows in (slice(0, token), slice(last, 40)):
+        np.testing.assert_array_equal(bits(found[rows]), bits(clean[rows]))
+    np.testing.assert_array_equal(bits(case.run(tiles=case.tiles(1)))[:token], bits(found)[:token])
+
+
 @pytest.mark.parametrize("isa", [name for name in ("generic", "avx2") if name in available()])
 def test_other_instruction_sets(isa: str) -> None:
     for kind in ("f16", "q8_0"):

@@ -25,7 +25,7 @@ from runtime.ops.kv_formats import KV_FORMATS, PAGE, kv_format
 from . import emit as e
 from . import simd as s
 from .attention_block import Block, block_beginning, exp2_negative, row_peaks, tanh
-from .attention_passes import output_pass, row_passes, scores_pass
+from .attention_passes import output_pass, output_row, row_passes, scores_pass
 from .kv_planes import padded, room
 from .rotation import rotating
 from .rows import helper
@@ -144,6 +144,8 @@ def page_step(k_type, v_type):
         for make, name in ((scores_pass, k_type), (output_pass, v_type))
     )
 
+    coded, output_one = kv_format(v_type).coding is not None, output_row(kv_format(v_type))
+
     @helper
     def step(block, rows, k, v, k_ahead, v_ahead, base, k_dims, v_dims, window, softcap):
         low, high = s.load_i64(block + _LOW), s.load_i64(block + _HIGH)
@@ -151,12 +153,20 @@ def page_step(k_type, v_type):
             scores(block, rows, k, k_dims, 0, 0, k_ahead)
             if softcap != s.f32(0):
                 cap_scores(block, rows, softcap)
-            if base + PAGE - 1 > low or (window > 0 and base < high - window + 1):
+            in_part = base + PAGE - 1 > low or (window > 0 and base < high - window + 1)
+            if in_part:
                 mask_scores(block, rows, base, window)
             weigh_scores(block, rows)
             o = block + _Q + room(k_dims) * (4 * _ROWS)
-            n_keys = min(PAGE, high - base + 1)
-            output(block, rows, v, v_dims, n_keys, o, v_ahead)
+            if in_part and not coded:
+                for r in range(rows):
+                    place = s.load_i32(block + _PLACES + r * 4)
+                    first = max(0, place - window + 1 - base) if window > 0 else 0
+                    last = min(PAGE, place - base + 1)
+                    if first < last:
+                        output_one(block, r, v, v_dims, first, last, o)
+            else:
+                output(block, rows, v, v_dims, min(PAGE, high - base + 1), o, v_ahead)
 
     return step
 

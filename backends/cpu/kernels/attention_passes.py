@@ -194,6 +194,21 @@ def output_pass(rows: int, format: KVFormat) -> Callable:
     return (_output_of_codes if format.coding else _output_of_floats)(rows, format)
 
 
+def output_row(format: KVFormat) -> Any:
+    """(block, row, page, dims, first, last, o): the same of one row and the tokens first..last - 1.
+
+    For values that are no codes, where rows see different parts of a page: 0 times what is not
+    finite would be NaN.
+    """
+    output = _output_of_floats(1, format)
+
+    @s.operation(s.void, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64, s.i64)
+    def run(b, block, row, page, dims, first, last, o):
+        output(b, block, row, page, dims, last, o, number(0), first)
+
+    return run
+
+
 def _output_of_codes(rows: int, format: KVFormat) -> Callable:
     held, coding = _registers(format)[rows][1], format.coding
     assert coding is not None
@@ -258,7 +273,11 @@ def _store_weights(
     ]
 
     def times_of(mine, which):
-        return tuple(b.fmul(w, values[which]) for w, values in zip(mine, shared, strict=True))
+        found = []
+        for w, values in zip(mine, shared, strict=True):
+            none = b.fcmp_ordered("==", w, e.floats(0.0))  # a key not seen, whatever V has there
+            found.append(b.select(none, e.floats(0.0), b.fmul(w, values[which])))
+        return tuple(found)
 
     assert format.coding is not None
     numbers.store(format.coding, [times_of(mine, 0) for mine in weights])
@@ -270,8 +289,8 @@ def _store_weights(
 def _output_of_floats(rows: int, format: KVFormat) -> Callable:
     held, plane = _registers(format)[rows][1], format.codes[0]
 
-    def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead):
-        """`vectors` vectors of dims from `dim` on, over all keys."""
+    def stripe(b, dim, vectors, block, row, page, dims, n_keys, o, ahead, first):
+        """`vectors` vectors of dims from `dim` on, over the keys first..n_keys - 1."""
         p = b.add(e.offset(b, block, Block.scores), times(b, row, 4 * PAGE))
         decay = b.add(e.offset(b, block, Block.decay), times(b, row, 4))
         start = b.add(b.add(o, times(b, dim, ROW_BYTES)), times(b, row, 4 * e.LANES))
@@ -298,11 +317,11 @@ def _output_of_floats(rows: int, format: KVFormat) -> Callable:
                     sums[r * vectors + j] = _fma(b, weight, value, sums[r * vectors + j])
             return sums
 
-        for at, value in zip(places, repeat(b, number(0), n_keys, 1, sums, key), strict=True):
+        for at, value in zip(places, repeat(b, first, n_keys, 1, sums, key), strict=True):
             e.store(b, value, at, 4)
 
-    def output(b, block, row, page, dims, n_keys, o, ahead):
-        rest = (block, row, page, dims, n_keys, o, ahead)
+    def output(b, block, row, page, dims, n_keys, o, ahead, first=None):
+        rest = (block, row, page, dims, n_keys, o, ahead, first or number(0))
         at = number(0)
         for stop, vectors in ((b.and_(dims, number(-e.LANES * held)), held), (dims, 1)):
             step = e.LANES * vectors

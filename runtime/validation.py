@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 # first limit is wide of. A product adds up n numbers one by one: 2e-15 n, 3e-11 of the longest
 # rows there are. Attention's weights are exponentials, which turn the absolute error of a score,
 # 1e-7 of a score of 50, into a relative one; a recurrence multiplies its errors token by token:
-# 1e-11 was seen of both. With K in codes a query has 15 bits: 2e-9 on normal values, 2e-6 seen.
-_LIMIT, _OF_LONG_SUMS, _OF_CODED_KEYS = 1e-11, 1e-10, 3e-5
+# 1e-11 was seen of both. What codes of K and V are multiplied with has 15 bits: 2e-9 on normal
+# values, 2e-6 seen.
+_LIMIT, _OF_LONG_SUMS, _OF_CODES = 1e-11, 1e-10, 3e-5
 _LONG_SUMS = (gated_delta, delta_step)
 _SHORT = 16  # numbers of a row that may nearly cancel all at once
 _SLACK = 2e-6  # of values that are computed before they are rounded to codes
@@ -268,8 +269,8 @@ class _Step:
 
 def _limit(x: Tensor, contents: Contents) -> float:
     if _attends(x):
-        coded = kv_format(x.inputs[1].dtype.name).coding
-        return _OF_CODED_KEYS if coded else contents.of_attention
+        coded = any(kv_format(pages.dtype.name).coding for pages in x.inputs[1:3])
+        return _OF_CODES if coded else contents.of_attention
     long = kind_of(x) is Kind.CONTRACTION or any(op.made(x) for op in _LONG_SUMS)
     return _OF_LONG_SUMS if long else _LIMIT
 

@@ -73,7 +73,7 @@ def test_a_plain_op_touches_three_files(tmp_path: Path):
 # An op's own files, its rules and its kernels; and folders that know words, not graphs.
 _APART = (
     "ops/", "/rules/", "/kernels/", "/tile/", "/cuda/", "runtime/text/", "runtime/cli/",
-    "runtime/conversion/",
+    "runtime/conversion/", "runtime/report/",
 )  # fmt: skip
 _DECLARE = ("op", "fused")
 

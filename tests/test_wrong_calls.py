@@ -124,7 +124,7 @@ def test_public_names_are_those_a_user_needs(model: Model):
     assert names == {
         "architecture", "backend", "cache_rotation", "chat", "close", "context", "eval", "file",
         "generate", "graph", "kv_types", "memory", "perplexity", "sampling_defaults", "session",
-        "step", "threads", "tokenizer", "vocab_size", "warmup",
+        "step", "threads", "together", "tokenizer", "vocab_size", "warmup",
     }  # fmt: skip
     with model.session() as session:
         assert {n for n in dir(session) if not n.startswith("_")} == {

@@ -309,8 +309,9 @@ class Engine:
     def not_finite(self) -> BackendError:
         """What to say of logits that are not."""
         return BackendError(
-            f"{self.file.path}: the model's logits are not finite: a weight of the file is "
-            "damaged, or a kernel is broken; fetch the file again; VALIDATE=1 names the op"
+            f"{self.file.path}: the model's logits are not finite: values are too large for the "
+            "KV cache (try f32), a weight of the file is damaged (fetch it again), or a kernel "
+            "is broken; VALIDATE=1 names the op"
         )
 
 

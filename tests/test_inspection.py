@@ -143,7 +143,7 @@ def test_validate_knows_every_op(
         every_kind_of_step(model)
     said = capsys.readouterr().err
     found = re.search(r"results of 6 steps agree .*largest NMSE (\S+),", said)
-    assert found and float(found[1]) < 1e-11
+    assert found and float(found[1]) < (1e-7 if "q8_0" in kv_type else 1e-11)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -20,7 +20,7 @@ from small_models import Sizes, write_model
 import runtime
 from runtime.backends.cpu.run import pack_cache, pack_file, weights
 from runtime.backends.cpu.run.pack_file import PackWriter, UnusableError, checksum, read_packs
-from runtime.backends.plan.lock import locked
+from runtime.backends.plan.lock import is_held, locked, locked_now
 from runtime.cli import main
 from runtime.errors import OptionError
 
@@ -210,7 +210,7 @@ def test_no_room_is_seen_before(model: Path, capfd, packed, monkeypatch: pytest.
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(pack_cache.shutil, "disk_usage", lambda path: usage)
     logits(model, pack_cache="beside")
-    assert "0.00 GB free" in capfd.readouterr().err and not packs(model)
+    assert "1.0 kB free" in capfd.readouterr().err and not packs(model)
 
 
 def test_an_interrupt_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -307,6 +307,36 @@ def test_a_lock_waits_for_the_other(tmp_path: Path):
     assert order == ["first", "second"] and not told
 
 
+def test_the_next_one_waits_for_who_waited(tmp_path: Path):
+    """The lock's file goes with the first holder; a third opens another one than the second."""
+    lock, order = tmp_path / "x.lock", []
+    has_it, may_end = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with locked(lock, lambda: None):
+            has_it.set()
+            may_end.wait(30)
+            order.append("second")
+
+    def third() -> None:
+        with locked(lock, lambda: None):
+            order.append("third")
+
+    threads = [threading.Thread(target=one) for one in (second, third)]
+    with locked(lock, lambda: None):
+        threads[0].start()
+        time.sleep(0.2)
+    assert has_it.wait(30) and is_held(lock)
+    threads[1].start()
+    with locked_now(lock) as alone:
+        assert not alone and lock.exists()
+    time.sleep(0.2)
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["second", "third"] and not lock.exists() and not is_held(lock)
+
+
 def test_arrays_of_all_sizes(tmp_path: Path, rng: np.random.Generator):
     """Empty, within a page, across what is written at once; on pages of their own."""
     sizes = [0, 1, 63, 4096, 4097, 100_000, (8 << 20) - 4096, (8 << 20) + 5, 3]
@@ -365,6 +395,68 @@ def test_the_command_lists_and_removes(
     assert "removed 2 files" in run(str(model), "--remove")
     assert not packs(model) and "removed 1 file, 2 B" in run("--remove")
     assert "no packed weights" in run()
+
+
+def left_by_a_writer(model: Path, folder: Path) -> list[Path]:
+    """What one leaves that is killed."""
+    folder.mkdir(exist_ok=True)
+    finished = folder / f"{model.stem}-{'0' * 16}.packed"
+    left = [Path(f"{finished}{ending}") for ending in (".lock", ".0123456789abcdef.part")]
+    for path in left:
+        path.write_bytes(b"12")
+    return left
+
+
+def cache(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(main, ["cache", *map(str, words)])
+    return done.exit_code, done.output
+
+
+def test_what_a_killed_writer_left_is_listed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the cache folder and beside the model; of another model's files none."""
+    monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path))
+    left = [
+        path for folder in (model.parent, tmp_path / "packed")
+        for path in left_by_a_writer(model, folder)
+    ]  # fmt: skip
+    others = left_by_a_writer(model.with_name("another.gguf"), tmp_path / "packed")
+    code, said = cache(model, "--json")
+    found = json.loads(said)
+    assert code == 0 and {f["file"] for f in found} == {*map(str, left)}
+    assert {f["model"] for f in found} == {"unfinished"}
+    assert all(path.exists() for path in left)  # to look changes nothing
+    code, said = cache(model, "--remove")
+    assert code == 0 and "removed 4 files, 8 B" in said
+    assert not any(path.exists() for path in left) and all(path.exists() for path in others)
+
+
+@pytest.mark.parametrize("whose", [True, False])
+def test_what_is_being_written_stays(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: bool
+):
+    monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path))
+    lock, part = left_by_a_writer(model, tmp_path / "packed")
+    words = [model] if whose else []
+    with locked(lock, lambda: None):
+        code, said = cache(*words, "--remove")
+        assert code == 1 and "being written" in said and "removed 0 files" in said
+        assert lock.exists() and part.exists() and is_held(lock)
+    code, said = cache(*words, "--remove")
+    assert code == 0 and not part.exists() and not lock.exists()
+
+
+def test_what_cannot_be_removed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNTIME_CACHE_DIR", str(tmp_path))
+    left_by_a_writer(model, tmp_path / "packed")
+
+    def read_only(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    code, said = cache("--remove")
+    assert code == 1 and said.count("cannot be removed: Permission denied") == 2
 
 
 def test_what_nobody_uses_goes(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -18,21 +18,65 @@ _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 def locked(path: Path, waits: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of that file; whoever asks meanwhile, here or elsewhere, waits for its end.
 
-    waits: called once if that lasts. Where the system has no such locks nobody waits: what is done
-    under the lock has to be right without it. OSError: the file cannot be made.
+    The file goes with the lock. waits: called once if that lasts. Where the system has no such
+    locks nobody waits: what is done under the lock has to be right without it. OSError: the file
+    cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    begun, told = time.monotonic(), False
+    while (file := _held(path)) is None:
+        if not told and time.monotonic() - begun > _PATIENCE:
+            told = True
+            waits()
+        time.sleep(_AGAIN)
+    with _giving_back(path, file):
+        yield
+
+
+@contextlib.contextmanager
+def locked_now(path: Path) -> Iterator[bool]:
+    """Hold the lock of that file where nobody else does; False: somebody does. See `locked`."""
+    file = _held(path)
+    if file is None:
+        yield False
+        return
+    with _giving_back(path, file):
+        yield True
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds the lock of that file."""
     try:
-        begun, told = time.monotonic(), False
-        while not _take(file):
-            if not told and time.monotonic() - begun > _PATIENCE:
-                told = True
-                waits()
-            time.sleep(_AGAIN)
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _take(file)
+    finally:
+        os.close(file)
+
+
+@contextlib.contextmanager
+def _giving_back(path: Path, file: int) -> Iterator[None]:
+    """The file is removed while it is held: who waits for it sees that, and takes the next one."""
+    try:
         yield
     finally:
-        os.close(file)  # which gives it back
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(file)
+
+
+def _held(path: Path) -> int | None:
+    """The open file, locked; None: another has the lock, or has just removed the file."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if _take(file) and os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    os.close(file)
+    return None
 
 
 def _take(file: int) -> bool:

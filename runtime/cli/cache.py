@@ -15,6 +15,7 @@ from runtime.cli.parsing import Command, option
 from runtime.units import counted_as
 
 _DAY, _HOUR = 86400, 3600
+_WRITTEN = "being written"
 
 
 @click.command(
@@ -23,7 +24,7 @@ _DAY, _HOUR = 86400, 3600
     epilog="""\b
 Examples:
   runtime cache                         what --pack-cache has kept in the cache folder
-  runtime cache model.gguf              of this model, beside it too
+  runtime cache model.gguf              of this model, there and beside it
   runtime cache model.gguf --remove
   runtime cache --remove                all of it in the cache folder
 """,
@@ -32,14 +33,19 @@ Examples:
 @model_option
 @option("--remove", "Remove the files that are listed.", "Options", is_flag=True)
 @option("--json as_json", "As JSON.", "Options", is_flag=True)
-def command(model: str | None, model_option: str | None, remove: bool, as_json: bool) -> None:
+@click.pass_context
+def command(
+    context: click.Context, model: str | None, model_option: str | None, remove: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Show the files of packed weights that --pack-cache has kept, or remove them.
 
-    A process that uses such a file keeps it until it ends. Compiled kernels are in the same
+    Also what a writer left that was killed. What is being written just now is not removed. A
+    process that uses such a file keeps it until it ends. Compiled kernels are in the same
     folder, need a few MiB, and are removed by themselves a month after their last use.
     """
     model = model_argument(model, model_option)
-    found = [_about(path) for path in _files(model)]
+    found = [about for path in _files(model) if (about := _about(path))]
     if as_json:
         click.echo(json.dumps(found, indent=1))
     elif found:
@@ -51,35 +57,40 @@ def command(model: str | None, model_option: str | None, remove: bool, as_json: 
         removed = [f for f in found if _removed(Path(f["file"]))]
         total = size(sum(f["bytes"] for f in removed))
         note(f"removed {counted_as(len(removed), 'file')}, {total}")
+        if len(removed) < len(found):
+            context.exit(1)
 
 
 def _files(model: str | None) -> list[Path]:
     """Of a model, or all in the cache folder."""
-    from runtime.backends.cpu.run.pack_cache import FOLDER, files_in, model_of
+    from runtime.backends.cpu.run.pack_cache import FOLDER, files_in, files_of
     from runtime.backends.environment import cache_dir
 
-    kept = files_in(cache_dir() / FOLDER)
-    if model is None:
-        return kept
-    own = Path(model).resolve()
-    every = dict.fromkeys((*kept, *files_in(own.parent)))
-    return [path for path in every if model_of(path) == own]
+    return files_in(cache_dir() / FOLDER) if model is None else files_of(Path(model).resolve())
 
 
-def _about(path: Path) -> dict[str, Any]:
-    from runtime.backends.cpu.run.pack_cache import model_of
-
-    stat, model = path.stat(), model_of(path)
+def _about(path: Path) -> dict[str, Any] | None:
+    """None: it has just gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
     return {
-        "file": str(path), "model": _named(model), "bytes": stat.st_size,
+        "file": str(path), "model": _named(path), "bytes": stat.st_size,
         "used": max(stat.st_atime, stat.st_mtime),
     }  # fmt: skip
 
 
-def _named(model: Path | None) -> str:
-    if model is None:
-        return "unfinished or damaged"
-    return str(model) if model.exists() else f"{model} (not there)"
+def _named(path: Path) -> str:
+    """The model, or why there is none."""
+    from runtime.backends.cpu.run.pack_cache import SUFFIX, is_written, model_of
+
+    model = model_of(path)
+    if model is not None:
+        return str(model) if model.exists() else f"{model} (not there)"
+    if is_written(path):
+        return _WRITTEN
+    return "damaged" if path.suffix == SUFFIX else "unfinished"
 
 
 def _ago(moment: float) -> str:
@@ -91,9 +102,13 @@ def _ago(moment: float) -> str:
 
 
 def _removed(path: Path) -> bool:
+    from runtime.backends.cpu.run.pack_cache import remove
+
     try:
-        path.unlink()
+        removed = remove(path)
     except OSError as error:
         note(f"{path} cannot be removed: {error.strerror}")
         return False
-    return True
+    if not removed:
+        note(f"{path} stays: it is {_WRITTEN}")
+    return removed

@@ -31,8 +31,9 @@ from runtime.backends.cpu.run.pack_file import (
 from runtime.backends.environment import cache_dir
 from runtime.backends.plan.entries import DAY, UNUSED, mark_used
 from runtime.backends.plan.fingerprint import sampled
-from runtime.backends.plan.lock import locked
+from runtime.backends.plan.lock import is_held, locked, locked_now
 from runtime.ops.errors import OptionError
+from runtime.units import in_units
 
 FOLDER, SUFFIX, LOCK = "packed", ".packed", ".lock"
 PLACES = ("folder", "beside")  # the cache folder, or the model's
@@ -46,12 +47,52 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(path for end in endings for path in folder.glob(f"*{end}"))
 
 
+def files_of(model: Path) -> list[Path]:
+    """Those of a model, which is resolved, in the cache folder and beside it.
+
+    What is not finished, or damaged, is told by its name: of all models of that name.
+    """
+    found = dict.fromkeys((*files_in(cache_dir() / FOLDER), *files_in(model.parent)))
+    stem = model.stem[:_STEM]
+
+    def belongs(path: Path) -> bool:
+        whose = model_of(path)
+        return whose == model or (whose is None and _finished(path).stem.rpartition("-")[0] == stem)
+
+    return [path for path in found if belongs(path)]
+
+
 def model_of(path: Path) -> Path | None:
     """The model that a file has packed weights of; None: it is unfinished or damaged."""
     try:
         return Path(about_packs(path)["model"])
     except (UnusableError, OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def is_written(path: Path) -> bool:
+    """Whether somebody is at writing an unfinished file."""
+    return path.suffix != SUFFIX and is_held(_lock(_finished(path)))
+
+
+def remove(path: Path) -> bool:
+    """Whether it is removed: what somebody writes stays. OSError: it cannot be."""
+    if path.suffix == SUFFIX:
+        path.unlink()
+        return True
+    with locked_now(_lock(_finished(path))) as alone:
+        if alone:
+            path.unlink(missing_ok=True)
+        return alone
+
+
+def _finished(path: Path) -> Path:
+    """The file that an unfinished one or a lock is to become or belongs to."""
+    return path.with_name(path.name.rpartition(SUFFIX)[0] + SUFFIX)
+
+
+def _lock(finished: Path) -> Path:
+    return finished.with_name(f"{finished.name}{LOCK}")
 
 
 class PackCache:
@@ -90,7 +131,7 @@ class PackCache:
                     stat = path.stat()
                     age = time.time() - max(stat.st_atime, stat.st_mtime)
                     if age > (UNUSED if path.suffix == SUFFIX else DAY):
-                        path.unlink()
+                        remove(path)
 
 
 class Packs:
@@ -124,11 +165,9 @@ class Packs:
         def waits() -> None:
             self._cache.say(f"another process packs these weights; waiting for {self.path}")
 
-        lock = self.path.with_name(f"{self.path.name}{LOCK}")
         with contextlib.ExitStack() as held:
             with contextlib.suppress(OSError):  # writing will say it
-                held.enter_context(locked(lock, waits))
-                held.callback(_remove, lock)
+                held.enter_context(locked(_lock(self.path), waits))
                 for left in self.path.parent.glob(f"{glob.escape(self.path.name)}.*{PART}"):
                     _remove(left)  # its writer was killed: nobody else has the lock
             yield
@@ -178,7 +217,11 @@ class Packs:
 def _check_room(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
-        raise OSError(errno.ENOSPC, f"{nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+        raise OSError(errno.ENOSPC, f"{_size(nbytes)} needed, {_size(free)} free")
+
+
+def _size(nbytes: float) -> str:
+    return in_units(nbytes, 1000, ("bytes", "kB", "MB", "GB", "TB"), (0, 1, 1, 2, 2))
 
 
 def _reason(error: Exception) -> str:

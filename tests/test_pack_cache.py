@@ -20,6 +20,7 @@ from small_models import Sizes, write_model
 import runtime
 from runtime.backends.cpu.run import pack_cache, pack_file, weights
 from runtime.backends.cpu.run.pack_file import PackWriter, UnusableError, checksum, read_packs
+from runtime.backends.plan import lock as locks
 from runtime.backends.plan.lock import is_held, locked, locked_now
 from runtime.cli import main
 from runtime.errors import OptionError
@@ -210,7 +211,7 @@ def test_no_room_is_seen_before(model: Path, capfd, packed, monkeypatch: pytest.
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(pack_cache.shutil, "disk_usage", lambda path: usage)
     logits(model, pack_cache="beside")
-    assert "1.0 kB free" in capfd.readouterr().err and not packs(model)
+    assert "0.0 MB free" in capfd.readouterr().err and not packs(model)
 
 
 def test_an_interrupt_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch):
@@ -335,6 +336,22 @@ def test_the_next_one_waits_for_who_waited(tmp_path: Path):
     for thread in threads:
         thread.join()
     assert order == ["second", "third"] and not lock.exists() and not is_held(lock)
+
+
+def test_the_lock_of_a_file_that_went_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The holder ends, and removes the file, between another's opening and locking it."""
+    lock, take, taken = tmp_path / "x.lock", locks._take, []
+
+    def too_late(file: int) -> bool:
+        if not taken:
+            lock.unlink()
+        taken.append(file)
+        return take(file)
+
+    monkeypatch.setattr(locks, "_take", too_late)
+    with locked(lock, lambda: None):
+        assert len(taken) == 2 and is_held(lock)
+    assert not lock.exists()
 
 
 def test_arrays_of_all_sizes(tmp_path: Path, rng: np.random.Generator):

@@ -54,8 +54,18 @@ def test_a_question_is_a_command_and_the_first_line_its_answer(arguments: str, a
     assert re.match(answer, plan(*arguments.split()).splitlines()[0])
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_readme_shows_the_picture_of_its_second_plan(tmp_path: Path) -> None:
+    commands = re.findall(r"^\$ runtime plan (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    plan(*shlex.split(commands[1]), "--svg", str(tmp_path / "plan.svg"))
+    shown = ROOT / "runtime" / "data" / "plan.svg"
+    assert (tmp_path / "plan.svg").read_text() == shown.read_text()
+
+
 def test_the_readme_tells_true_answers() -> None:
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (ROOT / "README.md").read_text()
     found = re.findall(r"^\$ runtime plan (.*)\n(.*)$", text, re.MULTILINE)
     for command, answer in found:
         assert plan(*shlex.split(command)).splitlines()[0] == answer

@@ -33,7 +33,6 @@ from runtime.backends.plan.entries import DAY, UNUSED, mark_used
 from runtime.backends.plan.fingerprint import sampled
 from runtime.backends.plan.lock import is_held, locked, locked_now
 from runtime.ops.errors import OptionError
-from runtime.units import in_units
 
 FOLDER, SUFFIX, LOCK = "packed", ".packed", ".lock"
 PLACES = ("folder", "beside")  # the cache folder, or the model's
@@ -221,7 +220,7 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 
 def _size(nbytes: float) -> str:
-    return in_units(nbytes, 1000, ("bytes", "kB", "MB", "GB", "TB"), (0, 1, 1, 2, 2))
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _reason(error: Exception) -> str:

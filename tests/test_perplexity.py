@@ -338,6 +338,14 @@ class TestCommand:
         assert data["perplexity"]["windows"] == 2 and not done.stderr
         assert set(data["perplexity"]["kl"]["kld"]["percentiles"]) >= {"99.9", "50", "0.1"}
 
+    def test_a_base_that_has_nothing_to_do_with_the_model_is_told(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.base"
+        self.run("-c", 64, "--chunks", 2, "--kl-base", path, "-q")
+        assert "of another model" not in self.run("--kl", path).stderr
+        kept = BaseFile.decoded
+        monkeypatch.setattr(BaseFile, "decoded", lambda *args: kept(*args)[..., ::-1])
+        assert "a.base: its predictions have little to do" in self.run("--kl", path).stderr
+
     @pytest.mark.parametrize(
         ("args", "said"),
         [

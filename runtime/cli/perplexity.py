@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _TEXT, _BASE = "Text", "Comparison"
 _BYTES = 256  # of text that a token takes at most, on average
 _LONG = 1 << 24  # bytes of a text whose tokens take a while
+_RELATED = 0.5  # correlation that even a two-bit file has with its base
 
 
 @click.command(
@@ -94,6 +95,11 @@ def command(
             on_window=on_window,
         )  # fmt: skip
     click.echo(_as_json(loaded, found) if options["as_json"] else _report(found))
+    if found.kl is not None and found.kl.correlation < _RELATED:
+        note(
+            f"warning: --kl {kl}: its predictions have little to do with this model's (correlation "
+            f"{found.kl.correlation:.2%}): is it of another model?"
+        )
     if kl_base is not None:
         note(f"wrote {kl_base}", quiet)
 
@@ -210,7 +216,7 @@ def _compared(kl: Divergence) -> str:
         rows.append((name, f"{kld:.6f}", f"{100 * change:.3f}"))
     columns = ("", "KL divergence", "change of probability, %")
     lines = [
-        ("base", f"perplexity {kl.base.shown(4)}"),
+        ("base", f"perplexity {kl.base.shown(4)} (files keep nothing below e^-16 of the best)"),
         ("ratio", f"{kl.ratio.shown(6)}, its logarithm {kl.log_ratio.shown(6)}"),
         ("difference", f"{kl.difference.shown(4)}, correlation {kl.correlation:.2%}"),
         ("change", f"{kl.rms.scaled(100).shown(3)} % of probability (root mean square)"),

@@ -13,7 +13,8 @@
 |                     | that NCCL makes; or off              |                                |
 
 Values are read at every call, so a test or a notebook can change them. A malformed value raises
-`OptionError` naming the variable and what is legal; an empty value counts as unset.
+`OptionError` naming the variable and what is legal, when a model is loaded at the latest; an empty
+value counts as unset.
 """
 
 from __future__ import annotations
@@ -103,8 +104,14 @@ def nccl_from(usual: int) -> int | None:
 
 
 def inspected() -> bool:
-    """Whether `DEBUG` or `VALIDATE` is there at all: quick, for every step asks."""
-    return "DEBUG" in os.environ or "VALIDATE" in os.environ
+    """Whether steps are looked into: by `VALIDATE`, or by `DEBUG` from 2 on."""
+    return validate() or debug() >= 2
+
+
+def check() -> None:
+    """OptionError for a malformed value, of folders apart, whether anything will read it or not."""
+    for read in (cpu_isa, debug, validate, lambda: nccl_from(1)):
+        read()
 
 
 def _read(name: str) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backends import environment
 from runtime.errors import FileError, OptionError
 from runtime.ops.errors import shown
 from runtime.ops.kv_formats import KV_FORMATS
@@ -126,9 +127,11 @@ def check_progress(value: Any) -> None:
 def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `load` as plain values; OptionError for a type one cannot have.
 
+    And for a variable of the environment that says nothing legal.
     path: a str or os.PathLike, or None. options: the other arguments of `load` by name; what a
     text or number may say is checked where it is used.
     """
+    environment.check()
     check_path("path", path)
     named = options["devices"]
     if isinstance(named, list | tuple) and named and all(isinstance(n, str) for n in named):

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import runtime
 from runtime.backends import environment
 from runtime.errors import OptionError
 
-VARIABLES = ("RUNTIME_CPU_ISA", "RUNTIME_CACHE_DIR", "DEBUG", "VALIDATE", "XDG_CACHE_HOME")
+VARIABLES = (
+    "RUNTIME_CPU_ISA", "RUNTIME_CACHE_DIR", "RUNTIME_NCCL", "DEBUG", "VALIDATE", "XDG_CACHE_HOME",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,33 @@ def test_malformed_value_names_variable_and_legal_values(monkeypatch, name, valu
         read()
     message = str(caught.value)
     assert name in message and legal in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "legal"),
+    [
+        ("RUNTIME_NCCL", "bogus", "1 or more, or off"), ("RUNTIME_NCCL", "-5", "1 or more, or off"),
+        ("RUNTIME_CPU_ISA", "sse2", "avx2"), ("DEBUG", "9", "0 to 4"), ("VALIDATE", "2", "0 or 1"),
+    ],
+)  # fmt: skip
+def test_loading_refuses_what_it_may_never_read(monkeypatch, name, value, legal):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(OptionError, match=f"environment variable {name}='{value}' .*{legal}"):
+        runtime.load(devices="reference")
+
+
+@pytest.mark.parametrize(
+    ("variables", "inspected"),
+    [
+        ({}, False), ({"DEBUG": "0"}, False), ({"DEBUG": ""}, False), ({"DEBUG": "1"}, False),
+        ({"VALIDATE": "0"}, False), ({"VALIDATE": " "}, False), ({"VALIDATE": "off"}, False),
+        ({"DEBUG": "2"}, True), ({"VALIDATE": "1"}, True), ({"DEBUG": "0", "VALIDATE": "1"}, True),
+    ],
+)  # fmt: skip
+def test_steps_are_looked_into_where_that_is_asked_for(monkeypatch, variables, inspected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert environment.inspected() is inspected
 
 
 def test_relative_xdg_folder_is_ignored(monkeypatch):

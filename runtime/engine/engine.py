@@ -300,7 +300,7 @@ class Engine:
     def _execute(
         self, program: Program, inputs: abc.Mapping[str, np.ndarray], live: abc.Mapping[str, int]
     ) -> np.ndarray:
-        if inspected() and (validate() or debug() >= 2):
+        if inspected():
             from runtime.inspection import run_inspected
 
             return run_inspected(self, program, inputs, live, validate(), debug())

@@ -72,6 +72,7 @@ def test_help_is_quick_and_imports_no_engine():
         (["run", "-p", "a", "--top-p", "2"], "top_p"),
         (["run", "-p", "a", "--logit-bias", "x"], "--logit-bias"),
         (["run", "-p", "a", "-t", "0"], "0 is not in the range"),
+        (["run", "m.gguf", "--pack-cache", "besides", "-p", "a"], "takes folder or beside"),
         (["bench", "-p", "many"], "no whole number or range"),
         (["bench", "-p", "0", "-n", "0"], "nothing to measure"),
         (["bench", "-o", "xml"], "xml"),

@@ -487,3 +487,12 @@ def test_what_nobody_uses_goes(model: Path, tmp_path: Path, monkeypatch: pytest.
         os.utime(path, (0, 0))
     logits(model, pack_cache=True)
     assert not old.exists() and new.exists() and other.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["cache"], ["cache", "m.gguf"], ["run", "-p", "a", "--pack-cache"]]
+)
+def test_a_cache_folder_that_is_a_file(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNTIME_CACHE_DIR", __file__)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "a folder, and this is a file" in done.output

@@ -114,10 +114,26 @@ def test_the_command(small_model: Path, tmp_path: Path):
     svg = (tmp_path / "r.svg").read_text()
     for phase in ("prompt of 512", "decode", "decode after 40", "16 sequences"):
         assert f">{phase}<" in svg
-    code, said = bench(small_model, "--roofline", tmp_path / "no" / "r.svg")
-    assert code == 1 and "no folder" in said and "steps of" not in said
     code, said = bench(small_model, "--roofline", tmp_path / "x.svg", "--devices", "cpu:0,cpu:1")
     assert code == 2 and "one CPU device" in said and not (tmp_path / "x.svg").exists()
+
+
+def test_the_prompt_is_the_one_asked_for(small_model: Path, tmp_path: Path):
+    code, said = bench(small_model, "--roofline", tmp_path / "r.svg", "-p", 24, "-n", 0, "-d", 8)
+    assert code == 0 and ">prompt of 24<" in (tmp_path / "r.svg").read_text(), said
+    assert "pp24 @ d8, 1 thread ..." in said
+
+
+@pytest.mark.parametrize("option", ["--roofline", "--timeline"])
+def test_a_picture_that_cannot_be_written(
+    small_model: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Refused before a model is loaded; a model's own file is not written over."""
+    monkeypatch.setattr("runtime.cli.bench.load", None)
+    code, said = bench(small_model, option, tmp_path / "no" / "r.svg")
+    assert code == 1 and "no folder" in said and "..." not in said
+    code, said = bench(small_model, option, small_model)
+    assert code == 1 and "a file that is read" in said
 
 
 def test_a_small_context_is_enough(small_model: Path):

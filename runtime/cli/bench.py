@@ -25,6 +25,7 @@ from runtime.cli.options import (
 )
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, F, option
+from runtime.units import counted_as
 
 _WATCHED = 32  # tokens between which idle time is looked for
 
@@ -67,8 +68,9 @@ Examples:
 @option("--timeline", "Draw when each launch of one decode step runs on a GPU (SVG).", "Tests",
         type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
 @option("--roofline", "Draw what bounds each phase on this machine's CPU (SVG): what memory and "
-        "units give, and what decoding, also at depth (-d, or 2048), a prompt and 16 sequences "
-        "reach of it.", "Tests", type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
+        "units give, and what decoding, also at depth (-d, or 2048), a prompt (-p, as long as one "
+        f"step takes it: {UBATCH}) and 16 sequences reach of it.", "Tests",
+        type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
 @option("-m --model more_models", "A model's file, as the argument MODEL.", "Model",
         multiple=True, metavar="FILE")  # fmt: skip
 @precision_options
@@ -93,6 +95,7 @@ def command(
     )  # fmt: skip
     if not chosen:
         raise click.UsageError("nothing to measure: give -p, -n or -pg more than 0")
+    _check_pictures(paths, options)
     wanted = _settings(paths, options)
     printer = FORMATS[output](wanted)
     for n, result in enumerate(_results(wanted, chosen, options)):
@@ -100,6 +103,13 @@ def command(
             click.echo(line)
     for line in printer.end():
         click.echo(line)
+
+
+def _check_pictures(paths: Sequence[str | None], options: dict[str, Any]) -> None:
+    """FileError where a picture cannot be written; see `check_outputs`."""
+    from runtime.outputs import check_outputs
+
+    check_outputs((options["timeline"], options["roofline"]), [path for path in paths if path])
 
 
 def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Setting]:
@@ -123,6 +133,7 @@ def _results(
     load["context"] = max(test.n_depth + test.tokens for test in chosen)
     deepest = max(test.n_depth for test in chosen)
     if options["roofline"]:
+        prompt = min(max(test.n_prompt for test in chosen), UBATCH) or UBATCH
         load |= bench_roofline.sizes(load["context"], deepest)
     with _Loader(load) as loader:
         for setting in wanted:
@@ -130,13 +141,13 @@ def _results(
             if options["timeline"]:
                 bench_timeline.check(model)
             if options["roofline"]:
-                bench_roofline.check(model, options["roofline"])
+                bench_roofline.check(model)
             decodes = any(t.n_gen for t in chosen) and isinstance(model.backend, Apart)
             step = bench_timeline.step(model) if decodes or options["timeline"] else None
             bandwidth = _bandwidth(model) if any(t.n_gen for t in chosen) else None
             operations = _operations(model) if any(t.n_prompt for t in chosen) else None
             for test in chosen:
-                note(f"{test.name}, {model.threads} threads ...")
+                note(f"{test.name}, {counted_as(model.threads, 'thread')} ...")
                 time.sleep(options["delay"])
                 result = Result(test, setting, model, bandwidth, operations, step and step.gap)
                 result.seconds = _measure(result, options["repetitions"], not options["no_warmup"])
@@ -145,7 +156,7 @@ def _results(
             if options["timeline"]:
                 bench_timeline.draw(step, model, options["timeline"])
             if options["roofline"]:
-                bench_roofline.draw(model, options["roofline"], deepest or None)
+                bench_roofline.draw(model, options["roofline"], deepest or None, prompt)
 
 
 class _Loader:

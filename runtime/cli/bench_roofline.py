@@ -20,29 +20,27 @@ def sizes(context: int, depth: int) -> dict[str, int]:
     return {"context": max(context, (depth or DEPTH) + 16, PROMPT + 16), "sequences": SEQUENCES}
 
 
-def check(model: Any, path: str) -> None:
-    """Refused: not one device of the CPU. FileError: the picture cannot be written there."""
+def check(model: Any) -> None:
+    """Refused: not one device of the CPU."""
     from runtime.backends.cpu import CpuBackend
-    from runtime.outputs import check_outputs
 
     if not isinstance(model.backend, CpuBackend):
         raise Refused(
             "--roofline is of a model on one CPU device, --devices cpu, and this one runs on "
             f"{model.backend.name}"
         )
-    check_outputs([path])
 
 
-def draw(model: Any, path: str, depth: int | None) -> None:
-    """Measure, and write the picture. depth: of the second decode."""
+def draw(model: Any, path: str, depth: int | None, prompt: int) -> None:
+    """Measure, and write the picture. depth: of the second decode. prompt: tokens of one step."""
     from runtime.outputs import write_text
     from runtime.report.roofline_svg import picture
 
-    write_text(path, picture(roofline(model, depth)))
+    write_text(path, picture(roofline(model, depth, prompt)))
     note(f"what bounds each phase: {path}")
 
 
-def roofline(model: Any, depth: int | None = None) -> Any:
+def roofline(model: Any, depth: int | None = None, prompt: int = PROMPT) -> Any:
     """The `Roofline` of a model on one CPU device."""
     from runtime.backends.cpu.run.cores import cpu_name
     from runtime.backends.cpu.run.raw_rates import unit_rates
@@ -50,7 +48,7 @@ def roofline(model: Any, depth: int | None = None) -> Any:
     from runtime.report.roofline import Roofline
 
     threads, backend = model.threads, model.backend
-    points = [point for phase in _phases(model, depth) for point in phase]
+    points = [point for phase in _phases(model, depth, prompt) for point in phase]
     note("raw rates of memory and units ...")
     counts = sorted({1, *(n for n in (2 << i for i in range(10)) if n < threads), threads})
     k, v = model.kv_types
@@ -61,10 +59,10 @@ def roofline(model: Any, depth: int | None = None) -> Any:
     )  # fmt: skip
 
 
-def _phases(model: Any, depth: int | None) -> Iterator[Any]:
+def _phases(model: Any, depth: int | None, prompt: int) -> Iterator[Any]:
     """The points of each phase."""
     random, most = np.random.default_rng(1), model.context - _REPEATS - 1
-    prompt, deep = min(PROMPT, most), min(depth or DEPTH, most)
+    prompt, deep = min(prompt, most), min(depth or DEPTH, most)
 
     def ids(n: int) -> list[int]:
         return [int(i) for i in random.integers(0, model.vocab_size, n)]

@@ -60,7 +60,18 @@ class Option(click.Option):
             return rest.popleft() if rest else None
         known = self.type.choices if isinstance(self.type, click.Choice) else None
         follows = bool(rest) and (rest[0] in known if known else not rest[0].startswith("-"))
+        if rest and known and not follows:
+            self._check_near(rest[0], known)
         return rest.popleft() if follows else self.bare
+
+    def _check_near(self, word: str, known: Iterable[str]) -> None:
+        """UsageError for a word that is nearly one of the values."""
+        near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.75)
+        if near:
+            raise click.UsageError(
+                f"{self.opts[0]} takes {' or '.join(known)}: {word} is neither; did you mean "
+                f"{near[0]}?"
+            )
 
 
 def option(names: str, text: str, section: str, **attributes: Any) -> Callable[[F], F]:

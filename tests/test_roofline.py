@@ -98,6 +98,37 @@ def test_the_picture_puts_points_where_they_belong():
     assert all(float(e.attrib.get("x", 0)) <= width for e in root.iter())
 
 
+def written(svg: str) -> dict[str, dict[str, str]]:
+    """The attributes of each text."""
+    texts = (e for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("text"))
+    return {str(e.text): e.attrib for e in texts}
+
+
+def test_labels_stand_where_no_mark_is():
+    """A mark where a label would be: it moves along its line, a ceiling's also below it."""
+    far = Point("q", "matmul", 1.0, 1e11, 1e8), Point("q", "matmul", 1.0, 1e6, 4.9e9)
+
+    def at(*points: Point) -> dict[str, dict[str, str]]:
+        found = roofline(*far, *points)
+        return written(picture(found))
+
+    before = at()
+    for name, rate in (("int8 tiles 4,000", 4e12), ("f32 100", 1e11)):
+        on_it = at(Point("p", "matmul", 1.0, rate / 4000, rate))[name]
+        assert (on_it["x"], on_it["y"]) != (before[name]["x"], before[name]["y"])
+    slope = "1 thread read 10.0 GB/s"
+    below = at(*(Point("p", "matmul", 1.0, rate / 0.01, rate) for rate in (3e7, 5e7)))[slope]
+    assert below["x"] != before[slope]["x"]
+    assert "how; memory is read at 10.0 GB/s by 1 thread, 20.0 GB/s by 2 threads" in before
+
+
+def test_a_mark_on_another_has_a_ring():
+    two = [Point(phase, "matmul", 1.0, 1e10, 2e10) for phase in "pq"]
+    alone = picture(roofline(two[0]))
+    ring = 'fill="none" stroke="#4e79a7"'
+    assert ring not in alone and picture(roofline(*two)).count(ring) == 1
+
+
 def test_nothing_to_draw_is_drawn():
     ElementTree.fromstring(picture(roofline(Point("p", "rest", 0.0, 0.0, 0.0))))
 

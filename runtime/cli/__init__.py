@@ -130,10 +130,9 @@ class CommandGroup(click.Group):
             return 130
         except Exception as error:
             from runtime.cli.output import printable
-            from runtime.errors import OptionError
 
             click.echo(f"error: {printable(' '.join(_mistake(error).split()))}", err=True)
-            return 2 if isinstance(error, click.UsageError | OptionError) else 1
+            return 2 if isinstance(error, click.UsageError) else 1
 
 
 def _take_part(args: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import click
 
 from runtime.cli.model_path import model_argument, model_option
 from runtime.cli.output import note, size, table
-from runtime.cli.parsing import Command, option
+from runtime.cli.parsing import Command, Refused, option
 from runtime.units import counted_as
 
 _DAY, _HOUR = 86400, 3600
@@ -62,11 +62,15 @@ def command(
 
 
 def _files(model: str | None) -> list[Path]:
-    """Of a model, or all in the cache folder."""
+    """Of a model, or all in the cache folder. Refused: that is none."""
     from runtime.backends.cpu.run.pack_cache import FOLDER, files_in, files_of
     from runtime.backends.environment import cache_dir
+    from runtime.errors import OptionError
 
-    return files_in(cache_dir() / FOLDER) if model is None else files_of(Path(model).resolve())
+    try:
+        return files_in(cache_dir() / FOLDER) if model is None else files_of(Path(model).resolve())
+    except OptionError as error:
+        raise Refused(str(error)) from None
 
 
 def _about(path: Path) -> dict[str, Any] | None:

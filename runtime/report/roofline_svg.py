@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
+from typing import Any
 
 from runtime.report.drawing import LINE, MARGIN, Drawing
 from runtime.report.roofline import CLASSES, Point, Roofline
+from runtime.report.roofline_labels import Labels, Mark
+from runtime.units import counted_as
 
 _COLOURS = ("#4e79a7", "#59a14f", "#b07aa1", "#f28e2b", "#e15759", "#76b7b2")
 _LEFT, _TOP, _WIDTH, _HEIGHT = MARGIN + 58, 120, 620, 400  # of the chart
 _GRID, _QUIET = 'stroke="#e4e6ea"', 'fill="#5b626d"'
-_HALO = 'stroke="#ffffff" stroke-width="3"'
 _DECADES = 6  # of rates, at most: what is slower still is in the table alone
 _END, _MIDDLE = 'text-anchor="end"', 'text-anchor="middle"'
+_RING = 3.0  # pixels that a ring is wider than its mark
 _SOLID, _DASHED = 'stroke-width="2"', 'stroke-width="1" stroke-dasharray="5 4"'
-_AT = 0.06  # how far along a slope its label begins
 _LEAST = 0.005  # share of a phase's time from which a class is drawn
 _ROW = 17
 _COLUMNS = (
@@ -29,15 +31,17 @@ def picture(found: Roofline) -> str:
     """SVG; each point tells its phase, its class and its figures."""
     out = Drawing()
     out.text(MARGIN, 34, found.title, 17, 'font-weight="bold"')
-    read = ", ".join(f"{n}: {gb:.1f}" for n, gb in _gb(found))
-    out.text(MARGIN, 56, f"{found.how}; read bandwidth by threads, GB/s: {read}", 12)
+    read = ", ".join(f"{gb:.1f} GB/s by {counted_as(n, 'thread')}" for n, gb in _gb(found))
+    out.text(MARGIN, 56, f"{found.how}; memory is read at {read}", 12)
     out.text(MARGIN, 76, "Left of the ridge memory bounds, right of it the units; above the slope "
              "is what caches give.", 12)  # fmt: skip
     chart = _Chart(found)
     _grid(out, chart)
-    _roofs(out, chart, found)
-    for point in sorted(_drawn(found), key=lambda p: -_share(found, p)):
-        _mark(out, chart, found, point)
+    lines = _roofs(out, chart, found)
+    points = sorted(_drawn(found), key=lambda p: -_share(found, p))
+    labels = Labels(out, [_mark(out, chart, found, p, points[n:]) for n, p in enumerate(points)])
+    for label, where in lines:
+        getattr(labels, label)(*where)
     _legend(out, found)
     _table(out, found)
     return out.svg()
@@ -97,42 +101,45 @@ def _grid(out: Drawing, chart: _Chart) -> None:
     out.width = max(out.width, _LEFT + _WIDTH)
 
 
-def _roofs(out: Drawing, chart: _Chart, found: Roofline) -> None:
-    """Memory's slopes up to the fastest unit, of one thread and of all; a ceiling of each unit."""
+def _roofs(out: Drawing, chart: _Chart, found: Roofline) -> list[tuple[str, tuple[Any, ...]]]:
+    """Memory's slopes up to the fastest unit, of one thread and of all; a ceiling of each unit.
+
+    What is to be written beside them comes back: a method of `Labels`, its arguments.
+    """
     least, right = 10.0 ** chart.x[0], 10.0 ** chart.x[1]
+    labels: list[tuple[str, tuple[Any, ...]]] = []
     threads = [*found.bandwidths]
     for n in dict.fromkeys((threads[0], threads[-1])):
         rate = found.bandwidths[n]
         start = max(least, 10.0 ** chart.y[0] / rate)
         ends = (start, found.peak / rate)
         (x1, y1), (x2, y2) = ((chart.across(i), chart.up(i * rate)) for i in ends)
-        style = (
-            'stroke-width="2"' if n == threads[-1] else 'stroke-width="1" stroke-dasharray="5 4"'
-        )
+        style = _SOLID if n == threads[-1] else _DASHED
         out.path(f"M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}", f'stroke="#22262c" {style}')
-        angle = math.degrees(math.atan2(y2 - y1, x2 - x1))
-        x, y = x1 + _AT * (x2 - x1), y1 + _AT * (y2 - y1)
-        side = -6 if n == threads[-1] else 14
-        turned = f'transform="rotate({angle:.1f} {x:.1f} {y:.1f})"'
-        name = f"{n} thread{'s' * (n != 1)} read {rate / 1e9:.1f} GB/s"
-        _over_lines(out, x, y + side, name, turned)
+        name = f"{counted_as(n, 'thread')} read {rate / 1e9:.1f} GB/s"
+        labels.append(("slope", ((x1, y1), (x2, y2), name, n == threads[-1])))
     for name, rate in found.units.items():
         x, y = chart.across(rate / found.bandwidth), chart.up(rate)
-        style = 'stroke="#22262c" stroke-width="2"' if rate == found.peak else f'stroke="{LINE}"'
+        style = f'stroke="#22262c" {_SOLID}' if rate == found.peak else f'stroke="{LINE}"'
         out.path(f"M{x:.1f} {y:.1f}H{chart.across(right):.1f}", style)
-        _over_lines(out, _LEFT + _WIDTH - 4, y - 5, f"{name} {rate / 1e9:,.0f}", _END)
+        labels.append(("ceiling", (x, _LEFT + _WIDTH - 4, y, f"{name} {rate / 1e9:,.0f}")))
+    return labels
 
 
-def _over_lines(out: Drawing, x: float, y: float, text: str, more: str) -> None:
-    """Text with a white edge, as an element of its own: not all programs draw edges first."""
-    out.text(x, y, text, 11, f"{more} {_HALO}")
-    out.text(x, y, text, 11, more)
-
-
-def _mark(out: Drawing, chart: _Chart, found: Roofline, point: Point) -> None:
-    """A shape for the class, a colour for the phase, an area for the share of its time."""
-    x, y = chart.across(point.intensity), chart.up(point.rate)
+def _place(chart: _Chart, found: Roofline, point: Point) -> Mark:
+    """An area for the share of its phase's time."""
     size = 3.5 + 9 * math.sqrt(_share(found, point))
+    return Mark(chart.across(point.intensity), chart.up(point.rate), size)
+
+
+def _mark(
+    out: Drawing, chart: _Chart, found: Roofline, point: Point, points: Sequence[Point]
+) -> Mark:
+    """A shape for the class, a colour for the phase; a ring where a later point hides it.
+
+    points: from this one on. What it takes up comes back.
+    """
+    x, y, size = _place(chart, found, point)
     colour = _COLOURS[found.phases().index(point.phase) % len(_COLOURS)]
     told = escape(
         f"{point.phase}, {point.kind}: {1e3 * point.seconds:.2f} ms, "
@@ -140,9 +147,14 @@ def _mark(out: Drawing, chart: _Chart, found: Roofline, point: Point) -> None:
         f"{_reached(found, point)}"
     )
     out.parts.append(
-        f'<path d="{_shape(point.kind, x, y, size)}" fill="{colour}" fill-opacity="0.8" '
+        f'<path d="{_shape(point.kind, x, y, size)}" fill="{colour}" '
         f'stroke="#ffffff" stroke-width="1.2"><title>{told}</title></path>'
     )
+    others = (_place(chart, found, other) for other in points[1:])
+    if not any(math.hypot(o.x - x, o.y - y) < size / 2 and o.size > 0.6 * size for o in others):
+        return Mark(x, y, size)
+    out.path(_shape(point.kind, x, y, size + _RING), f'stroke="{colour}" {_SOLID}')
+    return Mark(x, y, size + _RING)
 
 
 def _shape(kind: str, x: float, y: float, r: float) -> str:

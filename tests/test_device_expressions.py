@@ -175,6 +175,8 @@ DEEP = "tensor(" * MOST_DEPTH + "cpu" + ")" * MOST_DEPTH
         ("cpu:-1", "'cpu:-1': after cpu: comes a number below 10000 or a size"),
         ("cpu:12345", "after cpu: comes a number below 10000"),
         ("cuda:24", None),
+        ("cuda:sm_90a", "'cuda:sm_90a' is what kernels are compiled for, and no GPU: it is for "),
+        ("layers(CUDA:sm_90a,cpu)", "for 'runtime warmup', alone or in a list of such targets"),
         ("cuda:0GB", "after cuda: comes a number below 10000 or a size"),
         ("cuda:24GBs", "after cuda: comes a number below 10000 or a size"),
         ("numa:2/2", "after numa: comes a number"),

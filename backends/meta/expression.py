@@ -183,7 +183,12 @@ class _Parser:
         return Device(kind) if word.lower() == "null" else Several(kind, number)
 
     def _unknown(self, word: str) -> OptionError:
-        name, colon, _ = word.lower().partition(":")
+        name, colon, rest = word.lower().partition(":")
+        if name == "cuda" and rest.startswith("sm_"):
+            return self._wrong(
+                f"{shown(word)} is what kernels are compiled for, and no GPU: it is for 'runtime "
+                "warmup', alone or in a list of such targets; a GPU is cuda:0"
+            )
         if name in _KINDS and colon:
             return self._wrong(f"{shown(word)}: after {name}: comes a number below 10000 or a size")
         near = difflib.get_close_matches(name, _KINDS, n=1)

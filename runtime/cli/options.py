@@ -57,9 +57,10 @@ _PRECISION_OPTIONS = (
     option("--activations", "Precision of activations against quantised weights.", _MODEL,
            type=click.Choice(["int8", "f32"]), default="int8", show_default=True),
     option("-dev --devices | --device", "cpu; or several, as 'cpu:0,cpu:1' or numa, or with the "
-           "way of splitting 'tensor(3*cpu:0,cpu:1)', 'layers(...)', nested too; cuda, cuda:1, "
-           "GPUs; auto, a GPU if one can be used; tensor(mpi), the processes that mpiexec "
-           "started; or reference, the slow and exact numpy backend.",
+           "way of splitting 'tensor(3*cpu:0,cpu:1)', 'layers(...)', nested too; cuda or "
+           "cuda:0, a GPU, several as 'layers(cuda:0,cuda:1)'; auto, a GPU if one "
+           "can be used; tensor(mpi), the processes that mpiexec started; or reference, "
+           "the slow and exact numpy backend.",
            _MODEL, default="cpu", metavar="EXPRESSION", show_default=True),
     option("-sm --split-mode", "How a list of devices is used: layer (each has some layers), "
            "tensor (each has a part of every tensor) or none (one alone).", _MODEL,

@@ -12,7 +12,7 @@ from kernel_calls import ISAS, Fenced, fenced_twice, library, run
 
 from runtime import ops
 from runtime.backends.cpu.compile.isa import available
-from runtime.backends.cpu.pages import from_plain, to_plain
+from runtime.backends.cpu.pages import from_plain, from_planes, to_plain, to_planes
 from runtime.backends.cpu.sizes import attention_scratch_nbytes
 from runtime.backends.plan.kernel import Kernel
 from runtime.ops.attention import attention
@@ -44,6 +44,7 @@ class Case:
     spread: float = 1.0  # scores of about this size
     rotation: int = 0
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    leaves: dict[str, ops.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(3)
@@ -69,6 +70,7 @@ class Case:
             memory = from_plain(whole, leaf)
             self.arrays[which] = np.ascontiguousarray(memory)
             self.arrays[f"{which}_plain"] = to_plain(memory, leaf)
+            self.leaves[which] = leaf
 
     def expected(self) -> np.ndarray:
         a = self.arrays
@@ -254,33 +256,18 @@ def test_rows_not_written_yet_may_be_anything(k_type: str, v_type: str) -> None:
     for row, (start, n) in zip(case.arrays["block_table"], case.spans, strict=True):
         for place in range(start + n):
             seen[row[place // PAGE], place % PAGE] = True
-    spoil(case.arrays["k"], k_type, case.k_dim, case.kv_heads, ~seen, "k")
-    spoil(case.arrays["v"], v_type, case.v_dim, case.kv_heads, ~seen, "v")
+    spoil(case, "k", ~seen)
+    spoil(case, "v", ~seen)
     np.testing.assert_array_equal(bits(case.run()), bits(clean))
 
 
-def spoil(
-    memory: np.ndarray, kind: str, dim: int, heads: int, where: np.ndarray, which: str
-) -> None:
-    """Every byte of the unwritten tokens becomes 0xFF: NaN in each float type."""
-    blocks, at = memory.reshape(len(memory), heads, -1), 0
-    for plane in kv_format(kind).planes:
-        size, start = plane.dtype.nbytes, at
-        width = plane.width(padded_head(dim))
-        at += PAGE * size * width
-        numbers, inside = blocks[..., start:at], which == "k" or kv_format(kind).coding
-        if which == "v" and plane.bits:
-            tokens = numbers.reshape(*blocks.shape[:2], PAGE // 4, width, 4).swapaxes(3, 4)
-        else:
-            n = size * (plane.together if which == "k" else 1)
-            tokens = numbers.reshape(*blocks.shape[:2], *((-1, PAGE, n) if inside else (PAGE, -1)))
-        for page, token in np.argwhere(where):
-            if which == "v" and plane.bits:
-                tokens[page, :, token // 4, token % 4] = 0xFF
-            elif inside:
-                tokens[page, :, :, token] = 0xFF
-            else:
-                tokens[page, :, token] = 0xFF
+def spoil(case: Case, which: str, where: np.ndarray) -> None:
+    """Every byte that K or V has of the tokens `where` becomes 0xFF: NaN in each float type."""
+    leaf = case.leaves[which]
+    planes = [np.ascontiguousarray(plane) for plane in to_planes(case.arrays[which], leaf)]
+    for plane in planes:
+        plane.view(np.uint8)[where] = 0xFF
+    case.arrays[which][:] = from_planes(planes, leaf)
 
 
 def test_a_nan_stays_in_its_row() -> None:
@@ -299,12 +286,11 @@ def test_what_is_not_finite_in_v_is_nothing_to_those_who_do_not_see_it(
     kind: str, window: int, bad: float
 ) -> None:
     case = Case(k_type=kind, v_type=kind, window=window, spans=((0, 40),))
-    leaf = ops.state("v", (*case.arrays["v_plain"].shape,), kv_format(kind).dtype, "v")
     page, token = int(case.arrays["block_table"][0, 0]), 9
     clean = case.run()
     values = case.arrays["v_plain"].copy()
     values[page, token, :, 3] = bad
-    case.arrays["v"] = np.ascontiguousarray(from_plain(values, leaf))
+    case.arrays["v"] = np.ascontiguousarray(from_plain(values, case.leaves["v"]))
     found = case.run()
     last = token + window if window else 40
     assert not np.isfinite(found[token:last]).all(axis=(1, 2)).any()

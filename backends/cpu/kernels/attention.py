@@ -134,17 +134,44 @@ def end_row(block, r, k_room, v_dim):
         s.store_part(out + whole * 4, s.load(o + whole * 32) * inverse + zero, v_dim - whole)
 
 
+def output_step(v_type):
+    """(block, rows, v, ahead, o, v_dims, base, window, in_part): o takes in V of the keys base..
+
+    in_part: whether a row does not see all of them.
+    """
+    format = kv_format(v_type)
+    output = row_passes(output_pass, format)
+
+    @helper
+    def together(block, rows, v, ahead, o, v_dims, base, window, in_part):
+        n_keys = min(PAGE, s.load_i64(block + _HIGH) - base + 1)
+        output(block, rows, v, v_dims, n_keys, o, ahead)
+
+    if format.coding is not None:
+        return together
+    output_one = output_row(format)
+
+    @helper
+    def each_what_it_sees(block, rows, v, ahead, o, v_dims, base, window, in_part):
+        if not in_part:
+            together(block, rows, v, ahead, o, v_dims, base, window, in_part)
+            return
+        for r in range(rows):
+            place = s.load_i32(block + _PLACES + r * 4)
+            first = max(0, place - window + 1 - base) if window > 0 else 0
+            last = min(PAGE, place - base + 1)
+            if first < last:
+                output_one(block, r, v, v_dims, first, last, o)
+
+    return each_what_it_sees
+
+
 def page_step(k_type, v_type):
     """(block, rows, k, v, ahead.., base, ..): a block of rows takes in one page, the keys base..
 
     k_ahead and v_ahead: how far behind this page the one to be read next lies.
     """
-    scores, output = (
-        row_passes(make, kv_format(name))
-        for make, name in ((scores_pass, k_type), (output_pass, v_type))
-    )
-
-    coded, output_one = kv_format(v_type).coding is not None, output_row(kv_format(v_type))
+    scores, output = row_passes(scores_pass, kv_format(k_type)), output_step(v_type)
 
     @helper
     def step(block, rows, k, v, k_ahead, v_ahead, base, k_dims, v_dims, window, softcap):
@@ -158,15 +185,7 @@ def page_step(k_type, v_type):
                 mask_scores(block, rows, base, window)
             weigh_scores(block, rows)
             o = block + _Q + room(k_dims) * (4 * _ROWS)
-            if in_part and not coded:
-                for r in range(rows):
-                    place = s.load_i32(block + _PLACES + r * 4)
-                    first = max(0, place - window + 1 - base) if window > 0 else 0
-                    last = min(PAGE, place - base + 1)
-                    if first < last:
-                        output_one(block, r, v, v_dims, first, last, o)
-            else:
-                output(block, rows, v, v_dims, min(PAGE, high - base + 1), o, v_ahead)
+            output(block, rows, v, v_ahead, o, v_dims, base, window, in_part)
 
     return step
 

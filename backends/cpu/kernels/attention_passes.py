@@ -110,8 +110,7 @@ def _dots_of_floats(
             ]
             values = b.add(q, times(b, b.add(i, number(step)), ROW_BYTES))
             if vectors[0] == 0:
-                for j in range(0, size, 64):
-                    e.prefetch(b, b.add(e.offset(b, at, j), ahead), near=2)
+                _prefetch(b, at, size, ahead)
             for r in range(rows):
                 value = _broadcast(b, e.offset(b, values, 4 * r))
                 for j, key in enumerate(keys):
@@ -220,7 +219,7 @@ def _output_of_codes(rows: int, format: KVFormat) -> Callable:
 
         def group(dim):
             numbers = Numbers(b, b.add(weights, times(b, dim, ROW_BYTES)), row)
-            _store_weights(b, format, (rows, row), numbers, (block, page, dim, dims, n_keys))
+            _store_weights(b, format, (rows, row), numbers, (block, page, dim, dims))
             places = [place_of_four(b, format, plane, page, dim, dims) for plane in format.codes]
             for plane, (at, step) in zip(format.codes, places, strict=True):
                 for w in range(WORDS):
@@ -251,22 +250,13 @@ def _store_weights(
 ) -> None:
     """The weights p of 32 keys, times the scales that a group of V has, as integers.
 
-    Beside them the sums of p times what codes taken as 0 mean. Tokens from n_keys on have no scale.
+    Beside them the sums of p times what codes taken as 0 mean. Where p is 0, of keys that the row
+    does not see or that are not written yet, V may have anything.
     """
-    (rows, row), (block, page, dim, dims, n_keys) = which, place
+    (rows, row), (block, page, dim, dims) = which, place
     p = b.add(e.offset(b, block, Block.scores), times(b, row, 4 * PAGE))
-    count = e.splat(b, b.trunc(n_keys, e.i32))
     halves = range(PAGE // e.LANES)
-    shared = []
-    for j in halves:
-        keys = ir.Constant(e.wide(e.i32), list(range(e.LANES * j, e.LANES * (j + 1))))
-        seen = b.icmp_signed("<", keys, count)
-        shared.append(
-            [
-                b.select(seen, value, e.floats(0.0))
-                for value in _shared(b, format, page, dim, dims, j)
-            ]
-        )
+    shared = [_shared(b, format, page, dim, dims, j) for j in halves]
     weights = [
         [e.load(b, e.offset(b, p, 4 * (PAGE * r + e.LANES * j)), e.wide(e.f32), 4) for j in halves]
         for r in range(rows)
@@ -275,7 +265,7 @@ def _store_weights(
     def times_of(mine, which):
         found = []
         for w, values in zip(mine, shared, strict=True):
-            none = b.fcmp_ordered("==", w, e.floats(0.0))  # a key not seen, whatever V has there
+            none = b.fcmp_ordered("==", w, e.floats(0.0))
             found.append(b.select(none, e.floats(0.0), b.fmul(w, values[which])))
         return tuple(found)
 

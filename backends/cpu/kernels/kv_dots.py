@@ -247,30 +247,18 @@ class Numbers:
 def folded(b: ir.IRBuilder, rows: list[Value], combine: Callable[[Value, Value], Value]) -> Value:
     """Lane r: the 16 lanes of row r combined: i and i + 8, then i and i + 4, i + 2, i + 1.
 
-    rows: a power of two of vectors, at most 16. What other lanes have means nothing.
+    rows: up to 16 vectors. What further lanes have means nothing.
     """
-    parts = [(value, [r] * e.LANES) for r, value in enumerate(rows)]
-    while len(parts) > 1:
-        parts = [_fold(b, parts[i : i + 2], combine) for i in range(0, len(parts), 2)]
-    while len(parts[0][1]) > len(rows):
-        parts = [_fold(b, parts, combine)]
-    return parts[0][0]
-
-
-def _fold(
-    b: ir.IRBuilder, parts: list[tuple[Value, list[int]]], combine: Callable[[Value, Value], Value]
-) -> tuple[Value, list[int]]:
-    """One or two vectors in one: each row's lanes are folded to half their number."""
-    owners = [row for _, rows in parts for row in rows]
-    start = [0, e.LANES]
-    at = [start[i] + lane for i, (_, rows) in enumerate(parts) for lane in range(len(rows))]
-    low: list[int] = []
-    high: list[int] = []
-    for row in dict.fromkeys(owners):
-        places = [place for place, owner in zip(at, owners, strict=True) if owner == row]
-        low += places[: len(places) // 2]
-        high += places[len(places) // 2 :]
-    found = [owner for owner in dict.fromkeys(owners) for _ in range(len(low) // len(set(owners)))]
-    x, y = parts[0][0], parts[-1][0]
-    repeated = e.LANES // len(low)
-    return combine(*(llvm.shuffle(b, x, y, p * repeated) for p in (low, high))), found
+    filled = 1 << (len(rows) - 1).bit_length()
+    vectors, held, n = rows + rows[-1:] * (filled - len(rows)), 1, e.LANES
+    while n > 1:  # vectors have n lanes of each of `held` rows
+        pairs = [vectors[i : i + 2] for i in range(0, len(vectors), 2)]
+        starts = [e.LANES * i + n * row for i in range(len(pairs[0])) for row in range(held)]
+        n, held = n // 2, len(starts)
+        low = [start + i for start in starts for i in range(n)] * (e.LANES // (n * held))
+        high = [place + n for place in low]
+        vectors = [
+            combine(*(llvm.shuffle(b, pair[0], pair[-1], picked) for picked in (low, high)))
+            for pair in pairs
+        ]
+    return vectors[0]

@@ -198,14 +198,14 @@ def value_words(
     places: of each plane of the codes, as `place_of_four` gives them. Where a group has half the
     dims only, by `is_whole`, its second half is any. Of a book codes are its entries, 128 higher.
     """
+    further = b.select(is_whole, number(WORD * e.LANES * half), number(0))
     for w in range(PAGE // WORD):
         value = None
         for plane, (first, step) in zip(format.codes, places, strict=True):
             at = b.add(first, times(b, step, w)) if w else first
             if plane.bits == 8:
-                further = b.select(is_whole, number(WORD * e.LANES), number(0))
-                part = _word(b, b.add(at, further) if half else at)
-            elif GROUP // 8 * plane.bits // plane.outer == e.LANES:
+                part = _word(b, b.add(at, further))
+            elif plane.bits == 4:
                 part = _bits(b, _word(b, at), plane, half)
             else:
                 part = _spread(b, plane, at, half)

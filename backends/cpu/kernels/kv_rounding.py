@@ -30,8 +30,7 @@ def _each(halves: Halves, apply: Any) -> Halves:
 
 def _fold(b: ir.IRBuilder, vectors: list[Value], combine: Any) -> list[Value]:
     """Scalars: the lanes of each vector combined, in the order of `group_sum`."""
-    filled = vectors + vectors[-1:] * (-len(vectors) % (1 << (len(vectors) - 1).bit_length()))
-    value = folded(b, filled, combine)
+    value = folded(b, vectors, combine)
     return [b.extract_element(value, ir.Constant(e.i32, i)) for i in range(len(vectors))]
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from runtime.backends.layer_names import layer_of
 from runtime.backends.meta.expression import Device
 from runtime.backends.meta.graph_stages import OnHost
 from runtime.backends.meta.stages import Stage
 from runtime.ops.errors import OptionError, shown
 
 AUTO, ALL = "auto", "all"
-_LAYER = re.compile(r"blk\.(\d+)\.")
 _SHARE = 0.8  # of what is free on GPUs, for weights: the rest is for the cache and activations
 _FIXED = 256 << 20  # bytes that a GPU takes for kernels and graphs
 _EVERY = 1 << 30
@@ -74,8 +74,8 @@ def _layers(gpu_layers: int | str | None) -> int | str:
 
 
 def _count(file: Any) -> int:
-    numbers = [int(match[1]) for name in file.tensors if (match := _LAYER.match(name))]
-    return max(numbers, default=-1) + 1
+    last = layer_of(file.tensors)
+    return 0 if last is None else last + 1
 
 
 def _fitting(stages: Sequence[Stage], file: Any, experts: int, free: Free) -> int | str:
@@ -84,11 +84,11 @@ def _fitting(stages: Sequence[Stage], file: Any, experts: int, free: Free) -> in
     room = sum(_SHARE * free(card) - _FIXED for card in cards.values())
     count, sizes, others = _count(file), dict[int, int](), 0
     for name, tensor in file.tensors.items():
-        match = _LAYER.match(name)
-        if match is None:
+        layer = layer_of([name])
+        if layer is None:
             others += tensor.nbytes
-        elif len(tensor.shape) < 3 or int(match[1]) >= experts:
-            sizes[int(match[1])] = sizes.get(int(match[1]), 0) + tensor.nbytes
+        elif len(tensor.shape) < 3 or layer >= experts:
+            sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
     room -= others
     found = int(room >= 0)
     for layer in reversed(range(count)):

@@ -10,7 +10,6 @@ thread by thread, in the simulator.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -34,6 +33,7 @@ from row_errors import row_errors
 import runtime
 from runtime.backends.cuda import simulator
 from runtime.backends.cuda.catalogue import KERNELS, declared
+from runtime.backends.layer_names import layer_of
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import WEIGHTS, Call
 from runtime.model import Model
@@ -107,8 +107,8 @@ def layers_of(calls: list[Call]) -> dict[str, list[Call]]:
 
     One without such a name, between two that have one, is of the layer of the later.
     """
-    matches = [re.match(r"blk\.(\d+)\.", call.node.name) for call in calls]
-    named = {i: match[1] for i, match in enumerate(matches) if match}
+    layers = [layer_of([call.node.name]) for call in calls]
+    named = {i: str(layer) for i, layer in enumerate(layers) if layer is not None}
     start = min(named, default=len(calls))
     found = {BEFORE: calls[:start]}
     for i, layer in named.items():

@@ -149,10 +149,7 @@ class Packs:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (UnusableError, OSError, ValueError, TypeError, KeyError) as error:
-            reason = (
-                _reason(error) if isinstance(error, UnusableError | OSError) else "it is damaged"
-            )
-            self._cache.say(f"{self.path} is written anew: {reason}")
+            self._cache.say(f"{self.path} is written anew: {_reason(error)}")
             return None
         mark_used(self.path, stat)
         return found

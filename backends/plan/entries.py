@@ -94,9 +94,14 @@ def replace(path: Path, content: bytes) -> None:
             raise
 
 
+def last_used(stat: os.stat_result) -> float:
+    """When a file was read or written last, as `time.time` counts; see `mark_used`."""
+    return max(stat.st_atime, stat.st_mtime)
+
+
 def mark_used(path: Path, stat: os.stat_result) -> None:
     """Once a day: many systems do not note when a file was read. stat: before it was read."""
-    if max(stat.st_atime, stat.st_mtime) < time.time() - DAY:
+    if last_used(stat) < time.time() - DAY:
         with contextlib.suppress(OSError):
             os.utime(path)
 
@@ -118,7 +123,7 @@ def sweep(cache: Path) -> None:
 def _remove_unused(path: Path) -> None:
     with contextlib.suppress(OSError):
         stat = path.stat()  # before it is opened: that may count as a use
-        age = time.time() - max(stat.st_atime, stat.st_mtime)
+        age = time.time() - last_used(stat)
         if path.suffix == _UNFINISHED:  # left by a writer that was killed
             if age > DAY:
                 path.unlink()

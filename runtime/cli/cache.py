@@ -75,13 +75,15 @@ def _files(model: str | None) -> list[Path]:
 
 def _about(path: Path) -> dict[str, Any] | None:
     """None: it has just gone."""
+    from runtime.backends.plan.entries import last_used
+
     try:
         stat = path.stat()
     except FileNotFoundError:
         return None
     return {
         "file": str(path), "model": _named(path), "bytes": stat.st_size,
-        "used": max(stat.st_atime, stat.st_mtime),
+        "used": last_used(stat),
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from runtime.backends.cpu.run.pack_file import (
     read_packs,
 )
 from runtime.backends.environment import cache_dir
-from runtime.backends.plan.entries import DAY, UNUSED, mark_used
+from runtime.backends.plan.entries import DAY, UNUSED, last_used, mark_used
 from runtime.backends.plan.fingerprint import sampled
 from runtime.backends.plan.lock import is_held, locked, locked_now
 from runtime.ops.errors import OptionError
@@ -127,8 +127,7 @@ class PackCache:
         if self._kept:
             for path in files_in(self.folder):
                 with contextlib.suppress(OSError):
-                    stat = path.stat()
-                    age = time.time() - max(stat.st_atime, stat.st_mtime)
+                    age = time.time() - last_used(path.stat())
                     if age > (UNUSED if path.suffix == SUFFIX else DAY):
                         remove(path)
 

@@ -128,7 +128,7 @@ class JointProgram:
         for program in self._programs:
             program.give(inputs, live)
         self._replay(live)
-        return self._programs[0].fetched(live)
+        return self._programs[0].results(live)
 
     def begin(self, inputs: Mapping[str, Any], live: Mapping[str, int]) -> list[Held]:
         """See `Choosing` in backends/base.py: what the first device has."""
@@ -164,7 +164,7 @@ class JointProgram:
                 with self._timed(spans):
                     self._sum(stretch.sums, live)
         self._alone(0)
-        results = self._programs[0].fetched(live)
+        results = self._programs[0].results(live)
         self._behind(0)
         seconds = [end.since(start) for start, end in spans]
         for event in (event for span in spans for event in span):

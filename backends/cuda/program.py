@@ -76,7 +76,7 @@ class Program:
         """One step; see backends/base.py."""
         self.give(inputs, live)
         self._replay(self.launches)
-        return self.fetched(live)
+        return self.results(live)
 
     def begin(self, inputs: Mapping[str, Any], live: Mapping[str, int]) -> list[Held]:
         """See `Choosing` in backends/base.py."""
@@ -138,7 +138,7 @@ class Program:
         for launch, event in zip(self.launches, events[1:], strict=True):
             launch.run(self._stream)
             event.record(self._stream)
-        found = self.fetched(live)
+        found = self.results(live)
         seconds = [after.since(before) for before, after in pairwise(events)]
         for event in events:
             event.close()
@@ -199,10 +199,6 @@ class Program:
             self._graphs[len(launches)].replay(self._stream)
 
     def results(self, live: Mapping[str, int]) -> list[np.ndarray]:
-        """The graph's outputs after a step of these live counts."""
-        return self.fetched(live)
-
-    def fetched(self, live: Mapping[str, int]) -> list[np.ndarray]:
         """The outputs, once the stream has done what it was given; the device is active."""
         for output in self._outputs:
             output.fetch(self._stream, live)

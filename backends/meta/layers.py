@@ -185,12 +185,10 @@ class LayersProgram:
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
         """One stage after the other; where all are such the host does not wait in between."""
-        if self._ahead:
-            values = self._before(inputs, live)
-            results = self._programs[-1].run(values, live)
-            found = dict(zip(self._cut.stages[-1].results, results, strict=True))
-            return [found[name] for name in self._cut.outputs]
-        return self.run_by(lambda program, values: program.run(values, live), inputs)
+        values = self._before(inputs, live)
+        results = self._programs[-1].run(values, live)
+        values |= zip(self._cut.stages[-1].results, results, strict=True)
+        return [values[name] for name in self._cut.outputs]
 
     def choose(
         self, inputs: Mapping[str, Any], live: Mapping[str, int], choices: Sequence[Choice]

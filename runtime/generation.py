@@ -133,8 +133,7 @@ class Generation:
             )
 
     def _next_piece(self) -> str:
-        if not (self._begun or self._over):
-            self._begin()
+        self._begin()
         while not self._over:
             text = self._advance()
             if text:
@@ -142,6 +141,9 @@ class Generation:
         raise StopIteration
 
     def _begin(self) -> None:
+        """Before the first piece; once."""
+        if self._begun or self._over:
+            return
         self._check_session()
         self._session.rewind(self._length - self._keep)
         self._length = self._keep
@@ -151,8 +153,7 @@ class Generation:
 
     def _first(self) -> str:
         """What the first token completes, if there is one."""
-        if not (self._begun or self._over):
-            self._begin()
+        self._begin()
         return "" if self._over else self._advance()
 
     def _advance(self) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import click
 
 from runtime.backends.base import Apart
 from runtime.cli.output import note
@@ -24,15 +21,13 @@ def check(model: Any) -> None:
 
 
 def draw(found: Any, model: Any, path: str) -> None:
-    """Write a picture of a `Timeline`. ClickException: no such folder."""
+    """Write a picture of a `Timeline`."""
+    from runtime.outputs import write_text
     from runtime.report.timeline_svg import picture
 
     name = model.backend.name
     title = f"{model.file.path.name} on {name}: one token after {_depth(model)}"
-    try:
-        Path(path).write_text(picture(found, title), encoding="utf-8")
-    except OSError as error:
-        raise click.ClickException(f"{path}: cannot be written ({error.strerror})") from None
+    write_text(path, picture(found, title))
     note(f"a decode step's timeline: {path}")
 
 

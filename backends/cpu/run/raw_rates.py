@@ -26,15 +26,15 @@ _CHAINS = 12  # of sums that do not wait for each other
 _TILE = 16  # rows, and columns, of a matrix register
 
 
-def raw_rates(isa_name: str, timed: Callable[[Any], float]) -> dict[str, float]:
+def raw_rates(isa_name: str, seconds: Callable[[Any], float]) -> dict[str, float]:
     """Multiply-adds per second and thread of each unit of an instruction set, by name.
 
-    timed(kernel): seconds of one call of a kernel (args, thread, n_threads) on all threads at once.
+    seconds(kernel): of one call of a kernel (args, thread, n_threads) on all threads at once.
     """
     rates = {}
     for name, (emit, each) in _units(isa_name).items():
         kernel = objects.function(objects.load_object(objects.compile_ir(emit(isa_name), isa_name)))
-        rates[name] = TURNS * _CHAINS * each / timed(kernel)
+        rates[name] = TURNS * _CHAINS * each / seconds(kernel)
     return rates
 
 

@@ -120,7 +120,8 @@ class JointProgram:
         self.steps = [(n, programs[n].steps[at]) for n, at in places]
         self._stretches = list(_stretches(self.steps, [calls[n][at].meets for n, at in places]))
         self._nccl = library
-        self._graphs: dict[tuple[int, int, bool], Graph] = {}
+        # by the number of a stretch, and whether tokens are chosen at its end
+        self._graphs: dict[tuple[int, bool], list[tuple[CudaBackend, Graph]]] = {}
         self._events = [device.device.event() for device in devices]
 
     def run(self, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]) -> list[np.ndarray]:
@@ -175,8 +176,9 @@ class JointProgram:
 
     def close(self) -> None:
         """Give back what it alone has."""
-        for graph in self._graphs.values():
-            graph.close()
+        for graphs in self._graphs.values():
+            for _, graph in graphs:
+                graph.close()
         for event in self._events:
             event.close()
         for program in self._programs:
@@ -196,30 +198,35 @@ class JointProgram:
 
     def _go(self, at: int, stretch: _Stretch, more: Sequence[tuple[int, Launch]]) -> None:
         """The launches of a stretch: of all in one graph, or of each device in its own."""
-        pairs = [*stretch.launches, *more]
-        if stretch.meets or not self._devices[0].graphs:
+        replayed = self._devices[0].graphs
+        together = stretch.meets or not replayed
+        if together:
             self._alone(0)
-            if self._devices[0].graphs:
-                self._graph((at, 0, bool(more)), pairs)
-            else:
-                self._one_by_one(pairs)
-                self._alone(0)
-            if at < len(self._stretches) - 1:
-                self._behind(0)
-            return
-        for n, device in enumerate(self._devices):
-            if own := [pair for pair in pairs if pair[0] == n]:
+        if replayed:
+            for device, graph in self._graphs_of(at, stretch, more):
                 device.device.activate()
-                self._graph((at, n, bool(more)), own)
+                graph.replay(device.stream)
+        else:
+            self._one_by_one([*stretch.launches, *more])
+            self._alone(0)
+        if together and at < len(self._stretches) - 1:
+            self._behind(0)
 
-    def _graph(self, key: tuple[int, int, bool], pairs: Sequence[tuple[int, Launch]]) -> None:
-        """Replay launches on the stream of the device that the key names."""
-        device = self._devices[key[1]]
+    def _graphs_of(
+        self, at: int, stretch: _Stretch, more: Sequence[tuple[int, Launch]]
+    ) -> list[tuple[CudaBackend, Graph]]:
+        """Those of a stretch, made once, with the devices on whose streams they are replayed."""
+        key = at, bool(more)
         if key not in self._graphs:
-            launches = [launch for _, launch in pairs]
-            edges = dependencies(launches, programmatic=True)
-            self._graphs[key] = Graph(device.device, launches, edges)
-        self._graphs[key].replay(device.stream)
+            parts: dict[int, list[Launch]] = {}
+            for n, launch in (*stretch.launches, *more):
+                parts.setdefault(0 if stretch.meets else n, []).append(launch)
+            found = []
+            for n, launches in sorted(parts.items()):
+                device, edges = self._devices[n], dependencies(launches, programmatic=True)
+                found.append((device, Graph(device.device, launches, edges)))
+            self._graphs[key] = found
+        return self._graphs[key]
 
     def _one_by_one(self, pairs: Sequence[tuple[int, Launch]]) -> None:
         for n, each in groupby(pairs, lambda pair: pair[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_models import fake_gpus, on_fake_gpus
+from fake_driver import FakeDriver
 from fake_nccl import FakeNccl
 from small_models import Sizes, write_model
 from test_cuda_golden import check_near
@@ -214,6 +215,26 @@ def test_sums_are_our_own_otherwise(
     prefix = "sums of prompts are the GPUs' own: "
     lines = [line for line in capsys.readouterr().err.splitlines() if "sums" in line]
     assert [line.startswith(prefix + said) for line in lines] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("factor", [2.0, np.nan])
+def test_a_library_that_sums_wrong_is_left(
+    path: Callable[[str], Path], factor: float, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    summed = FakeDriver.summed
+
+    def wrong(self: FakeDriver, parts: Sequence[Any], nbytes: int) -> None:
+        summed(self, parts, nbytes)
+        for gpu, _, _, target in parts:
+            self._memory[gpu].contents(target, nbytes).view(np.float32)[:] *= factor
+
+    module.tell.cache_clear()
+    monkeypatch.setenv("RUNTIME_NCCL", "1")
+    monkeypatch.setattr(FakeDriver, "summed", wrong)
+    _, library = rows(path("short"), "tensor(cuda:0,cuda:1)", 2)
+    assert library is not None and len(library.sums) == 1
+    assert "sums of prompts are the GPUs' own: NCCL's sum of 2 x 0.18" in capsys.readouterr().err
 
 
 def test_what_the_environment_says(monkeypatch: pytest.MonkeyPatch):

@@ -117,8 +117,8 @@ class JointProgram:
         self._devices, self._programs = tuple(devices), tuple(programs)
         places = list(merged([program.plan for program in programs]))
         calls = [program.plan.calls() for program in programs]
-        self.steps = [(n, programs[n].steps[at]) for n, at in places]
-        self._stretches = list(_stretches(self.steps, [calls[n][at].meets for n, at in places]))
+        steps = [(n, programs[n].steps[at]) for n, at in places]
+        self._stretches = list(_stretches(steps, [calls[n][at].meets for n, at in places]))
         self._nccl = library
         # by the number of a stretch, and whether tokens are chosen at its end
         self._graphs: dict[tuple[int, bool], list[tuple[CudaBackend, Graph]]] = {}

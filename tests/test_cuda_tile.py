@@ -12,7 +12,7 @@ from stored_tensors import Stored, file_of
 from tile_calls import random_rows
 
 from runtime import ops
-from runtime.backends.cuda.kernels.tile import WIDTHS
+from runtime.backends.cuda.kernels.tile_ends import WIDTHS
 from runtime.backends.cuda.layouts import FLOATS, FORMATS
 from runtime.backends.cuda.widths import group_width, tile_width
 from runtime.ops.dtypes import DTYPES, F32

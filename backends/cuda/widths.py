@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cuda.kernels.tile import ROWS, WIDTHS
+from runtime.backends.cuda.kernels.tile_ends import ROWS, WIDTHS
 from runtime.backends.cuda.layouts import RARE
 from runtime.ops.graph import Graph
 from runtime.ops.matmul import matmul, matmul_id

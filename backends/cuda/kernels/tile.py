@@ -21,7 +21,6 @@ from typing import NamedTuple
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
     block_x,
-    block_y,
     copy_async16,
     copy_commit,
     copy_wait0,
@@ -30,8 +29,6 @@ from runtime.backends.cuda.intrinsics import (
     f32,
     launch_next,
     launch_wait,
-    load,
-    load4,
     registers,
     shared_store4,
     syncthreads,
@@ -41,11 +38,9 @@ from runtime.backends.cuda.intrinsics import (
 from runtime.backends.cuda.layouts import FORMATS
 from runtime.backends.plan.catalogue import constants
 
+from .tile_ends import NUMBERS, POINTERS, ROWS, THREADS, WIDTHS, opener, storer
 from .tile_formats import RAW, Form, form_of
-from .tile_products import BLOCKS, PLANE, ROW_STRIDE, ROWS, multiplier, storer
-
-THREADS = 256
-WIDTHS = (32, 128)
+from .tile_products import BLOCKS, PLANE, ROW_STRIDE, multiplier
 
 
 class Shape(NamedTuple):
@@ -79,11 +74,6 @@ class Shape(NamedTuple):
         scales = weights + 4 * (2 * BLOCKS * ROW_STRIDE)
         floats = scales + 4 * self.width
         return weights, scales, floats, floats + form.numbers * PLANE
-
-
-def width_of(columns: int) -> int:
-    """The width of tiles for so many columns."""
-    return next((n for n in WIDTHS if columns <= n), WIDTHS[-1])
 
 
 def _column_copier(shape: Shape) -> Callable:
@@ -148,12 +138,11 @@ def build_tile(format: str, width: int) -> Declared:
     form, shape = form_of(format), Shape(width)
     *_, STAGE = shape.words(form)
     SOURCE, TARGET = 2 * STAGE, 2 * STAGE + width  # words: columns of x, and rows of out
-    WIDTH, SIDE = width, shape.warps_by_column
-    COLUMNS, WARP_ROWS = shape.columns, shape.rows
+    SIDE, COLUMNS, WARP_ROWS = shape.warps_by_column, shape.columns, shape.rows
     N = shape.columns * shape.rows // 32
     copy, keep, fetch = _column_copier(shape), _row_keeper(shape, form), form.fetch
     multiply = multiplier(shape, form)
-    finish = storer(shape.columns, shape.rows)
+    begin, finish = opener(width, SOURCE, TARGET), storer(shape.columns, shape.rows)
     shared_words, shared_numbers = dynamic_shared("u32"), dynamic_shared("f32")
     accumulators, stretch_totals, raw_words = (
         registers("f32", N),
@@ -162,10 +151,8 @@ def build_tile(format: str, width: int) -> Declared:
     )
 
     @entry(
-        "weights:u32* x:u32* out:f32* bias:f32* residual:f32* groups:u32* order:u32* live:u32* "
-        "rows:u32 row_pieces:u32 high:u32 scales:u32 supers:u32 blocks:u32 length:u32 "
-        "stretches:u32 out_stride:u32 residual_stride:u32 every:u32 "
-        "grouped:u32 sums:u32",
+        f"weights:u32* x:u32* {POINTERS} row_pieces:u32 high:u32 scales:u32 supers:u32 blocks:u32 "
+        f"length:u32 stretches:u32 {NUMBERS}",
         threads=THREADS,
         shared_nbytes=4 * (TARGET + width),
     )
@@ -178,22 +165,9 @@ def build_tile(format: str, width: int) -> Declared:
         tiles, numbers = shared_words(), shared_numbers()
         acc, total, raw = accumulators(), stretch_totals(), raw_words()
         launch_wait()
-        expert, first = u32(0), u32(block_y() * WIDTH)
-        if grouped:
-            group = load4(groups, block_y())
-            expert, first, count = u32(group[0]), u32(group[1]), u32(group[2])
-        else:
-            columns = u32(load(live, u32(0)))
-            count = min(u32(columns - first), u32(WIDTH)) if columns > first else u32(0)
+        expert, count = begin(tiles, groups, order, live, every, grouped)
         if count == 0:
             return
-        if thread_x() < WIDTH:
-            choice = u32(first + min(thread_x(), u32(count - 1)))
-            if grouped:
-                choice = u32(load(order, choice))
-            tiles[u32(SOURCE + thread_x())] = u32(choice // every)
-            tiles[u32(TARGET + thread_x())] = choice
-        syncthreads()
         places = u32(length * stretches)
         mine, odd = u32(block_x() * ROWS + (thread_x() >> 1)), u32(thread_x() & 1)
         row = u32(u32(u32(expert * rows) + min(mine, u32(rows - 1))) * u32(4 * row_pieces))

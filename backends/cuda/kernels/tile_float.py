@@ -16,7 +16,6 @@ from collections.abc import Callable
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
     block_x,
-    block_y,
     copy_async16,
     copy_commit,
     copy_wait0,
@@ -27,7 +26,6 @@ from runtime.backends.cuda.intrinsics import (
     launch_next,
     launch_wait,
     load,
-    load4,
     registers,
     shared_load4,
     store,
@@ -37,10 +35,8 @@ from runtime.backends.cuda.intrinsics import (
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
-from .tile import WIDTHS
-from .tile_products import ROWS
+from .tile_ends import NUMBERS, POINTERS, ROWS, THREADS, WIDTHS, opener
 
-THREADS = 256
 PIECES = 8  # of a row or column in a stage
 UNITS = PIECES // 2
 EACH = ROWS // 16  # rows of a thread
@@ -95,7 +91,7 @@ def build_tile_float(width: int) -> Declared:
     SOURCE, TARGET, N = 8 * STAGE, 8 * STAGE + width, EACH * width // 16
     shared_words, shared_numbers = dynamic_shared("u32"), dynamic_shared("f32")
     accumulators, totals, add = registers("f32", N), registers("f32", N), _summer(width)
-    WEIGHTS = ROWS * PIECES
+    WEIGHTS, begin = ROWS * PIECES, opener(width, SOURCE, TARGET)
 
     def copy(tiles, stage, weights, x, expert_row, row, rows, unit, stretches, units):
         for n in range(WEIGHTS // THREADS):
@@ -127,9 +123,7 @@ def build_tile_float(width: int) -> Declared:
                     store(out, u32(u32(to * stride) + at), value)
 
     @entry(
-        "weights:f32* x:f32* out:f32* bias:f32* residual:f32* groups:u32* order:u32* live:u32* "
-        "rows:u32 units:u32 stretches:u32 out_stride:u32 residual_stride:u32 every:u32 "
-        "grouped:u32 sums:u32",
+        f"weights:f32* x:f32* {POINTERS} units:u32 stretches:u32 {NUMBERS}",
         threads=THREADS,
         shared_nbytes=4 * (TARGET + width),
     )
@@ -140,22 +134,9 @@ def build_tile_float(width: int) -> Declared:
         launch_next()
         tiles, numbers, acc, total = shared_words(), shared_numbers(), accumulators(), totals()
         launch_wait()
-        expert, first = u32(0), u32(block_y() * WIDTH)
-        if grouped:
-            group = load4(groups, block_y())
-            expert, first, count = u32(group[0]), u32(group[1]), u32(group[2])
-        else:
-            columns = u32(load(live, u32(0)))
-            count = min(u32(columns - first), u32(WIDTH)) if columns > first else u32(0)
+        expert, count = begin(tiles, groups, order, live, every, grouped)
         if count == 0:
             return
-        if thread_x() < WIDTH:
-            choice = u32(first + min(thread_x(), u32(count - 1)))
-            if grouped:
-                choice = u32(load(order, choice))
-            tiles[u32(SOURCE + thread_x())] = u32(choice // every)
-            tiles[u32(TARGET + thread_x())] = choice
-        syncthreads()
         row, own, step = u32(block_x() * ROWS), u32(expert * rows), u32(UNITS * stretches)
         for n in range(N):
             acc[n], total[n] = f32(0), f32(0)

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from runtime.backends.cuda.intrinsic import Declared
 from runtime.backends.cuda.intrinsics import (
     block_x,
-    block_y,
     copy_async16,
     copy_commit,
     copy_wait0,
@@ -29,7 +28,6 @@ from runtime.backends.cuda.intrinsics import (
     fmax,
     launch_next,
     launch_wait,
-    load,
     load4,
     registers,
     shared_load4,
@@ -42,10 +40,8 @@ from runtime.backends.cuda.intrinsics import (
 from runtime.backends.plan.catalogue import constants
 
 from .halves import HALVES, UNITS, factor_of, peak_of, scale_of, splitter
-from .tile import WIDTHS
-from .tile_products import ROWS, storer
+from .tile_ends import NUMBERS, POINTERS, ROWS, THREADS, WIDTHS, opener, storer
 
-THREADS = 256
 WEIGHTS = ROWS * UNITS  # pieces of a stage
 COLUMNS = 16  # of a warp
 
@@ -218,17 +214,16 @@ def build_tile_half(format: str, width: int) -> Declared:
     groups of experts, as in `tile`. Grid (rows / 128, columns / width or groups).
     """
     shape = Shape(width, HALVES[format].pieces)
-    SOURCE, TARGET, WIDTH = shape.scales + width, shape.scales + 2 * width, width
+    SOURCE, TARGET = shape.scales + width, shape.scales + 2 * width
     SIDE, WARP_ROWS, N = shape.warps_by_column, shape.rows, COLUMNS * shape.rows // 32
     fetch, keep = column_splitter(shape, format)
-    multiply, finish = multiplier(shape, format), storer(COLUMNS, shape.rows)
+    begin, multiply = opener(width, SOURCE, TARGET), multiplier(shape, format)
+    finish = storer(COLUMNS, shape.rows)
     shared_words, shared_numbers = dynamic_shared("u32"), dynamic_shared("f32")
     totals, column_values = registers("f32", N), registers("f32", 16 * shape.pairs)
 
     @entry(
-        "weights:u32* x:f32* out:f32* bias:f32* residual:f32* groups:u32* order:u32* live:u32* "
-        "rows:u32 row_pieces:u32 units:u32 out_stride:u32 residual_stride:u32 every:u32 "
-        "grouped:u32 sums:u32",
+        f"weights:u32* x:f32* {POINTERS} row_pieces:u32 units:u32 {NUMBERS}",
         threads=THREADS,
         shared_nbytes=4 * (TARGET + width),
     )
@@ -240,22 +235,9 @@ def build_tile_half(format: str, width: int) -> Declared:
         tiles, numbers = shared_words(), shared_numbers()
         total, values = totals(), column_values()
         launch_wait()
-        expert, first = u32(0), u32(block_y() * WIDTH)
-        if grouped:
-            group = load4(groups, block_y())
-            expert, first, count = u32(group[0]), u32(group[1]), u32(group[2])
-        else:
-            columns = u32(load(live, u32(0)))
-            count = min(u32(columns - first), u32(WIDTH)) if columns > first else u32(0)
+        expert, count = begin(tiles, groups, order, live, every, grouped)
         if count == 0:
             return
-        if thread_x() < WIDTH:
-            choice = u32(first + min(thread_x(), u32(count - 1)))
-            if grouped:
-                choice = u32(load(order, choice))
-            tiles[u32(SOURCE + thread_x())] = u32(choice // every)
-            tiles[u32(TARGET + thread_x())] = choice
-        syncthreads()
         warp, row = u32(thread_x() >> 5), u32(block_x() * ROWS)
         my_columns = u32((warp & (SIDE - 1)) * COLUMNS)
         my_rows, own = u32((warp // SIDE) * WARP_ROWS), u32(expert * rows)

@@ -1,4 +1,4 @@
-"""What a warp of a tile does: products of a stage on tensor cores, and the end of its sums.
+"""What a warp of a tile does: products of a stage on int8 tensor cores.
 
 Lane 4 g + t has of each matrix of 16 columns x 8 rows columns g and g + 8, rows 2 t and 2 t + 1.
 """
@@ -16,17 +16,15 @@ from runtime.backends.cuda.intrinsics import (
     i32,
     int_to_f32,
     ldmatrix_x4,
-    load,
     mma_s8,
     mma_s8_half,
     registers,
     shared_load2,
-    store,
-    store2,
     thread_x,
     u32,
 )  # fmt: skip
 
+from .tile_ends import ROWS
 from .tile_formats import Form
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
 
 MAGIC = 0x4B400000
 MAGIC_F32 = f32(12582912)
-ROWS = 128  # of a block of threads
 BLOCKS = 2  # of 32 values, in a stage
 PLANE = BLOCKS * ROWS  # floats of a kind
 ROW_STRIDE = ROWS + 4  # pieces between blocks: their banks differ
@@ -158,59 +155,3 @@ def _dots_of_halves(y, x, a, w, b, own):
 def scaled(bits, y, offset):
     """y x sum, rounded once, where `bits` is MAGIC + sum and `offset` -1.5 x 2^23 y."""
     return fma(bits_to_f32(u32(bits)), y, offset)
-
-
-def storer(columns: int, rows: int) -> Callable:
-    """A warp's totals plus bias and residual to `out`; two neighbouring rows are one access."""
-    M, N = columns // 16, rows // 8
-
-    def add_bias(total, bias, first_bias, row, rows):
-        for n in range(N):
-            r = u32(min(u32(row + 8 * n), u32(rows - 1)))
-            other = u32(min(u32(r + 1), u32(rows - 1)))
-            first, second = load(bias, u32(first_bias + r)), load(bias, u32(first_bias + other))
-            for m in range(2 * M):
-                at = 4 * (m // 2 * N + n) + 2 * (m % 2)
-                total[at] += first
-                total[at + 1] += second
-
-    def add_residual(total, residual, tiles, target, column, count, row, rows, stride):
-        for m in range(2 * M):
-            c = u32(min(u32(column + 8 * m), u32(count - 1)))
-            c = u32(tiles[u32(target + c)] * stride)
-            for n in range(N):
-                at = 4 * (m // 2 * N + n) + 2 * (m % 2)
-                r = u32(min(u32(row + 8 * n), u32(rows - 1)))
-                total[at] += load(residual, u32(c + r))
-                total[at + 1] += load(residual, u32(c + min(u32(r + 1), u32(rows - 1))))
-
-    def put(total, out, tiles, target, column, count, row, rows, stride):
-        even = (stride & 1) == 0
-        for m in range(2 * M):
-            c = u32(column + 8 * m)
-            place = u32(tiles[u32(target + min(c, u32(count - 1)))] * stride)
-            place = u32(place + row)
-            left = rows if c < count else u32(0)
-            for n in range(N):
-                r, to = u32(row + 8 * n), u32(place + 8 * n)
-                at = 4 * (m // 2 * N + n) + 2 * (m % 2)
-                if even and u32(r + 1) < left:
-                    store2(out, u32(to >> 1), total[at], total[at + 1])
-                elif r < left:
-                    store(out, to, total[at])
-                    if u32(r + 1) < left:
-                        store(out, u32(to + 1), total[at + 1])
-
-    def finish(
-        total, out, bias, residual, tiles, target, count, columns, row, rows, biases, out_stride,
-        residual_stride, sums,
-    ):  # fmt: skip
-        lane = u32(thread_x() & 31)
-        column, row = u32(columns + (lane >> 2)), u32(row + 2 * (lane & 3))
-        if sums & 1:
-            add_bias(total, bias, biases, row, rows)
-        if sums & 2:
-            add_residual(total, residual, tiles, target, column, count, row, rows, residual_stride)
-        put(total, out, tiles, target, column, count, row, rows, out_stride)
-
-    return finish

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.backends.cuda.kernels.tile import ROWS
+from runtime.backends.cuda.kernels.tile_ends import ROWS
 from runtime.backends.cuda.layouts import FLOATS, PIECE, UNIT, cut, float_lanes, parts
 from runtime.backends.cuda.products import row_arguments
 from runtime.backends.plan.lowering import Lowering

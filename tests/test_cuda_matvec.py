@@ -13,6 +13,7 @@ from cuda_calls import error, random_blocks, simulate, unset, values
 
 from runtime.backends.cuda import layouts, products
 from runtime.backends.cuda.catalogue import declared
+from runtime.backends.cuda.contents import Packed
 from runtime.backends.cuda.kernels.matvec_ends import RESIDUAL
 from runtime.backends.plan.kernel import Kernel
 from runtime.backends.plan.plan import Buffer, Call, Ref
@@ -126,7 +127,7 @@ def _inner(format: str, weights: np.ndarray) -> int:
 def _meant(x: np.ndarray, format: str) -> np.ndarray:
     if format in layouts.FLOATS:
         return x.astype(np.float64)
-    return layouts.dequantized(layouts.quantize(x), x.shape[1])
+    return Packed.of(layouts.quantize(x), x.shape[1], "int8").values
 
 
 def _product(weights: np.ndarray, x: np.ndarray, format: str, **more: Any) -> np.ndarray:

@@ -285,18 +285,6 @@ def quantize(x: np.ndarray) -> np.ndarray:
     return np.concatenate([planes, meta.reshape(columns, -1).view(np.uint8)], 1)
 
 
-def dequantized(packed: np.ndarray, k: int) -> np.ndarray:
-    """The values of packed activations, float64 [columns, k]: what kernels multiply with."""
-    columns, cuts = len(packed), cut(k)
-    n = cuts.places * PIECE
-    quants = packed[:, : 2 * n].reshape(columns, 2, -1, PIECE).swapaxes(1, 2).view(np.int8)
-    meta = np.ascontiguousarray(packed[:, 2 * n :]).view(np.float32).reshape(columns, -1, 2)
-    placed = quants.reshape(columns, -1, BLOCK) * meta[..., :1].astype(np.float64)
-    found = np.empty_like(placed)
-    found[:, cuts.order()] = placed
-    return found.reshape(columns, -1)[:, :k]
-
-
 def turns_of(frequencies: np.ndarray) -> np.ndarray:
     """float32 [half, 2]: frequency / 2 pi, and what its rounding left (for `rope_angles`)."""
     turns = frequencies.astype(np.float64) / (2 * np.pi)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.backends.cuda.kernels.experts_group import groups_of
 from runtime.backends.cuda.layouts import BLOCK, PIECE, column_nbytes, cut
+from runtime.backends.cuda.rules.experts import groups
 from runtime.backends.cuda.stores import Store
-from runtime.backends.cuda.widths import FEW, group_width
+from runtime.backends.cuda.widths import FEW
 from runtime.backends.passes.packing import expert_tiles
 from runtime.backends.plan import contents
 from runtime.backends.plan.plan import Buffer, Plan
@@ -101,11 +101,9 @@ class Contents(contents.Contents):
         choices, grouped = math.prod(self.shape(given)), expert_tiles.made(x)
         words = self.bytes_of(x).view(np.int32)
         if grouped and int(given.shape[0]) > FEW:
-            width = group_width(given.size, x.attrs["experts"])
-            first = -(-given.size // 4) * 4
-            capacity = groups_of(given.size, x.attrs["experts"], width)
-            groups = words[first : first + 4 * capacity].reshape(-1, 4)
-            listed = [(e, words[at + i]) for e, at, count, _ in groups for i in range(count)]
+            _, capacity, first = groups(x)
+            found = words[first // 4 :][: 4 * capacity].reshape(-1, 4)
+            listed = [(e, words[at + i]) for e, at, count, _ in found for i in range(count)]
             return np.array(listed, np.int32).reshape(-1, 2)
         ids = words[:choices]
         rows = np.flatnonzero(ids >= 0)

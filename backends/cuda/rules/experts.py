@@ -19,7 +19,7 @@ from runtime.backends.plan.plan import Ref
 from runtime.ops.tensor import Tensor
 
 
-def _groups(tiles: Tensor) -> tuple[int, int, int]:
+def groups(tiles: Tensor) -> tuple[int, int, int]:
     """Width of the tiles of an expert_tiles node, how many there may be, and bytes before them."""
     choices, experts = tiles.inputs[0].size, tiles.attrs["experts"]
     width = group_width(choices, experts)
@@ -33,7 +33,7 @@ def expert_tiles(lowering: Lowering, node: Tensor) -> None:
     if int(ids.shape[0]) <= FEW:
         lowering.alias(node, lowering.read(ids).buffer)
         return
-    width, capacity, first = _groups(node)
+    width, capacity, first = groups(node)
     order = lowering.write(node, first + 16 * capacity)
     lowering.emit(
         "expert_group", node, ids=lowering.read(ids), live=lowering.live(ids), order=order,
@@ -66,7 +66,7 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
             grid=(_row_blocks(rows, format, cut(inner).lanes), ids.size),
         )  # fmt: skip
         return
-    width, capacity, first = _groups(tiles)
+    width, capacity, first = groups(tiles)
     listed, sums = lowering.result(tiles), common.pop("has_bias")
     emit_tile(
         lowering, node, format, width, rows, inner, capacity, **common, order=Ref(listed),

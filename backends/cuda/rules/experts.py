@@ -9,7 +9,7 @@ from runtime.backends.cuda.kernels.experts_group import groups_of
 from runtime.backends.cuda.kernels.experts_rows import WARPS, rows_at_once
 from runtime.backends.cuda.layouts import FLOATS, UNIT, cut, float_lanes, packed_type
 from runtime.backends.cuda.products import float_arguments, half_rows, row_arguments
-from runtime.backends.cuda.rules.matmul import packed
+from runtime.backends.cuda.rules.matmul import packed, weight_form
 from runtime.backends.cuda.rules.norm_tail import NONE
 from runtime.backends.cuda.rules.registry import lowers
 from runtime.backends.cuda.rules.tiles import emit_tile
@@ -46,15 +46,13 @@ def expert_tiles(lowering: Lowering, node: Tensor) -> None:
 def linear_id(lowering: Lowering, node: Tensor) -> None:
     """Each choice's column times the weights of its expert; what is not here is not written."""
     x, w, tiles, ids, *bias = node.inputs
-    rows, inner, format = int(w.shape[1]), int(w.shape[2]), packed_type(w.dtype)
+    rows, inner, (format, form) = int(w.shape[1]), int(w.shape[2]), weight_form(x, w)
     common: dict[str, Any] = {
         "x": Ref(lowering.result(x)), "out": lowering.write(node), "every": node.attrs["every"],
         "bias": lowering.weight(bias[0], "vector") if bias else 0, "has_bias": len(bias),
+        "weights": lowering.weight(w, form),
     }  # fmt: skip
-    form, few = "repacked", int(ids.shape[0]) <= FEW  # then each choice is as if it were a token
-    if x.attrs["coding"] == "f32" and format not in FLOATS:
-        format, form = "F32", "vector"
-    common["weights"] = lowering.weight(w, form)
+    few = int(ids.shape[0]) <= FEW  # then each choice is as if it were a token
     if few and format in FLOATS:
         _few_floats(lowering, node, format, rows, inner, ids, common)
         return

@@ -42,6 +42,17 @@ def floats(lowering: Lowering, node: Tensor, rows: int, n: int) -> Out:
     return lowering.write(node, rows * column_nbytes(n, "f32"))
 
 
+def weight_form(x: Tensor, w: Tensor) -> tuple[str, str]:
+    """The format of a weight that packed x is multiplied with, and in which form it is asked for.
+
+    Of float32 activations all weights are floats.
+    """
+    format = packed_type(w.dtype)
+    if x.attrs["coding"] == "f32" and format not in FLOATS:
+        return "F32", "vector"
+    return format, "repacked"
+
+
 @lowers("pack")
 def pack(lowering: Lowering, node: Tensor) -> None:
     """Rows of float32 to int8 blocks, or as they are for weights that are floats."""
@@ -98,10 +109,7 @@ def linear(lowering: Lowering, node: Tensor) -> None:
     """All columns times one weight, plus a bias and a residual where there are."""
     x, w, *extra = node.inputs
     rows, inner = (int(n) for n in w.shape)
-    columns, format = node.size // rows, packed_type(w.dtype)
-    form = "repacked"
-    if x.attrs["coding"] == "f32" and format not in FLOATS:
-        format, form = "F32", "vector"
+    columns, (format, form) = node.size // rows, weight_form(x, w)
     sums = {"x": Ref(lowering.result(x)), **_sums(lowering, extra)}
     live = lowering.live(node, columns // int(node.shape[0]) if node.ndim > 1 else 1)
     width = tile_width(columns, rows)

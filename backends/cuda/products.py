@@ -60,8 +60,7 @@ def arguments_of(format: str, rows: int, inner: int, columns: int) -> dict[str, 
     }  # fmt: skip
     if floats:
         return common | floats
-    shift = cut(inner).lanes.bit_length() - 1
-    rest = {"packed": 0, "out_stretches": 0, "out_length": 0, "shift": shift}
+    rest = {"packed": 0, "out_stretches": 0, "out_length": 0}
     return common | row_arguments(format, inner) | rest
 
 
@@ -79,13 +78,13 @@ def half_rows(shift: int) -> int:
     return matvec_half.ROWS * (matvec_half.WARPS >> shift)
 
 
-def row_arguments(format: str, inner: int) -> dict[str, int]:
-    """Where a packed row's parts are, as kernels take it, and how its sum is cut."""
+def row_arguments(format: str, inner: int) -> dict[str, Any]:
+    """Where a packed row's parts are, as kernels take it, and how its sum is cut and shared."""
     found, cuts = parts(format, inner), cut(inner)
     at = {name: found.get(name, 0) // 4 for name in ("high", "scales", "supers")}
     return {
         "row_pieces": found[""] // PIECE, "stretches": cuts.stretches, "pairs": cuts.length // 2,
-        **at,
+        "shift": cuts.lanes.bit_length() - 1, **at,
     }  # fmt: skip
 
 

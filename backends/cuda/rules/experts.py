@@ -60,7 +60,7 @@ def linear_id(lowering: Lowering, node: Tensor) -> None:
         lowering.emit(
             "expert_total", node, {"format": format}, **common, **_terms(lowering, {}), rows=rows,
             k=1, ranks=1, joined=0, shares=0, has_shares=0, **_choices(lowering, ids),
-            **_row_arguments(format, inner),
+            **row_arguments(format, inner),
             grid=(_row_blocks(rows, format, cut(inner).lanes), ids.size),
         )  # fmt: skip
         return
@@ -115,7 +115,7 @@ def linear_id_pair(lowering: Lowering, node: Tensor) -> None:
         out_stretches=how["stretches"], out_length=how["length"],
         clamp=int("alpha" in node.attrs), alpha=node.attrs.get("alpha", 0),
         limit=node.attrs.get("limit", 0), ids=lowering.read(ids), live=lowering.live(ids),
-        **_row_arguments(format, inner), grid=(cut(rows).places, tokens * (k + shared)),
+        **row_arguments(format, inner), grid=(cut(rows).places, tokens * (k + shared)),
     )  # fmt: skip
     assert INNER == 32, "a block of threads packs one block"
 
@@ -138,7 +138,7 @@ def linear_id_sum(lowering: Lowering, node: Tensor) -> None:
         x=Ref(lowering.result(x)), ids=lowering.read(ids), shares=lowering.read(shares),
         has_shares=1, bias=lowering.weight(bias[0], "vector") if bias else 0, has_bias=len(bias),
         out=lowering.write(node), live=lowering.live(ids), rows=rows, k=k,
-        every=node.attrs["every"], **terms, **_row_arguments(format, inner),
+        every=node.attrs["every"], **terms, **row_arguments(format, inner),
         grid=(_row_blocks(rows, format, cut(inner).lanes), int(ids.shape[0])),
     )  # fmt: skip
 
@@ -156,10 +156,6 @@ def _terms(lowering: Lowering, terms: dict[str, Tensor]) -> dict[str, Any]:
 def _choices(lowering: Lowering, ids: Tensor) -> dict[str, Any]:
     """Where ids are, and how many of them mean something."""
     return {"ids": lowering.read(ids), "live": lowering.live(ids, int(ids.shape[1]))}
-
-
-def _row_arguments(format: str, inner: int) -> dict[str, Any]:
-    return {**row_arguments(format, inner), "shift": cut(inner).lanes.bit_length() - 1}
 
 
 def _row_blocks(rows: int, format: str, lanes: int) -> int:

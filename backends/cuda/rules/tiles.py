@@ -38,6 +38,7 @@ def _kernel_of(
     if format in FLOATS:
         pieces = parts(format, inner)[""] // PIECE
         return "tile_half", constants, {"row_pieces": pieces, "units": units}
-    row: dict[str, Any] = row_arguments(format, inner)
+    row = row_arguments(format, inner)
     row |= {"blocks": cut(inner).blocks, "length": 2 * row.pop("pairs")}
+    del row["shift"]  # here no lanes share a row
     return "tile", constants, row

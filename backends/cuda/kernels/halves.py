@@ -23,6 +23,7 @@ from runtime.backends.cuda.intrinsics import (
     f32_to_bits,
     fabs,
     fmax,
+    load4,
     mma_bf16,
     mma_f16,
     pack_bf16,
@@ -72,6 +73,13 @@ def splitter(format: str) -> Callable:
             pair(words, at + i, values[first + 2 * i], values[first + 2 * i + 1], up)
 
     return split
+
+
+def read_unit(values, at, x, piece):
+    """8 values of a column, which begin at a piece of `x`."""
+    a, b = load4(x, piece), load4(x, u32(piece + 1))
+    for i in range(4):
+        values[at + i], values[at + 4 + i] = a[i], b[i]
 
 
 def peak_of(values, first, count):

@@ -22,7 +22,6 @@ from runtime.backends.cuda.intrinsics import (
     launch_next,
     launch_wait,
     load,
-    load4,
     pick,
     registers,
     shared,
@@ -35,7 +34,7 @@ from runtime.backends.cuda.intrinsics import (
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
-from .halves import HALVES, UNITS, factor_of, peak_of, scale_of, splitter
+from .halves import HALVES, UNITS, factor_of, peak_of, read_unit, scale_of, splitter
 from .matvec_ends import NUMBERS, POINTERS, RESIDUAL, joined, number_of, weight_of
 from .norm_tail import ARGUMENTS, norm_tail
 
@@ -82,10 +81,8 @@ def row_sums(format: str, sides: int) -> Callable:
         for h in range(2):
             unit = u32(UNITS * block + 4 * h + (lane & 3))
             if (lane >> 2) < live and unit < units:
-                p = u32(u32(column + (lane >> 2) * u32(2 * units)) + 2 * unit)
-                a, b = load4(x, p), load4(x, u32(p + 1))
-                for i in range(4):
-                    values[8 * h + i], values[8 * h + 4 + i] = a[i], b[i]
+                piece = u32(u32(column + (lane >> 2) * u32(2 * units)) + 2 * unit)
+                read_unit(values, 8 * h, x, piece)
 
     def multiply(d, raw, words, h):
         """Products of a half block: of the last piece, which is the smallest, first."""

@@ -28,7 +28,6 @@ from runtime.backends.cuda.intrinsics import (
     fmax,
     launch_next,
     launch_wait,
-    load4,
     registers,
     shared_load4,
     shared_store4,
@@ -39,7 +38,7 @@ from runtime.backends.cuda.intrinsics import (
 )  # fmt: skip
 from runtime.backends.plan.catalogue import constants
 
-from .halves import HALVES, UNITS, factor_of, peak_of, scale_of, splitter
+from .halves import HALVES, UNITS, factor_of, peak_of, read_unit, scale_of, splitter
 from .tile_ends import NUMBERS, POINTERS, ROWS, THREADS, WIDTHS, opener, storer
 
 WEIGHTS = ROWS * UNITS  # pieces of a stage
@@ -119,10 +118,8 @@ def column_splitter(shape: Shape, format: str) -> tuple[Callable, Callable]:
             if unit < units and thread_x() < USED:
                 for side in range(2):
                     source = tiles[u32(SOURCE + column + 8 * side)]
-                    p, to = u32(u32(source * u32(2 * units)) + 2 * unit), 16 * pair + 8 * side
-                    a, b = load4(x, p), load4(x, u32(p + 1))
-                    for i in range(4):
-                        values[to + i], values[to + 4 + i] = a[i], b[i]
+                    piece = u32(u32(source * u32(2 * units)) + 2 * unit)
+                    read_unit(values, 16 * pair + 8 * side, x, piece)
 
     def find_peaks(found, values):
         for n in range(2 * PAIRS):

@@ -51,15 +51,14 @@ def kernel_of(format: str, columns: int) -> tuple[str, dict[str, Any]]:
 
 def arguments_of(format: str, rows: int, inner: int, columns: int) -> dict[str, Any]:
     """Of a product of one weight with so many columns; addresses and sums are still to come."""
-    floats = float_arguments(format, inner) if format in FLOATS else {}
     common = {
         **{f"{name}{i}": 0 for name in ("w", "b", "out", "n") for i in range(MOST)},
         **{f"first{i}": _NEVER for i in range(1, MOST)},
         "n0": rows, "residual": 0, "residual_stride": 0, "sums": 0, "gate": 0, "turns": 1,
         "n_columns": columns, **_PLAIN, **dict.fromkeys(NAMES, 0),
     }  # fmt: skip
-    if floats:
-        return common | floats
+    if format in FLOATS:
+        return common | float_arguments(format, inner)
     rest = {"packed": 0, "out_stretches": 0, "out_length": 0}
     return common | row_arguments(format, inner) | rest
 

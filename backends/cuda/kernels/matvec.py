@@ -19,6 +19,7 @@ from runtime.backends.cuda.intrinsics import (
     launch_wait,
     load,
     load4,
+    load_pair,
     pick,
     registers,
     thread_x,
@@ -48,6 +49,17 @@ def _made(format: str, columns: int) -> bool:
     return columns_of(columns, format) == columns
 
 
+def _pair_at_one_address(x, p):
+    """Units p and p + 1 of four."""
+    both = load_pair(x, p)
+    return both[:4], both[4:]
+
+
+def _pair(x, p):
+    """The same at addresses of their own: of several columns these take fewer registers."""
+    return load4(x, p), load4(x, u32(p + 1))
+
+
 @constants(format=tuple(FORMATS), columns=(1, 2, 4, 8), where=_made)
 def build_matvec(format: str, columns: int) -> Declared:
     """out[c, row] = sum over k of w[row, k] x[c, k], + b[row] + residual[c, row], of each weight.
@@ -66,6 +78,7 @@ def build_matvec(format: str, columns: int) -> Declared:
     accumulators, places_of_rows = registers("f32", ROWS * COLUMNS), registers("u32", ROWS)
     words, bases = registers("u32", ROWS * WORDS), registers("u32", COLUMNS)
     (finish, pack), tail = finisher(ROWS, COLUMNS), norm_tail(WARPS)
+    pair_of = _pair_at_one_address if columns == 1 else _pair
 
     @entry(
         f"{POINTERS} x:u32* packed:u32* {NUMBERS} high:u32 scales:u32 supers:u32 stretches:u32 "
@@ -117,8 +130,8 @@ def build_matvec(format: str, columns: int) -> Declared:
                     )
                 for c in range(COLUMNS):
                     p = u32(base[c] + 2 * pair)
-                    a, b = load4(x, p), load4(x, u32(p + 1))
-                    v, w = load4(x, u32(p + places)), load4(x, u32(p + places + 1))
+                    a, b = pair_of(x, p)
+                    v, w = pair_of(x, u32(p + places))
                     m = load4(x, u32(base[c] + 2 * places + pair))
                     xs, ys = bits_to_f32(m[0]), bits_to_f32(m[2])
                     for r in range(ROWS):

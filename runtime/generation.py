@@ -11,11 +11,13 @@ import numpy as np
 from runtime.engine.advance import Piece
 from runtime.engine.decoder import Next
 from runtime.engine.engine import OnPrompt, checked
-from runtime.errors import OptionError
+from runtime.errors import Error, OptionError
 from runtime.session import Session
 
 if TYPE_CHECKING:
     from runtime.model import Model
+    from runtime.speculation.drafter import Drafter
+    from runtime.speculation.speculation import Drafts, Speculation
     from runtime.text.answer import Fed
     from runtime.text.sampling import Sampling, Token
 
@@ -27,6 +29,7 @@ class Options(NamedTuple):
     max_tokens: int | None = None
     on_token: Callable[[Token], Any] | None = None
     on_prompt: OnPrompt | None = None
+    drafter: Drafter | None = None
 
 
 class Prompt(NamedTuple):
@@ -58,6 +61,7 @@ class Generation:
         self._session, self._owned, self._keep = prompt.session, prompt.owned, prompt.keep
         self._length = len(prompt.session)  # what nobody else may change meanwhile
         self._pending, self._options = prompt.ids, options
+        self._speculation: Speculation | None = None
         self._begun = self._over = False
         self._reading = threading.Lock()
 
@@ -85,6 +89,12 @@ class Generation:
         """With `logprobs=N`: of each token chosen so far its id, its natural log-probability
         (`logprob`) and the N best in its place (`top`); without, an empty list."""
         return [token for token in self._answer.tokens if token.logprob is not None]
+
+    @property
+    def speculation(self) -> Drafts | None:
+        """What drafts did for it so far (`drafted`, `accepted`, `steps`, and `kind`: by whom);
+        None where there are none."""
+        return None if self._speculation is None else self._speculation.done
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -148,8 +158,17 @@ class Generation:
         self._session.rewind(self._length - self._keep)
         self._length = self._keep
         self._begun = True
-        self._answer.begin([*self._session.tokens, *self._pending])
+        tokens = [*self._session.tokens, *self._pending]
+        self._answer.begin(tokens)
+        if self._options.drafter is not None:
+            self._speculate(self._options.drafter, tokens)
         self._over = self._answer.reason is not None
+
+    def _speculate(self, drafter: Drafter, tokens: list[int]) -> None:
+        from runtime.speculation.speculation import Speculation
+
+        engine = self._session.model._engine
+        self._speculation = Speculation(engine, self._session._sequence, drafter, tokens)
 
     def _first(self) -> str:
         """What the first token completes, if there is one."""
@@ -167,8 +186,12 @@ class Generation:
         token, text, end = fed
         self._pending = [token.id]
         self._over = self._over or end is not None
+        if self._speculation is not None:
+            self._speculation.chosen(token.id)
         if self._options.on_token is not None:
             self._options.on_token(token)
+        if self._speculation is not None and end is not None and not self._owned:
+            self._speculation.settle()
         return text
 
     def _fed_by(self, found: int | np.ndarray) -> Fed:
@@ -194,8 +217,36 @@ class Generation:
         """The logits after what is pending, float32 [vocabulary]."""
         if not self._answer.tokens:
             return self._session.eval(self._pending, "last", self._options.on_prompt)[0]
-        piece = Piece(self._session._sequence, self._pending)
-        return checked(*self._session.model._engine.run([piece]))[0]
+        drafted = self._drafted()
+        if drafted is not None:
+            return drafted
+        engine, piece = self._session.model._engine, self._piece()
+        row = self._row(piece, *engine.run([piece]))
+        if row is None:
+            piece = self._piece(alone=True)
+            row = self._row(piece, *engine.run([piece]))
+        assert row is not None, "a token alone has logits or an error"
+        return checked(row)
+
+    def _drafted(self) -> np.ndarray | None:
+        """The logits after what is pending where they are known already."""
+        return None if self._speculation is None else self._speculation.row()
+
+    def _piece(self, answers: int = 1, alone: bool = False) -> Piece:
+        """What is pending, for a step of so many answers, with drafts behind it; alone: without."""
+        if alone or self._speculation is None:
+            return Piece(self._session._sequence, self._pending)
+        return self._speculation.piece(self._pending[0], self._answer.left, answers)
+
+    def _row(self, piece: Piece, found: np.ndarray | Error) -> np.ndarray | Error | None:
+        """Of what a step found for it the logits after what is pending, or an error.
+
+        None: it has to be evaluated without drafts.
+        """
+        if piece.drafted is None:
+            return found if isinstance(found, Error) else found[0]
+        assert self._speculation is not None
+        return self._speculation.first(found)
 
     def _check_session(self) -> None:
         if len(self._session) != self._length:
@@ -206,6 +257,8 @@ class Generation:
 
     def _give_back(self, last: bool = True) -> None:
         """last: no other answer goes on in the same steps."""
+        if self._speculation is not None:
+            self._speculation.close()
         if self._owned:
             self._session.close()
         elif last and (decoder := self._session.model._engine.decoder) is not None:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime.arguments import listed
-from runtime.engine.advance import Piece
-from runtime.errors import OptionError
+from runtime.errors import Error, OptionError
 from runtime.generation import Generation
 
 if TYPE_CHECKING:
@@ -71,13 +70,24 @@ class Together:
         if decoder is not None:
             found = decoder.choose_all(wanted)
         if found is None:
-            found = self._engine.run([Piece(a._session._sequence, a._pending) for a in answers])
+            found = self._rows(answers)
         for n, answer, result in zip(some, answers, found, strict=True):
             if isinstance(result, Exception):
                 self._fail(n, result)
             else:
-                row = result if isinstance(result, int) else result[0]
-                self._show(n, lambda a=answer, row=row: a._took(a._fed_by(row)))  # type: ignore[misc]
+                self._show(n, lambda a=answer, row=result: a._took(a._fed_by(row)))  # type: ignore[misc]
+
+    def _rows(self, answers: Sequence[Generation]) -> list[np.ndarray | Error]:
+        """The logits after what is pending of each, from what drafts found or a step."""
+        found: list[np.ndarray | Error | None] = [answer._drafted() for answer in answers]
+        for alone in (False, True):
+            rest = [n for n, row in enumerate(found) if row is None]
+            if not rest:
+                break
+            pieces = [answers[n]._piece(len(rest), alone) for n in rest]
+            for n, piece, rows in zip(rest, pieces, self._engine.run(pieces), strict=True):
+                found[n] = answers[n]._row(piece, rows)
+        return [row for row in found if row is not None]
 
     def _kept(self, n: int) -> bool:
         """Whether an answer can go on: its session is as it left it."""

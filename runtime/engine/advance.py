@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from runtime.engine.drafted import Drafted
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import Error
 from runtime.memory.slots import NONE, Checkpoint
@@ -30,6 +31,7 @@ class Piece(NamedTuple):
     given: what the tokens come with, a row each: "positions", int32 [len(ids)] or [len(ids),
     components], by default their places; "vectors", float32 [len(ids), hidden], whose rows stand
     for the embeddings of ids below 0 (by which the sequence knows such tokens).
+    drafted: `ids` after the first are drafts, which the sequence has once this says so.
     """
 
     sequence: Sequence
@@ -38,6 +40,7 @@ class Piece(NamedTuple):
     opens: bool | None = None
     closes: bool | None = None
     given: abc.Mapping[str, np.ndarray] = _NOTHING
+    drafted: Drafted | None = None
 
     def wanted(self) -> abc.Sequence[int]:
         """Places in `ids`."""
@@ -57,8 +60,8 @@ class Advance:
     """
 
     __slots__ = (
-        "_filled", "before", "closes", "error", "given", "ids", "new", "pages", "rows", "sequence",
-        "slot_out", "start", "state", "stop", "wanted",
+        "_filled", "before", "closes", "drafted", "error", "given", "ids", "new", "pages", "rows",
+        "sequence", "slot_out", "start", "state", "stop", "wanted",
     )  # fmt: skip
 
     error: Error | None
@@ -72,6 +75,7 @@ class Advance:
         self.start, self.ids, self.wanted = record.length, piece.ids, piece.wanted()
         self.closes = self.new > 1 if piece.closes is None else piece.closes
         self.given, self.error, self._filled = piece.given, None, 0
+        self.drafted = piece.drafted if self.new > 1 else None
         if self.state is not None:
             self.start = self.state.place
             if self.start < record.length:
@@ -124,9 +128,12 @@ class Advance:
             return self.sequence.record
         tokens, length = self.before.tokens, self.before.length
         del tokens[length:]
-        tokens.extend(self.ids[-self.new :])
+        tokens.extend(self.ids[len(self.ids) - self.new :])
         given = self.stop if self.given else self.before.given
-        return Record(tokens, self.stop, self.pages, self.state, given=given)
+        whole = Record(tokens, self.stop, self.pages, self.state, given=given)
+        if self.drafted is None:
+            return whole
+        return self.drafted.evaluated(whole, self.ids[1 - self.new :])
 
     def held_slots(self) -> set[int]:
         """What the sequence holds, and what the step takes beside."""

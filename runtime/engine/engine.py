@@ -170,6 +170,23 @@ class Engine:
             commit(advances)
         return [a.rows for a in advances]
 
+    def settle(self, sequence: Sequence) -> None:
+        """Evaluate again what follows the state of its recurrent layers, so that nothing does.
+
+        For what was left behind drafts that did not follow; see `Drafted`.
+        """
+        with self.alone():
+            record = sequence.record
+            if record.closed or not record.given <= record.evaluated < record.length:
+                return
+            advance = Advance(Piece(sequence, [], "none", False, False))
+            self.pools.reserve([advance])
+            _raise([advance])
+            begin([advance])
+            for _ in self._steps([advance]):
+                pass
+            commit([advance])
+
     def close(self) -> None:
         """End threads and give memory back; sequences cannot go on afterwards."""
         with self.alone():

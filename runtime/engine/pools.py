@@ -46,13 +46,15 @@ class Pools:
         for advance in some:
             state = advance.state
             if state is not None and advance.slot_out == NONE and advance.error is None:
-                advance.slot_out = state.slot if state.own else self._slot(advance, advances)
+                own = state.own and advance.drafted is None
+                advance.slot_out = state.slot if own else self._slot(advance, advances)
 
     def _slot(self, advance: Advance, advances: abc.Sequence[Advance]) -> int:
         """The slot its state is in where nobody else holds that, else one that nobody holds.
 
         When none is free, who can is asked to give one up; then the least useful checkpoint of
-        all sequences gives way.
+        all sequences gives way. Drafts leave the state from before them in its slot, and no
+        checkpoint gives way to them.
         """
         assert advance.state is not None, "only recurrent layers have slots"
         own = advance.state.slot
@@ -60,12 +62,15 @@ class Pools:
         while True:
             rest = [h for h in self.holders if h not in under_way]
             others = _slots_of(rest) | _slots_of(a for a in advances if a is not advance)
-            if own not in others | {NONE} | {c.slot for c in advance.checkpoints}:
+            elsewhere = others | {NONE} | {c.slot for c in advance.checkpoints}
+            if advance.drafted is None and own not in elsewhere:
                 return own
             free = self.slots.take(others | advance.held_slots())
             if free is not None:
                 return free
-            if not self.holders.evict(0, 1) and not _drop_checkpoint([*advances, *rest]):
+            if self.holders.evict(0, 1):
+                continue
+            if advance.drafted is not None or not _drop_checkpoint([*advances, *rest]):
                 advance.error = self.slots.exhausted()
                 return NONE
 

@@ -54,7 +54,7 @@ class Recurrent(NamedTuple):
     def after(self, slot: int, place: int, message_end: bool = False) -> Recurrent:
         """What follows: the state after `place` tokens, which a step has written to `slot`."""
         found = Recurrent(slot, place, self.checkpoints, True)
-        if message_end or place - found._last() >= SPACING:
+        if message_end or place >= found.next_kept:
             return found.kept(message_end)
         return found
 
@@ -74,6 +74,11 @@ class Recurrent(NamedTuple):
     def without(self, checkpoint: Checkpoint) -> Recurrent:
         """Without a checkpoint that it may have."""
         return self._replace(checkpoints=tuple(c for c in self.checkpoints if c != checkpoint))
+
+    @property
+    def next_kept(self) -> int:
+        """The place of the next state that is kept where no message end asks for one before."""
+        return self._last() + SPACING
 
     def cut(self, length: int) -> Recurrent:
         """Back to the last state that is kept of at most `length` tokens."""

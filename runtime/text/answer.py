@@ -54,6 +54,11 @@ class Answer:
         """What can be shown so far."""
         return "".join(self._pieces)
 
+    @property
+    def left(self) -> int:
+        """How many tokens it may still have."""
+        return self._left
+
     def begin(self, tokens: Sequence[int]) -> None:
         """It follows these tokens, which repetition penalties look at."""
         self._sampler.begin(tokens)

@@ -1,0 +1,1 @@
+"""Drafts of the tokens that an answer may go on with, verified in one step: no bit changes."""

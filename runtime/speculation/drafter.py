@@ -1,0 +1,29 @@
+"""What proposes the next tokens of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Drafter(Protocol):
+    """Of one answer. `kind`: its name among the ways of speculation ("ngram", "draft", ...).
+
+    certainty: how sure it is of what it proposed last, a whole number from 0 to 7; acceptance is
+    learnt for each apart.
+    """
+
+    kind: str
+    certainty: int
+
+    def propose(self, tokens: Sequence[int], most: int) -> list[int]:
+        """Up to `most` tokens that may follow `tokens`; none where it has no idea.
+
+        tokens: of prompt and answer, the last one not yet evaluated. It is the same list at every
+        call of one answer, which only grows, by one token or several; it is not to be changed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds: the answer is over. Twice is once."""
+        ...

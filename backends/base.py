@@ -77,10 +77,15 @@ class Planner(Protocol):
 
 
 class Backend(Planner, Protocol):
-    """A device, or a set of devices behaving as one."""
+    """A device, or a set of devices behaving as one.
+
+    bits: what the numbers that it computes depend on beside graph, weights and code: devices that
+    say the same go on from one another's states. "": states of it cannot be handed over exactly.
+    """
 
     name: str
     threads: int
+    bits: str
 
     def copy_pages(
         self, leaves: Sequence[Tensor], sources: Sequence[int], targets: Sequence[int]
@@ -102,7 +107,11 @@ class Backend(Planner, Protocol):
         ...
 
     def write_state(self, leaf: Tensor, rows: Sequence[int], values: np.ndarray) -> None:
-        """The inverse of `read_state`. Caches of all types also take float32, and round it."""
+        """The inverse of `read_state`.
+
+        Caches of all types take float32, and round it, and, where there are `bits`, what
+        `KVFormat.to_rows` makes, uint8.
+        """
         ...
 
     def abort(self) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from runtime.arguments import whole
-from runtime.engine.engine import OnPrompt
+from runtime.arguments import file_path, whole, wrong
+from runtime.engine.engine import Engine, OnPrompt
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import OptionError
 from runtime.ops.errors import shown
@@ -52,7 +54,7 @@ class Held:
         kind = type(self).__name__.lower()
         raise OptionError(
             f"a {kind} holds memory of its model and cannot be copied or pickled; session.fork() "
-            "makes a second session, and session.tokens evaluated elsewhere give the same one"
+            "makes a second session, and session.save(path) a file that other processes load"
         )
 
 
@@ -144,6 +146,40 @@ class Session(Held):
                 record = record._replace(state=state)
             own.record = record
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, from which `Session.load` makes it again without evaluating a token.
+
+        All of it or nothing: a file that was there stays until the new one is on the disk. It has
+        the tokens, their keys and values (as many bytes as they take in memory), and of a model
+        with recurrent layers the state and those at the ends of the last messages. Only the user
+        can read it. Raises FileError where it cannot be written.
+        """
+        self._save(path)
+
+    @staticmethod
+    def load(model: Model, path: str | os.PathLike[str]) -> Session:
+        """A session that was saved, of the same model, in the memory of `model`.
+
+        Its next logits have the bits they would have had, on any arrangement of devices that
+        compute alike (so "cpu" and "tensor(cpu:0,cpu:1)"). Raises FileError for a file that is
+        damaged, or of another model, cache type or version, naming both sides of the first
+        difference; MemoryLimitError where there is no room for it.
+        """
+        return _loaded(model, path)[0]
+
+    def _save(self, path: str | os.PathLike[str], beside: Mapping[str, Any] | None = None) -> None:
+        """beside: what else to keep, as JSON has it."""
+        from runtime.session_file import save
+
+        target = Path(file_path("path", path))
+        engine = self.model._engine
+        with engine.alone():
+            held = engine.sequence(self._open().share().copy(), "it is being saved")
+        try:
+            save(self.model, held.record, target, beside or {})
+        finally:
+            held.close()
+
     def rewind(self, n: int) -> None:
         """Drop the last n tokens; OptionError when there are fewer.
 
@@ -161,6 +197,18 @@ class Session(Held):
     def __repr__(self) -> str:
         state = ", closed" if self._sequence.record.closed else ""
         return f"<Session {len(self)} of {self.model.context} tokens{state}>"
+
+
+def _loaded(model: Model, path: str | os.PathLike[str]) -> tuple[Session, dict[str, Any]]:
+    """A saved session, and what was kept beside it."""
+    from runtime.session_file import load
+
+    if not isinstance(getattr(model, "_engine", None), Engine):
+        raise wrong("model", model, "a model made by runtime.load()")
+    source = Path(file_path("path", path))
+    with model._engine.alone():
+        record, beside = load(model, source)
+        return Session(model, record), beside
 
 
 def _kept_of(own: Record, other: Record) -> int:

@@ -49,6 +49,7 @@ class CpuBackend:
         kept = None if cores is None else checked(cores)
         self.threads = threads or physical_cores(kept)
         self.name = f"cpu ({self.library.target}, {self.threads} threads)"
+        self.bits = f"cpu {self.library.target}, activations {activations}"
         amx = self.library.target == "amx"
         self.planner = Planner(options(activations, AMX_COLUMNS if amx else 8, fuse, split=amx))
         self.team = ThreadTeam(self.threads, self.library.address, kept)

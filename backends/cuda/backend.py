@@ -56,6 +56,7 @@ class CudaBackend:
             driver = open_driver()
         self.device = Device(driver, index, kernels)
         self.name = f"cuda:{index} ({self.device.info.name})"
+        self.bits = f"cuda {self.device.info.name} {self.device.target}, activations {activations}"
         self.threads = 1
         self.planner, self.graphs = Planner(options(activations, fuse)), graphs
         self.stream = self.device.stream()

@@ -46,7 +46,7 @@ def to_plain(pages: np.ndarray, leaf: Tensor) -> np.ndarray:
 
 
 def from_plain(values: np.ndarray, leaf: Tensor) -> np.ndarray:
-    """The inverse of `to_plain`; of codes also float32, which is rounded."""
+    """The inverse of `to_plain`; of codes also float32, which is rounded, of floats their bits."""
     _, _, heads, dim = map(int, leaf.shape)
     row, which = kv_format(leaf.dtype.name), leaf.attrs["storage"]
     if values.dtype != np.uint8:
@@ -55,7 +55,7 @@ def from_plain(values: np.ndarray, leaf: Tensor) -> np.ndarray:
     else:
         planes = row.from_rows(values.reshape(-1, PAGE, heads, row.token_nbytes(dim)), dim)
     if row.coding is None:
-        raw = _float_raw(_fragmented(_split(planes[0]), which))
+        raw = _float_raw(_fragmented(_split(fill(planes[0], GROUP)), which))
         return raw.reshape(len(raw), -1)
     pairs = zip(row.codes, planes, strict=False)
     codes = _split(

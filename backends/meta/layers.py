@@ -47,10 +47,19 @@ class LayersBackend:
         self.ahead = all(isinstance(d, Choosing) and d.ahead for d in self._devices)
         self.name = f"layers({', '.join(device.name for device in self._devices)})"
         self.threads = sum(device.threads for device in self._devices)
+        self.bits = self._bits()
         self._line = Line(self.stages, partial(_abort, self._devices))
         self._cuts: dict[str, StagedGraph] = {}
         self._programs: dict[str, LayersProgram] = {}
         self._has: dict[str, Backend] = {}  # by the name of a state
+
+    def _bits(self) -> str:
+        """Those of one device where all are alike."""
+        bits = [device.bits for device in self._devices]
+        if len(set(bits)) == 1:
+            return bits[0]
+        cut = ",".join(f"{share:g}" for share in self._shares)
+        return f"layers({', '.join(bits)}; {cut}; {self._host})" * all(bits)
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Of the stage that has it; before any graph is known, of the one that needs most."""

@@ -165,6 +165,7 @@ class MpiBackend:
         self._beside, self._rank, self._number = beside, rank, number
         self.threads = rank.device.threads
         self.name = f"tensor (mpi, {beside.size} processes; the first: {rank.device.name})"
+        self.bits = f"tensor(mpi, {rank.shares}: {rank.device.bits})"
         # What all do at the same time is done by a thread that no signal interrupts.
         self._worker: ThreadPoolExecutor | None = ThreadPoolExecutor(1)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from runtime.backends.cpu.run.pack_cache import PackCache
 from runtime.backends.cpu.run.program import Program
 from runtime.backends.meta.parts import SplitGraphs, cut_of, inferred
 from runtime.backends.meta.processes import Processes
-from runtime.backends.plan.fingerprint import sampled
+from runtime.backends.plan.fingerprint import code, sampled
 from runtime.backends.plan.plan import Plan
 from runtime.ops.cuts import Parts, cut_array
 from runtime.ops.graph import Graph
@@ -40,6 +38,7 @@ class Rank:
             threads = max(1, physical_cores() // beside.beside)
         packs = PackCache(file, pack_cache) if pack_cache else None
         self.device = CpuBackend(file, threads, activations, packs=packs)
+        self.shares = ",".join(f"{share:g}" for share in shares)
         self.split = SplitGraphs(shares, partial(inferred, told=beside.rank == 0))
         beside.crowded = threads * beside.beside > processors()
         self.programs: dict[str, tuple[Program, Apart]] = {}
@@ -113,17 +112,6 @@ def fingerprint(file: Any) -> dict[str, str]:
     """What must be the same in all processes: the version of the code, and the file."""
     version = sys.modules["runtime"].__version__
     return {
-        "version": f"{version}, code {_code()}",
+        "version": f"{version}, code {code()}",
         "file": f"{file.tensors_nbytes} bytes, {sampled(file)[:12]}",
     }
-
-
-@cache
-def _code() -> str:
-    """A digest of the source that all processes must have in common."""
-    found = hashlib.sha256()
-    for package in ("runtime.ops", "runtime.backends"):
-        for folder in map(Path, sys.modules[package].__path__):
-            for path in sorted(folder.rglob("*.py")):
-                found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return found.hexdigest()[:12]

@@ -28,6 +28,10 @@ class TensorBackend:
         self, devices: Sequence[Joinable], shares: Sequence[float], split: Split | None = None
     ) -> None:
         first = devices[0]
+        bits = [device.bits for device in devices]
+        alike = split is None and first.exact and len(set(bits)) == 1
+        cut = ",".join(f"{share:g} {each}" for share, each in zip(shares, bits, strict=True))
+        self.bits = bits[0] if alike else f"tensor({cut})" * all(bits)
         if split is None:
             split = partial(inferred, exact=first.exact, grain=first.grain)
         self._devices, self._split = tuple(devices), SplitGraphs(shares, split)

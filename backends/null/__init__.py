@@ -18,6 +18,8 @@ from runtime.ops.tensor import Tensor
 class NullBackend:
     """See backends/base.py; results are zeros, of the shapes a device would give."""
 
+    bits = "null"  # zeros
+
     def __init__(self, planner: Planner, devices: int = 1) -> None:
         """planner: of the device that it stands for."""
         self.name = f"null ({devices} device{'s' * (devices != 1)})"

@@ -27,6 +27,7 @@ class ReferenceBackend:
 
     name = "reference (numpy, float64)"
     threads = 1
+    bits = ""  # states are of float64, and given as float32
 
     def __init__(self, file: Any = None) -> None:
         self._file = file

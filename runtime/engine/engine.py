@@ -6,7 +6,7 @@ import sys
 from collections import abc, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +29,8 @@ from runtime.engine.advance import Advance, Piece, begin, commit
 from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
 from runtime.engine.decoder import Decoder
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
+from runtime.engine.identity import identity
+from runtime.engine.plain_state import PlainState
 from runtime.engine.pools import Pools
 from runtime.engine.programs import Programs
 from runtime.engine.sequence import Record, Sequence
@@ -48,7 +50,8 @@ _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts t
 class Engine:
     """Weights, memory and programs of one model on its device.
 
-    `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free;
+    `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free; `plain`
+    reads and writes pages and slots in the layout of files;
     `staged` is the backend where steps go through several stages of it; `decoder` is there where
     the device chooses tokens.
     """
@@ -91,12 +94,18 @@ class Engine:
         self.memory = Memory(weights, page, slot, size.pages, size.slots)
         self.graphs = StepGraphs(architecture, kv_types, size, cache_rotation)
         step = self.graphs.inputs(1, 1)
+        self.plain = PlainState(backend, step)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
         self.pools = Pools(size.pages, copy_pages, size.slots)
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip
         self.programs.load(1, 1)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What the numbers in its memory depend on, by name; see engine/identity.py."""
+        return identity(self)
 
     def alone(self) -> AbstractContextManager[Any]:
         """The lock that whoever changes sequences holds; OptionError where that cannot be."""

@@ -49,6 +49,22 @@ class Pools:
                 own = state.own and advance.drafted is None
                 advance.slot_out = state.slot if own else self._slot(advance, advances)
 
+    def free_slots(self, wanted: int) -> list[int]:
+        """At least one slot that nobody holds, and as many of those wanted as there are to be had.
+
+        Who can is asked to give some up. MemoryLimitError: there is none.
+        """
+        while True:
+            used = _slots_of(self.holders)
+            free = [slot for slot in range(self.slots.count) if slot not in used][:wanted]
+            if len(free) == wanted or not self.holders.evict(0, wanted - len(free)):
+                break
+        while not free:
+            if not _drop_checkpoint(self.holders):
+                raise self.slots.exhausted()
+            free = self.free_slots(1)
+        return free
+
     def _slot(self, advance: Advance, advances: abc.Sequence[Advance]) -> int:
         """The slot its state is in where nobody else holds that, else one that nobody holds.
 
@@ -82,8 +98,8 @@ def _slots_of(holders: Iterable[Holder | Advance]) -> set[int]:
 def _drop_checkpoint(holders: Iterable[Holder | Advance]) -> bool:
     """Of who has most of them the one that is missed least; False where nobody has any."""
     keepers = [h for h in holders if isinstance(h, Advance | Sequence)]
-    fullest = max(keepers, key=lambda keeper: len(keeper.checkpoints))
-    if not fullest.checkpoints:
+    fullest = max(keepers, key=lambda keeper: len(keeper.checkpoints), default=None)
+    if fullest is None or not fullest.checkpoints:
         return False
     fullest.drop(least_missed(fullest.checkpoints, fullest.evaluated))
     return True

@@ -1,0 +1,277 @@
+"""The disk tier of the cache of prompts: one file a block, in a folder for each fingerprint.
+
+    FOLDER/prompts/<fingerprint>/about.json      what the fingerprint is of, for people
+                                /<key>.page      K and V of PAGE tokens
+                                /<parent>-<tokens>-<key>.end
+
+A block's key is of all tokens up to its end, of the fingerprint and of nothing else, so whoever
+has it has the right one, and writing it twice is writing the same. A file has its name when all of
+it is written, no lock is held, and what a power cut leaves half written is told by its checksum.
+Processes share a folder: a block that another one has just removed is one that is not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.memory.block_file import (
+    END,
+    HEAD,
+    PAGES,
+    Block,
+    DamagedError,
+    read_block,
+    write_block,
+)
+from runtime.memory.disk_budget import ABOUT, PART, DiskBudget, largest
+from runtime.memory.write_behind import WriteBehind
+
+FOLDER = "prompts"
+_AGAIN = 60.0  # seconds after which a disk that was full is tried again
+_TICK = 50_000_000  # nanoseconds
+
+
+class Tail(NamedTuple):
+    """A block that ends within a page: so many tokens after its parent."""
+
+    tokens: int
+    key: bytes
+
+
+def block_key(parent: bytes, tokens: Sequence[int], given: bytes = b"") -> bytes:
+    """The key of a block: of the one before it, its tokens, and what they came with."""
+    ids = np.asarray(tokens, "<i4").tobytes()
+    return hashlib.blake2b(parent + ids + given, digest_size=16).digest()
+
+
+class BlockStore:
+    """Blocks of one fingerprint, which is also the key before a prompt's first block.
+
+    Nothing here is ever an error: what cannot be read is not there, what cannot be written is not
+    kept, and a line on stderr says so, once.
+    """
+
+    def __init__(
+        self, cache_dir: Path, fingerprint: bytes, about: Mapping[str, str],
+        budget: int | None = None,
+    ) -> None:  # fmt: skip
+        """about: what the fingerprint is of, by name. budget: bytes on disk of all models
+        together; by default, and at most, see `largest`."""
+        self.root = cache_dir / FOLDER
+        self.folder, self.fingerprint = self.root / fingerprint.hex(), fingerprint
+        self.writer = WriteBehind()
+        self._about, self._said = dict(about), set[str]()
+        self._queued = set[str]()  # names of blocks on their way
+        self._names, self._ends = set[str](), dict[bytes, set[Tail]]()
+        self._listed: int | None = None  # when the folder had changed last, as it was listed
+        self._rest = 0.0  # not to be written to before then
+        self.usable = self._opened()
+        self._budget = DiskBudget(self.root, largest(self.root, budget) if self.usable else 0)
+        self.refresh()
+
+    @property
+    def budget(self) -> int:
+        """Bytes on disk of all models together."""
+        return self._budget.most
+
+    def refresh(self) -> None:
+        """Know what the folder holds now: other processes write and remove, too."""
+        try:
+            changed = self.folder.stat().st_mtime_ns
+            if changed == self._listed or not self.usable:
+                return
+            names = {each.name for each in os.scandir(self.folder)}
+        except OSError:
+            self._listed, self._names, self._ends = None, set(), {}
+            return
+        ends: dict[bytes, set[Tail]] = {}
+        for name in names:
+            if name.endswith(f".{END}"):
+                with contextlib.suppress(ValueError):
+                    parent, tail = _end_of(name)
+                    ends.setdefault(parent, set()).add(tail)
+        # the clock of a file system ticks slowly: a second change may look like the first
+        settled = time.time_ns() - changed > _TICK
+        self._listed, self._names, self._ends = changed if settled else None, names, ends
+
+    def has(self, key: bytes) -> bool:
+        """Whether there is such a page, as far as is known without looking again."""
+        return self._has(_page_name(key))
+
+    def has_end(self, parent: bytes, tail: Tail) -> bool:
+        """The same of an end."""
+        return self._has(_end_name(parent, tail))
+
+    def ends(self, parent: bytes) -> list[Tail]:
+        """What is known to end within the page after `parent`, the longest first."""
+        return sorted(self._ends.get(parent, ()), reverse=True)
+
+    def put(self, block: Block, payload: np.ndarray) -> bool:
+        """Have a block written, uint8 payload, which the caller does not change any more.
+
+        False: it will not be; too much waits already, or the disk cannot be written.
+        """
+        name = _name(block)
+        if not self.usable or time.monotonic() < self._rest or payload.nbytes > self.budget:
+            return False
+        if name in self._queued or name in self._names:
+            return True
+        self._queued.add(name)
+        if self.writer.put(payload.nbytes, lambda: self._write(name, block, payload)):
+            return True
+        self._queued.discard(name)
+        return False
+
+    def read(self, key: bytes, out: np.ndarray) -> Block | None:
+        """A page: its payload into `out`, uint8 [nbytes], whole.
+
+        None: it is not there any more, or not what was written; then it is gone now. `out` may
+        hold anything. Several threads may read at once.
+        """
+        return self._read(_page_name(key), key, out)
+
+    def read_end(self, parent: bytes, tail: Tail, out: np.ndarray) -> Block | None:
+        """The same of an end."""
+        return self._read(_end_name(parent, tail), tail.key, out)
+
+    def used(self, keys: Sequence[bytes], ends: Sequence[tuple[bytes, Tail]] = ()) -> None:
+        """These pages, in order, and ends were of use just now."""
+        names = [_page_name(key) for key in keys] + [_end_name(*end) for end in ends]
+        self.writer.put(0, lambda: self._touch(names))
+
+    def flush(self, seconds: float | None = None) -> bool:
+        """Wait until what was put is written, at most so long; whether it is."""
+        return self.writer.drain(seconds)
+
+    def _opened(self) -> bool:
+        """Whether the folder can be used; it and what is above it are made."""
+        try:
+            for folder in (self.root, self.folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if not _is_ours(folder):
+                    text = f"{folder} is another user's; the cache of prompts is not kept there"
+                    self._say("foreign", text)
+                    return False
+            about = self.folder / ABOUT
+            if not about.exists():
+                said = json.dumps(self._about, indent=1).encode()
+                self._in_place(ABOUT, lambda file: os.write(file, said))
+            os.utime(about)
+        except OSError as error:
+            self._say("unwritten", _unwritten(self.root, error))
+            return False
+        return True
+
+    def _has(self, name: str) -> bool:
+        return name in self._names or name in self._queued
+
+    def _read(self, name: str, key: bytes, out: np.ndarray) -> Block | None:
+        try:
+            with (self.folder / name).open("rb", buffering=0) as file:
+                found = read_block(file.fileno(), out)
+            if (found.fingerprint, found.key) != (self.fingerprint, key):
+                raise DamagedError("it is another block")
+        except FileNotFoundError:
+            self._names.discard(name)
+        except (DamagedError, OSError) as error:
+            self._drop(name, error)
+        else:
+            return found
+        return None
+
+    def _write(self, name: str, block: Block, payload: np.ndarray) -> None:
+        """In the writer's thread."""
+        try:
+            if time.monotonic() >= self._rest and self._budget.reserve(payload.nbytes + HEAD):
+                self._in_place(name, lambda file: write_block(file, block, payload))
+                self._names.add(name)
+                if block.kind == END:
+                    self._ends.setdefault(block.parent, set()).add(_end_of(name)[1])
+        except OSError as error:
+            self._rest = time.monotonic() + _AGAIN
+            self._say("unwritten", _unwritten(self.root, error))
+        finally:
+            self._queued.discard(name)
+
+    def _in_place(self, name: str, write: Callable[[int], object]) -> None:
+        """Write a file beside its place, and put it there whole."""
+        path = self.folder / f"{name}.{os.urandom(8).hex()}{PART}"
+        try:
+            with open(path, "xb", buffering=0, opener=_private) as file:
+                write(file.fileno())
+            path.replace(self.folder / name)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            # Windows: somebody reads that very block
+            if not (sys.platform == "win32" and isinstance(error, PermissionError)):
+                raise
+
+    def _touch(self, names: Sequence[str]) -> None:
+        now = time.time_ns()
+        for n, name in enumerate(names):
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / name, ns=(now, now - n * 1000))
+
+    def _drop(self, name: str, error: Exception) -> None:
+        self._names.discard(name)
+        with contextlib.suppress(OSError):
+            (self.folder / name).unlink()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        text = f"a block of {self.folder} is not used ({reason}); what it held is read again"
+        self._say("dropped", text)
+
+    def _say(self, what: str, text: str) -> None:
+        """A line on stderr, once for everything of that kind."""
+        if what not in self._said:
+            self._said.add(what)
+            print(f"runtime: {text}", file=sys.stderr)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _name(block: Block) -> str:
+    if block.kind == PAGES:
+        return _page_name(block.key)
+    return _end_name(block.parent, Tail(len(block.tokens), block.key))
+
+
+def _page_name(key: bytes) -> str:
+    return f"{key.hex()}.{PAGES}"
+
+
+def _end_name(parent: bytes, tail: Tail) -> str:
+    return f"{parent.hex()}-{tail.tokens:02d}-{tail.key.hex()}.{END}"
+
+
+def _end_of(name: str) -> tuple[bytes, Tail]:
+    """The parent and the tail of which there is such a name; ValueError: it is no such name."""
+    parent, count, key = name.removesuffix(f".{END}").split("-")
+    return bytes.fromhex(parent), Tail(int(count), bytes.fromhex(key))
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this user made a folder, where the system tells users apart."""
+    return not hasattr(os, "geteuid") or folder.lstat().st_uid == os.geteuid()
+
+
+def _unwritten(folder: Path, error: OSError) -> str:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    more = "; `runtime cache clear` makes room" if full else ""
+    return (
+        f"the cache of prompts cannot be kept in {folder} ({error.strerror}); this process keeps "
+        f"its prompts in memory alone{more}"
+    )

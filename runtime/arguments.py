@@ -159,7 +159,7 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     pair = isinstance(kv_type, tuple | list) and all(isinstance(k, str) for k in kv_type)
     if not isinstance(kv_type, str) and not pair:
         raise wrong("kv_type", kv_type, "text such as 'f16', or 'q8_0,f16' for K and V apart")
-    for name in ("cache_rotation", "graphs"):
+    for name in ("cache_rotation", "graphs", "prompt_cache"):
         plain[name] = flag(name, options[name])
     plain["pack_cache"] = _pack_cache(options["pack_cache"])
     check_progress(options["progress"])

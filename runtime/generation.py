@@ -11,6 +11,7 @@ import numpy as np
 from runtime.engine.advance import Piece
 from runtime.engine.decoder import Next
 from runtime.engine.engine import OnPrompt, checked
+from runtime.engine.prompts import Reuse
 from runtime.errors import Error, OptionError
 from runtime.session import Session
 
@@ -52,7 +53,10 @@ class Generation:
         from runtime.text.answer import Answer
 
         self.prompt_tokens: int = len(prompt.ids)
-        """How many tokens are evaluated before the first of the answer."""
+        """How many tokens are evaluated before the first of the answer; until it has begun, how
+        many more than its session has."""
+        self.reuse: Reuse | None = None
+        """What of the prompt was not evaluated again; None until the answer has begun."""
         # the token after the last place of the context is still known, but cannot be evaluated
         room = model.context - prompt.keep - len(prompt.ids) + 1
         self._answer = Answer(
@@ -71,6 +75,12 @@ class Generation:
         string), "length" (max_tokens) or "context" (the context is full). It stays None where
         the answer was closed early."""
         return self._answer.reason
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of the first tokens of the prompt did not have to be evaluated, because its
+        session or the cache of prompts had them; 0 until the answer has begun."""
+        return 0 if self.reuse is None else self.reuse.cached_tokens
 
     @property
     def text(self) -> str:
@@ -155,10 +165,14 @@ class Generation:
         if self._begun or self._over:
             return
         self._check_session()
-        self._session.rewind(self._length - self._keep)
-        self._length = self._keep
+        engine, sequence = self._session.model._engine, self._session._sequence
+        tokens = [*self._session.tokens[: self._keep], *self._pending]
+        with engine.alone():
+            self.reuse = engine.prompts.resume(sequence, self._keep, tokens)
+        self._length = len(self._session)
+        self._pending = tokens[self._length :]
+        self.prompt_tokens = len(self._pending)
         self._begun = True
-        tokens = [*self._session.tokens, *self._pending]
         self._answer.begin(tokens)
         if self._options.drafter is not None:
             self._speculate(self._options.drafter, tokens)

@@ -56,6 +56,7 @@ def load(
     gpu_layers: int | str | None = None,
     cpu_moe: bool | int = False,
     pack_cache: bool | str = False,
+    prompt_cache: bool = True,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -78,6 +79,8 @@ def load(
     pack_cache: weights of CPUs are kept on disk as they are packed, once, and mapped by every later
     process, which shares them with others: True or "folder", in the cache folder; "beside" the
     model. The files are about as large as the model; `runtime cache` lists and removes them.
+    prompt_cache: what `generate` and `chat` have read is not read again by those that begin with
+    the same tokens; the bits are the same. It takes memory that nothing else needs.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -91,6 +94,7 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
         "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
+        "prompt_cache": prompt_cache,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):
@@ -113,7 +117,8 @@ class Model(TextModel):
     def __init__(
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
-        progress: bool | Progress | None, cache_rotation: bool = True, **split: Any,
+        progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = True,
+        **split: Any,
     ) -> None:  # fmt: skip
         self.file, self.kv_types = file, kv_types(kv_type)
         self.cache_rotation = cache_rotation
@@ -121,7 +126,7 @@ class Model(TextModel):
         self.backend: Backend = open_backend(devices, file, threads, activations, **split)
         self._engine = Engine(
             file, self.backend, architecture, self.kv_types, context, sequences, progress,
-            cache_rotation,
+            cache_rotation, prompt_cache,
         )  # fmt: skip
 
     @property
@@ -169,9 +174,14 @@ class Model(TextModel):
         with self._engine.alone():
             return Session(self, self._engine.empty())
 
+    def _alone(self) -> Session:
+        """An empty sequence that has nothing to do with the cache of prompts."""
+        with self._engine.alone():
+            return Session(self, self._engine.empty(), cached=False)
+
     def eval(self, ids: Iterable[int], logits: str = "all") -> np.ndarray:
         """Logits of a fresh sequence, float32 [len(ids), vocabulary]; no BOS is added."""
-        with self.session() as session:
+        with self._alone() as session:
             return session.eval(ids, logits)
 
     def step(

@@ -24,19 +24,18 @@ class Held:
 
     _what = _made_by = ""
 
-    def __init__(self, model: Model, record: Record) -> None:
+    def __init__(self, model: Model, record: Record, cached: bool = True) -> None:
         if not isinstance(record, Record):
             raise OptionError(f"{type(self).__name__} is not made directly: {self._made_by}")
         self.model = model
-        self._sequence = model._engine.sequence(record, f"this {self._what}")
+        self._sequence = model._engine.sequence(record, f"this {self._what}", cached)
 
     def __len__(self) -> int:
         return self._sequence.record.length
 
     def close(self) -> None:
         """Give its memory back; it cannot be used afterwards. Closing twice is once."""
-        with self.model._engine.lock:
-            self._sequence.close()
+        self.model._engine.end(self._sequence)
 
     def _open(self) -> Sequence:
         """Its sequence; OptionError once it is closed."""
@@ -114,7 +113,7 @@ class Session(Held):
     def fork(self) -> Session:
         """A second session that continues from here; memory is shared until one writes."""
         with self.model._engine.alone():
-            return Session(self.model, self._open().share().copy())
+            return Session(self.model, self._open().share().copy(), self._sequence.cached)
 
     def snapshot(self) -> Snapshot:
         """This session as it is now, exactly; nothing is copied but the list of tokens."""
@@ -122,7 +121,7 @@ class Session(Held):
             record = self._open().share().copy()
             if record.state is not None:
                 record = record._replace(state=record.state.alone())
-            return Snapshot(self.model, record)
+            return Snapshot(self.model, record, self._sequence.cached)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continue from a snapshot of this or another session of the same model.

@@ -146,7 +146,7 @@ class _Reader:
             raise pages
         tokens = self._read_pages(pages, length)
         state = self._read_states(places, nbytes) if engine.memory.slots else None
-        record = Record(tokens, length, pages.shared(), state, given=self.about["given"])
+        record = Record(tokens, length, pages.shared(), [], state, given=self.about["given"])
         return record, self.about["beside"]
 
     def _about(self) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def test_an_end_that_nobody_foresaw(pair: Pair):
         end = plain[1][last]
         if end not in plain[0] + plain[1][:last] + plain[2]:
             break
+    pair[1]._engine.prompts.clear()
     both = [Together(model, (12, 12, 12), ends=[end], prompts=prompts) for model in pair]
     for each in both:
         while each.answers[1].reason is None:

@@ -27,7 +27,7 @@ def model(
 ) -> Iterator[Model]:
     size = Sizes(layers=2) if request.param == "dense" else NOVEL["qwen35"]
     path = write_model(tmp_path_factory.mktemp("run") / "m.gguf", size)
-    with runtime.load(path, threads=1, context=256, sequences=2) as loaded:
+    with runtime.load(path, threads=1, context=256, sequences=2, prompt_cache=False) as loaded:
         yield loaded
 
 

@@ -174,9 +174,10 @@ def test_an_answer_tells_its_text_tokens_and_log_probabilities(model: Model):
 def test_the_prompt_tells_how_far_it_is(model: Model):
     told: list = []
     options = {"max_tokens": 3, "on_prompt": lambda *at: told.append(at), **chooses(5)}
-    answer = model.generate([1, 2, 3], **options)
+    answer = model.generate([9, 2, 3], **options)
     assert told == []
     assert len(answer.text) == 3 and told == [(0, 3), (3, 3)]
+    assert len(model.generate([9, 2, 3], **options).text) == 3 and told[2:] == [(0, 1), (1, 1)]
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -34,7 +34,8 @@ FILES = [
     for name in (
         "session.py", "model.py", "generate.py", "generation.py", "engine/engine.py",
         "engine/advance.py", "engine/batch.py", "engine/pools.py", "engine/sequence.py",
-        "engine/programs.py", "memory/holders.py", "memory/pages.py", "memory/slots.py",
+        "engine/programs.py", "engine/prompts.py", "memory/holders.py", "memory/pages.py",
+        "memory/prefix_tree.py", "memory/slots.py",
     )
 ]  # fmt: skip
 IDS = np.random.default_rng(4).integers(0, 80, 300).tolist()
@@ -52,7 +53,7 @@ class Case(NamedTuple):
 def fill(model: Model, *sessions: Session) -> list[Session]:
     """Sessions that hold every page but one."""
     found = []
-    while (free := model._engine.pools.pages.free) > 1:
+    while (free := model._engine.pools.pages.available) > 1:
         found.append(model.session())
         found[-1].eval((IDS * 2)[: min(7, free - 1) * 32], "none")
     return found
@@ -83,7 +84,7 @@ def fails(model: Model, session: Session, *others: Session) -> None:
 def run_out(model: Model, *others: Session) -> list[Any]:
     """No slot is free, and the checkpoints of one sequence are all there is to drop."""
     pools = model._engine.pools
-    found = [model.session() for _ in range(pools.slots.free)]
+    found = [model.session() for _ in range(pools.slots.available)]
     for session in found:
         session.eval([1], "none")
     return found
@@ -170,9 +171,9 @@ class Scene:
     def free(self, wanted: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """Free pages and slots; where less than wanted, after a collection, which takes long."""
         pools = self.model._engine.pools
-        if pools.pages.free < wanted[0] or pools.slots.free < wanted[1]:
+        if pools.pages.available < wanted[0] or pools.slots.available < wanted[1]:
             gc.collect()
-        return pools.pages.free, pools.slots.free
+        return pools.pages.available, pools.slots.available
 
     def check_logits(self) -> None:
         """The next logits of all that can go on, in one step and then one by one."""
@@ -185,6 +186,18 @@ class Scene:
             np.testing.assert_array_equal(row, self._expected(session))
             np.testing.assert_array_equal(session.eval([3], "last"), self._expected(session))
             session.close()
+        for session in going:
+            self._check_cached(session.tokens)
+
+    def _check_cached(self, tokens: list[int]) -> None:
+        """What the cache of prompts has of them, whether or not it was interrupted."""
+        engine = self.model._engine
+        with engine.alone():
+            record, _ = engine.prompts.start([*tokens, 3])
+            session = Session(self.model, record)
+        session.eval([*tokens, 3][len(session) :], "none")
+        np.testing.assert_array_equal(session.eval([1], "last"), self._expected(session))
+        session.close()
 
     def _restored(self, snapshot: Snapshot) -> Session:
         session = self.model.session()
@@ -200,6 +213,7 @@ class Scene:
     def close(self) -> None:
         for session in self.sessions:
             session.close()
+        self.model._engine.prompts.clear()
 
 
 _right: dict[Any, np.ndarray] = {}
@@ -302,7 +316,7 @@ def storm(models: tuple[Model, Model], alarm: Callable[[float], None], enough: i
         holder.close()
     gc.collect()
     pools = model._engine.pools
-    assert (pools.pages.free, pools.slots.free) == (pools.pages.count, pools.slots.count)
+    assert (pools.pages.available, pools.slots.available) == (pools.pages.count, pools.slots.count)
     return broken
 
 
@@ -344,9 +358,11 @@ def sweep_answer(demos: tuple[Model, Model], name: str, stride: int) -> int:
             known = (*session.tokens, 9)
             np.testing.assert_array_equal(session.eval([9]), right.eval(known, "last"))
             interrupted(lambda: ANSWERS[name](model, None), FILES, line)
-        if model._engine.pools.pages.free < pages:
+        pool = model._engine.pools.pages
+        if pool.available < pages:
             gc.collect()
-        assert model._engine.pools.pages.free == pages and not model._engine.lock._is_owned(), where
+        assert pool.available == pages and not model._engine.lock._is_owned(), where
+        model._engine.prompts.clear()
     return line
 
 

@@ -166,7 +166,7 @@ def test_batches_forks_rewinds_snapshots(model: Model, one: Model, counted: list
         np.testing.assert_array_equal(got, wanted)
     assert counted
     pools = model._engine.pools
-    assert (pools.pages.free, pools.slots.free) == (pools.pages.count, pools.slots.count)
+    assert (pools.pages.available, pools.slots.available) == (pools.pages.count, pools.slots.count)
 
 
 def test_pieces_of_one_native_step(model: Model, one: Model, counted: list[int]):

@@ -62,7 +62,7 @@ def nothing_leaks(model: Model) -> Iterator[None]:
 
 def free(model: Model) -> tuple[int, int]:
     """Pages and slots that no sequence holds."""
-    return model._engine.pools.pages.free, model._engine.pools.slots.free
+    return model._engine.pools.pages.available, model._engine.pools.slots.available
 
 
 def same(model: Model, got: np.ndarray, want: np.ndarray) -> None:

@@ -39,7 +39,7 @@ def answers(model: Model, **options: object) -> list[Generation]:
 @pytest.mark.parametrize("options", [{}, {"repeat_penalty": 1.2}], ids=["plain", "penalty"])
 def test_each_is_the_answer_it_would_be_alone(model: Model, options: dict[str, object]):
     alone = [(a.text, a.reason) for a in answers(model, **options)]
-    free = model._engine.pools.pages.free
+    free = model._engine.pools.pages.available
     both = answers(model, **options)
     texts = ["", "", ""]
     for n, text in model.together(both):
@@ -47,7 +47,7 @@ def test_each_is_the_answer_it_would_be_alone(model: Model, options: dict[str, o
     assert texts == [text for text, _ in alone] and [a.reason for a in both] == [
         r for _, r in alone
     ]
-    assert model._engine.pools.pages.free == free
+    assert model._engine.pools.pages.available == free
     if model._engine.decoder is not None and not options:
         log = backend(model).log[-2 * 11 :]  # the longest of them is chosen in so many steps
         assert sum(what == "wait" for what, _ in log) == 11 and log[1][0] == "begin"

@@ -132,7 +132,7 @@ class World:
         return self.session.tokens, len(self.snapshot), self.free(), len(self.foreign)
 
     def free(self) -> int:
-        return self.model._engine.pools.pages.free
+        return self.model._engine.pools.pages.available
 
     def close(self) -> None:
         self.model.close()

@@ -88,7 +88,7 @@ def test_what_a_generator_raises_comes_through(model: Model):
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_copies_and_pickles_say_what_to_do(model: Model, way: Any):
-    free = model._engine.pools.pages.free
+    free = model._engine.pools.pages.available
     with model.session() as session:
         session.eval([1, 2])
         with session.snapshot() as snapshot:
@@ -101,7 +101,7 @@ def test_copies_and_pickles_say_what_to_do(model: Model, way: Any):
             with pytest.raises(FileError, match="an open file cannot be copied or pickled"):
                 way(model.file)
         assert session.tokens == [1, 2]
-    assert model._engine.pools.pages.free == free
+    assert model._engine.pools.pages.available == free
 
 
 def test_on_prompt_cannot_use_the_model(model: Model):

@@ -175,7 +175,7 @@ class _Loader:
             kv_type = types[0] if types[0] == types[1] else ",".join(types)
             self._model = load(
                 setting.path, threads=setting.threads, kv_type=kv_type, progress=True,
-                **self._options,
+                prompt_cache=False, **self._options,
             )  # fmt: skip
             self._loaded = setting.loading
         return self._model

@@ -199,7 +199,7 @@ def _tests(file: Any, options: dict[str, Any]) -> list[Test]:
 def _loaded(options: dict[str, Any], context: int, path: str, **given: Any) -> Any:
     """A model to measure; its cache has room for a few windows, or for one sequence that deep."""
     arguments = precision_arguments(options) | given
-    arguments["progress"] = False if options["quiet"] else None
+    arguments |= {"progress": False if options["quiet"] else None, "prompt_cache": False}
     return load(path, context=context, threads=options["threads"], sequences=2, **arguments)
 
 

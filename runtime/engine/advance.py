@@ -18,6 +18,7 @@ from runtime.engine.drafted import Drafted
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import Error
 from runtime.memory.slots import NONE, Checkpoint
+from runtime.ops import PAGE
 
 _NOTHING: abc.Mapping[str, np.ndarray] = MappingProxyType({})
 
@@ -126,11 +127,11 @@ class Advance:
         """What the sequence is when the step has ended."""
         if self.sequence.record.closed:
             return self.sequence.record
-        tokens, length = self.before.tokens, self.before.length
-        del tokens[length:]
+        tokens, length, keys = self.before.tokens, self.before.length, self.before.keys
+        del tokens[length:], keys[length // PAGE :]
         tokens.extend(self.ids[len(self.ids) - self.new :])
         given = self.stop if self.given else self.before.given
-        whole = Record(tokens, self.stop, self.pages, self.state, given=given)
+        whole = Record(tokens, self.stop, self.pages, keys, self.state, given=given)
         if self.drafted is None:
             return whole
         return self.drafted.evaluated(whole, self.ids[1 - self.new :])

@@ -156,6 +156,8 @@ class Decoder:
             records = [record._replace(pages=advance.pages) for record, advance in pairs]
             self._ahead = _Ahead(ahead, list(map(weakref.ref, sequences)), records, good)
         store(sequences, records)
+        for sequence in sequences:
+            self._engine.keep(sequence)
         return found
 
     def _taken(self, wanted: abc.Sequence[Next]) -> _Begun | None:

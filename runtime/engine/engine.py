@@ -33,6 +33,7 @@ from runtime.engine.identity import identity
 from runtime.engine.plain_state import PlainState
 from runtime.engine.pools import Pools
 from runtime.engine.programs import Programs
+from runtime.engine.prompts import PromptCache
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import BackendError, Error, MemoryLimitError, OptionError
 from runtime.gguf.reader import GGUFFile
@@ -40,6 +41,7 @@ from runtime.memory.budget import CacheSize, Memory, available_memory, choose
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
 from runtime.models.registry import Architecture
+from runtime.ops import PAGE
 from runtime.ops.errors import shown
 
 OnPrompt = Callable[[int, int], Any]  # tokens evaluated, tokens to evaluate
@@ -59,7 +61,7 @@ class Engine:
     def __init__(
         self, file: GGUFFile, backend: Backend, architecture: Architecture,
         kv_types: tuple[str, str], context: int | None, sequences: int,
-        progress: bool | Progress | None, cache_rotation: bool = True,
+        progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = False,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
         self.files: Any = file  # that the device has: one, or several by name
@@ -97,6 +99,7 @@ class Engine:
         self.plain = PlainState(backend, step)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
         self.pools = Pools(size.pages, copy_pages, size.slots)
+        self.prompts = PromptCache(self.pools, size.context, bool(size.slots), prompt_cache)
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip
@@ -121,17 +124,25 @@ class Engine:
             )
         return self.lock
 
-    def sequence(self, record: Record, closed_error: str) -> Sequence:
-        """A sequence with that record."""
-        made = Sequence(record, closed_error)
+    def sequence(self, record: Record, closed_error: str, cached: bool = True) -> Sequence:
+        """A sequence with that record; cached: see Sequence."""
+        made = Sequence(record, closed_error, cached)
         self.pools.holders.add(made)
         return made
+
+    def end(self, sequence: Sequence) -> None:
+        """Close a sequence; the cache of prompts keeps what it has evaluated."""
+        with self.lock:
+            record = sequence.record
+            sequence.close()
+            if sequence.cached:
+                self.prompts.keep(record, ends=True)
 
     def empty(self) -> Record:
         """The record of an empty sequence."""
         self.check_open()
         state = Recurrent() if self.memory.slots else None
-        return Record([], 0, Pages.room(self.context), state)
+        return Record([], 0, Pages.room(self.context), [], state)
 
     def run(self, pieces: abc.Sequence[Piece]) -> list[np.ndarray | Error]:
         """One native step: of each piece float32 [rows wanted, vocabulary], or why it failed.
@@ -150,7 +161,7 @@ class Engine:
             # not ahead where a state would be kept after each of the steps
             for batch, logits in self._steps(going, ahead=not self.memory.slots):
                 self._take(batch, logits)
-            commit([a for a in going if a.error is None])
+            self._commit([a for a in going if a.error is None])
         return [a.error or a.rows for a in advances]
 
     def run_all(
@@ -176,7 +187,7 @@ class Engine:
                 done += batch.tokens
                 if on_prompt is not None:
                     on_prompt(done, total)
-            commit(advances)
+            self._commit(advances)
         return [a.rows for a in advances]
 
     def settle(self, sequence: Sequence) -> None:
@@ -195,6 +206,18 @@ class Engine:
             for _ in self._steps([advance]):
                 pass
             commit([advance])
+
+    def _commit(self, advances: abc.Sequence[Advance]) -> None:
+        commit(advances)
+        for a in advances:
+            self.keep(a.sequence, a.closes)
+
+    def keep(self, sequence: Sequence, message_end: bool = False) -> None:
+        """The cache of prompts keeps what it has evaluated, if a page or a message is complete."""
+        record = sequence.record
+        complete = message_end or len(record.keys) < record.length // PAGE
+        if complete and sequence.cached and self.prompts.enabled:
+            self.prompts.keep(record)
 
     def close(self) -> None:
         """End threads and give memory back; sequences cannot go on afterwards."""

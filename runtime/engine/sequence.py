@@ -9,6 +9,7 @@ import numpy as np
 from runtime.memory.holders import Holder
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Checkpoint, Recurrent
+from runtime.ops import PAGE
 
 
 class Record(NamedTuple):
@@ -22,6 +23,7 @@ class Record(NamedTuple):
     tokens: list[int]  # past `length`: nobody's, where the next record puts its tokens
     length: int
     pages: Pages
+    keys: list[bytes]  # of its first whole blocks (see prefix_tree.block_keys), as far as known
     state: Recurrent | None = None  # of models with recurrent layers
     closed: bool = False
     given: int = 0  # tokens up to here came with what is not kept: vectors, positions of their own
@@ -33,9 +35,12 @@ class Record(NamedTuple):
 
     def cut(self, length: int) -> Record:
         """Without what is past `length` tokens."""
+        if length == self.length:
+            return self
         state = None if self.state is None else self.state.cut(length)
+        pages = self.pages.cut(length).shared()  # a cache may hold what is going to be written over
         given = min(self.given, length)
-        return self._replace(length=length, pages=self.pages.cut(length), state=state, given=given)
+        return self._replace(length=length, pages=pages, state=state, given=given)
 
     def shared(self) -> Record:
         """The same once somebody else may hold its pages and slots."""
@@ -44,24 +49,27 @@ class Record(NamedTuple):
 
     def copy(self) -> Record:
         """The same for another sequence; this one has to be `shared`."""
-        return self._replace(tokens=self.tokens[: self.length], pages=self.pages.copy())
+        keys = self.keys[: self.length // PAGE]
+        tokens = self.tokens[: self.length]
+        return self._replace(tokens=tokens, pages=self.pages.copy(), keys=keys)
 
     def without_memory(self) -> Record:
         """What is left of it when it is closed."""
         state = None if self.state is None else Recurrent()
-        return Record(self.tokens, self.length, Pages.room(0), state, True)
+        return Record(self.tokens, self.length, Pages.room(0), self.keys, state, True)
 
 
 class Sequence(Holder):
     """Holds what its record says, until it is closed or forgotten.
 
-    `closed_error`: what to say to who goes on with it when it is closed.
+    `closed_error`: what to say to who goes on with it when it is closed. `cached`: whether the
+    cache of prompts takes what it evaluates.
     """
 
-    __slots__ = ("closed_error", "record")
+    __slots__ = ("cached", "closed_error", "record")
 
-    def __init__(self, record: Record, closed_error: str) -> None:
-        self.record, self.closed_error = record, closed_error
+    def __init__(self, record: Record, closed_error: str, cached: bool = True) -> None:
+        self.record, self.closed_error, self.cached = record, closed_error, cached
 
     def held_pages(self) -> np.ndarray:
         """See Holder."""

@@ -27,7 +27,7 @@ class Pages(NamedTuple):
 
     row: np.ndarray  # int32 [most pages of the sequence]
     used: int = 0
-    own: int = 0  # no other sequence holds the pages from this one on
+    own: int = 0  # nobody else holds the pages from this one on, but for what was written already
 
     @classmethod
     def room(cls, capacity: int, shared: abc.Sequence[int] | np.ndarray = ()) -> Pages:
@@ -145,7 +145,7 @@ class PagePool:
 
 def _shared(pages: Pages, start: int, stop: int, holders: np.ndarray) -> np.ndarray:
     """Which of its pages of places start..stop-1, by number, somebody else holds too."""
-    first, end = start // PAGE, -(-stop // PAGE)
+    first, end = start // PAGE, min(-(-stop // PAGE), pages.own)
     return np.flatnonzero(holders[pages.row[first : min(pages.used, end)]] > 1) + first
 
 

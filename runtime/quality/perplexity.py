@@ -133,7 +133,7 @@ def _scored_rows(model: Model, windows: Windows) -> Iterator[tuple[int, int, np.
     for first in range(0, len(windows), together):
         some = range(first, min(first + together, len(windows)))
         with ExitStack() as stack:
-            sequences = [stack.enter_context(model.session())._sequence for _ in some]
+            sequences = [stack.enter_context(model._alone())._sequence for _ in some]
             for at in range(0, size, most):
                 places = range(max(at, windows.first) - at, min(size - at, most))
                 pieces = [

@@ -127,7 +127,7 @@ def test_whoever_drafts_the_answer_is_the_same(model: Model, case: str):
     options = CASES[case]
     plain = answered(model, **options)
     right = [*PROMPT, *plain[2]]
-    free = model._engine.pools.pages.free, model._engine.pools.slots.free
+    free = model._engine.pools.pages.available, model._engine.pools.slots.available
     guesses = [(1, False), (1, True), (0.8, False), (0.5, True), (0, True)]
     for n, (chance, long) in enumerate(guesses):
         drafter = Guessing(right, chance, n, long)
@@ -135,7 +135,7 @@ def test_whoever_drafts_the_answer_is_the_same(model: Model, case: str):
         for a, b in zip(found, plain, strict=True):
             assert a == b, (chance, long)
         assert drafter.closed
-    assert (model._engine.pools.pages.free, model._engine.pools.slots.free) == free
+    assert (model._engine.pools.pages.available, model._engine.pools.slots.available) == free
 
 
 def test_an_answer_ends_among_drafts(model: Model):
@@ -244,7 +244,7 @@ def test_interrupts_leave_a_session_of_its_answer(model: Model):
     plain = answered(model, **WARM, max_tokens=14)
     right = [*PROMPT, *plain[2]]
     rows = model.eval([*right[:-1], 3, 4], "all")[-2:].tobytes()
-    free = model._engine.pools.pages.free, model._engine.pools.slots.free
+    free = model._engine.pools.pages.available, model._engine.pools.slots.available
 
     def answer(session: runtime.Session) -> None:
         made = model.generate(PROMPT, session=session, max_tokens=14, **WARM)
@@ -261,7 +261,7 @@ def test_interrupts_leave_a_session_of_its_answer(model: Model):
             assert tokens == right[: len(tokens)]
             rest = right[len(tokens) : -1]
             assert session.eval([*rest, 3, 4], "all")[-2:].tobytes() == rows, where
-    assert (model._engine.pools.pages.free, model._engine.pools.slots.free) == free
+    assert (model._engine.pools.pages.available, model._engine.pools.slots.available) == free
 
 
 def test_rows_that_are_not_finite_are_nobodys(model: Model, monkeypatch: pytest.MonkeyPatch):

@@ -128,6 +128,6 @@ def test_public_names_are_those_a_user_needs(model: Model):
     }  # fmt: skip
     with model.session() as session:
         assert {n for n in dir(session) if not n.startswith("_")} == {
-            "close", "eval", "evaluated", "fork", "model", "restore", "rewind", "snapshot",
-            "tokens",
+            "close", "eval", "evaluated", "fork", "load", "model", "restore", "rewind", "save",
+            "snapshot", "tokens",
         }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from . import emit as e
 from . import simd as s
-from .quantise import quantise
+from .quantise import quantise, quantise_four
 from .rows import clamped_swiglu, helper
 
 
@@ -113,13 +113,22 @@ def column_packer(C, coding, source):
     def int8_column(filled, x, tile, column, first, last, n):
         quants = tile + column * 32
         side = tile + n * C + column * 4
-        zero = s.splat(s.f32(0))
-        for unit in range(first, last):
+        zero, unit = s.splat(s.f32(0)), first
+        while filled and unit + 4 <= last:
+            i = unit * 32
+            quantise_four(
+                value(x, i), value(x, i + 16), value(x, i + 32), value(x, i + 48),
+                value(x, i + 64), value(x, i + 80), value(x, i + 96), value(x, i + 112),
+                quants + unit * (32 * C), side + unit * (20 * C), 4 * C,
+            )  # fmt: skip
+            unit += 4
+        while unit < last:
             low, high = zero, zero
             if filled:
                 low = value(x, unit * 32)
                 high = value(x, unit * 32 + 16)
             quantise(low, high, quants + unit * (32 * C), side + unit * (20 * C), 4 * C)
+            unit += 1
 
     @helper
     def f32_column(filled, x, tile, column, first, last, n):

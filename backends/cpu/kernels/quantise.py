@@ -1,15 +1,18 @@
-"""A block of 32 activations as int8 with one scale, rounded better than by max|x| / 127 alone.
+"""Blocks of 32 activations as int8 with one scale, rounded better than by max|x| / 127 alone.
 
 Four scales, `STRETCHES` times max|x| / 127, are tried: the least of four sums of squared errors is
 an eighth below their mean. The scale stored is then the best one for the codes, sum(x q) /
 sum(q^2). `tests/tile_reference.py` says the same in numpy.
+
+Several blocks are rounded side by side: what is one number of a block is a lane of a vector, lane i
+for block i modulo their number, and sums over lanes are made of all of them together.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from runtime.backends.cpu.tile.spec import STRETCHES
+from runtime.backends.cpu.tile.spec import Q_BYTES, SIDE_BYTES, STRETCHES
 
 from . import emit as e
 from . import simd as s
@@ -17,10 +20,6 @@ from . import simd as s
 _SMALLEST = 1e-30  # below it 1/d could overflow and d lose its bits
 _ROUND = e.floats(12582912.0)  # 1.5 * 2^23: added, it leaves the nearest integer in the low bits
 _ROUND_BITS = e.ints(0x4B400000)
-
-
-def _float(value):
-    return ir.Constant(e.f32, e.single(value))
 
 
 def _rounded(b, part, inverse):
@@ -37,8 +36,8 @@ def _error(b, parts, d, inverse):
     return error
 
 
-def _folded(b, x, y, width):
-    """Halves of every `width` lanes added up: those of x, then those of y, in turn."""
+def _folded(b, x, y, width, join):
+    """Halves of every `width` lanes joined: those of x, then those of y, in turn."""
     half = width // 2
     groups = range(0, e.LANES, width)
     low: list[int] = []
@@ -53,27 +52,32 @@ def _folded(b, x, y, width):
         low, high = low * (e.LANES // count), high * (e.LANES // count)
     kind = ir.Constant(e.wide(e.i32), low), ir.Constant(e.wide(e.i32), high)
     other = x if y is None else y
-    return b.fadd(*(b.shuffle_vector(x, other, picked) for picked in kind))
+    return join(*(b.shuffle_vector(x, other, picked) for picked in kind))
 
 
-def _totals(b, vectors):
-    """The sums of two or four vectors, in lanes 0, 1 (2, 3) and again behind them.
+def _totals(b, vectors, join):
+    """The lanes of 1, 2, 4, 8 or 16 vectors joined, in a lane each and again behind them.
 
-    Lanes are added as in a single sum: i and i + 8, then i + 4, i + 2, i + 1.
+    Lanes are joined as those of a single vector: i and i + 8, then i + 4, i + 2, i + 1.
     """
     width = e.LANES
     while width > 1:
         if len(vectors) > 1:
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
-            vectors = [_folded(b, x, y, width) for x, y in pairs]
+            vectors = [_folded(b, x, y, width, join) for x, y in pairs]
         else:
-            vectors = [_folded(b, vectors[0], None, width)]
+            vectors = [_folded(b, vectors[0], None, width, join)]
         width //= 2
     return vectors[0]
 
 
+def _every(b, vector, first, step, count):
+    """Lanes first, first + step, .. of `count`, and again behind them."""
+    return e.lanes_of(b, vector, [first + step * (i % count) for i in range(e.LANES)])
+
+
 def _least_of_four(b, totals):
-    """Which of lanes 0..3 (repeated in all others) is the least, in every lane.
+    """Which of every four lanes is the least, in each of the four.
 
     Sums of squares are ordered as their bits are; the two lowest make way for the lane's number.
     """
@@ -93,54 +97,79 @@ def _picked(b, number, values):
     return result
 
 
-def _best_inverse(b, parts, finest, inverse):
-    """1 / scale, in every lane, for the scale of STRETCHES * finest that rounds best."""
-    wide, turned = e.splat(b, finest), e.splat(b, inverse)
-    back = [1 / stretch for stretch in STRETCHES]
-    errors = [
-        _error(b, parts, b.fmul(wide, e.floats(by)), b.fmul(turned, e.floats(under)))
-        for by, under in zip(STRETCHES, back, strict=True)
+def _best_inverses(b, blocks, finest, inverse):
+    """1 / scale of each block, for the scale of STRETCHES * finest that rounds best."""
+    count, back = len(blocks), [1 / stretch for stretch in STRETCHES]
+    errors = []
+    for i, parts in enumerate(blocks):
+        wide, turned = (_every(b, v, i, 0, 1) for v in (finest, inverse))
+        errors += [
+            _error(b, parts, b.fmul(wide, e.floats(by)), b.fmul(turned, e.floats(under)))
+            for by, under in zip(STRETCHES, back, strict=True)
+        ]
+    factor = _picked(b, _least_of_four(b, _totals(b, errors, b.fadd)), back)
+    return b.fmul(inverse, _every(b, factor, 0, len(STRETCHES), count))
+
+
+def _fitted(b, blocks, rounded, finest):
+    """Scales with the least squared error for these codes; `finest` where all are zero."""
+    products, squares = [], []
+    for parts, near in zip(blocks, rounded, strict=True):
+        q = [b.fsub(r, _ROUND) for r in near]
+        product, square = b.fmul(parts[0], q[0]), b.fmul(q[0], q[0])
+        products.append(e.fma(b, parts[1], q[1], product, s.FUSED))
+        squares.append(e.fma(b, q[1], q[1], square, s.FUSED))
+    totals, count = _totals(b, products + squares, b.fadd), len(blocks)
+    product, square = (_every(b, totals, first, 1, count) for first in (0, count))
+    positive = b.fcmp_ordered(">", square, e.floats(0.0))
+    return b.select(positive, b.fdiv(product, square), finest)
+
+
+def _quantised(b, values, places, column_bytes):
+    """Blocks of two vectors of values each to int8 with side data, each at (quants, side)."""
+    blocks = [values[i : i + 2] for i in range(0, len(values), 2)]
+    sizes = [e.larger(b, *(e.absolute(b, part) for part in parts)) for parts in blocks]
+    peak = _totals(b, sizes, lambda low, high: e.larger(b, low, high))
+    empty = b.fcmp_unordered("<", peak, e.floats(_SMALLEST))
+    finest, zero = b.fdiv(peak, e.floats(127.0)), e.floats(0.0)
+    turned = b.fdiv(e.floats(127.0), b.select(empty, e.floats(1.0), peak))
+    best = _best_inverses(b, blocks, finest, b.select(empty, zero, turned))
+    rounded = [
+        [_rounded(b, part, _every(b, best, i, 0, 1)) for part in parts]
+        for i, parts in enumerate(blocks)
     ]
-    return b.fmul(turned, _picked(b, _least_of_four(b, _totals(b, errors)), back))
-
-
-def _fitted(b, parts, rounded, finest):
-    """The scale with the least squared error for these codes; `finest` where all are zero."""
-    q = [b.fsub(r, _ROUND) for r in rounded]
-    products, squares = b.fmul(parts[0], q[0]), b.fmul(q[0], q[0])
-    products = e.fma(b, parts[1], q[1], products, s.FUSED)
-    squares = e.fma(b, q[1], q[1], squares, s.FUSED)
-    totals = _totals(b, [products, squares])
-    product, square = (b.extract_element(totals, ir.Constant(e.i32, i)) for i in (0, 1))
-    return b.select(b.fcmp_ordered(">", square, _float(0.0)), b.fdiv(product, square), finest)
-
-
-def _sum_of_bytes(b, q):
-    """Sum of 16 int8; unsigned ones are a single instruction to add up on x86."""
-    positive = b.xor(q, ir.Constant(q.type, [128] * e.LANES))
-    wide = b.zext(positive, e.wide(e.i32))
-    total = e.intrinsic_call(b, "llvm.vector.reduce.add.v16i32", e.i32, [wide])
-    return b.sub(total, ir.Constant(e.i32, 128 * e.LANES))
+    d = b.select(empty, zero, _fitted(b, blocks, rounded, finest))
+    codes = [b.sub(b.bitcast(v, e.wide(e.i32)), _ROUND_BITS) for near in rounded for v in near]
+    for i, q in enumerate(codes):
+        half = e.offset(b, places[i // 2][0], 16 * (i % 2))
+        e.store(b, b.trunc(q, e.wide(e.i8)), half, 1)
+    sums = _totals(b, codes, b.add)
+    halves = [_every(b, sums, first, 2, len(blocks)) for first in (0, 1)]
+    whole = b.add(*halves)
+    rows = [d, b.fmul(d, b.sitofp(whole, e.wide(e.f32)))]
+    rows += [b.mul(v, e.ints(-8)) for v in (whole, *halves)]
+    for i, row in enumerate(rows):
+        for lane, (_, side) in enumerate(places):
+            one = b.extract_element(row, ir.Constant(e.i32, lane))
+            e.store(b, one, b.add(side, b.mul(column_bytes, ir.Constant(e.i64, i))), 4)
 
 
 @s.operation(s.void, s.f32x16, s.f32x16, s.i64, s.i64, s.i64)
 def quantise(b, low, high, quants, side, column_bytes):
     """One block of 32 values to int8 with its side data; `column_bytes` = 4 * C."""
-    parts = low, high
-    peak = e.largest(b, e.larger(b, e.absolute(b, low), e.absolute(b, high)))
-    empty, zero = b.fcmp_unordered("<", peak, _float(_SMALLEST)), _float(0.0)
-    finest = b.fdiv(peak, _float(127.0))
-    inverse = b.select(empty, zero, b.fdiv(_float(127.0), b.select(empty, _float(1.0), peak)))
-    best = _best_inverse(b, parts, finest, inverse)
-    rounded = [_rounded(b, part, best) for part in parts]
-    d = b.select(empty, zero, _fitted(b, parts, rounded, finest))
-    sums = []
-    for i, value in enumerate(rounded):
-        q = b.trunc(b.sub(b.bitcast(value, e.wide(e.i32)), _ROUND_BITS), e.wide(e.i8))
-        sums.append(_sum_of_bytes(b, q))
-        e.store(b, q, e.offset(b, quants, 16 * i), 1)
-    whole = b.add(*sums)
-    rows = [d, b.fmul(d, b.sitofp(whole, e.f32))]
-    rows += [b.mul(v, ir.Constant(e.i32, -8)) for v in (whole, *sums)]
-    for i, value in enumerate(rows):
-        e.store(b, value, b.add(side, b.mul(column_bytes, ir.Constant(e.i64, i))), 4)
+    _quantised(b, (low, high), [(quants, side)], column_bytes)
+
+
+@s.operation(s.void, *[s.f32x16] * 8, s.i64, s.i64, s.i64)
+def quantise_four(b, a0, a1, b0, b1, c0, c1, d0, d1, quants, side, column_bytes):
+    """Four blocks of a column, one after another, each as `quantise` makes it."""
+    values = a0, a1, b0, b1, c0, c1, d0, d1
+    columns = b.udiv(column_bytes, ir.Constant(e.i64, 4))
+    places = [
+        tuple(
+            b.add(address, b.mul(columns, ir.Constant(e.i64, nbytes * i)))
+            for address, nbytes in ((quants, Q_BYTES), (side, SIDE_BYTES))
+        )
+        for i in range(4)
+    ]
+    _quantised(b, values, places, column_bytes)

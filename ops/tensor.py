@@ -184,17 +184,19 @@ def step_input(name: str, shape: Shape, dtype: DType = I32) -> Tensor:
 
 
 def state(
-    name: str, shape: Shape, dtype: DType, storage: str = "k", cut: Cut | None = None
-) -> Tensor:
+    name: str, shape: Shape, dtype: DType, storage: str = "k", cut: Cut | None = None,
+    whole: bool = False,
+) -> Tensor:  # fmt: skip
     """Memory that outlives a step and is read and written by explicit ops.
 
     storage: "k" or "v", pages of a KV cache [pages, PAGE, heads, dim]; or "slots", one for each
     sequence, [slots, ...]. How a device lays them out is its own affair. cut: the part of `shape`
-    that this leaf is, say some heads.
+    that this leaf is, say some heads. whole: it is not to be cut, as several graphs have it of
+    which some alone would say how.
     """
     parts = canonical(cut or {}, shape, dtype)
-    attrs = MappingProxyType({"storage": storage} | _cut_attrs(shape, parts))
-    return Tensor("state", (), cut_shape(shape, parts), dtype, attrs, name)
+    attrs = {"storage": storage} | _cut_attrs(shape, parts) | ({"uncut": True} if whole else {})
+    return Tensor("state", (), cut_shape(shape, parts), dtype, MappingProxyType(attrs), name)
 
 
 def constant(name: str, value: np.ndarray, cut: Cut | None = None) -> Tensor:

@@ -162,6 +162,8 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("cache_rotation", "graphs", "prompt_cache"):
         plain[name] = flag(name, options[name])
     plain["pack_cache"] = _pack_cache(options["pack_cache"])
+    if options["mtp"] is not None:
+        plain["mtp"] = flag("mtp", options["mtp"])
     check_progress(options["progress"])
     return {**options, **plain}
 

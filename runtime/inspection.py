@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,10 +31,10 @@ _unjudged: weakref.WeakSet[Engine] = weakref.WeakSet()  # of which was said that
 def run_inspected(
     engine: Engine, program: Program, inputs: Mapping[str, np.ndarray], live: Mapping[str, int],
     validate: bool, level: int,
-) -> np.ndarray:  # fmt: skip
-    """Run one step as VALIDATE and DEBUG ask; the logits."""
+) -> Sequence[np.ndarray]:  # fmt: skip
+    """Run one step as VALIDATE and DEBUG ask; its results."""
     if not program.plan.instructions:
-        return program.run(inputs, live)[0]
+        return program.run(inputs, live)
     if level >= 3 and program not in _shown:
         _shown.add(program)
         print(program.plan, file=sys.stderr)
@@ -50,11 +50,11 @@ def run_inspected(
             file=sys.stderr,
         )
     if level < 2:
-        return program.run(inputs, live)[0]
-    (logits, *_), nanoseconds = program.profile(inputs, live)
+        return program.run(inputs, live)
+    results, nanoseconds = program.profile(inputs, live)
     if nanoseconds.any():  # the null device takes no time
         _show_times(engine, program.plan, nanoseconds, inputs, live, level)
-    return logits
+    return results
 
 
 def _show_times(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from runtime.backends.base import Backend, Progress
 from runtime.backends.devices import names_mpi, open_backend
 from runtime.engine.advance import Piece
 from runtime.engine.engine import Engine, OnPrompt
-from runtime.errors import OptionError
+from runtime.errors import ModelError, OptionError
 from runtime.generate import TextModel
 from runtime.gguf.reader import GGUFFile, open_gguf
 from runtime.memory.budget import Memory
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from runtime.quality.perplexity import OnWindow, Perplexity
     from runtime.text.tokenizer import Tokenizer
 
+_ASKED = ("cuda", "mpi")  # where further tokens are predicted only if that is asked
 _GRAPH_TOKENS = 1 << 20  # of a graph to look at: far more than a step has
 
 
@@ -57,6 +59,7 @@ def load(
     cpu_moe: bool | int = False,
     pack_cache: bool | str = False,
     prompt_cache: bool = True,
+    mtp: bool | None = None,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -81,6 +84,8 @@ def load(
     model. The files are about as large as the model; `runtime cache` lists and removes them.
     prompt_cache: what `generate` and `chat` have read is not read again by those that begin with
     the same tokens; the bits are the same. It takes memory that nothing else needs.
+    mtp: whether the block of Qwen3.5's and later files that predicts further tokens (NextN) is used
+    for drafts; it costs one more layer of cache. None: where its form is known, on CPUs.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -94,7 +99,7 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
         "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
-        "prompt_cache": prompt_cache,
+        "prompt_cache": prompt_cache, "mtp": mtp,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):
@@ -111,6 +116,16 @@ def demo_path() -> Path:
     return Path(__file__).parent / "data" / "demo.gguf"
 
 
+def _predicting(model: registry.Architecture, asked: bool) -> registry.Architecture:
+    """With the block that predicts further tokens where it can be used; said if that was asked."""
+    try:
+        return registry.predicting(model)
+    except ModelError as error:
+        if asked:
+            print(f"mtp: {error}; the model runs without its drafts", file=sys.stderr)
+        return model
+
+
 class Model(TextModel):
     """Weights, cache pages and programs of one file. Made by `load`."""
 
@@ -118,12 +133,16 @@ class Model(TextModel):
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = True,
+        mtp: bool | None = None,
         **split: Any,
     ) -> None:  # fmt: skip
         self.file, self.kv_types = file, kv_types(kv_type)
         self.cache_rotation = cache_rotation
         architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations, **split)
+        others = any(kind in self.backend.name for kind in _ASKED)
+        if mtp or (mtp is None and not others):
+            architecture = _predicting(architecture, bool(mtp))
         self._engine = Engine(
             file, self.backend, architecture, self.kv_types, context, sequences, progress,
             cache_rotation, prompt_cache,

@@ -108,8 +108,8 @@ class Validation:
 
     def run(
         self, program: Any, inputs: Mapping[str, np.ndarray], live: Mapping[str, int]
-    ) -> np.ndarray:
-        """One step; the logits. BackendError at the first difference."""
+    ) -> Sequence[np.ndarray]:
+        """One step; its results. BackendError at the first difference."""
 
         def checked(program: Any, inputs: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
             _Step(self, program, inputs, live).run()
@@ -118,8 +118,8 @@ class Validation:
         self.tally.steps += 1
         try:
             if isinstance(program, LayersProgram):
-                return program.run_by(checked, inputs)[0]
-            return checked(program, inputs)[0]
+                return program.run_by(checked, inputs)
+            return checked(program, inputs)
         except BackendError:
             self.tally.sound = False
             raise

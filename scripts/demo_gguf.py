@@ -80,7 +80,7 @@ def write_gguf(path: Path, model: DemoModel, tokenizer: Tokenizer, facts: dict[s
     writer = gguf.GGUFWriter(path, "qwen3")
     _write_description(writer, facts)
     _write_hyperparameters(writer, model)
-    _write_tokenizer(writer, tokenizer)
+    write_tokenizer(writer, tokenizer)
     for name, weight in model.state_dict().items():
         values = weight.detach().numpy()
         writer.add_tensor(
@@ -133,7 +133,7 @@ def _write_hyperparameters(writer: gguf.GGUFWriter, model: DemoModel) -> None:
     writer.add_vocab_size(s.vocabulary)
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     state = tokenizer.model.__getstate__()

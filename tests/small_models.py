@@ -42,6 +42,7 @@ class Sizes:
     v_dim: int = 32
     taps: int = 4
     fused: bool = False
+    further: bool = False  # a block behind the layers predicts one token more
 
     @property
     def hybrid(self) -> bool:
@@ -95,7 +96,18 @@ def tensors(size: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
             **mixer(size, v), **(_experts if size.experts else _ffn)(size, v),
         }  # fmt: skip
         found |= {f"blk.{i}.{name}": values for name, values in parts.items()}
-    return found
+    return found | (_further(size, v) if size.further else {})
+
+
+def _further(size: Sizes, v: Values) -> dict[str, np.ndarray]:
+    """The block that predicts one token more: attention, a network, and what joins its inputs."""
+    parts = {
+        "attn_norm.weight": v.norm(size.hidden), "post_attention_norm.weight": v.norm(size.hidden),
+        **_attention(size, v), **(_experts if size.experts else _ffn)(size, v),
+        "nextn.eh_proj.weight": v.matrix(size.hidden, 2 * size.hidden),
+        **{f"nextn.{x}norm.weight": v.norm(size.hidden) for x in ("e", "h", "shared_head_")},
+    }  # fmt: skip
+    return {f"blk.{size.layers}.{name}": values for name, values in parts.items()}
 
 
 PLAIN = ("llama", "qwen2", "qwen3", "qwen3moe")
@@ -175,7 +187,7 @@ def _experts(size: Sizes, v: Values) -> dict[str, np.ndarray]:
 def metadata(size: Sizes) -> dict[str, Any]:
     """Hyperparameters under the architecture's prefix."""
     found = {
-        "block_count": size.layers, "context_length": size.context,
+        "block_count": size.layers + size.further, "context_length": size.context,
         "embedding_length": size.hidden, "feed_forward_length": size.inner,
         "attention.head_count": size.heads, "attention.head_count_kv": size.kv_heads,
         "attention.key_length": size.dim, "attention.value_length": size.dim,
@@ -195,6 +207,8 @@ def metadata(size: Sizes) -> dict[str, Any]:
         }  # fmt: skip
         if size.experts:
             found["expert_shared_feed_forward_length"] = size.inner
+    if size.further:
+        found["nextn_predict_layers"] = 1
     if size.architecture.startswith("qwen35"):
         found["rope.dimension_sections"] = [3, 3, 2, 0]
     if size.architecture == "gpt-oss":

@@ -147,7 +147,7 @@ class LayersBackend:
     def _cut(self, graph: Graph) -> StagedGraph:
         key = graph.key()
         if key not in self._cuts:
-            cut = cut_graph(graph, self._shares, self._host)
+            cut = self._lone(graph) or cut_graph(graph, self._shares, self._host)
             for number, stage in zip(cut.owners, cut.stages, strict=True):
                 device = self._devices[number]
                 for leaf in stage.graph.leaves("state"):
@@ -155,6 +155,15 @@ class LayersBackend:
                     assert has is device, f"{leaf!r} is in another stage of another graph"
             self._cuts[key] = cut
         return self._cuts[key]
+
+    def _lone(self, graph: Graph) -> StagedGraph | None:
+        """One stage, where a graph has some of the states of another one, all on one device."""
+        names = {leaf.name for leaf in graph.leaves("state")}
+        devices = {id(self._has.get(name)) for name in names}
+        if not names or not names < self._has.keys() or len(devices) > 1:
+            return None
+        device = self._has[names.pop()]
+        return cut_graph(graph, [1.0])._replace(owners=(self._devices.index(device),))
 
     def _staged(self, graph: Graph) -> Iterator[tuple[Backend, Graph]]:
         """The stages of a graph in order, each with its device."""

@@ -76,6 +76,8 @@ class Region:
         return []
 
     def _put(self, tensor: Tensor, axis: int, atoms: np.ndarray) -> None:
+        if "uncut" in tensor.attrs:
+            raise Unsplittable(f"{tensor!r} is kept whole")
         if self.coarse and atoms.shape[1] > 1:
             atoms = self._joined(atoms)
         if tensor not in self.labels:

@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.engine.drafted import Drafted
-from runtime.engine.sequence import Record, Sequence
+from runtime.engine.sequence import Record, Rows, Sequence
 from runtime.errors import Error
 from runtime.memory.slots import NONE, Checkpoint
 from runtime.ops import PAGE
 
+_SEEN = 32  # hidden rows that a sequence keeps: more than a step has drafts
 _NOTHING: abc.Mapping[str, np.ndarray] = MappingProxyType({})
 
 
@@ -62,7 +63,7 @@ class Advance:
 
     __slots__ = (
         "_filled", "before", "closes", "drafted", "error", "given", "ids", "new", "pages", "rows",
-        "sequence", "slot_out", "start", "state", "stop", "wanted",
+        "seen", "sequence", "slot_out", "start", "state", "stop", "wanted",
     )  # fmt: skip
 
     error: Error | None
@@ -77,6 +78,7 @@ class Advance:
         self.closes = self.new > 1 if piece.closes is None else piece.closes
         self.given, self.error, self._filled = piece.given, None, 0
         self.drafted = piece.drafted if self.new > 1 else None
+        self.seen: Rows | None = None
         if self.state is not None:
             self.start = self.state.place
             if self.start < record.length:
@@ -99,6 +101,16 @@ class Advance:
         end = self._filled + len(rows)
         self.rows[self._filled : end] = rows
         self._filled = end
+
+    def see(self, rows: np.ndarray) -> None:
+        """The hidden rows of what it has just taken; kept are those up to its last token."""
+        wanted = self.wanted[: self._filled]
+        if not len(rows) or wanted[-1] != len(self.ids) - 1:
+            return
+        n = 1
+        while n < min(len(rows), _SEEN) and wanted[-n - 1] == wanted[-n] - 1:
+            n += 1
+        self.seen = Rows(self.stop - n, rows[len(rows) - n :].copy())
 
     def end(self, place: int, message_end: bool) -> None:
         """The device has evaluated the tokens up to `place`."""
@@ -131,7 +143,8 @@ class Advance:
         del tokens[length:], keys[length // PAGE :]
         tokens.extend(self.ids[len(self.ids) - self.new :])
         given = self.stop if self.given else self.before.given
-        whole = Record(tokens, self.stop, self.pages, keys, self.state, given=given)
+        seen = self.seen if self.new else self.before.seen
+        whole = Record(tokens, self.stop, self.pages, keys, self.state, given=given, seen=seen)
         if self.drafted is None:
             return whole
         return self.drafted.evaluated(whole, self.ids[1 - self.new :])

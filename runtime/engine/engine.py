@@ -30,6 +30,7 @@ from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of
 from runtime.engine.decoder import Decoder
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
 from runtime.engine.identity import identity
+from runtime.engine.nextn import NextNDrafts
 from runtime.engine.plain_state import PlainState
 from runtime.engine.pools import Pools
 from runtime.engine.programs import Programs
@@ -40,7 +41,7 @@ from runtime.gguf.reader import GGUFFile
 from runtime.memory.budget import CacheSize, Memory, available_memory, choose
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
-from runtime.models.registry import Architecture
+from runtime.models.registry import Architecture, Predicting
 from runtime.ops import PAGE
 from runtime.ops.errors import shown
 
@@ -104,6 +105,9 @@ class Engine:
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip
         self.programs.load(1, 1)
+        self.nextn: NextNDrafts | None = None
+        if isinstance(architecture, Predicting) and architecture.predictor is not None:
+            self.nextn = NextNDrafts(self, progress)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -159,8 +163,8 @@ class Engine:
             going = [a for a in advances if a.error is None]
             begin(going)
             # not ahead where a state would be kept after each of the steps
-            for batch, logits in self._steps(going, ahead=not self.memory.slots):
-                self._take(batch, logits)
+            for batch, results in self._steps(going, ahead=not self.memory.slots):
+                self._take(batch, *results)
             self._commit([a for a in going if a.error is None])
         return [a.error or a.rows for a in advances]
 
@@ -181,8 +185,8 @@ class Engine:
             done, total = 0, size_of(advances)[0]
             if on_prompt is not None:
                 on_prompt(done, total)
-            for batch, logits in self._steps(advances):
-                self._take(batch, logits)
+            for batch, results in self._steps(advances):
+                self._take(batch, *results)
                 _raise(advances)
                 done += batch.tokens
                 if on_prompt is not None:
@@ -293,8 +297,8 @@ class Engine:
 
     def _steps(
         self, advances: abc.Sequence[Advance], ahead: bool = True
-    ) -> abc.Generator[tuple[Batch, np.ndarray]]:
-        """Steps that take advances to their ends, each with its logits, valid until the next.
+    ) -> abc.Generator[tuple[Batch, abc.Sequence[np.ndarray]]]:
+        """Steps that take advances to their ends, each with its results, valid until the next.
 
         ahead: a device of several stages is given more and smaller steps, some before it has done
         those before.
@@ -319,8 +323,8 @@ class Engine:
                 yield self.prepared(batch, advances)
 
         with closing(stream(steps())) as results:
-            for logits, *_ in results:
-                yield given.popleft(), logits
+            for found in results:
+                yield given.popleft(), found
 
     def prepared(self, batch: Batch, advances: abc.Sequence[Advance]) -> Step:
         """What to run for a step of these advances, which its parts count as done."""
@@ -335,25 +339,30 @@ class Engine:
             part.finish()
         return program, inputs, batch.live
 
-    def _take(self, batch: Batch, logits: np.ndarray) -> None:
-        """Each part takes its rows of logits, or an error where they are not finite."""
+    def _take(self, batch: Batch, logits: np.ndarray, hidden: np.ndarray | None = None) -> None:
+        """Each part takes its rows of logits, or an error where they are not finite.
+
+        hidden: the rows that they were made of, of models that predict further tokens.
+        """
         at, finite = 0, _finite(logits)
         for part in batch.parts:
             rows = logits[at : at + len(part.wanted)]
             at += len(part.wanted)
             if finite or _finite(rows):
                 part.advance.take(rows)
+                if hidden is not None:
+                    part.advance.see(hidden[at - len(part.wanted) : at])
             else:
                 part.advance.error = self.not_finite()
 
     def _execute(
         self, program: Program, inputs: abc.Mapping[str, np.ndarray], live: abc.Mapping[str, int]
-    ) -> np.ndarray:
+    ) -> abc.Sequence[np.ndarray]:
         if inspected():
             from runtime.inspection import run_inspected
 
             return run_inspected(self, program, inputs, live, validate(), debug())
-        return program.run(inputs, live)[0]
+        return program.run(inputs, live)
 
     def not_finite(self) -> BackendError:
         """What to say of logits that are not."""

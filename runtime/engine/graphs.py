@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import NamedTuple
 
 from runtime.backends.base import Backend
 from runtime.backends.passes.rotate_cache import rotate_cache
 from runtime.engine.batch import UBATCH
 from runtime.memory.budget import CacheSize
-from runtime.models.registry import Architecture
+from runtime.models.registry import Architecture, Predicting
 from runtime.models.step import Step
-from runtime.ops import PAGE, Graph
+from runtime.ops import PAGE, Graph, step_input
+
+_OF_A_PLACE = attrgetter("places", "kv_slots", "positions")
 
 
 class StepGraphs(NamedTuple):
@@ -35,6 +38,25 @@ class StepGraphs(NamedTuple):
     def graph(self, tokens: int, outputs: int, vectors: bool = False) -> Graph:
         """The plain graph of such a step, with what a quantised cache asks for."""
         graph = self.architecture.graph(self.inputs(tokens, outputs, vectors))
+        return rotate_cache(graph) if self.cache_rotation else graph
+
+    def drafts(self, tokens: int, count: int) -> Graph:
+        """The graph of `count` drafts each for so many sequences, int32 [tokens, 1] each.
+
+        Step inputs of the second and further ones have their number behind their names; `vectors`
+        are the hidden rows before the first.
+        """
+        first = self.inputs(tokens, tokens, vectors=True)
+        steps, rows = [first], first.vectors
+        for n in range(1, count):
+            own = [step_input(f"{x.name}.{n}", x.shape) for x in _OF_A_PLACE(first)]
+            places, kv_slots, positions = own
+            steps.append(first._replace(places=places, kv_slots=kv_slots, positions=positions))
+        assert isinstance(self.architecture, Predicting)
+        predictor = self.architecture.predictor
+        assert predictor is not None and rows is not None
+        steps = [step._replace(vectors=None, from_table=None) for step in steps]
+        graph = Graph(tuple(predictor.drafts(steps, rows)), "drafts")
         return rotate_cache(graph) if self.cache_rotation else graph
 
     def warm(self, backend: Backend) -> list[Graph]:

@@ -29,9 +29,8 @@ class PlainState:
         """step: of any size, with the memory of the model."""
         self._backend = backend
         self._pages = [leaf for n in step.k for leaf in (step.k[n], step.v[n])]
-        self._slots = [
-            leaf for layer in step.conv for leaf in (step.conv[layer], step.delta[layer])
-        ]
+        memory = (step.conv, step.delta)
+        self._slots = [of[layer] for layer in step.conv for of in memory if layer in of]
         self.page_nbytes = sum(map(_page_nbytes, self._pages))
         self.slot_nbytes = sum(map(_slot_nbytes, self._slots))
 

@@ -12,6 +12,14 @@ from runtime.memory.slots import Checkpoint, Recurrent
 from runtime.ops import PAGE
 
 
+class Rows(NamedTuple):
+    """Hidden rows, float32 [n, hidden], of the last tokens that a step evaluated; place of the
+    first of them."""
+
+    start: int
+    rows: np.ndarray
+
+
 class Record(NamedTuple):
     """Everything about a sequence that changes, as one value.
 
@@ -27,11 +35,20 @@ class Record(NamedTuple):
     state: Recurrent | None = None  # of models with recurrent layers
     closed: bool = False
     given: int = 0  # tokens up to here came with what is not kept: vectors, positions of their own
+    seen: Rows | None = None  # of models that predict further tokens
 
     @property
     def evaluated(self) -> int:
         """How many tokens the next step need not evaluate."""
         return self.length if self.state is None else self.state.place
+
+    @property
+    def last_row(self) -> np.ndarray | None:
+        """The hidden row of its last token, float32 [hidden], where that is known."""
+        if self.seen is None:
+            return None
+        at = self.length - 1 - self.seen.start
+        return self.seen.rows[at] if 0 <= at < len(self.seen.rows) else None
 
     def cut(self, length: int) -> Record:
         """Without what is past `length` tokens."""

@@ -70,9 +70,11 @@ class AttentionSizes(NamedTuple):
         return CacheLayer(self.kv_heads, self.dim, self.v_dim)
 
 
-def embedding(w: Weights, step: Step, vocabulary: int, hidden: int) -> tuple[Tensor, Tensor]:
+def embedding(
+    w: Weights, step: Step, vocabulary: int, hidden: int, name: str = "token_embd.weight"
+) -> tuple[Tensor, Tensor]:
     """The embeddings of all tokens, and this step's rows of them or vectors, [T, hidden]."""
-    embeddings = w("token_embd.weight", vocabulary, hidden)
+    embeddings = w(name, vocabulary, hidden)
     x = ops.get_rows(embeddings, step.tokens, name="embedding")
     if step.vectors is not None and step.from_table is not None:
         x = ops.add(ops.row_scale(x, step.from_table), step.vectors, name="embedding+vectors")
@@ -106,22 +108,16 @@ def attention(
     w: Weights, step: Step, layer: int, x: Tensor, angles: Tensor, size: AttentionSizes
 ) -> Tensor:
     """Causal self-attention with grouped KV heads, rotary positions and a paged cache."""
-    at, H, K, d = f"blk.{layer}", size.heads, size.kv_heads, size.dim
-    gate, width = None, d + size.v_dim if size.gated else d
-    q, k, v = projections(w, at, x, {"q": H * width, "k": K * d, "v": K * size.v_dim})
-    q, k, v = ops.split_heads(q, H), ops.split_heads(k, K), ops.split_heads(v, K)  # [T, H, width]
+    at, d = f"blk.{layer}", size.dim
+    q, keys, values = _cached(w, step, layer, x, angles, size)
+    gate = None
     if size.gated:
-        gate = ops.slice_(q, axis=2, start=d, stop=width)
+        gate = ops.slice_(q, axis=2, start=d, stop=d + size.v_dim)
         q = ops.slice_(q, axis=2, start=0, stop=d)
     if size.qk_norm:
         q = ops.rms_norm(q, w(f"{at}.attn_q_norm.weight", d), eps=size.eps, name=f"{at}.q_norm")
-        k = ops.rms_norm(k, w(f"{at}.attn_k_norm.weight", d), eps=size.eps, name=f"{at}.k_norm")
     q = ops.rope(q, angles, style=size.rope_style, name=f"{at}.q_rope")
-    k = ops.rope(k, angles, style=size.rope_style, name=f"{at}.k_rope")
-    keys, values = step.k[layer], step.v[layer]
-    keys = ops.kv_write(k, keys, step.kv_slots, which="k", kv=keys.dtype.name)
-    values = ops.kv_write(v, values, step.kv_slots, which="v", kv=values.dtype.name)
-    sinks = (w(f"{at}.attn_sinks.weight", H),) if size.sinks else ()
+    sinks = (w(f"{at}.attn_sinks.weight", size.heads),) if size.sinks else ()
     y = ops.attention(
         q, keys, values, step.block_table, step.sequences, step.places, *sinks,
         scale=d**-0.5, window=size.window, name=f"{at}.attention",
@@ -130,6 +126,30 @@ def attention(
         y = ops.mul(y, ops.sigmoid(gate), name=f"{at}.gated")
     hidden = x.shape[-1]
     return linear(w, f"{at}.attn_output", ops.merge_heads(y), hidden, f"{at}.attn_out")
+
+
+def cached(
+    w: Weights, step: Step, layer: int, x: Tensor, angles: Tensor, size: AttentionSizes
+) -> tuple[Tensor, Tensor]:
+    """What attention keeps of this step's tokens: the pages of keys and of values, written."""
+    return _cached(w, step, layer, x, angles, size)[1:]
+
+
+def _cached(
+    w: Weights, step: Step, layer: int, x: Tensor, angles: Tensor, size: AttentionSizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as they are projected, with their gates; pages of keys and values, written."""
+    at, H, K, d = f"blk.{layer}", size.heads, size.kv_heads, size.dim
+    width = d + size.v_dim if size.gated else d
+    q, k, v = projections(w, at, x, {"q": H * width, "k": K * d, "v": K * size.v_dim})
+    q, k, v = ops.split_heads(q, H), ops.split_heads(k, K), ops.split_heads(v, K)  # [T, H, width]
+    if size.qk_norm:
+        k = ops.rms_norm(k, w(f"{at}.attn_k_norm.weight", d), eps=size.eps, name=f"{at}.k_norm")
+    k = ops.rope(k, angles, style=size.rope_style, name=f"{at}.k_rope")
+    keys, values = step.k[layer], step.v[layer]
+    keys = ops.kv_write(k, keys, step.kv_slots, which="k", kv=keys.dtype.name)
+    values = ops.kv_write(v, values, step.kv_slots, which="v", kv=values.dtype.name)
+    return q, keys, values
 
 
 def swiglu(gate: Tensor, up: Tensor, label: str, limit: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ of the registry: the order of the value heads, experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from runtime import ops
@@ -15,6 +15,7 @@ from runtime.models import blocks
 from runtime.models.delta import DeltaSizes, delta_net
 from runtime.models.experts import Experts, moe_ffn
 from runtime.models.keys import Keys
+from runtime.models.nextn import NextN
 from runtime.models.recurrence import recurrent_layers
 from runtime.models.rotary import RotarySizes
 from runtime.models.step import Layers, Step
@@ -75,6 +76,7 @@ class Hybrid:
 
     p: Hyperparameters
     w: Weights
+    predictor: NextN | None = None
 
     @staticmethod
     def read(keys: Keys, w: Weights, vocabulary: int, variant: Variant) -> Hybrid:
@@ -93,10 +95,23 @@ class Hybrid:
     def layers(self) -> Layers:
         """What each layer remembers: keys and values, or a recurrent state."""
         kinds = dict(enumerate(self.p.recurrent))
-        return Layers(
-            {i: self.p.attention.cache for i, recurrent in kinds.items() if not recurrent},
-            {i: self.p.delta.state for i, recurrent in kinds.items() if recurrent},
+        caches = {i: self.p.attention.cache for i, recurrent in kinds.items() if not recurrent}
+        states = {i: self.p.delta.state for i, recurrent in kinds.items() if recurrent}
+        if (further := self.predictor) is not None:
+            caches, states = (
+                caches | {further.layer: further.cache},
+                states | {further.layer: further.state},
+            )
+        return Layers(caches, states)
+
+    def predicting(self) -> Hybrid:
+        """With the block that predicts further tokens; ModelError where the file's is not known."""
+        p = self.p
+        further = NextN(
+            self.w, p.layers, p.hidden, p.vocabulary, p.eps, p.attention, p.rotary, self.ffn
         )
+        further.check(p.stored - p.layers)
+        return replace(self, predictor=further)
 
     @property
     def nextn(self) -> Mapping[str, Any]:
@@ -105,9 +120,13 @@ class Hybrid:
         return {name: t for name, t in self.w.tensors.items() if name.startswith(ahead)}
 
     def graph(self, step: Step) -> ops.Graph:
-        """Logits [outputs, vocabulary] of the rows `step.output_rows`."""
+        """Logits [outputs, vocabulary] of the rows `step.output_rows`.
+
+        With a predictor also the rows that logits are made of, [outputs, hidden], and its writes.
+        """
         p, w = self.p, self.w
-        embeddings, x = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        embeddings, first = blocks.embedding(w, step, p.vocabulary, p.hidden)  # [T, hidden]
+        x = first
         angles = blocks.angles(w, step, p.rotary)
         for i, recurrent in enumerate(p.recurrent):
             at = f"blk.{i}"
@@ -119,7 +138,12 @@ class Hybrid:
             x = ops.add(x, mixed, name=f"{at}.x")
             h = ops.rms_norm(x, w(f"{at}.post_attention_norm.weight", p.hidden), eps=p.eps)
             x = ops.add(x, self.ffn(i, h), name=f"{at}.out")
-        return ops.Graph((blocks.logits(w, step, x, embeddings, p.eps),), "hybrid")
+        logits = blocks.logits(w, step, x, embeddings, p.eps)
+        if (further := self.predictor) is None:
+            return ops.Graph((logits,), "hybrid")
+        rows = ops.rms_norm(x, w("output_norm.weight", p.hidden), eps=p.eps, name="hidden")
+        writes = further.remembered(step, first, rows, angles)
+        return ops.Graph((logits, ops.select_rows(rows, step.output_rows), *writes), "hybrid")
 
     def ffn(self, layer: int, x: ops.Tensor) -> ops.Tensor:
         """One network, or the best of many; a model with experts may have layers without."""

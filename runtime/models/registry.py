@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from runtime import ops
 from runtime.errors import ModelError
@@ -32,6 +32,22 @@ class Architecture(Protocol):
     def graph(self, step: Step) -> ops.Graph:
         """Logits [output rows, vocabulary] of a step of the given capacities."""
 
+
+@runtime_checkable
+class Predicting(Architecture, Protocol):
+    """A model whose files may have a block that predicts further tokens.
+
+    `predictor` is there where it is used; then a step gives [output rows, hidden] beside logits.
+    """
+
+    predictor: NextN | None
+
+    def predicting(self) -> Self:
+        """The same with that block in use; ModelError where its form is not known."""
+
+
+if TYPE_CHECKING:
+    from runtime.models.nextn import NextN
 
 Reader = Callable[[Keys, Weights, int], Architecture]  # of a file with so large a vocabulary
 
@@ -97,6 +113,29 @@ def build(file: Any) -> Architecture:
     graph = model.graph(one_token(model))
     refuse_unread(keys, weights, graph, model.p.layers)
     return model
+
+
+def further_blocks(model: Architecture) -> int:
+    """How many blocks of its file predict further tokens, whatever their form."""
+    return max(0, getattr(model.p, "stored", 0) - model.p.layers)
+
+
+def predicting(model: Architecture) -> Architecture:
+    """The model with the block that predicts further tokens in use.
+
+    ModelError, which names what is missing, where there is none or its form is not known.
+    """
+    if not isinstance(model, Predicting) or not further_blocks(model):
+        raise ModelError("there is no NextN (MTP) block in this file")
+    made = model.predicting()
+    made.graph(one_token(made))
+    assert made.predictor is not None
+    step = Step.capacity(
+        1, 1, 1, 1, 1, made.layers, ("f16", "f16"), made.positions_per_token, 0, made.p.hidden
+    )
+    assert step.vectors is not None
+    made.predictor.drafts([step._replace(vectors=None)], step.vectors)
+    return made
 
 
 def reader(name: str, source: str) -> Reader:

@@ -13,15 +13,18 @@ from runtime.ops.tensor import Shape, Tensor
 
 
 class CacheLayer(NamedTuple):
-    """KV heads and head sizes of one attention layer."""
+    """KV heads and head sizes of one attention layer; of a tensor split each device has all of it
+    where it is `whole`."""
 
     kv_heads: int
     k_dim: int
     v_dim: int
+    whole: bool = False
 
 
 class StateLayer(NamedTuple):
-    """One recurrent layer: taps and channels of its convolution, value heads and their sizes."""
+    """One recurrent layer: taps and channels of its convolution, value heads (there may be none)
+    and their sizes."""
 
     taps: int
     channels: int
@@ -86,14 +89,17 @@ class Step(NamedTuple):
                     (pages, ops.PAGE, layer.kv_heads, getattr(layer, f"{which}_dim")),
                     kv_format(kind).dtype,
                     which,
+                    whole=layer.whole,
                 )
                 for i, layer in layers.attention.items()
             }
 
         def room(which: str, shape: Callable[[StateLayer], Shape]) -> dict[int, Tensor]:
+            shapes = {i: shape(layer) for i, layer in layers.recurrent.items()}
             return {
-                i: ops.state(f"state.{i}.{which}", (slots, *shape(layer)), F32, "slots")
-                for i, layer in layers.recurrent.items()
+                i: ops.state(f"state.{i}.{which}", (slots, *shape), F32, "slots")
+                for i, shape in shapes.items()
+                if all(shape)
             }
 
         return Step(

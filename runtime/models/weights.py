@@ -88,6 +88,20 @@ class Weights:
         made = ops.weight(whole.name, shape, whole.dtype, {axis: runs}, part)
         return self._made.setdefault(made.content, made)
 
+    def columns(self, name: str, part: str, run: tuple[int, int], *shape: int) -> Tensor:
+        """Columns first..end-1 of the matrix `name` of `shape`, called `part`.
+
+        ModelError where that would cut a block of a quantised matrix.
+        """
+        whole = self(name, *shape)
+        if any(end % whole.dtype.block for end in run):
+            raise ModelError(
+                f"{self.source}: tensor {name!r} is {whole.dtype.name}, whose blocks of "
+                f"{whole.dtype.block} cannot be cut at {run[0] or run[1]}"
+            )
+        made = ops.weight(whole.name, shape, whole.dtype, {-1: (run,)}, part)
+        return self._made.setdefault(made.content, made)
+
     def optional(self, name: str, *shape: int) -> Tensor | None:
         """The weight, or None where the file has none."""
         return self(name, *shape) if name in self else None

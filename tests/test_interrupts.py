@@ -34,8 +34,8 @@ FILES = [
     for name in (
         "session.py", "model.py", "generate.py", "generation.py", "engine/engine.py",
         "engine/advance.py", "engine/batch.py", "engine/pools.py", "engine/sequence.py",
-        "engine/programs.py", "engine/prompts.py", "memory/holders.py", "memory/pages.py",
-        "memory/prefix_tree.py", "memory/slots.py",
+        "engine/programs.py", "engine/prompts.py", "memory/eviction.py", "memory/holders.py",
+        "memory/pages.py", "memory/prefix_edges.py", "memory/prefix_tree.py", "memory/slots.py",
     )
 ]  # fmt: skip
 IDS = np.random.default_rng(4).integers(0, 80, 300).tolist()

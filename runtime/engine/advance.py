@@ -144,7 +144,11 @@ class Advance:
         tokens.extend(self.ids[len(self.ids) - self.new :])
         given = self.stop if self.given else self.before.given
         seen = self.seen if self.new else self.before.seen
-        whole = Record(tokens, self.stop, self.pages, keys, self.state, given=given, seen=seen)
+        branch = self.before.branch if self.before.branch > self.stop else 0
+        whole = Record(
+            tokens, self.stop, self.pages, keys, self.state,
+            branch=branch, given=given, seen=seen,
+        )  # fmt: skip
         if self.drafted is None:
             return whole
         return self.drafted.evaluated(whole, self.ids[1 - self.new :])

@@ -195,12 +195,12 @@ def cut(advances: Sequence[Advance], most_tokens: int, most_rows: int) -> Iterat
     A part also ends where a state is to be kept.
     """
     tokens, rows = size_of(advances)
-    if tokens <= most_tokens and rows <= most_rows:
+    kept_at = [_states_kept_at(advance, most_tokens) for advance in advances]
+    if tokens <= most_tokens and rows <= most_rows and not any(kept_at):
         yield from [Batch(advances)] if advances else []
         return
     batch = Batch()
-    for advance in advances:
-        keep_at = _state_kept_at(advance, most_tokens)
+    for advance, places in zip(advances, kept_at, strict=True):
         at = 0
         while at < len(advance.ids):
             stop = _stop(advance, at, most_tokens - batch.tokens, most_rows - batch.outputs)
@@ -208,9 +208,8 @@ def cut(advances: Sequence[Advance], most_tokens: int, most_rows: int) -> Iterat
                 yield batch
                 batch = Batch()
                 continue
-            if at < keep_at < stop:
-                stop = keep_at
-            batch.add(Part.of(advance, at, stop, stop == keep_at))
+            stop = min([stop, *(place for place in places if at < place)])
+            batch.add(Part.of(advance, at, stop, stop in places))
             at = stop
             if at < len(advance.ids):  # a sequence has one part in a step
                 yield batch
@@ -227,12 +226,16 @@ def _stop(advance: Advance, at: int, tokens: int, rows: int) -> int:
     return stop if len(wanted) - first <= rows else min(stop, wanted[first + rows])
 
 
-def _state_kept_at(advance: Advance, most_tokens: int) -> int:
-    """Where in its tokens a piece has to end so that its state can be kept; 0: nowhere.
+def _states_kept_at(advance: Advance, most_tokens: int) -> list[int]:
+    """Where in its tokens pieces have to end so that states can be kept.
 
     The next message of a chat often differs from the last tokens of this one (an empty thought
     that the template drops), and would find no state near them. Prompts of one step are not cut:
-    that costs them more than it saves.
+    that costs them more than it saves; but for where another prompt has gone on in another way.
     """
+    if advance.state is None:
+        return []
     n = len(advance.ids)
-    return n - _TAIL if advance.state is not None and n > most_tokens else 0
+    branch = advance.before.branch - advance.start
+    found = [n - _TAIL] if n > most_tokens else []
+    return [*found, branch] if 0 < branch < n else found

@@ -100,7 +100,7 @@ class Engine:
         self.plain = PlainState(backend, step)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
         self.pools = Pools(size.pages, copy_pages, size.slots)
-        self.prompts = PromptCache(self.pools, size.context, bool(size.slots), prompt_cache)
+        self.prompts = PromptCache(self.pools, size.context, (page, slot), prompt_cache)
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip

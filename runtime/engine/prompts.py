@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
-from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -12,23 +10,18 @@ import numpy as np
 from runtime.engine.pools import Pools
 from runtime.engine.sequence import Record
 from runtime.engine.sequence import Sequence as Held
+from runtime.memory.eviction import Costs, Eviction, Pinned
 from runtime.memory.holders import Evictable
 from runtime.memory.pages import Pages
-from runtime.memory.prefix_tree import (
-    Edge,
-    Node,
-    State,
-    Step,
-    block_keys,
-    keys_of,
-    nodes,
-    pages_of,
-    states_of,
-    walk,
-    walk_known,
-)
+from runtime.memory.prefix_edges import Edge, State, block_keys
+from runtime.memory.prefix_tree import PrefixTree, Step, keys_of, pages_of, states_of
 from runtime.memory.slots import Checkpoint, Recurrent
 from runtime.ops import PAGE
+
+_SHOWN = 8  # tokens behind the place where a prompt leaves what is cached
+_BRANCH = 32  # fewest tokens that are read again for which a state is kept at a branch
+_GONE = 4096  # blocks that are known to have been there
+_SLACK = 64  # share of the pool that is freed at once
 
 
 class Reuse(NamedTuple):
@@ -37,8 +30,9 @@ class Reuse(NamedTuple):
     cached_tokens: how many of its first tokens. source: "cache", "session" (its own), or "".
     blocks: pages of the cache that it shares. snapshot: where the recurrent state lay that it goes
     on from, 0 without one, None for models without recurrent layers. known: how many of its first
-    tokens the cache knows at all. cached_next, prompt_next: the tokens that follow there, of the
-    cached sequence that was nearest and of the prompt.
+    tokens the cache has keys and values of. cached_next, prompt_next: the tokens that follow
+    there, of the cached sequence that was nearest and of the prompt. evicted: whether more of the
+    prompt had been cached and had to make room.
     """
 
     prompt_tokens: int
@@ -49,54 +43,57 @@ class Reuse(NamedTuple):
     known: int = 0
     cached_next: tuple[int, ...] = ()
     prompt_next: tuple[int, ...] = ()
-
-
-_SHOWN = 8  # tokens behind the place where a prompt leaves what is cached
+    evicted: bool = False
 
 
 class PromptCache(Evictable):
     """Holds pages and states of sequences of one model after they have ended, for those to come.
 
-    Whoever changes it holds the engine's lock.
+    Whoever changes it holds the engine's lock. `enabled`: it keeps and finds anything. `key`: of
+    what makes other pages of the same tokens, which the keys of blocks begin from.
     """
 
     __slots__ = (
-        "_clock", "_context", "_counts", "_key", "_pools", "_recurrent", "_root", "_slots",
-        "enabled",
+        "_clock", "_context", "_gone", "_most", "_pools", "_recurrent", "_sizes", "enabled", "key",
+        "tree",
     )  # fmt: skip
 
     def __init__(
-        self, pools: Pools, context: int, recurrent: bool, enabled: bool = True, key: bytes = b""
-    ) -> None:
-        """context: most tokens of a sequence. key: of what makes other pages of the same tokens."""
-        self._pools, self._context, self._recurrent = pools, context, recurrent
-        self.enabled, self._key = enabled, key
-        self._clock = 0
+        self, pools: Pools, context: int, sizes: tuple[int, int], enabled: bool = True,
+        most: int | None = None,
+    ) -> None:  # fmt: skip
+        """context: most tokens of a sequence. sizes: bytes of a page and of a slot, 0 without
+        recurrent layers. most: bytes that it may hold, by default as many as there are."""
+        self._pools, self._context = pools, context
+        self._sizes, self._recurrent, self._most = sizes, bool(pools.slots.count), most
+        self.enabled, self.key, self._clock = enabled, b"", 0
         self.clear()
         pools.holders.add(self)
 
     def start(self, tokens: Sequence[int]) -> tuple[Record, Reuse]:
-        """A record of the longest cached start of `tokens`, at most all but the last of them."""
+        """A record of the longest cached start of `tokens`, at most all but the last of them.
+
+        Of a model with recurrent layers up to where a state was kept; the record says where the
+        next one is wanted, if the prompt leaves there what is cached.
+        """
         self._clock += 1
-        ids = np.array(tokens if self.enabled else [], np.int32)
-        way = walk(self._root, ids)
+        way = self.tree.walk(np.array(tokens if self.enabled else [], np.int32))
         known = way[-1].stop if way else 0
-        length, state = min(known, len(tokens) - 1), None
+        length, state, branch = min(known, len(tokens) - 1), None, 0
         if self._recurrent:
-            states = states_of(way, length)
-            state = Recurrent()
-            length = states[-1].place if states else 0
-            if states:
-                states[-1].used = self._clock
-                state = _as_checkpoint(states[-1])
-        for step in way:
-            step.node.used = self._clock
-        pages = Pages.room(self._context, pages_of(way, length))
-        record = Record(list(tokens[:length]), length, pages, keys_of(way, length), state)
+            branch, states = length, states_of(way, length)
+            state = _as_checkpoint(states[-1], self._clock) if states else Recurrent()
+            length = state.place
+            branch = branch if branch - length >= _BRANCH else 0
+        self._used(way)
+        pages, keys = Pages.room(self._context, pages_of(way, length)), keys_of(way, known)
+        record = Record(
+            list(tokens[:length]), length, pages, keys[: length // PAGE], state, branch=branch
+        )
         reuse = Reuse(
             len(tokens), length, "cache" if length else "", pages.used,
             length if self._recurrent else None, known, self._follows(way),
-            tuple(tokens[known : known + _SHOWN]),
+            tuple(tokens[known : known + _SHOWN]), self._was_there(keys, tokens, known),
         )  # fmt: skip
         return record, reuse
 
@@ -107,15 +104,17 @@ class PromptCache(Evictable):
         is left with a start of `tokens`, short of the last one.
         """
         own = sequence.record.cut(same)
+        if own.given:
+            sequence.record = own
+            return Reuse(len(tokens), own.evaluated, "session")
         found, reuse = self.start(tokens)
-        if own.given or found.length <= own.evaluated:
+        if found.length <= own.evaluated:
+            state = own.evaluated if self._recurrent else None
             source = "session" if own.evaluated else ""
-            blocks = snapshot = 0
             reuse = reuse._replace(
-                cached_tokens=own.evaluated, source=source, blocks=blocks,
-                snapshot=snapshot or None,
-            )  # fmt: skip
-            found = own
+                cached_tokens=own.evaluated, source=source, blocks=0, snapshot=state
+            )
+            found = own._replace(branch=found.branch if found.branch > own.length else 0)
         sequence.record = found
         return reuse
 
@@ -127,27 +126,34 @@ class PromptCache(Evictable):
         if not self.enabled or record.closed or record.given:
             return
         length = record.length
-        keys = block_keys(record.keys, self._key, record.tokens, length)
-        way = walk_known(self._root, record.tokens, length, keys)
-        for step in way:
-            step.node.used = self._clock
+        keys = block_keys(record.keys, self.key, record.tokens, length)
+        way = self.tree.walk_known(record.tokens, length, keys)
+        self._used(way)
         at = way[-1].stop if way else 0
+        way = self._united(way, at, record.pages.held)
         if at < length:
             edge = Edge(
                 at, np.array(record.tokens[at:length], np.int32),
                 record.pages.held[at // PAGE : -(-length // PAGE)].copy(),
                 tuple(keys[at // PAGE : length // PAGE]),
             )  # fmt: skip
-            self._grow(way, edge)
+            self.tree.grow(way, edge, self._clock)
         if record.state is not None:
             self._keep_states(record, keys, ends)
+        if self._most is not None and (over := self.nbytes - self._most) > 0:
+            eviction = self._eviction()
+            eviction.nbytes(over)
+            self._remember(eviction.gone)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages and slots that it holds."""
+        page, slot = self._sizes
+        return len(self.tree.pages) * page + len(self.tree.slots) * slot
 
     def clear(self) -> None:
         """Hold nothing."""
-        self._counts: np.ndarray | None = None
-        self._slots: frozenset[int] | None = None
-        nothing = np.zeros(0, np.int32)
-        self._root = Node(Edge(0, nothing, nothing), 0)
+        self.tree, self._gone = PrefixTree(self._pools.pages.count), dict[bytes, None]()
 
     def close(self) -> None:
         """See Holder."""
@@ -156,152 +162,95 @@ class PromptCache(Evictable):
 
     def held_pages(self) -> np.ndarray:
         """See Holder."""
-        return np.flatnonzero(self._counted())
+        return self.tree.pages
 
     def held_slots(self) -> frozenset[int]:
         """See Holder."""
-        if self._slots is None:
-            found = (s.slot for step in nodes(self._root) for s in step.node.edge.states)
-            self._slots = frozenset(found)
-        return self._slots
+        return self.tree.slots
 
     def evict(self, pages: int, slots: int) -> bool:
         """See Evictable."""
-        dropped = bool(slots) and self._drop_states(slots)
-        return (bool(pages) and self._drop_pages(pages)) or dropped
+        eviction = self._eviction()
+        freed = eviction.slots(slots) if slots else 0
+        if pages:
+            freed += eviction.pages(max(pages, self._pools.pages.count // _SLACK))
+        self._remember(eviction.gone)
+        return freed > 0
 
-    def _counted(self) -> np.ndarray:
-        """int32 [pages of the pool]: how many edges hold each."""
-        if self._counts is None:
-            counts = np.zeros(self._pools.pages.count, np.int32)
-            for step in nodes(self._root):
-                counts[step.node.edge.pages] += 1
-            self._counts = counts
-        return self._counts
+    def _eviction(self) -> Eviction:
+        others = [h for h in self._pools.holders if not isinstance(h, Evictable)]
+        slots = frozenset[int]().union(*(h.held_slots() for h in others))
+        pinned = Pinned(self._pools.pages.holders(pinned=True) > 0, slots)
+        return Eviction(self.tree, Costs(*self._sizes, self._clock), pinned)
 
-    def _put(
-        self, above: Node, token: int, node: Node | None, gone: Iterable[Edge], come: Iterable[Edge]
-    ) -> None:
-        """Put a node in its place, or take away what is there; which edges go and come with it."""
-        counts, self._counts = self._counts, None  # broken off in between, they are counted again
-        self._slots = None
-        if node is None:
-            del above.children[token]
-        else:
-            above.children[token] = node
-        if counts is not None:
-            for edge in gone:
-                counts[edge.pages] -= 1
-            for edge in come:
-                counts[edge.pages] += 1
-            self._counts = counts
+    def _remember(self, gone: Iterable[bytes]) -> None:
+        """So that it can be said why they are not found."""
+        for key in gone:
+            self._gone.pop(key, None)
+            self._gone[key] = None
+        while len(self._gone) > _GONE:
+            del self._gone[next(iter(self._gone))]
 
-    def _grow(self, way: Sequence[Step], new: Edge) -> None:
-        """An edge more, behind the end of a way."""
-        token = int(new.tokens[0])
-        if not way:
-            self._put(self._root, token, Node(new, self._clock), (), (new,))
-            return
-        above, node, at = way[-1]
-        edge, first = node.edge, int(node.edge.tokens[0])
-        if at < edge.stop:
-            upper, lower = edge.before(at), edge.behind(at)
-            children = {
-                int(lower.tokens[0]): Node(lower, node.used, node.children),
-                token: Node(new, self._clock),
-            }
-            fork = Node(upper, self._clock, children)
-            self._put(above, first, fork, (edge,), (upper, lower, new))
-        elif node.children:
-            self._put(node, token, Node(new, self._clock), (), (new,))
-        else:
-            longer = edge.joined(new)
-            self._put(above, first, Node(longer, self._clock), (edge,), (longer,))
+    def _was_there(self, keys: list[bytes], tokens: Sequence[int], known: int) -> bool:
+        """Whether the block behind what is known had been cached. keys: of what is known."""
+        block = known // PAGE
+        if not self._gone or len(tokens) < (block + 1) * PAGE:
+            return False
+        return block_keys(keys[:block], self.key, tokens, (block + 1) * PAGE)[-1] in self._gone
+
+    def _used(self, way: Sequence[Step]) -> None:
+        for step in way:
+            step.node.used = self._clock
+
+    def _united(self, way: list[Step], at: int, held: np.ndarray) -> list[Step]:
+        """Hold the pages that a sequence holds in place of others with the same tokens.
+
+        Where somebody holds those, too, nothing would be won.
+        """
+        whole = at // PAGE
+        if (pages_of(way, whole * PAGE) == held[:whole]).all():
+            return way
+        pinned = self._pools.pages.holders(pinned=True) > 0
+        above, found = self.tree.root, list[Step]()
+        for step in way:
+            edge, first = step.node.edge, step.node.edge.start // PAGE
+            blocks = max(0, min(whole, -(-edge.stop // PAGE)) - first)
+            pages = edge.pages.copy()
+            other = np.flatnonzero(pages[:blocks] != held[first : first + blocks])
+            other = other[~pinned[pages[other]]]
+            node = step.node
+            if len(other):
+                pages[other] = held[first + other]
+                node = node.of(edge._replace(pages=pages))
+                self.tree.put(above, edge.first, node, (edge,), (node.edge,))
+            found.append(Step(above, node, step.stop))
+            above = node
+        return found
 
     def _keep_states(self, record: Record, keys: Sequence[bytes], ends: bool) -> None:
-        state, length = record.state, record.length
+        state = record.state
         assert state is not None, "only recurrent layers have states"
         found = [c for c in state.checkpoints if ends or c.message_end]
         if ends and state.place:
             found.append(Checkpoint(state.place, state.slot, True))
         for checkpoint in found:
-            way = walk_known(self._root, record.tokens, min(checkpoint.place, length), keys)
-            above, node, at = way[-1]
-            if at == checkpoint.place and all(s.place != at for s in node.edge.states):
-                edge = node.edge.with_state(State(*checkpoint, self._clock))
-                more = Node(edge, node.used, node.children)
-                self._put(above, int(edge.tokens[0]), more, (), ())
+            place = checkpoint.place
+            step = self.tree.walk_known(record.tokens, place, keys)[-1]
+            if step.stop == place and all(s.place != place for s in step.node.edge.states):
+                kept = State(*checkpoint, self._clock)
+                self.tree.change(step, step.node.edge.with_state(kept))
 
     def _follows(self, way: Sequence[Step]) -> tuple[int, ...]:
         """Cached tokens behind the end of a way, along what was used last."""
-        node, at = (way[-1].node, way[-1].stop) if way else (self._root, 0)
+        node, at = (way[-1].node, way[-1].stop) if way else (self.tree.root, 0)
         found = list[int](node.edge.tokens[at - node.edge.start :][:_SHOWN].tolist())
         while len(found) < _SHOWN and node.children:
             node = max(node.children.values(), key=lambda child: child.used)
             found += node.edge.tokens[: _SHOWN - len(found)].tolist()
         return tuple(found)
 
-    def _drop_states(self, wanted: int) -> bool:
-        """Let go of the states that are missed least, of those that nobody else holds."""
-        pinned = set[int]().union(
-            *(h.held_slots() for h in self._pools.holders if not isinstance(h, Evictable))
-        )
-        found = [
-            (state.used, state.place, step, state)
-            for step in nodes(self._root)
-            for state in step.node.edge.states
-            if state.slot not in pinned
-        ]
-        found.sort(key=lambda each: each[:2])
-        for _, _, _, state in found[:wanted]:
-            self._drop_state(state)
-        return bool(found)
 
-    def _drop_state(self, state: State) -> None:
-        for above, node, _ in nodes(self._root):
-            if state in node.edge.states:
-                left = tuple(s for s in node.edge.states if s is not state)
-                less = Node(node.edge._replace(states=left), node.used, node.children)
-                self._put(above, int(node.edge.tokens[0]), less, (), ())
-                return
-
-    def _drop_pages(self, wanted: int) -> bool:
-        """Let go of pages at the ends of leaves, those used longest ago first.
-
-        Of leaves that somebody else goes on from only when there are no others.
-        """
-        pinned = self._pools.pages.holders(pinned=True) > 0
-        freed = self._trim(wanted, pinned, pinned)
-        if freed < wanted:
-            freed += self._trim(wanted - freed, pinned, np.zeros_like(pinned))
-        return freed > 0
-
-    def _trim(self, wanted: int, pinned: np.ndarray, kept: np.ndarray) -> int:
-        """How many pages more are free, at least `wanted` if there are as many.
-
-        pinned: those that somebody else holds. kept: those that no leaf is cut behind.
-        """
-        every = list(nodes(self._root))
-        above = {step.node: step.above for step in every}
-        order = count()
-        leaves = [(s.node.used, next(order), s.node) for s in every if not s.node.children]
-        heapq.heapify(leaves)
-        freed = 0
-        while leaves and freed < wanted and not pinned[self.held_pages()].all():
-            _, _, node = heapq.heappop(leaves)
-            parent, edge, stop = above[node], node.edge, node.edge.stop
-            while stop > edge.start and freed < wanted and not kept[edge.pages[-1]]:
-                last, stop = edge.pages[-1], max(edge.start, (stop - 1) // PAGE * PAGE)
-                less = edge.before(stop)
-                more = Node(less, node.used) if stop > edge.start else None
-                self._put(parent, int(edge.tokens[0]), more, (edge,), (less,) if more else ())
-                freed += not (self._counted()[last] or pinned[last])
-                edge = less
-            if stop == edge.start and parent is not self._root and not parent.children:
-                heapq.heappush(leaves, (parent.used, next(order), parent))
-        return freed
-
-
-def _as_checkpoint(state: State) -> Recurrent:
+def _as_checkpoint(state: State, now: int) -> Recurrent:
+    state.used = now
     kept = Checkpoint(state.place, state.slot, state.message_end)
     return Recurrent(state.slot, state.place, (kept,))

@@ -1,94 +1,18 @@
-"""A radix tree of token sequences: which pages hold their keys and values, and where states lie.
+"""PrefixTree: a radix tree of token sequences; who holds which pages and slots in it.
 
-An edge holds what several sequences have in common, or what one of them has alone; it may begin
-and end in the middle of a page. The page in which an edge ends is then held by the edges that go
-on from there as well, by each its own copy or the same. An edge never changes: a change makes new
-edges and puts them in place by one store, so that whatever breaks it off leaves a whole tree.
+Nodes are put in place whole, each by one store, so that whatever breaks off a change leaves a
+tree; what is counted beside it is counted anew after such a break.
 """
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.memory.prefix_edges import NOTHING, Edge, State
 from runtime.ops import PAGE
-
-KEY = 16  # bytes of a block's key
-
-
-def block_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], length: int) -> list[bytes]:
-    """`keys` of the first blocks of `tokens`, with those of all whole blocks up to `length`.
-
-    A key is a digest of all tokens up to the block's end and of `root`.
-    """
-    for block in range(len(keys), length // PAGE):
-        parent = keys[-1] if keys else root
-        ids = array("i", tokens[block * PAGE : (block + 1) * PAGE])
-        keys.append(hashlib.blake2b(parent + ids.tobytes(), digest_size=KEY).digest())
-    return keys
-
-
-class State:
-    """The recurrent state after `place` tokens lies in `slot`. `used`: when it was last of use."""
-
-    __slots__ = ("message_end", "place", "slot", "used")
-
-    def __init__(self, place: int, slot: int, message_end: bool, used: int) -> None:
-        self.place, self.slot, self.message_end, self.used = place, slot, message_end, used
-
-
-class Edge(NamedTuple):
-    """Tokens from place `start` on.
-
-    tokens: int32. pages: int32, of all blocks that it touches. keys: of the blocks that end in
-    it, its last place included. states: after its tokens, in order.
-    """
-
-    start: int
-    tokens: np.ndarray
-    pages: np.ndarray
-    keys: tuple[bytes, ...] = ()
-    states: tuple[State, ...] = ()
-
-    @property
-    def stop(self) -> int:
-        """The place behind its last token."""
-        return self.start + len(self.tokens)
-
-    def before(self, place: int) -> Edge:
-        """What of it lies before a place within it."""
-        first = self.start // PAGE
-        return Edge(
-            self.start, self.tokens[: place - self.start], self.pages[: -(-place // PAGE) - first],
-            self.keys[: place // PAGE - first], tuple(s for s in self.states if s.place <= place),
-        )  # fmt: skip
-
-    def behind(self, place: int) -> Edge:
-        """What of it lies behind a place within it."""
-        blocks = place // PAGE - self.start // PAGE
-        return Edge(
-            place, self.tokens[place - self.start :], self.pages[blocks:], self.keys[blocks:],
-            tuple(s for s in self.states if s.place > place),
-        )  # fmt: skip
-
-    def joined(self, after: Edge) -> Edge:
-        """With the edge that goes on from its end, which has a page of its last block, too."""
-        blocks = after.start // PAGE - self.start // PAGE
-        return Edge(
-            self.start, np.concatenate([self.tokens, after.tokens]),
-            np.concatenate([self.pages[:blocks], after.pages]), self.keys + after.keys,
-            self.states + after.states,
-        )  # fmt: skip
-
-    def with_state(self, state: State) -> Edge:
-        """With a state that it has not."""
-        states = sorted((*self.states, state), key=lambda each: each.place)
-        return self._replace(states=tuple(states))
 
 
 class Node:
@@ -100,6 +24,10 @@ class Node:
         self.edge, self.used = edge, used
         self.children: dict[int, Node] = {} if children is None else children
 
+    def of(self, edge: Edge) -> Node:
+        """The same with another edge that ends at its place."""
+        return Node(edge, self.used, self.children)
+
 
 class Step(NamedTuple):
     """A node on the way from the root, where it hangs, and up to which place it is on the way."""
@@ -109,35 +37,138 @@ class Step(NamedTuple):
     stop: int
 
 
-def walk(root: Node, tokens: np.ndarray) -> list[Step]:
-    """The way of `tokens`, int32, as far as the tree knows them."""
-    way: list[Step] = []
-    node, at = root, 0
-    while at < len(tokens) and (child := node.children.get(int(tokens[at]))) is not None:
-        at += _common(child.edge.tokens, tokens[at:])
-        way.append(Step(node, child, at))
-        if at < child.edge.stop:
-            break
-        node = child
-    return way
+class PrefixTree:
+    """Sequences in a pool of so many pages."""
 
+    def __init__(self, n_pages: int) -> None:
+        self._n_pages = n_pages
+        self.root = Node(NOTHING, 0)
+        self._counts: np.ndarray | None = None
+        self._slots: frozenset[int] | None = None
 
-def walk_known(
-    root: Node, tokens: Sequence[int], length: int, keys: Sequence[bytes]
-) -> list[Step]:  # fmt: skip
-    """The same of the first `length` of `tokens`, whose blocks have these keys.
+    def __iter__(self) -> Iterator[Step]:
+        """Every node but the root, those above before those below."""
+        left = [self.root]
+        while left:
+            above = left.pop()
+            for node in above.children.values():
+                yield Step(above, node, node.edge.stop)
+                left.append(node)
 
-    It takes time for edges, not for tokens.
-    """
-    way: list[Step] = []
-    node, at = root, 0
-    while at < length and (child := node.children.get(tokens[at])) is not None:
-        at = _reached(child.edge, tokens, length, keys)
-        way.append(Step(node, child, at))
-        if at < child.edge.stop:
-            break
-        node = child
-    return way
+    def walk(self, tokens: np.ndarray) -> list[Step]:
+        """The way of `tokens`, int32, as far as the tree knows them."""
+        way: list[Step] = []
+        node, at = self.root, 0
+        while at < len(tokens) and (child := node.children.get(int(tokens[at]))) is not None:
+            at += child.edge.common(tokens[at:])
+            way.append(Step(node, child, at))
+            if at < child.edge.stop:
+                break
+            node = child
+        return way
+
+    def walk_known(self, tokens: Sequence[int], length: int, keys: Sequence[bytes]) -> list[Step]:
+        """The same of the first `length` of `tokens`, whose blocks have these keys.
+
+        It takes time for edges, not for tokens.
+        """
+        way: list[Step] = []
+        node, at = self.root, 0
+        while at < length and (child := node.children.get(tokens[at])) is not None:
+            at = child.edge.reached(tokens, length, keys)
+            way.append(Step(node, child, at))
+            if at < child.edge.stop:
+                break
+            node = child
+        return way
+
+    @property
+    def pages(self) -> np.ndarray:
+        """Those that it holds, each once."""
+        return np.flatnonzero(self.counts)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int32 [pages of the pool]: how many edges hold each."""
+        if self._counts is None:
+            counts = np.zeros(self._n_pages, np.int32)
+            for step in self:
+                counts[step.node.edge.pages] += 1
+            self._counts = counts
+        return self._counts
+
+    @property
+    def slots(self) -> frozenset[int]:
+        """Those that it holds."""
+        if self._slots is None:
+            self._slots = frozenset(s.slot for step in self for s in step.node.edge.states)
+        return self._slots
+
+    def put(
+        self, above: Node, token: int, node: Node | None, gone: Iterable[Edge], come: Iterable[Edge]
+    ) -> None:
+        """Put a node in its place, or take away what is there; which edges go and come with it."""
+        counts, self._counts = self._counts, None  # broken off in between, they are counted again
+        self._slots = None
+        if node is None:
+            del above.children[token]
+        else:
+            above.children[token] = node
+        if counts is not None:
+            for edge in gone:
+                counts[edge.pages] -= 1
+            for edge in come:
+                counts[edge.pages] += 1
+            self._counts = counts
+
+    def change(self, step: Step, edge: Edge) -> None:
+        """Another edge of the same tokens."""
+        old = step.node.edge
+        self.put(step.above, old.first, step.node.of(edge), (old,), (edge,))
+
+    def grow(self, way: Sequence[Step], new: Edge, used: int) -> None:
+        """An edge more, behind the end of a way."""
+        leaf = Node(new, used)
+        if not way:
+            self.put(self.root, new.first, leaf, (), (new,))
+            return
+        above, node, at = way[-1]
+        edge = node.edge
+        if at < edge.stop:
+            upper, lower = edge.before(at), edge.behind(at)
+            fork = Node(upper, used, {lower.first: node.of(lower), new.first: leaf})
+            self.put(above, edge.first, fork, (edge,), (upper, lower, new))
+        elif node.children:
+            self.put(node, new.first, leaf, (), (new,))
+        else:
+            longer = edge.joined(new)
+            self.put(above, edge.first, Node(longer, used), (edge,), (longer,))
+
+    def shorten(self, above: Node, leaf: Node, place: int) -> Node | None:
+        """Without what a leaf has behind a place; what is left of it."""
+        edge = leaf.edge
+        less = edge.before(place) if place > edge.start else None
+        left = None if less is None else Node(less, leaf.used)
+        self.put(above, edge.first, left, (edge,), () if less is None else (less,))
+        return left
+
+    def merge(self, above: Node, node: Node) -> None:
+        """Make one node of one that has an only child and that child."""
+        (child,) = node.children.values()
+        edge = node.edge.joined(child.edge)
+        joined = Node(edge, max(node.used, child.used), child.children)
+        self.put(above, edge.first, joined, (node.edge, child.edge), (edge,))
+
+    def compact(self) -> None:
+        """Merge whatever no longer branches."""
+        left = [self.root]
+        while left:
+            above = left.pop()
+            for token, node in [*above.children.items()]:
+                while len(node.children) == 1:
+                    self.merge(above, node)
+                    node = above.children[token]
+                left.append(node)
 
 
 def pages_of(way: Sequence[Step], length: int) -> np.ndarray:
@@ -160,35 +191,3 @@ def states_of(way: Sequence[Step], length: int) -> list[State]:
     """The states on a way up to `length`, in order."""
     reached = [(step, min(step.stop, length)) for step in way]
     return [s for step, stop in reached for s in step.node.edge.states if s.place <= stop]
-
-
-def nodes(root: Node) -> Iterator[Step]:
-    """Every node but the root, those above before those below."""
-    left = [root]
-    while left:
-        above = left.pop()
-        for node in above.children.values():
-            yield Step(above, node, node.edge.stop)
-            left.append(node)
-
-
-def _common(known: np.ndarray, tokens: np.ndarray) -> int:
-    """How many of the first tokens are the same."""
-    n = min(len(known), len(tokens))
-    differ = known[:n] != tokens[:n]
-    first = int(differ.argmax()) if n else 0
-    return first if n and differ[first] else n
-
-
-def _reached(edge: Edge, tokens: Sequence[int], length: int, keys: Sequence[bytes]) -> int:
-    """Up to which place an edge, whose first token is the next one, is on the way."""
-    first, stop = edge.start // PAGE, min(edge.stop, length)
-    blocks = stop // PAGE - first
-    if blocks and edge.keys[blocks - 1] != keys[first + blocks - 1]:
-        blocks = bisect_left(range(blocks), True, key=lambda b: edge.keys[b] != keys[first + b])
-    at = max(edge.start, (first + blocks) * PAGE)
-    for known in edge.tokens[at - edge.start : at - edge.start + PAGE].tolist():
-        if at == stop or known != tokens[at]:
-            break
-        at += 1
-    return at

@@ -25,7 +25,7 @@ from runtime.backends.meta.planner import (
 from runtime.backends.meta.stages import Stage, text
 from runtime.engine.batch import UBATCH
 from runtime.memory.budget import LEAST_SLOTS, SHARE
-from runtime.models.registry import build, one_token
+from runtime.models.registry import build, drafting, one_token
 from runtime.models.step import Step
 from runtime.ops import PAGE
 from runtime.ops.cost import Seen, page_nbytes
@@ -103,7 +103,7 @@ class Model:
     """What does not change with the context: a file, its graphs, and who has what of them."""
 
     def __init__(self, file: Any) -> None:
-        self.file, self.architecture = file, build(file)
+        self.file, self.architecture = file, drafting(build(file))
         self._plans: dict[tuple[Any, ...], list[StagePlan]] = {}
 
     @cached_property

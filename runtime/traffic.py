@@ -38,9 +38,9 @@ def token_step(file: Any, kv_types: tuple[str, str]) -> tuple[Any, Any]:
 
     ModelError for an architecture that cannot be run.
     """
-    from runtime.models.registry import build, one_token
+    from runtime.models.registry import build, drafting, one_token
 
-    architecture = build(file)
+    architecture = drafting(build(file))
     return architecture, one_token(architecture, kv_types)
 
 

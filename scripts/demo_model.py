@@ -142,7 +142,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for weight in group["params"]:
-                shapes.setdefault(tuple(weight.shape), []).append(weight)
+                if weight.grad is not None:
+                    shapes.setdefault(tuple(weight.shape), []).append(weight)
             for weights in shapes.values():
                 self._update(weights, group["lr"], group["momentum"])
 

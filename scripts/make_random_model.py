@@ -156,7 +156,7 @@ def new_tensor(slot: Slot, dtype: DType, preset: Preset, seed: int) -> NewTensor
 def metadata_of(preset: Preset, name: str, file_type: str) -> dict[str, Any]:
     """The metadata keys of the model, the tokenizer's apart."""
     values = {
-        "block_count": preset.layers,
+        "block_count": preset.layers + preset.mtp,
         "context_length": preset.context,
         "embedding_length": preset.hidden,
         "feed_forward_length": preset.ff or (preset.experts.inner if preset.experts else 0),
@@ -168,6 +168,7 @@ def metadata_of(preset: Preset, name: str, file_type: str) -> dict[str, Any]:
         "rope.freq_base": preset.rope_base,
         "rope.dimension_count": preset.rotated or preset.head_dim,
         "vocab_size": preset.vocab,
+        **({"nextn_predict_layers": 1} if preset.mtp else {}),
         **expert_keys(preset),
         **delta_keys(preset),
         **preset.more,
@@ -251,6 +252,10 @@ Real models compute the same way, so speeds carry over; the text does not: it is
 )
 @click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--layers", type=click.IntRange(1), help="Number of layers (default: the preset's).")
+@click.option(
+    "--mtp", is_flag=True,
+    help="With the block that predicts one token more (NextN), which Qwen3.5's files have.",
+)  # fmt: skip
 @click.option("--vocab-size", type=click.IntRange(1), help="Tokens (default: the preset's).")
 @click.option(
     "--vocab-from",
@@ -269,6 +274,7 @@ def main(
     type: str,
     out: Path,
     layers: int | None,
+    mtp: bool,
     vocab_size: int | None,
     vocab_from: Path | None,
     output_type: str | None,
@@ -280,7 +286,9 @@ def main(
     does. Without --vocab-from there is no tokenizer: enough to measure speed.
     """
     row = PRESETS[preset]
-    row = replace(row, layers=layers or row.layers, vocab=vocab_size or row.vocab)
+    if mtp and not row.architecture.startswith("qwen35"):
+        raise click.BadParameter(f"{preset} has no such block", param_hint="--mtp")
+    row = replace(row, layers=layers or row.layers, vocab=vocab_size or row.vocab, mtp=mtp)
     try:
         tokenizer, vocab = vocabulary_of(vocab_from, row)
         row = replace(row, vocab=vocab)

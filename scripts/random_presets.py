@@ -33,7 +33,8 @@ class Delta:
 class Preset:
     """Hyperparameters of one model, and which function lists its tensors.
 
-    `more`: further metadata keys, under the architecture's prefix.
+    `mtp`: with a block behind the layers that predicts one token more. `more`: further metadata
+    keys, under the architecture's prefix.
     """
 
     architecture: str
@@ -53,6 +54,7 @@ class Preset:
     rotated: int = 0
     experts: Experts | None = None
     delta: Delta | None = None
+    mtp: bool = False
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -164,7 +166,20 @@ def hybrid_tensors(p: Preset) -> list[Slot]:
             *(expert_rows(p, p.experts) if p.experts else ffn_rows(p)),
         ]
         slots += layer_slots(rows, (layer,))
-    return slots
+    return slots + (layer_slots(mtp_rows(p), (p.layers,)) if p.mtp else [])
+
+
+def mtp_rows(p: Preset) -> list[Row]:
+    """The block behind the layers of a hybrid model that predicts one token more (NextN)."""
+    return [
+        ("attn_norm.weight", (p.hidden,), "norm"),
+        *attention_rows(p, gated=True),
+        *head_norm_rows(p),
+        ("post_attention_norm.weight", (p.hidden,), "norm"),
+        *(expert_rows(p, p.experts) if p.experts else ffn_rows(p)),
+        ("nextn.eh_proj.weight", (p.hidden, 2 * p.hidden), "matrix"),
+        *((f"nextn.{x}norm.weight", (p.hidden,), "norm") for x in ("e", "h", "shared_head_")),
+    ]
 
 
 def gpt_oss_tensors(p: Preset) -> list[Slot]:

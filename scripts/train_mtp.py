@@ -27,6 +27,7 @@ from mtp_model import HybridModel, Shape
 from tokenizers import Tokenizer
 from train_demo import batches, schedule
 
+TOGETHER = 0.6  # share of the time in which the model learns, too; then the head alone
 OWN = 2  # how often the head is used in a row while it learns
 WEIGHTS = (0.4, 0.2)  # of each use in the loss
 
@@ -48,10 +49,15 @@ class Run:
 
     def step(self, ids: torch.Tensor, progress: float) -> tuple[float, list[float]]:
         """One update; the model's loss in nats, and how often the head says what the model says."""
+        alone = progress >= TOGETHER
+        progress = (progress - TOGETHER) / (1 - TOGETHER) if alone else progress / TOGETHER
+        if alone:
+            self.model.requires_grad_(False)
+            self.model.head.requires_grad_(True)
         with torch.autocast("cpu", torch.bfloat16):
             loss, own, agreed = losses(self.model, ids)
         self.model.zero_grad(set_to_none=True)
-        (loss + own).backward()
+        (own if alone else loss + own).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:

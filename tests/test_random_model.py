@@ -86,6 +86,23 @@ def test_presets_of_newer_models_load(script: ModuleType, tmp_path: Path, preset
     assert kinds[1] == {"f32"} and kinds.get(3, {"mxfp4"}) == {"mxfp4"} and "q8_0" in kinds[2]
 
 
+@pytest.mark.parametrize("preset", ["qwen35-0.8b", "qwen35moe-mini"])
+def test_a_block_that_predicts_a_further_token(
+    script: ModuleType, tmp_path: Path, preset: str
+) -> None:
+    small = ("--layers", "4", "--vocab-size", "300", "--mtp")
+    file = make(script, tmp_path / "m.gguf", preset, "Q4_K_M", *small)
+    assert file.get(f"{file.architecture}.block_count") == 5
+    with runtime.load(file.path, devices="null", mtp=True) as model:
+        graphs = model._engine.graphs
+        found = [*graphs.graph(1, 1).leaves("weight"), *graphs.drafts(1, 1).leaves("weight")]
+    assert {stored_name(leaf) for leaf in found} == set(file.tensors)
+    refused = CliRunner().invoke(
+        script.main, ["qwen3-0.6b", "Q4_0", str(tmp_path / "x.gguf"), "--mtp"]
+    )
+    assert refused.exit_code == 2 and "no such block" in refused.output
+
+
 def test_qwen35_has_the_real_shapes(script: ModuleType) -> None:
     preset = script.PRESETS["qwen35-0.8b"]
     slots = {slot.name: slot for slot in preset.tensors(preset)}

@@ -123,7 +123,33 @@ def rows(file: Any, needs: dict[str, Memory], reason: str) -> list[tuple[str, st
         ("runs here", _runs(found)),
         *([("memory", _memory(need, contexts(file)))] if need is not None else []),
         *([("speed", _speed(found))] if found.tokens_per_s else []),
+        *([("drafts", drafts)] if (drafts := _drafts(file)) else []),
     ]  # fmt: skip
+
+
+def _drafts(file: Any) -> str:
+    """What the block that predicts further tokens costs, or why it is not used; "": none is."""
+    from runtime.errors import Error
+    from runtime.models.registry import build, further_blocks, predicting
+    from runtime.ops import PAGE
+
+    try:
+        model = build(file)
+        if not further_blocks(model):
+            return ""
+        predicting(model)
+    except Error as error:
+        return f"not used: {error}"
+    behind = tuple(
+        f"blk.{n}." for n in range(model.p.layers, model.p.layers + further_blocks(model))
+    )
+    weights = sum(t.nbytes for name, t in file.tensors.items() if name.startswith(behind))
+    heads = model.p.attention
+    token = 2 * heads.kv_heads * (heads.dim + heads.v_dim)
+    return (
+        f"of its own (NextN, --spec mtp): {size(weights)} of the weights, and of an f16 cache "
+        f"{size(token * PAGE)} in {PAGE} tokens"
+    )
 
 
 def _architecture(file: Any) -> str:

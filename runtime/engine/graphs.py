@@ -63,7 +63,13 @@ class StepGraphs(NamedTuple):
         """Graphs that between them use every kernel this model can need."""
         buckets = [1 << n for n in range(UBATCH.bit_length())]
         sizes = backend.distinct_sizes(self.graph(1, 1), buckets)
-        return [self.graph(t, r) for t in sizes for r in output_buckets(t)]
+        found = [self.graph(t, r) for t in sizes for r in output_buckets(t)]
+        return found + ([self.drafts(1, 1)] if self._predicts else [])
+
+    @property
+    def _predicts(self) -> bool:
+        a = self.architecture
+        return isinstance(a, Predicting) and a.predictor is not None
 
 
 def state_nbytes(

@@ -30,7 +30,7 @@ class Options(NamedTuple):
     max_tokens: int | None = None
     on_token: Callable[[Token], Any] | None = None
     on_prompt: OnPrompt | None = None
-    drafter: Drafter | None = None
+    drafter: Callable[[], Drafter] | None = None
 
 
 class Prompt(NamedTuple):
@@ -174,15 +174,17 @@ class Generation:
         self.prompt_tokens = len(self._pending)
         self._begun = True
         self._answer.begin(tokens)
-        if self._options.drafter is not None:
+        if self._options.drafter is not None and not self._over:
             self._speculate(self._options.drafter, tokens)
         self._over = self._answer.reason is not None
 
-    def _speculate(self, drafter: Drafter, tokens: list[int]) -> None:
+    def _speculate(self, drafter: Callable[[], Drafter], tokens: list[int]) -> None:
+        """Have the answer to `tokens` drafted, but where a device chooses what follows."""
         from runtime.speculation.speculation import Speculation
 
         engine = self._session.model._engine
-        self._speculation = Speculation(engine, self._session._sequence, drafter, tokens)
+        if engine.decoder is None or self._answer.choice() is None:
+            self._speculation = Speculation(engine, self._session._sequence, drafter(), tokens)
 
     def _first(self) -> str:
         """What the first token completes, if there is one."""

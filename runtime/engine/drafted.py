@@ -70,12 +70,11 @@ class Drafted(Evictable):
                 return None
             record, whole = found
             length = record.length + 1
-            pages = whole.pages.cut(length)
-            pages = pages._replace(own=max(pages.own, record.pages.own))
             state = record.state if length < whole.length else whole.state
-            after = record._replace(length=length, pages=pages, state=state)
+            after = record._replace(length=length, pages=whole.pages.cut(length), state=state)
             self._sequence.record = after
             self._record = after
+            self._engine.keep(self._sequence)
             return self._rows[at]
 
     def forget(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import abc, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
@@ -27,6 +28,7 @@ from runtime.backends.environment import debug, inspected, validate
 from runtime.backends.meta.rooms import as_one
 from runtime.engine.advance import Advance, Piece, begin, commit
 from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
+from runtime.engine.costs import StepCosts
 from runtime.engine.decoder import Decoder
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
 from runtime.engine.identity import identity
@@ -56,7 +58,7 @@ class Engine:
     `most_tokens` and `most_rows` (of logits) fit into one step; `pools` says what is free; `plain`
     reads and writes pages and slots in the layout of files;
     `staged` is the backend where steps go through several stages of it; `decoder` is there where
-    the device chooses tokens.
+    the device chooses tokens; `costs` says what steps of `run` take.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Engine:
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip
+        self.costs = StepCosts()
         self.programs.load(1, 1)
         self.nextn: NextNDrafts | None = None
         if isinstance(architecture, Predicting) and architecture.predictor is not None:
@@ -157,6 +160,7 @@ class Engine:
         `most_tokens`, with what is evaluated again after a rewind, or rows than `most_rows`.
         """
         with self.alone():
+            begun, made = time.perf_counter(), len(self.programs)
             advances = self.admitted(pieces)
             self.check_size(advances)
             self.pools.reserve(advances)
@@ -166,7 +170,15 @@ class Engine:
             for batch, results in self._steps(going, ahead=not self.memory.slots):
                 self._take(batch, *results)
             self._commit([a for a in going if a.error is None])
+            self._learn(going, time.perf_counter() - begun, made == len(self.programs))
         return [a.error or a.rows for a in advances]
+
+    def _learn(self, going: abc.Sequence[Advance], seconds: float, ready: bool) -> None:
+        """ready: no program was made for this step."""
+        if not ready:
+            self.costs.made(seconds)
+        elif going:
+            self.costs.learn(size_of(going)[0], seconds)
 
     def run_all(
         self, pieces: abc.Sequence[Piece], on_prompt: OnPrompt | None = None

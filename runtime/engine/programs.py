@@ -42,6 +42,14 @@ class Programs:
             _show_plan(sizes, self._made[sizes])
         return self._made[sizes]
 
+    def made(self, *live: int) -> bool:
+        """Whether the program that holds so much is there."""
+        return self._capacity(*live) in self._made
+
+    def __len__(self) -> int:
+        """How many were made."""
+        return len(self._made)
+
     def load(self, *sizes: int) -> None:
         """Weights and kernels of that graph, before it is first run."""
         graphs = [self.graph(*sizes)]

@@ -9,11 +9,13 @@ from typing import Protocol
 class Drafter(Protocol):
     """Of one answer. `kind`: its name among the ways of speculation ("ngram", "draft", ...).
 
-    certainty: how sure it is of what it proposed last, a whole number from 0 to 7; acceptance is
-    learnt for each apart.
+    free: asking it costs next to nothing, so that it is asked for every token and learnt from
+    where its drafts are not verified, too. certainty: how sure it is of what it proposed last,
+    from 0 to 7; how likely drafts are to follow is learnt for each apart.
     """
 
     kind: str
+    free: bool
     certainty: int
 
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:

@@ -1,0 +1,78 @@
+"""How many drafts a step is given: as many as make the most tokens of a second."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from runtime.engine.engine import Engine
+from runtime.engine.graphs import bucket, capacity
+from runtime.speculation.acceptance import Acceptance
+
+_WORTH = 1.03  # how much faster drafts have to be
+
+
+class Room(NamedTuple):
+    """Of a step: most `drafts`; tokens of `others`, which all are kept; tokens that are evaluated
+    `again`, in front of the one that is pending; `recurrent`: a draft that does not follow has
+    those before it evaluated again."""
+
+    drafts: int
+    others: int = 0
+    again: int = 0
+    recurrent: bool = False
+
+
+class Lengths:
+    """Of the steps of one engine, for drafts that follow as they do in one answer.
+
+    A program of another size is made once what it would have saved comes to what making it takes.
+    """
+
+    def __init__(self, engine: Engine, acceptance: Acceptance) -> None:
+        self._engine, self._costs, self._acceptance = engine, engine.costs, acceptance
+
+    def best(self, room: Room, certainty: int, each: float = 0.0) -> int:
+        """How many drafts of such certainty; 0: none. each: seconds that it takes to find one."""
+        best, most = 0, self._rate(room, 0, certainty, each) * _WORTH
+        missing, more = 0, most
+        for n in _lengths(room):
+            rate = self._rate(room, n, certainty, each)
+            if rate > most and self._engine.programs.made(*_live(room, n)):
+                best, most = n, rate
+            elif rate > more:
+                missing, more = n, rate
+        return missing if more > most and self._pays(room, missing, certainty, most, more) else best
+
+    def _rate(self, room: Room, drafts: int, certainty: int, each: float) -> float:
+        """Tokens of a second."""
+        of, others = self._costs.of, room.others
+        seconds = of(others + room.again + 1 + drafts) + drafts * each
+        follow = self._acceptance.expected(certainty, drafts)
+        if room.recurrent and drafts:
+            repeated = of(others + 2 + int(follow)) - of(others + 1)
+            seconds += (1 - self._acceptance.whole(certainty, drafts)) * repeated
+        return (others + 1 + follow) / max(seconds, 1e-9)
+
+    def _pays(self, room: Room, drafts: int, certainty: int, rate: float, more: float) -> bool:
+        """Whether it is time to make a program that makes `more` tokens of a second."""
+        sizes, saved = capacity(*_live(room, drafts)), self._costs.saved
+        tokens = room.others + 1 + self._acceptance.expected(certainty, drafts)
+        saved[sizes] = saved.get(sizes, 0.0) + tokens / rate - tokens / more
+        return saved[sizes] >= self._costs.making
+
+
+def _live(room: Room, drafts: int) -> tuple[int, int]:
+    """Tokens and rows of such a step."""
+    rows = room.others + 1 + drafts
+    return room.again + rows, rows
+
+
+def _lengths(room: Room) -> Iterator[int]:
+    """Those that fill a program, and the most."""
+    before = room.others + room.again + 1
+    size = bucket(before + 1)
+    while (n := size - before) < room.drafts:
+        yield n
+        size *= 2
+    yield room.drafts

@@ -17,6 +17,7 @@ from runtime.ops.errors import shown
 from runtime.ops.kv_formats import KV_FORMATS
 
 _TEXTS = ("devices", "activations")
+SPECULATION = ("auto", "off", "ngram", "draft")
 
 
 def wrong(name: str, value: Any, legal: str) -> OptionError:
@@ -124,6 +125,13 @@ def check_progress(value: Any) -> None:
         raise wrong("progress", value, "True, False or a function of (done, total, what)")
 
 
+def check_spec(value: Any) -> str:
+    """`spec` as text; OptionError for what there is not."""
+    if not isinstance(value, str) or value not in SPECULATION:
+        raise wrong("spec", value, f"one of {', '.join(SPECULATION)}")
+    return str(value)
+
+
 def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `load` as plain values; OptionError for a type one cannot have.
 
@@ -164,6 +172,7 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     plain["pack_cache"] = _pack_cache(options["pack_cache"])
     if options["mtp"] is not None:
         plain["mtp"] = flag("mtp", options["mtp"])
+    plain["spec"] = check_spec(options["spec"])
     check_progress(options["progress"])
     return {**options, **plain}
 

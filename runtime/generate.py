@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime.arguments import check_function, flag, listed, token_ids, whole, wrong
+from runtime.arguments import check_function, check_spec, flag, listed, token_ids, whole, wrong
 from runtime.engine.advance import Piece
 from runtime.engine.engine import OnPrompt, check_room
 from runtime.errors import OptionError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from runtime.together import Together
 
 # keywords of `generate` and `chat` that are no fields of `Sampling`
-_OWN = ("max_tokens", "ignore_eos", "on_token", "on_prompt")
+_OWN = ("max_tokens", "ignore_eos", "on_token", "on_prompt", "spec")
 
 
 class TextModel:
@@ -33,6 +33,9 @@ class TextModel:
     - `ignore_eos`: end tokens are never chosen.
     - `on_token`: called with each chosen `Token` (id, and log-probabilities with `logprobs=N`).
     - `on_prompt`: called with (done, total) tokens of the prompt, before and after each part.
+    - `spec`: who drafts tokens that are verified several in a step, which changes nothing but the
+      speed: "ngram" (what the text has had before), "draft" (the draft model), "auto" (whoever is
+      there and pays) or "off"; default what the model was loaded with.
 
     What cannot be used is refused when they are called, not while the answer is read:
     OptionError for an option or token, MemoryLimitError for a prompt past the context.
@@ -65,7 +68,7 @@ class TextModel:
         mirostat_eta: float | None = None, samplers: str | Iterable[str] | None = None,
         logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
         ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
-        on_prompt: OnPrompt | None = None,
+        on_prompt: OnPrompt | None = None, spec: str | None = None,
     ) -> Generation:  # fmt: skip
         """The text that continues `prompt` (raw text, or token ids), to be read piece by piece.
 
@@ -94,7 +97,7 @@ class TextModel:
         mirostat_eta: float | None = None, samplers: str | Iterable[str] | None = None,
         logit_bias: Mapping[int, float] | None = None, logprobs: int | None = None,
         ignore_eos: bool = False, on_token: Callable[[Token], Any] | None = None,
-        on_prompt: OnPrompt | None = None,
+        on_prompt: OnPrompt | None = None, spec: str | None = None,
     ) -> Generation:  # fmt: skip
         """The assistant's answer to `messages`, through the model's chat template.
 
@@ -196,6 +199,7 @@ def _session(model: Model, given: Any) -> Session | None:
 
 def _options(model: Model, given: dict[str, Any]) -> Options:
     """Checked options; OptionError names what cannot be used."""
+    from runtime.speculation.choice import drafters
     from runtime.text.defaults import file_defaults
     from runtime.text.samplers.chain import check_used
     from runtime.text.sampling import Sampling
@@ -209,6 +213,7 @@ def _options(model: Model, given: dict[str, Any]) -> Options:
     most = own["max_tokens"]
     if most is not None:
         most = whole("max_tokens", most, -1, ", or None or -1 for no limit")
+    spec = model.spec if own["spec"] is None else check_spec(own["spec"])
     check_function("on_token", own["on_token"], "one token")
     check_function("on_prompt", own["on_prompt"], "(done, total)")
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -221,4 +226,4 @@ def _options(model: Model, given: dict[str, Any]) -> Options:
         forbidden = dict.fromkeys((i for i in unwanted if i < model.vocab_size), -math.inf)
         sampling = replace(sampling, logit_bias={**sampling.logit_bias, **forbidden})
     limit = None if most in (None, -1) else most
-    return Options(sampling, limit, own["on_token"], own["on_prompt"])
+    return Options(sampling, limit, own["on_token"], own["on_prompt"], drafters(model, spec))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ from runtime.engine.advance import Piece
 from runtime.engine.decoder import Next
 from runtime.engine.engine import OnPrompt, checked
 from runtime.engine.prompts import Reuse
+from runtime.engine.sequence import Sequence as Evaluated
 from runtime.errors import Error, OptionError
 from runtime.session import Session
 
@@ -30,7 +31,7 @@ class Options(NamedTuple):
     max_tokens: int | None = None
     on_token: Callable[[Token], Any] | None = None
     on_prompt: OnPrompt | None = None
-    drafter: Callable[[], Drafter] | None = None
+    drafters: Callable[[Evaluated], Sequence[Drafter]] | None = None
 
 
 class Prompt(NamedTuple):
@@ -102,8 +103,8 @@ class Generation:
 
     @property
     def speculation(self) -> Drafts | None:
-        """What drafts did for it so far (`drafted`, `accepted`, `steps`, and `kind`: by whom);
-        None where there are none."""
+        """What drafts did for it so far: how many were `drafted` and `accepted`, in how many
+        `steps` of it; None where there are none (see `spec`)."""
         return None if self._speculation is None else self._speculation.done
 
     def __iter__(self) -> Iterator[str]:
@@ -174,17 +175,19 @@ class Generation:
         self.prompt_tokens = len(self._pending)
         self._begun = True
         self._answer.begin(tokens)
-        if self._options.drafter is not None and not self._over:
-            self._speculate(self._options.drafter, tokens)
+        if self._options.drafters is not None and not self._over:
+            self._speculate(self._options.drafters, tokens)
         self._over = self._answer.reason is not None
 
-    def _speculate(self, drafter: Callable[[], Drafter], tokens: list[int]) -> None:
+    def _speculate(
+        self, drafters: Callable[[Evaluated], Sequence[Drafter]], tokens: list[int]
+    ) -> None:
         """Have the answer to `tokens` drafted, but where a device chooses what follows."""
         from runtime.speculation.speculation import Speculation
 
-        engine = self._session.model._engine
+        engine, sequence = self._session.model._engine, self._session._sequence
         if engine.decoder is None or self._answer.choice() is None:
-            self._speculation = Speculation(engine, self._session._sequence, drafter(), tokens)
+            self._speculation = Speculation(engine, sequence, drafters(sequence), tokens)
 
     def _first(self) -> str:
         """What the first token completes, if there is one."""

@@ -60,6 +60,8 @@ def load(
     pack_cache: bool | str = False,
     prompt_cache: bool = True,
     mtp: bool | None = None,
+    spec: str = "auto",
+    draft: str | os.PathLike[str] | Model | None = None,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -86,6 +88,10 @@ def load(
     the same tokens; the bits are the same. It takes memory that nothing else needs.
     mtp: whether the block of Qwen3.5's and later files that predicts further tokens (NextN) is used
     for drafts; it costs one more layer of cache. None: where its form is known, on CPUs.
+    spec: who drafts tokens of `generate` and `chat`; several are verified in a step, and the answer
+    is the same to the bit: "ngram" (what the text has had before), "draft" (the draft model),
+    "auto" (whoever is there and pays) or "off". draft: a smaller model of the same vocabulary, as
+    a file or loaded.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -99,7 +105,7 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
         "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
-        "prompt_cache": prompt_cache, "mtp": mtp,
+        "prompt_cache": prompt_cache, "mtp": mtp, "spec": spec,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):
@@ -108,7 +114,31 @@ def load(
         take_part(open_gguf)
     file = open_gguf(path if path is not None else demo_path())
     check_has_weights(file)
-    return Model(file, **given)
+    if draft is None and given["spec"] != "draft":
+        return Model(file, **given)
+    return _drafted(file, draft, given)
+
+
+def _drafted(file: GGUFFile, draft: Any, given: dict[str, Any]) -> Model:
+    """The model of a file, with a draft model."""
+    from runtime.speculation.draft_model import check_vocabulary, draft_arguments
+
+    if draft is None:
+        raise OptionError("spec='draft' needs a draft model; give one as draft=FILE")
+    if not isinstance(draft, Model | str | os.PathLike):
+        raise wrong("draft", draft, "the path of a .gguf file, or a loaded model")
+    if isinstance(draft, Model):
+        check_vocabulary(draft.file, file)
+        return Model(file, **given, draft=draft)
+    own = open_gguf(draft)
+    check_vocabulary(own, file)
+    model = Model(file, **given, owned=True)
+    try:
+        model.draft = Model(own, **draft_arguments(own, given))
+    except BaseException:
+        model.close()
+        raise
+    return model
 
 
 def demo_path() -> Path:
@@ -127,15 +157,19 @@ def _predicting(model: registry.Architecture, asked: bool) -> registry.Architect
 
 
 class Model(TextModel):
-    """Weights, cache pages and programs of one file. Made by `load`."""
+    """Weights, cache pages and programs of one file. Made by `load`.
+
+    `spec` and `draft`: who drafts where `generate` and `chat` are not told.
+    """
 
     def __init__(
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = True,
-        mtp: bool | None = None,
-        **split: Any,
+        mtp: bool | None = None, spec: str = "auto", draft: Model | None = None,
+        owned: bool = False, **split: Any,
     ) -> None:  # fmt: skip
+        self.spec, self.draft, self._owned = spec, draft, owned
         self.file, self.kv_types = file, kv_types(kv_type)
         self.cache_rotation = cache_rotation
         architecture = registry.build(file)
@@ -269,6 +303,8 @@ class Model(TextModel):
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""
         self._engine.close()
+        if self._owned and self.draft is not None:
+            self.draft.close()
 
     def __reduce_ex__(self, _: object) -> Any:
         raise OptionError(

@@ -52,7 +52,7 @@ class FakeSession:
 class FakeAnswer:
     """What `generate` and `chat` give: pieces, then a reason."""
 
-    reason = None
+    reason = speculation = None
 
     def __init__(self, model, prompt_tokens, on_token):
         self.prompt_tokens, self._pieces = prompt_tokens, self._run(model, on_token)

@@ -122,9 +122,10 @@ def test_on_prompt_cannot_use_the_model(model: Model):
 def test_public_names_are_those_a_user_needs(model: Model):
     names = {n for n in dir(model) if not n.startswith("_")}
     assert names == {
-        "architecture", "backend", "cache_rotation", "chat", "close", "context", "eval", "file",
+        "architecture", "backend", "cache_rotation", "chat", "close", "context", "draft", "eval",
+            "file",
         "generate", "graph", "kv_types", "memory", "perplexity", "sampling_defaults", "session",
-        "step", "threads", "together", "tokenizer", "vocab_size", "warmup",
+        "spec", "step", "threads", "together", "tokenizer", "vocab_size", "warmup",
     }  # fmt: skip
     with model.session() as session:
         assert {n for n in dir(session) if not n.startswith("_")} == {

@@ -84,6 +84,7 @@ class Screen:
         self.watch.prompt_tokens = answer.prompt_tokens
         if answer.reason == "context":
             note(f"the answer was cut: the context of {model.context} tokens is full (-c sets it)")
+        self.watch.speculation = answer.speculation
         note(self.watch.summary(), not self._timed or not self.watch.tokens)
 
 

@@ -7,7 +7,12 @@ from typing import Any
 import click
 
 from runtime.cli.model_path import model_argument, model_option
-from runtime.cli.options import generation_arguments, model_options, sampling_options
+from runtime.cli.options import (
+    generation_arguments,
+    model_options,
+    sampling_options,
+    speculation_options,
+)  # fmt: skip
 from runtime.cli.parsing import Command, option
 from runtime.cli.prompt import given_system
 from runtime.cli.talk import TEXT, converse, loaded_model, talk_options
@@ -29,6 +34,7 @@ Examples:
 @sampling_options
 @model_option
 @model_options
+@speculation_options
 def command(words: tuple[str, ...], model_option: str | None, **options: Any) -> None:
     """Talk with a model through its chat template.
 

@@ -86,6 +86,15 @@ _SIZE_OPTIONS = (
            type=THREADS, metavar="N"),
 )  # fmt: skip
 
+_SPECULATION = (
+    option("--spec", "Who drafts tokens, several of which are verified in a step; the answer is "
+           "the same: ngram (what the text has had before), draft (the model of --draft), auto "
+           "(whoever is there and pays) or off.", _MODEL,
+           type=click.Choice(["auto", "off", "ngram", "draft"]), default="auto", show_default=True),
+    option("-md --draft | --model-draft --spec-draft-model", "A smaller model with the same "
+           "vocabulary, which drafts.", _MODEL, metavar="FILE"),
+)  # fmt: skip
+
 # One row per field of runtime.Sampling that an option sets: names, field, type, what it takes,
 # help. Without a default here: what is not given is left to the model's file and to Sampling.
 _COMMON = (
@@ -155,6 +164,11 @@ def model_options(function: F) -> F:
     return decorated(function, (*_SIZE_OPTIONS, *_PRECISION_OPTIONS))
 
 
+def speculation_options(function: F) -> F:
+    """--spec and --draft."""
+    return decorated(function, _SPECULATION)
+
+
 def precision_options(function: F) -> F:
     """--kv-type and its like, --activations, --devices and its like."""
     return decorated(function, _PRECISION_OPTIONS)
@@ -181,6 +195,8 @@ def _named(names: str, field: str) -> str:
 def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from the values of `model_options`."""
     found = {name: options[name] for name in ("context", "threads")} | precision_arguments(options)
+    given = {name: options.get(name) for name in ("spec", "draft")}
+    found |= {name: value for name, value in given.items() if value not in (None, "auto")}
     return found | {"kv_type": kv_type(options), "progress": not quiet}
 
 

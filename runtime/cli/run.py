@@ -8,7 +8,12 @@ import click
 
 from runtime.cli.answer import Screen
 from runtime.cli.model_path import model_argument, model_option
-from runtime.cli.options import generation_arguments, model_options, sampling_options
+from runtime.cli.options import (
+    generation_arguments,
+    model_options,
+    sampling_options,
+    speculation_options,
+)  # fmt: skip
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, option
 from runtime.cli.prompt import at_terminal, given_prompt, given_system
@@ -46,6 +51,7 @@ Examples:
 @sampling_options
 @model_option
 @model_options
+@speculation_options
 def command(words: tuple[str, ...], model_option: str | None, **options: Any) -> None:
     """Answer a prompt through the model's chat template, or converse in a terminal.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.speculation.speculation import Drafts
 
 
 class Stopwatch:
@@ -12,6 +15,7 @@ class Stopwatch:
     def __init__(self, prompt_tokens: int = 0) -> None:
         self.prompt_tokens = prompt_tokens
         self.tokens = 0
+        self.speculation: Drafts | None = None
         self._start = self._first = self._last = time.perf_counter()
 
     def on_token(self, token: Any) -> None:
@@ -32,6 +36,9 @@ class Stopwatch:
             [_part("prompt", self.prompt_tokens, self.prompt_tokens, prompt)] if self.tokens else []
         )
         parts.append(_part("answer", self.tokens, self.tokens - 1, answer))
+        drafts = self.speculation
+        if drafts is not None and drafts.drafted:
+            parts.append(f"{drafts.accepted} of {drafts.drafted} drafts accepted")
         return " · ".join(parts)
 
 

@@ -8,8 +8,8 @@ MOST_TOKENS = 64  # of a step that is learnt from
 _MAKING = 20  # steps of one token that making a program takes, until one was made
 # steps of 1, 2, 4, ... tokens, of which few are known: as many of one token
 _BEFORE = (1.0, 1.2, 1.35, 2.0, 3.8, 7.0, 13.0)
-_LEVEL, _SHAPE = 0.2, 0.05  # how much a step changes of what is known
-_FORGOTTEN = 0.002  # of what is known of a size, at each step of another one
+_LEVEL, _SHAPE = 0.1, 0.1  # how much a step changes of what is known
+_FORGOTTEN = 0.0005  # of what is known of a size, at each step of another one
 
 
 class StepCosts:

@@ -18,6 +18,10 @@ class Drafter(Protocol):
     free: bool
     certainty: int
 
+    def begin(self, tokens: Sequence[int]) -> None:
+        """The answer to `tokens` is drafted from now on; its first token is the last of them."""
+        ...
+
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `tokens`; none where it has no idea.
 

@@ -32,8 +32,11 @@ class Lengths:
     def __init__(self, engine: Engine, acceptance: Acceptance) -> None:
         self._engine, self._costs, self._acceptance = engine, engine.costs, acceptance
 
-    def best(self, room: Room, certainty: int, each: float = 0.0) -> int:
-        """How many drafts of such certainty; 0: none. each: seconds that it takes to find one."""
+    def best(self, room: Room, certainty: int, each: float = 0.0) -> tuple[int, float]:
+        """How many drafts of such certainty, and how many tokens of a second that makes.
+
+        0: none. each: seconds that it takes to find one.
+        """
         best, most = 0, self._rate(room, 0, certainty, each) * _WORTH
         missing, more = 0, most
         for n in _lengths(room):
@@ -42,7 +45,9 @@ class Lengths:
                 best, most = n, rate
             elif rate > more:
                 missing, more = n, rate
-        return missing if more > most and self._pays(room, missing, certainty, most, more) else best
+        if more > most and self._pays(room, missing, certainty, most, more):
+            return missing, more
+        return best, most
 
     def _rate(self, room: Room, drafts: int, certainty: int, each: float) -> float:
         """Tokens of a second."""
@@ -75,4 +80,5 @@ def _lengths(room: Room) -> Iterator[int]:
     while (n := size - before) < room.drafts:
         yield n
         size *= 2
-    yield room.drafts
+    if room.drafts:
+        yield room.drafts

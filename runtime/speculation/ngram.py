@@ -33,6 +33,11 @@ class Ngrams:
         self._length = 0  # of the match before there
         self._chains: tuple[_Chain, ...] = ()
 
+    def begin(self, tokens: Sequence[int]) -> None:
+        """See Drafter."""
+        self._chains = _Chain(tokens, _LONG), _Chain(tokens, _SHORT)
+        self._seen = max(0, len(tokens) - 1)
+
     def propose(self, tokens: Sequence[int], most: int) -> list[int]:
         """See Drafter."""
         self._follow(tokens)
@@ -51,9 +56,6 @@ class Ngrams:
 
     def _follow(self, tokens: Sequence[int]) -> None:
         """Chain what is new, and find where the text goes on."""
-        if not self._chains:
-            self._chains = _Chain(tokens, _LONG), _Chain(tokens, _SHORT)
-            self._seen = max(0, len(tokens) - 1)
         while self._seen < len(tokens):
             at, token = self._at, tokens[self._seen]
             self._seen += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -12,51 +13,35 @@ from runtime.engine.drafted import Drafted
 from runtime.engine.engine import Engine
 from runtime.engine.sequence import Sequence as Evaluated
 from runtime.errors import Error
-from runtime.speculation.acceptance import Acceptance
 from runtime.speculation.drafter import Drafter
-from runtime.speculation.lengths import Lengths, Room
+from runtime.speculation.lengths import Room
+from runtime.speculation.source import Offer, Source
 
 MOST = 15  # drafts of a step
-_PAUSE, _LONGEST_PAUSE = 8, 256  # tokens until drafts that do not pay are tried again
-_PROBE = 2  # so many of them
-_NEW = 0.2  # how much one measurement changes of what a draft takes
 
 
 class Drafts(NamedTuple):
     """What speculation did for an answer: `drafted` tokens, of which `accepted` did follow, in
-    `steps`; `kind`: who drafted ("ngram", "draft" or "mtp")."""
+    `steps` of it, and `kinds`: how many of the drafts were whose ("ngram", "draft", "mtp")."""
 
-    kind: str
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
-
-
-class _Watched(NamedTuple):
-    """Drafts of the tokens from place `start` on."""
-
-    drafts: list[int]
-    start: int
-    certainty: int
-
-
-_NOTHING = _Watched([], 0, 0)
+    kinds: Mapping[str, int] = MappingProxyType({})
 
 
 class Speculation:
     """Of one answer in one sequence, which it tells every token."""
 
     def __init__(
-        self, engine: Engine, sequence: Evaluated, drafter: Drafter, tokens: list[int]
+        self, engine: Engine, sequence: Evaluated, drafters: Sequence[Drafter], tokens: list[int]
     ) -> None:
         """tokens: of the prompt, those of the sequence included; a list of its own."""
-        self._engine, self._sequence, self._drafter = engine, sequence, drafter
-        self._tokens = tokens
+        self._engine, self._sequence, self._tokens = engine, sequence, tokens
+        self._sources = [Source(engine, drafter, tokens) for drafter in drafters]
         self._drafted = Drafted(engine, sequence)
-        self._acceptance, self._watched = Acceptance(), _NOTHING
-        self._lengths = Lengths(engine, self._acceptance)
-        self._each, self._waited, self._pause = 0.0, 0, _PAUSE
-        self.done = Drafts(drafter.kind)
+        self._kind = ""
+        self.done = Drafts()
 
     def chosen(self, token: int) -> None:
         """It is the next token of the answer, to be evaluated next."""
@@ -74,7 +59,6 @@ class Speculation:
 
         left: how many tokens the answer may still have. answers: so many share the step.
         """
-        self._learn()
         drafts = self._drafts(self._room(left, answers))
         if not drafts:
             return Piece(self._sequence, [token])
@@ -91,8 +75,9 @@ class Speculation:
         if isinstance(found, Error):
             return None
         self._drafted.follow(found[1:])
-        drafted, steps = self.done.drafted + len(found) - 1, self.done.steps + 1
-        self.done = self.done._replace(drafted=drafted, steps=steps)
+        done, new, kind = self.done, len(found) - 1, self._kind
+        kinds = {**done.kinds, kind: done.kinds.get(kind, 0) + new}
+        self.done = Drafts(done.drafted + new, done.accepted, done.steps + 1, kinds)
         return found[0]
 
     def settle(self) -> None:
@@ -103,7 +88,8 @@ class Speculation:
     def close(self) -> None:
         """There will be no further token."""
         self._drafted.forget()
-        self._drafter.close()
+        for source in self._sources:
+            source.drafter.close()
 
     def _room(self, left: int, answers: int) -> Room:
         """What the next step has room for: not past the context, or a state to keep."""
@@ -117,65 +103,14 @@ class Speculation:
         return Room(drafts, answers - 1, again, record.state is not None)
 
     def _drafts(self, room: Room) -> list[int]:
-        """For the next step: as many as are worth it."""
+        """For the next step: of who makes the most tokens of a second, as many as do."""
         if room.drafts < 1:
             return []
-        drafter = self._drafter
-        if drafter.free:
-            found = self._legal(drafter.propose(self._tokens, room.drafts)[: room.drafts])
-            room = room._replace(drafts=len(found))
-            n = self._lengths.best(room, drafter.certainty) if found else 0
-        else:
-            found = self._asked(self._wanted(room))
-            n = len(found)
-        if n or not self._watched.drafts:
-            self._known()
-            self._watched = _Watched(found, len(self._tokens), drafter.certainty)
-        return found[:n]
-
-    def _wanted(self, room: Room) -> int:
-        """How many to ask a drafter for that takes time; now and then a few that do not pay."""
-        n = self._lengths.best(room, self._drafter.certainty, self._each)
-        if n:
-            self._pause = _PAUSE
-            return n
-        self._waited += 1
-        if self._waited < self._pause:
-            return 0
-        self._waited, self._pause = 0, min(2 * self._pause, _LONGEST_PAUSE)
-        return min(_PROBE, room.drafts)
-
-    def _asked(self, most: int) -> list[int]:
-        """Up to `most` drafts of one that takes time, which is measured."""
-        if not most:
-            return []
-        begun = time.perf_counter()
-        found = self._legal(self._drafter.propose(self._tokens, most)[:most])
-        each = (time.perf_counter() - begun) / max(1, len(found))
-        self._each += _NEW * (each - self._each) if self._each else each
+        best = max((source.offer(room) for source in self._sources), key=_worth)
+        found = best.source.drafts(best) if best.drafts else []
+        self._kind = best.source.drafter.kind
         return found
 
-    def _legal(self, drafts: list[int]) -> list[int]:
-        """Up to the first that is no token of the model."""
-        fits = [0 <= token < self._engine.vocabulary for token in drafts]
-        return drafts if all(fits) else drafts[: fits.index(False)]
 
-    def _learn(self) -> None:
-        """From drafts whose text is known by now, whether they were verified or not."""
-        followed, known = self._follow()
-        if followed < known or known == len(self._watched.drafts):
-            self._known()
-
-    def _known(self) -> None:
-        """Watch them no longer."""
-        self._acceptance.learn(self._watched.certainty, *self._follow())
-        self._watched = _NOTHING
-
-    def _follow(self) -> tuple[int, int]:
-        """How many of the drafts watched did follow, and of how many that is known."""
-        drafts, start, _ = self._watched
-        text = self._tokens[start : start + len(drafts)]
-        for i, token in enumerate(text):
-            if token != drafts[i]:
-                return i, i + 1
-        return len(text), len(text)
+def _worth(offer: Offer) -> tuple[bool, float]:
+    return offer.drafts > 0, offer.rate

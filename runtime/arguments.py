@@ -148,7 +148,7 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(options[name], str):
             raise wrong(name, options[name], "text")
     plain: dict[str, Any] = {"sequences": whole("sequences", options["sequences"], 1)}
-    for name in ("context", "threads"):
+    for name in ("context", "threads", "cache_bytes"):
         if options[name] is not None:
             plain[name] = whole(name, options[name], 1, ", or None for the default")
     if options["split_mode"] is not None and not isinstance(options["split_mode"], str):

@@ -59,6 +59,7 @@ def load(
     cpu_moe: bool | int = False,
     pack_cache: bool | str = False,
     prompt_cache: bool = True,
+    cache_bytes: int | None = None,
     mtp: bool | None = None,
     spec: str = "auto",
     draft: str | os.PathLike[str] | Model | None = None,
@@ -84,8 +85,11 @@ def load(
     pack_cache: weights of CPUs are kept on disk as they are packed, once, and mapped by every later
     process, which shares them with others: True or "folder", in the cache folder; "beside" the
     model. The files are about as large as the model; `runtime cache` lists and removes them.
-    prompt_cache: what `generate` and `chat` have read is not read again by those that begin with
-    the same tokens; the bits are the same. It takes memory that nothing else needs.
+    prompt_cache: what was read or written once is not read again by answers whose prompts begin
+    with the same tokens; the bits are the same. It keeps what memory has room for and nothing else
+    needs, up to a quarter of what is free.
+    cache_bytes: most bytes of all sequences and of what is kept of prompts, together with what it
+    takes to find it; in place of room for `sequences`.
     mtp: whether the block of Qwen3.5's and later files that predicts further tokens (NextN) is used
     for drafts; it costs one more layer of cache. None: where its form is known, on CPUs.
     spec: who drafts tokens of `generate` and `chat`; several are verified in a step, and the answer
@@ -105,7 +109,7 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
         "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
-        "prompt_cache": prompt_cache, "mtp": mtp, "spec": spec,
+        "prompt_cache": prompt_cache, "cache_bytes": cache_bytes, "mtp": mtp, "spec": spec,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):
@@ -166,8 +170,8 @@ class Model(TextModel):
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = True,
-        mtp: bool | None = None, spec: str = "auto", draft: Model | None = None,
-        owned: bool = False, **split: Any,
+        cache_bytes: int | None = None, mtp: bool | None = None, spec: str = "auto",
+        draft: Model | None = None, owned: bool = False, **split: Any,
     ) -> None:  # fmt: skip
         self.spec, self.draft, self._owned = spec, draft, owned
         self.file, self.kv_types = file, kv_types(kv_type)
@@ -179,7 +183,7 @@ class Model(TextModel):
             architecture = _predicting(architecture, bool(mtp))
         self._engine = Engine(
             file, self.backend, architecture, self.kv_types, context, sequences, progress,
-            cache_rotation, prompt_cache,
+            cache_rotation, prompt_cache, cache_bytes,
         )  # fmt: skip
 
     @property

@@ -93,9 +93,9 @@ _ACCEPTED = (
         "{name} has no effect: prompts are read 512 tokens at a time, which changes no result",
     ),
     ("--no-warmup", 0, "{name} has no effect: nothing is warmed up before an answer"),
-    ("--swa-full --check-tensors --no-cache-prompt", 0, _NOTHING),
+    ("--swa-full --check-tensors", 0, _NOTHING),
     ("--keep -np --parallel -dt --defrag-thold -ctxcp --ctx-checkpoints", 1, _NOTHING),
-    ("-cms --checkpoint-min-step -cram --cache-ram --cache-reuse", 1, _NOTHING),
+    ("-cms --checkpoint-min-step --cache-reuse", 1, _NOTHING),
     (
         "--context-shift --no-context-shift",
         0,

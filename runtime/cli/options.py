@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,23 @@ class Windows(click.IntRange):
         if found == 0:
             self.fail("0 windows leave nothing to measure; -1 is all of them.", param, ctx)
         return None if found < 0 else found
+
+
+_UNITS = {"": 20, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+class Size(click.ParamType):
+    """Bytes: "256M", "1.5G", or a number of MiB, as in llama.cpp."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """As an int of at least 1."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt]?)(?:i?b)?", str(value).lower())
+        nbytes = int(float(found[1]) * (1 << _UNITS[found[2]])) if found else 0
+        if nbytes < 1:
+            self.fail(f"{value!r} is no size, such as 256M or 4G.", param, ctx)
+        return nbytes
 
 
 class _Context(click.IntRange):
@@ -75,6 +93,13 @@ _PRECISION_OPTIONS = (
     option("--pack-cache", "Keep packed weights on disk for the next start, in the cache folder or "
            "(--pack-cache beside) beside the model; see 'runtime cache'.", _MODEL,
            type=click.Choice(["folder", "beside"]), bare="folder", metavar="[beside]"),
+)  # fmt: skip
+_CACHE_OPTIONS = (
+    option("-cram --cache-ram cache_bytes", "Most memory of all sequences and what is kept of "
+           "prompts together, as 256M or 4G; a plain number is in MiB (default: what sequences "
+           "need, and a quarter of what is free).", _MODEL, type=Size(), metavar="SIZE"),
+    option("--no-prompt-cache prompt_cache | --no-cache-prompt", "Read prompts anew whose first "
+           "tokens were read before.", _MODEL, flag_value=False, default=True),
 )  # fmt: skip
 _DEVICES = ("devices", "split_mode", "tensor_split", "main_device", "gpu_layers")
 
@@ -167,6 +192,16 @@ def model_options(function: F) -> F:
 def speculation_options(function: F) -> F:
     """--spec and --draft."""
     return decorated(function, _SPECULATION)
+
+
+def cache_options(function: F) -> F:
+    """--cache-ram and --no-prompt-cache: of commands that answer."""
+    return decorated(function, _CACHE_OPTIONS)
+
+
+def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `runtime.load` from `cache_options`."""
+    return {name: options[name] for name in ("cache_bytes", "prompt_cache")}
 
 
 def precision_options(function: F) -> F:

@@ -12,7 +12,7 @@ import click
 
 from runtime.cli.answer import Screen
 from runtime.cli.model_path import load
-from runtime.cli.options import asked_by_file, load_arguments
+from runtime.cli.options import asked_by_file, cache_arguments, cache_options, load_arguments
 from runtime.cli.output import note
 from runtime.cli.parsing import F, decorated, option
 from runtime.cli.prompt import at_terminal
@@ -33,8 +33,8 @@ _OPTIONS = (
 
 
 def talk_options(function: F) -> F:
-    """--system, --quiet, --verbose and --color."""
-    return decorated(function, _OPTIONS)
+    """--system, --quiet, --verbose, --color, --cache-ram and --no-prompt-cache."""
+    return decorated(cache_options(function), _OPTIONS)
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def loaded_model(
     if options["color"] != "auto":
         click.get_current_context().color = options["color"] == "on"
     started = time.perf_counter()
-    loaded = load(path, **load_arguments(options, options["quiet"]))
+    loaded = load(path, **load_arguments(options, options["quiet"]), **cache_arguments(options))
     try:
         note(f"loaded in {time.perf_counter() - started:.2f} s", options["quiet"])
         asked = asked_by_file(loaded.file.metadata, arguments)

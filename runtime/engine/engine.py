@@ -40,7 +40,7 @@ from runtime.engine.prompts import PromptCache
 from runtime.engine.sequence import Record, Sequence
 from runtime.errors import BackendError, Error, MemoryLimitError, OptionError
 from runtime.gguf.reader import GGUFFile
-from runtime.memory.budget import CacheSize, Memory, available_memory, choose
+from runtime.memory.budget import CacheSize, Memory, available_memory, choose, usual
 from runtime.memory.pages import Pages
 from runtime.memory.slots import Recurrent
 from runtime.models.registry import Architecture, Predicting
@@ -65,6 +65,7 @@ class Engine:
         self, file: GGUFFile, backend: Backend, architecture: Architecture,
         kv_types: tuple[str, str], context: int | None, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = False,
+        cache_bytes: int | None = None,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
         self.files: Any = file  # that the device has: one, or several by name
@@ -94,7 +95,7 @@ class Engine:
                 free, weights = backend.memory(graph)
             else:
                 free, weights = as_one(backend.rooms(graph, available_memory()))
-        size = choose(context, trained, sequences, page, weights, slot, free, where)
+        size = choose(context, trained, sequences, page, weights, slot, free, where, cache_bytes)
         self.context = size.context
         self.memory = Memory(weights, page, slot, size.pages, size.slots)
         self.graphs = StepGraphs(architecture, kv_types, size, cache_rotation)
@@ -102,7 +103,10 @@ class Engine:
         self.plain = PlainState(backend, step)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
         self.pools = Pools(size.pages, copy_pages, size.slots)
-        self.prompts = PromptCache(self.pools, size.context, (page, slot), prompt_cache)
+        most = None
+        if cache_bytes is None and not where:  # what a prompt leaves is in memory of the host
+            most = usual(self.memory, size.context)
+        self.prompts = PromptCache(self.pools, size.context, (page, slot), prompt_cache, most)
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip

@@ -14,6 +14,7 @@ from runtime.units import in_units
 
 SLOTS_PER_SEQUENCE = 20  # its state, its checkpoints, and room for snapshots and forks of it
 _SPARE_PAGES = 16  # of a sequence: its snapshots and forks each have a last page of their own
+CACHED = 2048  # bytes of a page, at most, that a cache of prompts takes beside it to find it by
 LEAST_SLOTS = 2  # without room for one more, nothing can be forked or kept
 SHARE = 0.9  # of what is free: the rest is for activations, text and the system
 
@@ -87,6 +88,7 @@ class Memory(NamedTuple):
 def choose(
     context: int | None, trained: int, sequences: int, page_nbytes: int, weights: int,
     slot_nbytes: int = 0, free: int | None = None, where: str = "",
+    cache_bytes: int | None = None,
 ) -> CacheSize:  # fmt: skip
     """Context, pages and slots: `context` if given, else the trained one, or what fits in memory.
 
@@ -95,13 +97,16 @@ def choose(
     `where` they go (by default the host's). Sequences share one pool: room
     for as many full contexts as asked for and fit, at least one, and for the last pages of
     snapshots. Slots come first, in a quarter of the budget. Pages and slots count in full, though
-    the system gives memory only to those ever used.
+    the system gives memory only to those ever used. cache_bytes: what all of it may take, in place
+    of room for so many sequences: half of it is slots, where there are any and a context fits.
     MemoryLimitError says what would fit.
     """
     free, page_nbytes = available_memory() if free is None else free, max(1, page_nbytes)
     more = " or more devices" if where else ""
     beside = ", or -ngl (gpu_layers), which leaves layers to the CPU" if "cuda" in where else ""
     budget = sys.maxsize if free is None else max(0, int((free - weights) * SHARE))
+    if cache_bytes is not None:
+        return _within(cache_bytes, context, trained, page_nbytes + CACHED, slot_nbytes, budget)
     slots = _slots(sequences, budget, slot_nbytes)
     state = slots * slot_nbytes
     most = max(0, budget - state) // page_nbytes * PAGE
@@ -125,10 +130,40 @@ def choose(
     return CacheSize(wanted, max(each, pages), slots)
 
 
+def _within(
+    cache_bytes: int, context: int | None, trained: int, page: int, slot: int, budget: int
+) -> CacheSize:
+    """What `choose` gives for so many bytes; page, slot: bytes of one. budget: what is free."""
+    given = f"cache_bytes={gib(cache_bytes)}"
+    if cache_bytes > budget:
+        raise MemoryLimitError(f"{given}: {gib(budget)} is free beside the model; give less")
+    most = (cache_bytes - LEAST_SLOTS * bool(slot) * slot) // page * PAGE
+    wanted = context or min(trained, most)
+    if wanted > most or most < PAGE:
+        least = gib(-(-(context or 1) // PAGE) * page + LEAST_SLOTS * bool(slot) * slot)
+        raise MemoryLimitError(
+            f"{given} holds at most context={max(0, most)}, and {least} is the least for "
+            f"context={context or PAGE}; give more, or a smaller context or kv_type"
+        )
+    left = cache_bytes - -(-wanted // PAGE) * page
+    slots = max(LEAST_SLOTS, min(cache_bytes // 2, left) // slot) if slot else 0
+    return CacheSize(wanted, (cache_bytes - slots * slot) // page, slots)
+
+
 def _slots(sequences: int, budget: int, slot_nbytes: int) -> int:
     if not slot_nbytes:
         return 0
     return max(LEAST_SLOTS, min(SLOTS_PER_SEQUENCE * sequences, budget // 4 // slot_nbytes))
+
+
+def usual(memory: Memory, context: int) -> int | None:
+    """Bytes that prompts may take which nobody goes on from: a quarter of what is free.
+
+    At least those of one context. None: as many as there are.
+    """
+    free = available_memory()
+    least = -(-context // PAGE) * memory.page + SLOTS_PER_SEQUENCE * memory.state
+    return None if free is None else max(least, (free - memory.weights) // 4)
 
 
 def gib(nbytes: float) -> str:

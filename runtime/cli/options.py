@@ -200,8 +200,9 @@ def cache_options(function: F) -> F:
 
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `runtime.load` from `cache_options`."""
-    return {name: options[name] for name in ("cache_bytes", "prompt_cache")}
+    """Keyword arguments of `runtime.load` from `cache_options`, those given."""
+    found = {} if options["cache_bytes"] is None else {"cache_bytes": options["cache_bytes"]}
+    return found if options["prompt_cache"] else {**found, "prompt_cache": False}
 
 
 def precision_options(function: F) -> F:

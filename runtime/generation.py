@@ -11,7 +11,7 @@ import numpy as np
 from runtime.engine.advance import Piece
 from runtime.engine.decoder import Next
 from runtime.engine.engine import OnPrompt, checked
-from runtime.engine.prompts import Reuse
+from runtime.engine.reuse import Reuse
 from runtime.engine.sequence import Sequence as Evaluated
 from runtime.errors import Error, OptionError
 from runtime.session import Session
@@ -82,6 +82,18 @@ class Generation:
         """How many of the first tokens of the prompt did not have to be evaluated, because its
         session or the cache of prompts had them; 0 until the answer has begun."""
         return 0 if self.reuse is None else self.reuse.cached_tokens
+
+    def explain(self) -> str:
+        """Lines that say what of the prompt was not read again, and why not more of it: `reuse` in
+        words. The answer is begun for it."""
+        self._take_turn()
+        try:
+            self._begin()
+        finally:
+            self._reading.release()
+        if self.reuse is None:
+            return "the answer was closed before it began"
+        return self.reuse.explain(self._session.model.tokenizer.decode)
 
     @property
     def text(self) -> str:

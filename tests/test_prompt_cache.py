@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from choosing_cpu import speaking
 from random_edits import Edits
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
+from runtime.generation import Generation
+from runtime.model import Model
 from runtime.ops.kv_formats import KV_FORMATS
 
 SIZES = {"dense": Sizes(layers=1), "hybrid": replace(NOVEL["qwen35"], layers=2)}
@@ -108,3 +111,63 @@ def test_a_budget_is_never_exceeded(files: dict[str, Path], name: str):
 def test_what_no_budget_can_be(files: dict[str, Path], given: dict, says: str):
     with pytest.raises(runtime.Error, match=says):
         runtime.load(files["hybrid"], **given)
+
+
+@pytest.fixture(scope="module")
+def speaking_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("speaking")
+    return {name: speaking(folder, size) for name, size in SIZES.items()}
+
+
+def asked(model: Model, tokens: list[int], **options) -> Generation:
+    with model.generate(tokens, max_tokens=1, temperature=0, **options) as answer:
+        assert len(answer.tokens) <= 1 and answer.text is not None
+    assert answer.reuse is not None and answer.reuse.prompt_tokens >= len(tokens)
+    return answer
+
+
+def test_answers_say_what_was_reused(speaking_files: dict[str, Path]):
+    with runtime.load(speaking_files["dense"], context=256, sequences=1) as model:
+        start = list(range(40, 110))
+        first = asked(model, [*start, 7])
+        assert first.cached_tokens == 0 and first.prompt_tokens == 71
+        assert first.reuse is not None and first.reuse.reason == "new"
+        again = asked(model, [*start, 7])
+        assert again.cached_tokens == 70 and again.prompt_tokens == 1 and not again.reuse.reason
+        other = asked(model, [*start, 9, 8])
+        assert other.cached_tokens == 70 == other.reuse.differs and other.reuse.blocks == 3
+        assert other.reuse.cached_next[0] == 7 and other.reuse.prompt_next == (9, 8)
+        text = other.explain()
+        words = model.tokenizer.decode
+        assert "70 of 72 tokens were not read again: 3 blocks of the cache" in text
+        assert f"prompt: {words([9, 8])!r}" in text and "first difference: token 71" in text
+        middle = asked(model, [*start[:45], 9])
+        assert middle.cached_tokens == 45 and middle.reuse.reason == "" and middle.reuse.blocks == 2
+        with model.session() as session:
+            asked(model, [*start, 7], session=session)
+            kept = asked(model, [5], session=session)
+            assert kept.reuse.source == "session" and "the session had them" in kept.explain()
+        with model._engine.alone():
+            model._engine.prompts.evict(100, 0)
+        gone = asked(model, [*start, 7])
+        assert gone.reuse.reason == "evicted" and "had been cached and made room" in gone.explain()
+    with runtime.load(speaking_files["dense"], context=256, prompt_cache=False) as model:
+        for _ in range(2):
+            answer = asked(model, [1, 2, 3])
+            assert answer.cached_tokens == 0 and answer.reuse.reason == "off"
+            assert "without a cache" in answer.explain()
+
+
+def test_a_state_is_kept_where_prompts_part(speaking_files: dict[str, Path]):
+    """The first that parts reads from the last state before, the next no more than it must."""
+    with runtime.load(speaking_files["hybrid"], context=256, sequences=1) as model:
+        start = list(range(40, 130))
+        assert asked(model, [*start, 7, 7]).cached_tokens == 0
+        second = asked(model, [*start, 8, 8])
+        assert second.cached_tokens == 0 and second.reuse.known == 90
+        assert second.reuse.reason == "state" and "no recurrent state was kept" in second.explain()
+        third = asked(model, [*start, 9, 9])
+        assert third.cached_tokens == 90 == third.reuse.snapshot and third.prompt_tokens == 2
+        assert "after token 90 was kept" in third.explain()
+        longer = asked(model, [*start, 9, 9, 3, 4])
+        assert longer.cached_tokens == 92 and longer.reuse.reason == "new"

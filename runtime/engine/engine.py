@@ -103,10 +103,10 @@ class Engine:
         self.plain = PlainState(backend, step)
         copy_pages = partial(backend.copy_pages, (*step.k.values(), *step.v.values()))
         self.pools = Pools(size.pages, copy_pages, size.slots)
-        most = None
+        kept = None
         if cache_bytes is None and not where:  # what a prompt leaves is in memory of the host
-            most = usual(self.memory, size.context)
-        self.prompts = PromptCache(self.pools, size.context, (page, slot), prompt_cache, most)
+            kept = usual(self.memory, size.context)
+        self.prompts = PromptCache(self.pools, size.context, (page, slot), prompt_cache, kept)
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from runtime.engine.pools import Pools
+from runtime.engine.reuse import Reuse
 from runtime.engine.sequence import Record
 from runtime.engine.sequence import Sequence as Held
 from runtime.memory.eviction import Costs, Eviction, Pinned
@@ -22,28 +22,6 @@ _SHOWN = 8  # tokens behind the place where a prompt leaves what is cached
 _BRANCH = 32  # fewest tokens that are read again for which a state is kept at a branch
 _GONE = 4096  # blocks that are known to have been there
 _SLACK = 64  # share of the pool that is freed at once
-
-
-class Reuse(NamedTuple):
-    """What a prompt of `prompt_tokens` did not have to evaluate.
-
-    cached_tokens: how many of its first tokens. source: "cache", "session" (its own), or "".
-    blocks: pages of the cache that it shares. snapshot: where the recurrent state lay that it goes
-    on from, 0 without one, None for models without recurrent layers. known: how many of its first
-    tokens the cache has keys and values of. cached_next, prompt_next: the tokens that follow
-    there, of the cached sequence that was nearest and of the prompt. evicted: whether more of the
-    prompt had been cached and had to make room.
-    """
-
-    prompt_tokens: int
-    cached_tokens: int = 0
-    source: str = ""
-    blocks: int = 0
-    snapshot: int | None = None
-    known: int = 0
-    cached_next: tuple[int, ...] = ()
-    prompt_next: tuple[int, ...] = ()
-    evicted: bool = False
 
 
 class PromptCache(Evictable):
@@ -94,6 +72,7 @@ class PromptCache(Evictable):
             len(tokens), length, "cache" if length else "", pages.used,
             length if self._recurrent else None, known, self._follows(way),
             tuple(tokens[known : known + _SHOWN]), self._was_there(keys, tokens, known),
+            not self.enabled,
         )  # fmt: skip
         return record, reuse
 

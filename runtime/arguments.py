@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral, Real
 from operator import index
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,6 +175,7 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     if options["mtp"] is not None:
         plain["mtp"] = flag("mtp", options["mtp"])
     plain["spec"] = check_spec(options["spec"])
+    plain |= _prompts_on_disk(options["cache_dir"], options["cache_disk"], plain["prompt_cache"])
     check_progress(options["progress"])
     return {**options, **plain}
 
@@ -184,6 +187,26 @@ def _pack_cache(value: Any) -> str:
     if not isinstance(value, str) or value not in ("folder", "beside"):
         raise wrong("pack_cache", value, "True, False, 'folder' or 'beside'")
     return str(value)
+
+
+def _prompts_on_disk(folder: Any, most: Any, cached: bool) -> dict[str, Any]:
+    """Where prompts are kept on disk, and how many bytes of them."""
+    if folder is None:
+        if most is not None:
+            raise OptionError("cache_disk is of the folder that cache_dir names; give that too")
+        return {"cache_dir": None, "cache_disk": None}
+    try:
+        path = Path(file_path("cache_dir", folder)).expanduser().absolute()
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        is_folder = True  # it will be
+    except (OSError, RuntimeError, ValueError) as error:
+        raise wrong("cache_dir", folder, f"a folder ({error})") from None
+    if not is_folder:
+        raise wrong("cache_dir", folder, "a folder, and this is a file")
+    if not cached:
+        raise OptionError("cache_dir keeps the cache of prompts, and prompt_cache=False is none")
+    return {"cache_dir": path, "cache_disk": None if most is None else whole("cache_disk", most, 1)}
 
 
 def check_has_weights(file: Any) -> None:

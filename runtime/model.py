@@ -63,6 +63,8 @@ def load(
     mtp: bool | None = None,
     spec: str = "auto",
     draft: str | os.PathLike[str] | Model | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    cache_disk: int | None = None,
 ) -> Model:
     """Load a GGUF model; with no path the bundled demo model.
 
@@ -96,6 +98,10 @@ def load(
     is the same to the bit: "ngram" (what the text has had before), "draft" (the draft model),
     "auto" (whoever is there and pays) or "off". draft: a smaller model of the same vocabulary, as
     a file or loaded.
+    cache_dir: a folder in which that is kept on disk, too, for later processes and beside others;
+    it is written behind, verified when it is read, and shared by all that use the folder. None:
+    nothing is. cache_disk: bytes that prompts of all models may take there; by default 8 GiB, and
+    no more than a tenth of what is free. `runtime cache` lists and removes them.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -110,6 +116,7 @@ def load(
         "cache_rotation": cache_rotation, "graphs": graphs,
         "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
         "prompt_cache": prompt_cache, "cache_bytes": cache_bytes, "mtp": mtp, "spec": spec,
+        "cache_dir": cache_dir, "cache_disk": cache_disk,
     }  # fmt: skip
     given = check_load(path, given)
     if names_mpi(given["devices"]):
@@ -171,7 +178,8 @@ class Model(TextModel):
         threads: int | None, activations: str, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = True,
         cache_bytes: int | None = None, mtp: bool | None = None, spec: str = "auto",
-        draft: Model | None = None, owned: bool = False, **split: Any,
+        draft: Model | None = None, owned: bool = False, cache_dir: Path | None = None,
+        cache_disk: int | None = None, **split: Any,
     ) -> None:  # fmt: skip
         self.spec, self.draft, self._owned = spec, draft, owned
         self.file, self.kv_types = file, kv_types(kv_type)
@@ -183,7 +191,7 @@ class Model(TextModel):
             architecture = _predicting(architecture, bool(mtp))
         self._engine = Engine(
             file, self.backend, architecture, self.kv_types, context, sequences, progress,
-            cache_rotation, prompt_cache, cache_bytes,
+            cache_rotation, prompt_cache, cache_bytes, cache_dir, cache_disk,
         )  # fmt: skip
 
     @property

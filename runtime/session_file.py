@@ -8,11 +8,12 @@ states that the session can go back to. It is of no arrangement of devices.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def load(model: Model, path: Path) -> tuple[Record, dict[str, Any]]:
     file, damaged, or of another model. MemoryLimitError: there is no room.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with _opened(path, "rb") as file:
             return _Reader(model, path, file.fileno()).record()
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -209,15 +210,23 @@ def _in_place(path: Path) -> Iterator[int]:
     """A new file, beside the one that it takes the place of when the block ends. OSError."""
     part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")
     try:
-        with open(part, "xb", buffering=0, opener=_private) as file:
+        with _opened(part, "xb") as file:
             yield file.fileno()
             os.fsync(file.fileno())
         part.replace(path)
         _sync(path.parent)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             part.unlink()
         raise
+
+
+def _opened(path: Path, mode: str) -> IO[bytes]:
+    """OSError, whatever is wrong with the path."""
+    try:
+        return open(path, mode, buffering=0, opener=_private)
+    except ValueError as error:  # it has a character that no path has
+        raise OSError(errno.EINVAL, str(error)) from None
 
 
 def _private(path: str, flags: int) -> int:

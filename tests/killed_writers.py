@@ -40,8 +40,7 @@ def opened(folder: Path) -> BlockStore:
 def write(folder: Path, blocks: list[tuple[Block, np.ndarray]]) -> None:
     store = opened(folder)
     for block, payload in blocks:
-        store.put(block, payload)
-    store.flush()
+        store.write(block, payload)
 
 
 def killed(folder: Path, seed: int) -> tuple[int, int, int]:

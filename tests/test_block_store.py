@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime.memory import block_file, block_store, disk_budget
+from runtime.memory import block_file, block_store, disk_budget, write_behind
 from runtime.memory.block_file import END, HEAD, PAGES, Block, DamagedError, parsed
 from runtime.memory.block_store import BlockStore, Tail, block_key
 from runtime.memory.write_behind import WriteBehind
@@ -39,7 +40,7 @@ def chain(count: int, seed: int = 0, whose: bytes = WHOSE) -> list[tuple[Block, 
 
 
 def kept(store: BlockStore, blocks: list[tuple[Block, np.ndarray]]) -> None:
-    assert all(store.put(*each) for each in blocks) and store.flush(20)
+    assert all(store.write(*each) for each in blocks)
 
 
 def found(store: BlockStore, block: Block) -> np.ndarray | None:
@@ -136,7 +137,7 @@ def test_a_folder_of_another_user_is_ignored(tmp_path: Path, monkeypatch, capfd)
     monkeypatch.setattr(block_store.os, "geteuid", lambda: 12345, raising=False)
     store = opened(tmp_path)
     (block, payload), _ = chain(1)
-    assert not store.usable and not store.put(block, payload) and not store.has(block.key)
+    assert not store.usable and not store.write(block, payload) and not store.has(block.key)
     assert found(store, block) is None
     assert "another user's" in capfd.readouterr().err
 
@@ -144,7 +145,7 @@ def test_a_folder_of_another_user_is_ignored(tmp_path: Path, monkeypatch, capfd)
 def test_a_file_in_place_of_the_folder_costs_a_line(tmp_path: Path, capfd):
     (tmp_path / "prompts").write_text("mine")
     store = opened(tmp_path)
-    assert not store.usable and not store.put(*chain(1)[0])
+    assert not store.usable and not store.write(*chain(1)[0])
     assert "cannot be kept" in capfd.readouterr().err
     assert (tmp_path / "prompts").read_text() == "mine"
 
@@ -158,13 +159,12 @@ def test_a_full_disk_costs_a_line_and_is_tried_again(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(block_store, "write_block", full)
     for each in blocks:
-        store.put(*each)
-        assert store.flush(20)
+        store.write(*each)
     assert [p.name for p in store.folder.iterdir()] == ["about.json"]
     (line,) = capfd.readouterr().err.splitlines()
     assert "No space left" in line and "memory alone" in line
     monkeypatch.setattr(block_store, "write_block", write)
-    assert not store.put(*blocks[0])  # not before a while has gone
+    assert not store.write(*blocks[0])  # not before a while has gone
     store._rest = 0.0
     kept(store, blocks)
 
@@ -180,7 +180,6 @@ def test_the_budget_is_kept_and_what_was_used_last_stays(tmp_path: Path):
         for block, _ in blocks:
             os.utime(file_of(store, block), ns=(now, now - age * 10**9))
     store.used([block.key for block, _ in used[:3]])
-    store.flush(20)
     for block in new:
         kept(store, [block])
         assert sum(e.nbytes for e in disk_budget.entries(store.root)) <= store.budget
@@ -193,7 +192,7 @@ def test_the_budget_is_kept_and_what_was_used_last_stays(tmp_path: Path):
 
 def test_what_does_not_fit_at_all_is_not_written(tmp_path: Path):
     store = opened(tmp_path, budget=NBYTES // 2)
-    assert not store.put(*chain(1)[0])
+    assert not store.write(*chain(1)[0])
 
 
 def test_by_default_it_takes_no_more_than_a_tenth_of_what_is_free(tmp_path: Path, monkeypatch):
@@ -216,17 +215,18 @@ def test_what_a_killed_writer_left_goes_after_a_while(tmp_path: Path):
     assert [p.name for p in store.folder.glob("*.part")] == ["new.page.1.part"]
 
 
-def test_a_queue_that_is_full_refuses(tmp_path: Path):
-    store = opened(tmp_path)
-    store.writer = WriteBehind(most=2 * NBYTES)
-    blocks = chain(6)
-    with store.writer.waits():  # somebody reads
-        assert [store.put(*each) for each in blocks] == [True, True] + [False] * 5
-        assert store.writer.queued == 2 * NBYTES
-        assert not store.flush(0.05) and not list(store.folder.glob("*.page"))
-        assert store.has(blocks[0][0].key) and not store.has(blocks[2][0].key)
-    assert store.flush(20) and store.writer.queued == 0
-    assert len(list(store.folder.glob("*.page"))) == 2
+def test_jobs_are_done_in_order_and_the_oldest_of_too_many_are_not():
+    behind, done, go = WriteBehind(), list[int](), threading.Event()
+    behind.put(lambda: [go.wait(20)] and done.append(-1))
+    assert not behind.drain(0.01)
+    for n in range(write_behind.MOST + 5):
+        behind.put(lambda n=n: done.append(n) if n != 40 else 1 / 0)  # type: ignore[misc]
+    go.set()
+    assert behind.drain(20)
+    assert done in (
+        [-1, *(n for n in range(5, 69) if n != 40)],
+        [*(n for n in range(5, 69) if n != 40)],
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
@@ -258,8 +258,7 @@ for round in range(30):
         for block, payload in t.chain(12, seed):
             got = t.found(store, block)
             assert got is None or (got == payload).all()
-            store.put(block, payload)
-    store.flush()
+            store.write(block, payload)
     store.refresh()
 print("good")
 """

@@ -224,6 +224,9 @@ CALLS: dict[str, Callable[[World, Any], Any]] = {
     "Session.eval on_prompt": _session("eval", [1], "all"),
     "Session.rewind n": _session("rewind"),
     "Session.restore snapshot": _session("restore"),
+    "Session.save path": _session("save"),
+    "Session.load model": lambda w, v: runtime.Session.load(v, "s.rt"),
+    "Session.load path": lambda w, v: runtime.Session.load(w.model, v).close(),
     "Tokenizer.from_gguf": lambda w, v: runtime.Tokenizer.from_gguf(v),
     "Tokenizer metadata": lambda w, v: runtime.Tokenizer(v),
     "tokenizer()": lambda w, v: w.model.tokenizer(v),
@@ -263,7 +266,8 @@ def _raw_error(w: World, call: Callable[[World, Any], Any], value: Any) -> str |
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_values_are_one_clear_line(world: World, name: str):
+def test_wrong_values_are_one_clear_line(world: World, name: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where some names are fit for files and folders
     wrong = {}
     for what, make in world.values().items():
         told = _raw_error(world, CALLS[name], make())

@@ -95,6 +95,10 @@ _PRECISION_OPTIONS = (
            type=click.Choice(["folder", "beside"]), bare="folder", metavar="[beside]"),
 )  # fmt: skip
 _CACHE_OPTIONS = (
+    option("--cache-dir", "Keep what has been read of prompts in DIR for the next start, and for "
+           "others; see 'runtime cache'.", _MODEL, metavar="DIR"),
+    option("--cache-disk", "Most bytes of it, as 20G (default: 8G, and no more than a tenth of "
+           "what is free).", _MODEL, type=Size(), metavar="SIZE"),
     option("-cram --cache-ram cache_bytes", "Most memory of all sequences and what is kept of "
            "prompts together, as 256M or 4G; a plain number is in MiB (default: what sequences "
            "need, and a quarter of what is free).", _MODEL, type=Size(), metavar="SIZE"),
@@ -195,13 +199,14 @@ def speculation_options(function: F) -> F:
 
 
 def cache_options(function: F) -> F:
-    """--cache-ram and --no-prompt-cache: of commands that answer."""
+    """--cache-dir, --cache-ram and their like: of commands that answer."""
     return decorated(function, _CACHE_OPTIONS)
 
 
 def cache_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `runtime.load` from `cache_options`, those given."""
-    found = {} if options["cache_bytes"] is None else {"cache_bytes": options["cache_bytes"]}
+    names = ("cache_bytes", "cache_dir", "cache_disk")
+    found = {name: options[name] for name in names if options[name] is not None}
     return found if options["prompt_cache"] else {**found, "prompt_cache": False}
 
 
@@ -229,7 +234,8 @@ def _named(names: str, field: str) -> str:
 
 
 def load_arguments(options: dict[str, Any], quiet: bool = False) -> dict[str, Any]:
-    """Keyword arguments of `runtime.load` from the values of `model_options`."""
+    """Keyword arguments of `runtime.load` from the values of `model_options`, and perhaps of
+    `prompt_options` and `speculation_options`."""
     found = {name: options[name] for name in ("context", "threads")} | precision_arguments(options)
     given = {name: options.get(name) for name in ("spec", "draft")}
     found |= {name: value for name, value in given.items() if value not in (None, "auto")}

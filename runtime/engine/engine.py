@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections import abc, deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing
 from functools import cached_property, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from runtime.engine.advance import Advance, Piece, begin, commit
 from runtime.engine.batch import Batch, bucket_below, cut, largest_step, size_of, staged_step
 from runtime.engine.costs import StepCosts
 from runtime.engine.decoder import Decoder
+from runtime.engine.disk import DiskTier
 from runtime.engine.graphs import StepGraphs, capacity, state_nbytes
 from runtime.engine.identity import identity
 from runtime.engine.nextn import NextNDrafts
@@ -49,6 +52,7 @@ from runtime.ops.errors import shown
 
 OnPrompt = Callable[[int, int], Any]  # tokens evaluated, tokens to evaluate
 
+_LAST = 60.0  # seconds that the end of a model waits for what is to be on disk
 _LOGITS_BYTES = 256 << 20  # the most logits one step computes; longer prompts take more steps
 
 
@@ -65,7 +69,8 @@ class Engine:
         self, file: GGUFFile, backend: Backend, architecture: Architecture,
         kv_types: tuple[str, str], context: int | None, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = False,
-        cache_bytes: int | None = None,
+        cache_bytes: int | None = None, cache_dir: Path | None = None,
+        cache_disk: int | None = None,
     ) -> None:  # fmt: skip
         self.file, self.backend, self.architecture = file, backend, architecture
         self.files: Any = file  # that the device has: one, or several by name
@@ -107,6 +112,10 @@ class Engine:
         if cache_bytes is None and not where:  # what a prompt leaves is in memory of the host
             kept = usual(self.memory, size.context)
         self.prompts = PromptCache(self.pools, size.context, (page, slot), prompt_cache, kept)
+        self.disk = None if cache_dir is None else DiskTier(self, cache_dir, cache_disk)
+        if self.disk is not None:
+            self.prompts.key = self.disk.key
+            self.prompts.below = partial(_from_disk, weakref.ref(self))
         self.programs = Programs(
             backend, self.graphs.graph, capacity, self.graphs.warm, progress
         )  # fmt: skip
@@ -147,7 +156,7 @@ class Engine:
             record = sequence.record
             sequence.close()
             if sequence.cached:
-                self.prompts.keep(record, ends=True)
+                self._keep(record, ends=True)
 
     def empty(self) -> Record:
         """The record of an empty sequence."""
@@ -237,10 +246,17 @@ class Engine:
         record = sequence.record
         complete = message_end or len(record.keys) < record.length // PAGE
         if complete and sequence.cached and self.prompts.enabled:
-            self.prompts.keep(record)
+            self._keep(record)
+
+    def _keep(self, record: Record, ends: bool = False) -> None:
+        self.prompts.keep(record, ends)
+        if self.disk is not None:
+            self.disk.keep(self, record, ends)
 
     def close(self) -> None:
         """End threads and give memory back; sequences cannot go on afterwards."""
+        if self.disk is not None and not self._closed:
+            self._keep_all(self.disk)
         with self.alone():
             self._closed = True
             for holder in self.pools.holders:
@@ -248,6 +264,14 @@ class Engine:
             self.backend.close()
             if self.validated is not None:
                 self.validated()
+
+    def _keep_all(self, disk: DiskTier) -> None:
+        """What sequences have that are open still is kept on disk as well."""
+        with self.alone():
+            for holder in self.pools.holders:
+                if isinstance(holder, Sequence) and not holder.record.closed:
+                    self.end(holder)
+        disk.flush(_LAST)
 
     def check_open(self) -> None:
         """OptionError once it is closed."""
@@ -387,6 +411,12 @@ class Engine:
             "KV cache (try f32), a weight of the file is damaged (fetch it again), or a kernel "
             "is broken; VALIDATE=1 names the op"
         )
+
+
+def _from_disk(whose: weakref.ref[Engine], tokens: abc.Sequence[int], least: int) -> int:
+    """See `Below`."""
+    engine = whose()
+    return 0 if engine is None or engine.disk is None else engine.disk.fetch(engine, tokens, least)
 
 
 def _limits(file: GGUFFile, vocabulary: int) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,16 +25,35 @@ _GONE = 4096  # blocks that are known to have been there
 _SLACK = 64  # share of the pool that is freed at once
 
 
+class Known(NamedTuple):
+    """What the cache has of a sequence of tokens: int32 pages of the first `stop`, states."""
+
+    stop: int
+    pages: np.ndarray
+    states: list[State]
+    recurrent: bool
+
+    @property
+    def place(self) -> int:
+        """From where on a sequence would go on from it."""
+        return max((s.place for s in self.states), default=0) if self.recurrent else self.stop
+
+
+# Brings more of some tokens into the cache, if it has more than so many; how many are now there.
+Below = Callable[[Sequence[int], int], int]
+
+
 class PromptCache(Evictable):
     """Holds pages and states of sequences of one model after they have ended, for those to come.
 
     Whoever changes it holds the engine's lock. `enabled`: it keeps and finds anything. `key`: of
-    what makes other pages of the same tokens, which the keys of blocks begin from.
+    what makes other pages of the same tokens, which the keys of blocks begin from. `below`: asked
+    for what is not here.
     """
 
     __slots__ = (
-        "_clock", "_context", "_gone", "_most", "_pools", "_recurrent", "_sizes", "enabled", "key",
-        "tree",
+        "_clock", "_context", "_gone", "_most", "_pools", "_recurrent", "_sizes", "below",
+        "enabled", "key", "tree",
     )  # fmt: skip
 
     def __init__(
@@ -45,16 +65,19 @@ class PromptCache(Evictable):
         self._pools, self._context = pools, context
         self._sizes, self._recurrent, self._most = sizes, bool(pools.slots.count), most
         self.enabled, self.key, self._clock = enabled, b"", 0
+        self.below: Below | None = None
         self.clear()
         pools.holders.add(self)
 
-    def start(self, tokens: Sequence[int]) -> tuple[Record, Reuse]:
+    def start(self, tokens: Sequence[int], least: int = 0) -> tuple[Record, Reuse]:
         """A record of the longest cached start of `tokens`, at most all but the last of them.
 
         Of a model with recurrent layers up to where a state was kept; the record says where the
-        next one is wanted, if the prompt leaves there what is cached.
+        next one is wanted, if the prompt leaves there what is cached. least: how many there are
+        elsewhere, so that it is not worth while to look below for fewer.
         """
         self._clock += 1
+        brought = self.below(tokens, least) if self.enabled and self.below is not None else 0
         way = self.tree.walk(np.array(tokens if self.enabled else [], np.int32))
         known = way[-1].stop if way else 0
         length, state, branch = min(known, len(tokens) - 1), None, 0
@@ -69,7 +92,7 @@ class PromptCache(Evictable):
             list(tokens[:length]), length, pages, keys[: length // PAGE], state, branch=branch
         )
         reuse = Reuse(
-            len(tokens), length, "cache" if length else "", pages.used,
+            len(tokens), length, _source(length, brought), pages.used,
             length if self._recurrent else None, known, self._follows(way),
             tuple(tokens[known : known + _SHOWN]), self._was_there(keys, tokens, known),
             not self.enabled,
@@ -86,7 +109,7 @@ class PromptCache(Evictable):
         if own.given:
             sequence.record = own
             return Reuse(len(tokens), own.evaluated, "session")
-        found, reuse = self.start(tokens)
+        found, reuse = self.start(tokens, own.evaluated)
         if found.length <= own.evaluated:
             state = own.evaluated if self._recurrent else None
             source = "session" if own.evaluated else ""
@@ -129,6 +152,12 @@ class PromptCache(Evictable):
         """Bytes of the pages and slots that it holds."""
         page, slot = self._sizes
         return len(self.tree.pages) * page + len(self.tree.slots) * slot
+
+    def known(self, tokens: Sequence[int], length: int, keys: Sequence[bytes]) -> Known:
+        """What is held of the first `length` of `tokens`, whose blocks have these keys."""
+        way = self.tree.walk_known(tokens, length, keys)
+        stop = way[-1].stop if way else 0
+        return Known(stop, pages_of(way, stop), states_of(way, stop), self._recurrent)
 
     def clear(self) -> None:
         """Hold nothing."""
@@ -227,6 +256,12 @@ class PromptCache(Evictable):
             node = max(node.children.values(), key=lambda child: child.used)
             found += node.edge.tokens[: _SHOWN - len(found)].tolist()
         return tuple(found)
+
+
+def _source(length: int, brought: int) -> str:
+    if not length:
+        return ""
+    return "disk" if brought == length else "cache"
 
 
 def _as_checkpoint(state: State, now: int) -> Recurrent:

@@ -13,12 +13,13 @@ Texts = Callable[[Sequence[int]], str]
 class Reuse(NamedTuple):
     """What a prompt of `prompt_tokens` did not have to evaluate.
 
-    cached_tokens: how many of its first tokens. source: "cache", "session" (its own), or "".
-    blocks: pages of the cache that it shares. snapshot: where the recurrent state lay that it goes
-    on from, 0 without one, None for models without recurrent layers. known: how many of its first
-    tokens the cache has keys and values of. cached_next, prompt_next: the tokens that follow
-    there, of the cached sequence that was nearest and of the prompt. evicted: whether more of the
-    prompt had been cached and had to make room. off: there is no cache.
+    cached_tokens: how many of its first tokens. source: "cache", "disk" (where some were read
+    from), "session" (its own), or "". blocks: pages of the cache that it shares. snapshot: where
+    the recurrent state lay that it goes on from, 0 without one, None for models without recurrent
+    layers. known: how many of its first tokens the cache has keys and values of. cached_next,
+    prompt_next: the tokens that follow there, of the cached sequence that was nearest and of the
+    prompt. evicted: whether more of the prompt had been cached and had to make room. off: there is
+    no cache.
     """
 
     prompt_tokens: int
@@ -62,8 +63,9 @@ class Reuse(NamedTuple):
         """Lines for a person; text: of tokens."""
         total = counted_as(self.prompt_tokens, "token")
         found = f"{self.cached_tokens} of {total} were not read again"
-        if self.source == "cache":
+        if self.source in ("cache", "disk"):
             found += f": {counted_as(self.blocks, 'block')} of the cache"
+            found += ", read from disk" if self.source == "disk" else ""
         elif self.source == "session":
             found += ": the session had them"
         lines = [found]

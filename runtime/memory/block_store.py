@@ -35,7 +35,6 @@ from runtime.memory.block_file import (
     write_block,
 )
 from runtime.memory.disk_budget import ABOUT, PART, DiskBudget, largest
-from runtime.memory.write_behind import WriteBehind
 
 FOLDER = "prompts"
 _AGAIN = 60.0  # seconds after which a disk that was full is tried again
@@ -70,9 +69,7 @@ class BlockStore:
         together; by default, and at most, see `largest`."""
         self.root = cache_dir / FOLDER
         self.folder, self.fingerprint = self.root / fingerprint.hex(), fingerprint
-        self.writer = WriteBehind()
         self._about, self._said = dict(about), set[str]()
-        self._queued = set[str]()  # names of blocks on their way
         self._names, self._ends = set[str](), dict[bytes, set[Tail]]()
         self._listed: int | None = None  # when the folder had changed last, as it was listed
         self._rest = 0.0  # not to be written to before then
@@ -107,31 +104,36 @@ class BlockStore:
 
     def has(self, key: bytes) -> bool:
         """Whether there is such a page, as far as is known without looking again."""
-        return self._has(_page_name(key))
+        return _page_name(key) in self._names
 
     def has_end(self, parent: bytes, tail: Tail) -> bool:
         """The same of an end."""
-        return self._has(_end_name(parent, tail))
+        return _end_name(parent, tail) in self._names
 
     def ends(self, parent: bytes) -> list[Tail]:
         """What is known to end within the page after `parent`, the longest first."""
-        return sorted(self._ends.get(parent, ()), reverse=True)
+        known = self._ends.get(parent, ())
+        return sorted((tail for tail in known if self.has_end(parent, tail)), reverse=True)
 
-    def put(self, block: Block, payload: np.ndarray) -> bool:
-        """Have a block written, uint8 payload, which the caller does not change any more.
-
-        False: it will not be; too much waits already, or the disk cannot be written.
-        """
+    def write(self, block: Block, payload: np.ndarray) -> bool:
+        """Keep a block, uint8 payload; False: it is not, the disk cannot be written just now."""
         name = _name(block)
-        if not self.usable or time.monotonic() < self._rest or payload.nbytes > self.budget:
+        if not self.usable or time.monotonic() < self._rest:
             return False
-        if name in self._queued or name in self._names:
+        if name in self._names:
             return True
-        self._queued.add(name)
-        if self.writer.put(payload.nbytes, lambda: self._write(name, block, payload)):
-            return True
-        self._queued.discard(name)
-        return False
+        try:
+            if not self._budget.reserve(payload.nbytes + HEAD):
+                return False
+            self._in_place(name, lambda file: write_block(file, block, payload))
+        except OSError as error:
+            self._rest = time.monotonic() + _AGAIN
+            self._say("unwritten", _unwritten(self.root, error))
+            return False
+        self._names.add(name)
+        if block.kind == END:
+            self._ends.setdefault(block.parent, set()).add(_end_of(name)[1])
+        return True
 
     def read(self, key: bytes, out: np.ndarray) -> Block | None:
         """A page: its payload into `out`, uint8 [nbytes], whole.
@@ -147,12 +149,11 @@ class BlockStore:
 
     def used(self, keys: Sequence[bytes], ends: Sequence[tuple[bytes, Tail]] = ()) -> None:
         """These pages, in order, and ends were of use just now."""
+        now = time.time_ns()
         names = [_page_name(key) for key in keys] + [_end_name(*end) for end in ends]
-        self.writer.put(0, lambda: self._touch(names))
-
-    def flush(self, seconds: float | None = None) -> bool:
-        """Wait until what was put is written, at most so long; whether it is."""
-        return self.writer.drain(seconds)
+        for n, name in enumerate(names):
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / name, ns=(now, now - n * 1000))
 
     def _opened(self) -> bool:
         """Whether the folder can be used; it and what is above it are made."""
@@ -173,9 +174,6 @@ class BlockStore:
             return False
         return True
 
-    def _has(self, name: str) -> bool:
-        return name in self._names or name in self._queued
-
     def _read(self, name: str, key: bytes, out: np.ndarray) -> Block | None:
         try:
             with (self.folder / name).open("rb", buffering=0) as file:
@@ -190,20 +188,6 @@ class BlockStore:
             return found
         return None
 
-    def _write(self, name: str, block: Block, payload: np.ndarray) -> None:
-        """In the writer's thread."""
-        try:
-            if time.monotonic() >= self._rest and self._budget.reserve(payload.nbytes + HEAD):
-                self._in_place(name, lambda file: write_block(file, block, payload))
-                self._names.add(name)
-                if block.kind == END:
-                    self._ends.setdefault(block.parent, set()).add(_end_of(name)[1])
-        except OSError as error:
-            self._rest = time.monotonic() + _AGAIN
-            self._say("unwritten", _unwritten(self.root, error))
-        finally:
-            self._queued.discard(name)
-
     def _in_place(self, name: str, write: Callable[[int], object]) -> None:
         """Write a file beside its place, and put it there whole."""
         path = self.folder / f"{name}.{os.urandom(8).hex()}{PART}"
@@ -217,12 +201,6 @@ class BlockStore:
             # Windows: somebody reads that very block
             if not (sys.platform == "win32" and isinstance(error, PermissionError)):
                 raise
-
-    def _touch(self, names: Sequence[str]) -> None:
-        now = time.time_ns()
-        for n, name in enumerate(names):
-            with contextlib.suppress(OSError):
-                os.utime(self.folder / name, ns=(now, now - n * 1000))
 
     def _drop(self, name: str, error: Exception) -> None:
         self._names.discard(name)

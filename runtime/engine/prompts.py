@@ -243,6 +243,8 @@ class PromptCache(Evictable):
             found.append(Checkpoint(state.place, state.slot, True))
         for checkpoint in found:
             place = checkpoint.place
+            if checkpoint.slot in self.tree.slots:
+                continue
             step = self.tree.walk_known(record.tokens, place, keys)[-1]
             if step.stop == place and all(s.place != place for s in step.node.edge.states):
                 kept = State(*checkpoint, self._clock)

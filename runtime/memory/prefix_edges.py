@@ -117,6 +117,8 @@ class Edge(NamedTuple):
         if blocks and self.keys[blocks - 1] != keys[first + blocks - 1]:
             blocks = bisect_left(range(blocks), True, key=lambda b: self.keys[b] != keys[first + b])
         at = max(self.start, (first + blocks) * PAGE)
+        if at == stop:
+            return at
         for known in self.tokens[at - self.start : at - self.start + PAGE].tolist():
             if at == stop or known != tokens[at]:
                 break

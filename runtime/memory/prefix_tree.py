@@ -6,13 +6,15 @@ tree; what is counted beside it is counted anew after such a break.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from runtime.memory.prefix_edges import NOTHING, Edge, State
 from runtime.ops import PAGE
+
+LONG = 8192  # tokens of an edge, beyond which it is no longer copied to have more
 
 
 class Node:
@@ -105,11 +107,12 @@ class PrefixTree:
         return self._slots
 
     def put(
-        self, above: Node, token: int, node: Node | None, gone: Iterable[Edge], come: Iterable[Edge]
+        self, above: Node, token: int, node: Node | None, gone: Sequence[Edge], come: Sequence[Edge]
     ) -> None:
         """Put a node in its place, or take away what is there; which edges go and come with it."""
         counts, self._counts = self._counts, None  # broken off in between, they are counted again
-        self._slots = None
+        if sum(len(edge.states) for edge in gone) != sum(len(edge.states) for edge in come):
+            self._slots = None
         if node is None:
             del above.children[token]
         else:
@@ -138,7 +141,7 @@ class PrefixTree:
             upper, lower = edge.before(at), edge.behind(at)
             fork = Node(upper, used, {lower.first: node.of(lower), new.first: leaf})
             self.put(above, edge.first, fork, (edge,), (upper, lower, new))
-        elif node.children:
+        elif node.children or len(edge.tokens) >= LONG:
             self.put(node, new.first, leaf, (), (new,))
         else:
             longer = edge.joined(new)
@@ -152,9 +155,8 @@ class PrefixTree:
         self.put(above, edge.first, left, (edge,), () if less is None else (less,))
         return left
 
-    def merge(self, above: Node, node: Node) -> None:
+    def merge(self, above: Node, node: Node, child: Node) -> None:
         """Make one node of one that has an only child and that child."""
-        (child,) = node.children.values()
         edge = node.edge.joined(child.edge)
         joined = Node(edge, max(node.used, child.used), child.children)
         self.put(above, edge.first, joined, (node.edge, child.edge), (edge,))
@@ -166,7 +168,10 @@ class PrefixTree:
             above = left.pop()
             for token, node in [*above.children.items()]:
                 while len(node.children) == 1:
-                    self.merge(above, node)
+                    (child,) = node.children.values()
+                    if len(node.edge.tokens) + len(child.edge.tokens) > LONG:
+                        break
+                    self.merge(above, node, child)
                     node = above.children[token]
                 left.append(node)
 

@@ -9,7 +9,7 @@ _MAKING = 20  # steps of one token that making a program takes, until one was ma
 # steps of 1, 2, 4, ... tokens, of which few are known: as many of one token
 _BEFORE = (1.0, 1.2, 1.35, 2.0, 3.8, 7.0, 13.0)
 _LEVEL, _SHAPE = 0.1, 0.1  # how much a step changes of what is known
-_FORGOTTEN = 0.0005  # of what is known of a size, at each step of another one
+_FORGOTTEN, _EVERY = 0.03, 64  # of what is known, after so many steps
 
 
 class StepCosts:
@@ -25,6 +25,7 @@ class StepCosts:
         self._level = 0.0  # seconds of one token; 0: not known
         self._shape = list(_BEFORE)
         self._making = 0.0
+        self._steps = 0
 
     @property
     def making(self) -> float:
@@ -48,9 +49,14 @@ class StepCosts:
         self._level *= off**_LEVEL
         if size:
             self._shape[size] *= off**_SHAPE
-        for other, before in enumerate(_BEFORE):
-            if other != size:
-                self._shape[other] += _FORGOTTEN * (before - self._shape[other])
+        self._steps += 1
+        if self._steps % _EVERY == 0:
+            self._forget()
+
+    def _forget(self) -> None:
+        """Some of what is known, which may be of another time: it is learnt again."""
+        for size, before in enumerate(_BEFORE):
+            self._shape[size] += _FORGOTTEN * (before - self._shape[size])
 
     def of(self, tokens: int) -> float:
         """Seconds that a step of so many tokens is likely to take."""

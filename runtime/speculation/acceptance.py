@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-CERTAINTIES = 8
+# for each certainty, of texts that repeat some of what they had before
+_FIRST_BEFORE = (0.3, 0.4, 0.55, 0.7, 0.8, 0.85, 0.9, 0.95)
+_REST_BEFORE = (0.65, 0.7, 0.78, 0.82, 0.85, 0.88, 0.92, 0.95)
 _FIRST, _REST = 0.08, 0.05  # how much one draft changes of what is known
 _MOST = 0.99
 
@@ -12,8 +14,7 @@ class Acceptance:
     behind another that did follow."""
 
     def __init__(self) -> None:
-        self._first = [0.2 + 0.1 * c for c in range(CERTAINTIES)]
-        self._rest = [0.6 + 0.05 * c for c in range(CERTAINTIES)]
+        self._first, self._rest = list(_FIRST_BEFORE), list(_REST_BEFORE)
 
     def learn(self, certainty: int, followed: int, known: int) -> None:
         """Of `known` drafts, up to the first that did not, so many did follow."""

@@ -22,7 +22,7 @@ _COMMON = 0.95  # least share of a vocabulary that the other has, which may have
 class DraftModel:
     """A Drafter: what the model would say, as long as it is sure of it."""
 
-    kind, free, certainty = "draft", False, 5
+    kind, free, certainty = "draft", False, 3
 
     def __init__(self, model: Model) -> None:
         self._session = model.session()

@@ -38,6 +38,9 @@ class Lengths:
         0: none. each: seconds that it takes to find one.
         """
         best, most = 0, self._rate(room, 0, certainty, each) * _WORTH
+        tokens = room.others + 1 + self._acceptance.expected(certainty, room.drafts)
+        if tokens <= most * self._costs.of(room.others + room.again + 2):
+            return best, most  # all of them would not pay for a step of one more
         missing, more = 0, most
         for n in _lengths(room):
             rate = self._rate(room, n, certainty, each)

@@ -18,11 +18,11 @@ _WALK = 16  # places of a chain that are looked at
 _FAR = 40  # tokens that matches are compared over
 _LEAST_BITS, _MOST_BITS = 12, 18  # of hashes
 _FACTOR, _32_BITS = 0x9E3779B1, 0xFFFFFFFF
-_CERTAINTIES = (2, 3, 4, 6, 9, 16, 32)  # least length of a match for each from 1 on
+_CERTAINTIES = (3, 4, 6, 9, 16, 32, 64)  # least length of a match for each from 1 on
 
 
 class Ngrams:
-    """A Drafter. Longest match first, among equals the last; certainty 0: after a match ended."""
+    """A Drafter: how the text went on behind the longest match of its end, of equals the last."""
 
     kind, free = "ngram", True
 
@@ -59,9 +59,8 @@ class Ngrams:
         while self._seen < len(tokens):
             at, token = self._at, tokens[self._seen]
             self._seen += 1
-            if at >= 0:
-                self._at = at + 1
-                self._length = self._length + 1 if tokens[at] == token else 0
+            same = at >= 0 and tokens[at] == token
+            self._at, self._length = (at + 1, self._length + 1) if same else (-1, 0)
             if self._length <= _LONG:
                 self._find(tokens)
             for chain in self._chains:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from runtime.model import Model as Model
     from runtime.model import load as load
     from runtime.quantise.quantize import quantize as quantize
+    from runtime.requests import Request as Request
     from runtime.session import Session as Session
     from runtime.session import Snapshot as Snapshot
     from runtime.text.sampling import Sampling as Sampling
@@ -42,6 +43,7 @@ _NAMES = {
     "runtime.generation": ("Generation",),
     "runtime.model": ("Model", "load"),
     "runtime.quantise.quantize": ("quantize",),
+    "runtime.requests": ("Request",),
     "runtime.session": ("Session", "Snapshot"),
     "runtime.text.sampling": ("Sampling", "Token"),
     "runtime.text.tokenizer": ("Tokenizer",),
@@ -49,8 +51,8 @@ _NAMES = {
 _LAZY = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     *("BackendError", "Error", "FileError", "Generation", "MemoryLimitError", "Model"),
-    *("ModelError", "OpError", "OptionError", "Sampling", "Session", "Snapshot", "TextError"),
-    *("Token", "Tokenizer", "__version__", "convert", "load", "quantize"),
+    *("ModelError", "OpError", "OptionError", "Request", "Sampling", "Session", "Snapshot"),
+    *("TextError", "Token", "Tokenizer", "__version__", "convert", "load", "quantize"),
 ]
 
 

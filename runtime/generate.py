@@ -1,32 +1,28 @@
-"""From text to an answer: what `generate` and `chat` take, checked before anything is evaluated."""
+"""What a model is asked to say: `generate`, `chat`, `submit`, and several answers together."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from runtime.arguments import check_function, check_spec, flag, listed, token_ids, whole, wrong
-from runtime.engine.advance import Piece
-from runtime.engine.engine import OnPrompt, check_room
-from runtime.errors import OptionError
-from runtime.generation import Generation, Options, Prompt
+from runtime.asking import continuation, reply
+from runtime.engine.engine import OnPrompt
+from runtime.generation import Generation
 from runtime.session import Session
+from runtime.writing import Options, Prompt
 
 if TYPE_CHECKING:
     from runtime.model import Model
+    from runtime.requests import Request
     from runtime.text.sampling import Token
     from runtime.together import Together
-
-# keywords of `generate` and `chat` that are no fields of `Sampling`
-_OWN = ("max_tokens", "ignore_eos", "on_token", "on_prompt", "spec")
 
 
 class TextModel:
     """The part of a Model that speaks: `generate` continues a text, `chat` answers messages.
 
-    Both take every field of `runtime.Sampling` as a keyword and, besides,
+    `submit` does either beside others, without being read. All take every field of
+    `runtime.Sampling` as a keyword and, besides,
 
     - `session`: continue this one, and leave it holding prompt and answer; default a fresh one.
     - `max_tokens`: most tokens of the answer; None or -1: until the context is full.
@@ -76,7 +72,8 @@ class TextModel:
         what the file asks for (`sampling_defaults`), else the default there.
         """
         given = locals()  # each keyword under its name, and nothing else yet
-        return _continuation(cast("Model", given.pop("self")), given.pop("prompt"), given)
+        model = cast("Model", given.pop("self"))
+        return _generation(model, *continuation(model, given.pop("prompt"), given))
 
     def chat(
         self, messages: str | Sequence[Mapping[str, Any]], *, session: Session | None = None,
@@ -112,7 +109,27 @@ class TextModel:
         template refuses.
         """
         given = locals()
-        return _reply(cast("Model", given.pop("self")), given.pop("messages"), given)
+        model = cast("Model", given.pop("self"))
+        return _generation(model, *reply(model, given.pop("messages"), given))
+
+    def submit(
+        self, prompt: str | Sequence[int] | None = None, *,
+        messages: str | Sequence[Mapping[str, Any]] | None = None, priority: float = 0,
+        deadline: float | None = None, **options: Any,
+    ) -> Request:  # fmt: skip
+        """An answer that goes on by itself, together with all others; from any thread or task.
+
+        With `prompt` it is that of `generate`, with `messages` that of `chat`, and takes their
+        keywords; `on_token` and `on_prompt` are called by the thread that runs the steps of all.
+        What it gives is iterated, `for` or `async for`, awaited, or asked for its `.result()`.
+        priority: who waits goes first with the higher one; 1 is worth ten seconds of waiting.
+        deadline: seconds after which it ends with what it has, its `reason` being "deadline".
+        Its text is what it would be alone, whatever else is under way.
+        Raises what `generate` and `chat` raise; MemoryLimitError where there could never be room.
+        """
+        from runtime.requests import submit
+
+        return submit(cast("Model", self), prompt, messages, priority, deadline, options)
 
     def together(self, answers: Iterable[Generation]) -> Together:
         """Answers of this model under way, read together: (number, text) of any, as it comes.
@@ -126,104 +143,7 @@ class TextModel:
         return Together(cast("Model", self), answers)
 
 
-def _continuation(model: Model, prompt: str | Sequence[int], given: dict[str, Any]) -> Generation:
-    owned = _session(model, given.pop("session"))
-    options = _options(model, given)
-    session = model.session() if owned is None else owned
-    if isinstance(prompt, str):
-        ids = model.tokenizer.encode(prompt, add_special=not len(session))
-    else:
-        ids = token_ids(prompt)
-    if not ids:
-        raise OptionError("the prompt is empty and the model adds no start token; give some text")
-    model._engine.check(Piece(session._sequence, ids))
-    return Generation(model, Prompt(session, owned is None, len(session), ids), options)
-
-
-def _reply(
-    model: Model, messages: str | Sequence[Mapping[str, Any]], given: dict[str, Any]
-) -> Generation:
-    owned = _session(model, given.pop("session"))
-    room = whole("room", given.pop("room"), 0)
-    extra = _template_options(given.pop("template_options"))
-    extra |= {name: given.pop(name) for name in ("tools", "template")}
-    options = _options(model, given)
-    ids = model.tokenizer.chat_template.encode(model.tokenizer, _messages(messages), **extra)
-    if not ids:
-        raise OptionError("the chat template makes an empty prompt of these messages")
-    session = model.session() if owned is None else owned
-    keep = common_start(session, ids)
-    check_room(keep, len(ids) - keep + room, model.context)
-    return Generation(model, Prompt(session, owned is None, keep, ids[keep:]), options)
-
-
-def common_start(session: Session, ids: Sequence[int]) -> int:
-    """How many tokens of `session` begin `ids`; at least one of `ids` is left to evaluate."""
-    same, tokens = 0, session.tokens
-    while same < min(len(tokens), len(ids) - 1) and tokens[same] == ids[same]:
-        same += 1
-    return same
-
-
-def _messages(given: Any) -> list[Any]:
-    """Messages as a list; what one of them may be the template says."""
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    example = '[{"role": "user", "content": "Hi"}]'
-    return listed("messages", given, f"the text of one message, or a list such as {example}")
-
-
-def _template_options(given: Any) -> dict[str, Any]:
-    """What a template is given besides messages, tools and its own choice."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-        raise wrong("template_options", given, "a mapping of names to values, or None")
-    taken = next((n for n in given if n in ("messages", "tools", "template")), None)
-    if taken is not None:
-        raise OptionError(f"template_options cannot hold {taken!r}: it is a keyword of chat itself")
-    return dict(given)
-
-
-def _session(model: Model, given: Any) -> Session | None:
-    """The session to continue, if there is one and this model can."""
-    if given is None:
-        return None
-    if not isinstance(given, Session):
-        raise wrong("session", given, "a session made by model.session(), or None")
-    if given.model is not model:
-        raise OptionError("a session can only be continued by the model that made it")
-    given._open()
-    return given
-
-
-def _options(model: Model, given: dict[str, Any]) -> Options:
-    """Checked options; OptionError names what cannot be used."""
-    from runtime.speculation.choice import drafters
-    from runtime.text.defaults import file_defaults
-    from runtime.text.samplers.chain import check_used
-    from runtime.text.sampling import Sampling
-
-    if not model.tokenizer.has_text:
-        raise OptionError(
-            f"{model.file.path}: the file has no vocabulary, so there is no text to generate; "
-            "model.eval(ids) gives logits"
-        )
-    own = {name: given.pop(name) for name in _OWN}
-    most = own["max_tokens"]
-    if most is not None:
-        most = whole("max_tokens", most, -1, ", or None or -1 for no limit")
-    spec = model.spec if own["spec"] is None else check_spec(own["spec"])
-    check_function("on_token", own["on_token"], "one token")
-    check_function("on_prompt", own["on_prompt"], "(done, total)")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    sampling = Sampling(**file_defaults(model.file.metadata, chosen) | chosen)
-    check_used(sampling, chosen)
-    unwanted = set(model.tokenizer.suppressed)
-    if flag("ignore_eos", own["ignore_eos"]):
-        unwanted |= model.tokenizer.end_ids
-    if unwanted:
-        forbidden = dict.fromkeys((i for i in unwanted if i < model.vocab_size), -math.inf)
-        sampling = replace(sampling, logit_bias={**sampling.logit_bias, **forbidden})
-    limit = None if most in (None, -1) else most
-    return Options(sampling, limit, own["on_token"], own["on_prompt"], drafters(model, spec))
+def _generation(model: Model, prompt: Prompt, options: Options) -> Generation:
+    if prompt.session is None:
+        prompt = prompt._replace(session=model.session())
+    return Generation(model, prompt, options)

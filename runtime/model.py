@@ -24,6 +24,7 @@ from runtime.backends.base import Backend, Progress
 from runtime.backends.devices import names_mpi, open_backend
 from runtime.engine.advance import Piece
 from runtime.engine.engine import Engine, OnPrompt
+from runtime.engine.scheduler import Scheduler
 from runtime.errors import ModelError, OptionError
 from runtime.generate import TextModel
 from runtime.gguf.reader import GGUFFile, open_gguf
@@ -193,6 +194,7 @@ class Model(TextModel):
             file, self.backend, architecture, self.kv_types, context, sequences, progress,
             cache_rotation, prompt_cache, cache_bytes, cache_dir, cache_disk,
         )  # fmt: skip
+        self._scheduler = Scheduler(self._engine)
 
     @property
     def context(self) -> int:
@@ -314,6 +316,7 @@ class Model(TextModel):
 
     def close(self) -> None:
         """End threads and give memory back; sessions of this model cannot be used afterwards."""
+        self._scheduler.close("this model is closed; load it again")
         self._engine.close()
         if self._owned and self.draft is not None:
             self.draft.close()

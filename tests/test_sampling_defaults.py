@@ -104,7 +104,7 @@ def model() -> Iterator[Callable[..., Model]]:
 
 def sampling(answer: Generation) -> Sampling:
     answer.close()
-    return answer._options.sampling
+    return answer._writing.options.sampling
 
 
 @needs_demo

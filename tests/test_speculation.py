@@ -116,7 +116,9 @@ def read(answer: Generation) -> list[int]:
 
 
 def speculating(answer: Generation, drafter: Any) -> Generation:
-    answer._options = answer._options._replace(drafters=drafter and (lambda _: [drafter]))
+    answer._writing.options = answer._writing.options._replace(
+        drafters=drafter and (lambda _: [drafter])
+    )
     return answer
 
 

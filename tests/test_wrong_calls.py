@@ -125,7 +125,7 @@ def test_public_names_are_those_a_user_needs(model: Model):
         "architecture", "backend", "cache_rotation", "chat", "close", "context", "draft", "eval",
             "file",
         "generate", "graph", "kv_types", "memory", "perplexity", "sampling_defaults", "session",
-        "spec", "step", "threads", "together", "tokenizer", "vocab_size", "warmup",
+        "spec", "step", "submit", "threads", "together", "tokenizer", "vocab_size", "warmup",
     }  # fmt: skip
     with model.session() as session:
         assert {n for n in dir(session) if not n.startswith("_")} == {

@@ -94,8 +94,11 @@ class Advance:
         assert self.state is not None, "only recurrent layers have slots"
         return self.state.slot, self.slot_out
 
-    def take(self, rows: np.ndarray) -> None:
-        """A copy of the next of its rows; there may be none."""
+    def take(self, rows: np.ndarray, copy: bool = True) -> None:
+        """The next of its rows; there may be none. Not copied, they have to be all."""
+        if not copy:
+            self.rows, self._filled = rows, len(rows)
+            return
         if not self._filled:
             self.rows = np.empty((len(self.wanted), rows.shape[1]), np.float32)
         end = self._filled + len(rows)

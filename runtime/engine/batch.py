@@ -45,10 +45,14 @@ class Part:
 
 
 class Batch:
-    """One step: its parts, whose rows of logits come behind one another."""
+    """One step: its parts, whose rows of logits come behind one another.
 
-    def __init__(self, advances: Iterable[Advance] = ()) -> None:
+    `last`: it is known that no other step is needed.
+    """
+
+    def __init__(self, advances: Iterable[Advance] = (), last: bool = False) -> None:
         """advances: those that it takes to their ends."""
+        self.last = last
         self.parts: list[Part] = []
         self.tokens = self.outputs = 0
         self.given = set[str]()  # what some tokens come with
@@ -197,7 +201,7 @@ def cut(advances: Sequence[Advance], most_tokens: int, most_rows: int) -> Iterat
     tokens, rows = size_of(advances)
     kept_at = [_states_kept_at(advance, most_tokens) for advance in advances]
     if tokens <= most_tokens and rows <= most_rows and not any(kept_at):
-        yield from [Batch(advances)] if advances else []
+        yield from [Batch(advances, True)] if advances else []
         return
     batch = Batch()
     for advance, places in zip(advances, kept_at, strict=True):
@@ -215,6 +219,7 @@ def cut(advances: Sequence[Advance], most_tokens: int, most_rows: int) -> Iterat
                 yield batch
                 batch = Batch()
     if batch.parts:
+        batch.last = True
         yield batch
 
 

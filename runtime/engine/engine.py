@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import abc, deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -172,6 +172,12 @@ class Engine:
         off leaves all sequences as they were. OptionError when there are more tokens than
         `most_tokens`, with what is evaluated again after a rewind, or rows than `most_rows`.
         """
+        with self.ran(pieces) as found:
+            return [rows if isinstance(rows, Error) else rows.copy() for rows in found]
+
+    @contextmanager
+    def ran(self, pieces: abc.Sequence[Piece]) -> abc.Iterator[list[np.ndarray | Error]]:
+        """The same for a `with` block in which the rows are valid: nothing is copied."""
         with self.alone():
             begun, made = time.perf_counter(), len(self.programs)
             advances = self.admitted(pieces)
@@ -181,10 +187,10 @@ class Engine:
             begin(going)
             # not ahead where a state would be kept after each of the steps
             for batch, results in self._steps(going, ahead=not self.memory.slots):
-                self._take(batch, *results)
+                self._take(batch, *results, copy=self.staged is not None or not batch.last)
             self._commit([a for a in going if a.error is None])
             self._learn(going, time.perf_counter() - begun, made == len(self.programs))
-        return [a.error or a.rows for a in advances]
+            yield [a.error or a.rows for a in advances]
 
     def _learn(self, going: abc.Sequence[Advance], seconds: float, ready: bool) -> None:
         """ready: no program was made for this step."""
@@ -379,17 +385,25 @@ class Engine:
             part.finish()
         return program, inputs, batch.live
 
-    def _take(self, batch: Batch, logits: np.ndarray, hidden: np.ndarray | None = None) -> None:
+    def _take(
+        self,
+        batch: Batch,
+        logits: np.ndarray,
+        hidden: np.ndarray | None = None,
+        *,
+        copy: bool = True,
+    ) -> None:
         """Each part takes its rows of logits, or an error where they are not finite.
 
-        hidden: the rows that they were made of, of models that predict further tokens.
+        hidden: the rows that they were made of, of models that predict further tokens. copy:
+        other steps are run before the rows are read.
         """
         at, finite = 0, _finite(logits)
         for part in batch.parts:
             rows = logits[at : at + len(part.wanted)]
             at += len(part.wanted)
             if finite or _finite(rows):
-                part.advance.take(rows)
+                part.advance.take(rows, copy)
                 if hidden is not None:
                     part.advance.see(hidden[at - len(part.wanted) : at])
             else:

@@ -74,7 +74,7 @@ class Speculation:
         """
         if isinstance(found, Error):
             return None
-        self._drafted.follow(found[1:])
+        self._drafted.follow(found[1:].copy())
         done, new, kind = self.done, len(found) - 1, self._kind
         kinds = {**done.kinds, kind: done.kinds.get(kind, 0) + new}
         self.done = Drafts(done.drafted + new, done.accepted, done.steps + 1, kinds)

@@ -26,7 +26,8 @@ class Fed(NamedTuple):
 
 
 class Answer:
-    """One answer, as far as it has come: its `tokens`, its `text` and why it has ended, `reason`.
+    """One answer, as far as it has come: its `tokens`, its `text` (in `pieces`) and why it has
+    ended, `reason`.
 
     It ends at an end token ("end"), a stop string ("stop"), after `most` tokens ("length"; None:
     no limit), or after as many as there is `room` for ("context"); the last of them need not be
@@ -45,14 +46,14 @@ class Answer:
         self._stoppable = bool(sampling.stop)
         self._left = room if most is None else min(most, room)
         self._at_most = "context" if most is None or room < most else "length"
-        self._pieces: list[str] = []
+        self.pieces: list[str] = []
         self.tokens: list[Token] = []
         self.reason: str | None = None
 
     @property
     def text(self) -> str:
         """What can be shown so far."""
-        return "".join(self._pieces)
+        return "".join(self.pieces)
 
     @property
     def left(self) -> int:
@@ -87,7 +88,7 @@ class Answer:
         text, self.reason = self._shown(token.id)
         self.tokens.append(token)
         if text:
-            self._pieces.append(text)
+            self.pieces.append(text)
         return Fed(token, text, self.reason)
 
     def _shown(self, token: int) -> tuple[str, str | None]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_edits import Edits
 from small_models import NOVEL, Sizes, tensors, write_model
 from tensor_models import summed
 
@@ -153,6 +154,12 @@ def law_of_rewinds(path: Path) -> None:
         same([session.eval(PROMPT[35:])], [model.eval(PROMPT)[35:]])
 
 
+def law_of_prompts(path: Path) -> None:
+    """law: what is begun from the cache of prompts is as evaluated anew"""
+    with load(path, context=256) as model, load(path, context=256, prompt_cache=False) as cold:
+        Edits(model, cold, seed=7, trees=False).run(200)
+
+
 def law_of_devices(path: Path) -> None:
     """law: several devices are one"""
     exact = {"kv_type": "f32", "activations": "f32"}
@@ -187,7 +194,7 @@ def same(got: list[np.ndarray], want: list[np.ndarray]) -> None:
 
 CHECKS: tuple[Check, ...] = (
     validate, any_order_of_threads, fused_is_plain, law_of_cuts, law_of_batches, law_of_forks,
-    law_of_rewinds, law_of_devices, law_of_exact_devices, law_of_stages,
+    law_of_rewinds, law_of_prompts, law_of_devices, law_of_exact_devices, law_of_stages,
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 
 import numpy as np
@@ -47,12 +47,15 @@ def check(cache: PromptCache) -> None:
 class Edits:
     """Conversations, each a list of tokens and perhaps a session that has evaluated them."""
 
-    def __init__(self, model: Model, cold: Model, seed: int, conversations: int = 8) -> None:
+    def __init__(self, model: Model, cold: Model, seed: int, trees: bool = True) -> None:
+        """trees: whether the tree is looked at after each edit, besides logits."""
+        self.trees, conversations = trees, 8
         self.model, self.cold, self.rng = model, cold, random.Random(seed)
         self.engine = model._engine
         self.tokens = [self._new(self.rng.randint(1, 40)) for _ in range(conversations)]
         self.sessions: list[Session | None] = [None] * conversations
         self.done, self.cached, self.evaluated = Counter[str](), 0, 0
+        self.past = deque[list[int]](maxlen=20)
         self._right: dict[tuple[int, ...], np.ndarray] = {}
 
     def run(self, steps: int) -> None:
@@ -60,12 +63,15 @@ class Edits:
         kinds: list[Callable[[int], None]] = [
             self.ask, self.ask, self.append, self.append, self.branch, self.edit, self.truncate,
             self.leave, self.together, self.fork, self.go_back, self.evict, self.decode,
+            self.back, self.back,
         ]  # fmt: skip
         for _ in range(steps):
-            kind = self.rng.choice(kinds)
-            kind(self.rng.randrange(len(self.tokens)))
+            kind, n = self.rng.choice(kinds), self.rng.randrange(len(self.tokens))
+            self.past.append(self.tokens[n])
+            kind(n)
             self.done[kind.__name__] += 1
-            check(self.engine.prompts)
+            if self.trees:
+                check(self.engine.prompts)
         for n in range(len(self.sessions)):
             self.leave(n)
         pools = self.engine.pools
@@ -122,6 +128,12 @@ class Edits:
         if (session := self.sessions[n]) is not None and other != n:
             self.leave(other)
             self.sessions[other], self.tokens[other] = session.fork(), list(self.tokens[n])
+
+    def back(self, n: int) -> None:
+        """What a conversation was some edits ago is asked again."""
+        self.leave(n)
+        self.tokens[n] = self.rng.choice(self.past)
+        self.ask(n)
 
     def leave(self, n: int) -> None:
         """The session of a conversation ends."""

@@ -30,6 +30,7 @@ from fault_checks import (
     law_of_devices,
     law_of_exact_devices,
     law_of_forks,
+    law_of_prompts,
     law_of_rewinds,
     law_of_stages,
     red,
@@ -65,9 +66,13 @@ from runtime.backends.passes import fuse_attention, fuse_delta, fuse_ffn, fuse_s
 from runtime.backends.plan import lowering
 from runtime.backends.plan.lowering import Lowering
 from runtime.backends.plan.plan import Call, Instruction, Plan, Ref
+from runtime.engine import prompts
 from runtime.engine.batch import Batch
+from runtime.engine.prompts import PromptCache
+from runtime.engine.sequence import Record
 from runtime.memory import pages
 from runtime.memory.pages import PagePool, Pages
+from runtime.memory.prefix_edges import Edge, State
 from runtime.memory.slots import Recurrent
 from runtime.ops import PAGE
 from runtime.ops.kv_formats import KV_FORMATS
@@ -335,6 +340,26 @@ def _dt_lost(raw_gates: Any) -> Any:
     return faulty
 
 
+def _first_come(way: Any) -> Any:
+    return lambda steps, length: way(steps[::-1], length)
+
+
+def _rewritten(cut: Any) -> Any:
+    return lambda self, n: cut(self, n)._replace(pages=self.pages.cut(n))
+
+
+def _too_soon(with_state: Any) -> Any:
+    def faulty(self: Edge, state: State) -> Edge:
+        place = max(state.place - 1, self.start + 1)
+        return with_state(self, State(place, state.slot, state.message_end, state.used))
+
+    return faulty
+
+
+def _going_on(keep: Any) -> Any:
+    return lambda self, record, ends=False: keep(self, record, True)
+
+
 def _state_kept(cut: Any) -> Any:
     return lambda self, length: self._replace(place=min(self.place, length))
 
@@ -470,6 +495,15 @@ FAULTS = [
     *faults("slots", "hybrid", law_of_forks, {
         "a fork goes on in its parent's slot":
             put(Recurrent, "shared", lambda _: lambda self: self),
+    }),
+    *faults("prompts", "dense", law_of_prompts, {
+        "a page of the branch that came first": put(prompts, "pages_of", _first_come),
+        "a token more than is the same": put(Edge, "common", lambda f: lambda *a: f(*a) + 1),
+        "what is cached written over after a rewind": put(Record, "cut", _rewritten),
+    }),
+    *faults("prompts", "hybrid", law_of_prompts, {
+        "a state a token before its place": put(Edge, "with_state", _too_soon),
+        "a state that is written over": put(PromptCache, "keep", _going_on),
     }),
     *faults("devices", "dense", law_of_devices, {
         "a part left out of a sum": argument("all_sum", n_parts=plus("n_parts", -1)),

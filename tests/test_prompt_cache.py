@@ -79,7 +79,7 @@ def nbytes(x: object, seen: set[int]) -> int:
 def test_a_budget_is_never_exceeded(files: dict[str, Path], name: str):
     """With all that is held and what it takes to find it, by prompts that have starts alike."""
     budget, rng = (600_000 if name == "dense" else 1_200_000), random.Random(3)
-    with runtime.load(files[name], context=256, cache_bytes=budget) as model:
+    with runtime.load(files[name], context=256, threads=1, cache_bytes=budget) as model:
         engine, memory = model._engine, model.memory()
         pool = memory.pages * memory.page + memory.slots * memory.state
         seen = {id(engine.pools)}

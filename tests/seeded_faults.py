@@ -377,7 +377,7 @@ FAULTS = [
             argument("qkv_post", q_norm=taken("k_norm"), k_norm=taken("q_norm")),
         "rope in the other style": constant("qkv_post", style="normal"),
         "rope of one dim less": argument("qkv_post", half=plus("half", -1)),
-        "embedding of the next token": argument("get_rows", ids=shifted("ids", 4)),
+        "embedding of the next token": argument("get_packed_rows", ids=shifted("ids", 4)),
         "logits of the next row": argument("gather_rows", x=shifted("x", 256)),
         "eps of the norms 1e-4": argument("rms_norm_pack", eps=times("eps", 100)),
         "residual dropped": argument("matmul", add=number(0)),

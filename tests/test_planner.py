@@ -193,10 +193,10 @@ def test_smaller_caches_take_less() -> None:
 
 
 def test_memory_of_this_machine_is_shared_by_its_devices() -> None:
-    one = placed("qwen3-0.6b", "cpu", free=4 * GB)
-    two = placed("qwen3-0.6b", "layers(cpu:0,cpu:1)", free=4 * GB)
+    one = placed("llama-3.1-8b", "cpu", free=12 * GB)
+    two = placed("llama-3.1-8b", "layers(cpu:0,cpu:1)", free=12 * GB)
     ((devices, room),) = two.rooms()
-    assert len(devices) == 2 and room < 4 * GB
+    assert len(devices) == 2 and room < 12 * GB
     assert two.most == pytest.approx(one.most, rel=0.02)
 
 

@@ -28,6 +28,7 @@ KERNELS = [
     Kernel.of("matmul_id", format="Q4_0", columns=8, coding="int8"),
     Kernel.of("pack_weights", format="Q4_0"),
     Kernel.of("get_rows", format="q4_0"),
+    Kernel.of("get_packed_rows", format="Q4_0"),
 ]
 PROGRAM = """
 import json, sys
@@ -86,6 +87,7 @@ def _numba(*files: str) -> set[str]:
         ("cpu/tile/emit.py", {"matmul", "matmul_id"}),
         ("cpu/tile/pack.py", {"pack_weights"}),
         ("cpu/tile/get_rows.py", {"get_rows"}),
+        ("cpu/tile/packed_rows.py", {"get_packed_rows"}),
         ("cpu/kernels/simd.py", set(NUMBA.names())),
         ("cpu/kernels/attention_block.py", _numba("attention")),
     ],

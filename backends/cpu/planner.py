@@ -6,7 +6,13 @@ import math
 from collections.abc import Sequence
 
 from runtime.backends.cpu.abi import MAX_HEAD_DIM
-from runtime.backends.cpu.tile.formats import NAMES, READABLE, packed_nbytes, tile_format
+from runtime.backends.cpu.tile.formats import (
+    NAMES,
+    READABLE,
+    packed_nbytes,
+    rows_from_tiles,
+    tile_format,
+)
 from runtime.backends.passes.packing import Options, distinct_sizes
 from runtime.backends.plan import planner
 from runtime.backends.plan.lowering import Rules
@@ -43,6 +49,10 @@ class Planner(planner.Planner):
         """See plan/planner.py."""
         *experts, rows, inner = map(int, weight.shape)
         return math.prod(experts) * packed_nbytes(tile_format(weight.dtype), rows, inner)
+
+    def rows_from_tiles(self, weight: Tensor) -> bool:
+        """See plan/planner.py."""
+        return rows_from_tiles(weight.dtype)
 
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""

@@ -69,15 +69,24 @@ class StagePlan:
 
     def weights(self, device: int) -> int:
         """Bytes of the weights on a device, in its own forms."""
-        read = {
+        read = self._read(device)
+        if self.devices[device].kind in ON_CPU:
+            return _CPU.weights_nbytes(read, device == self._with_rows)
+        return _GPU.weights_nbytes(read)
+
+    def _read(self, device: int) -> dict[tuple[Tensor, int], Tensor]:
+        """The weights that a device reads: (node, number of an input) -> its part."""
+        return {
             (node, n): self._local(x.base, state, device)
             for node, n, x, state in self._weights
             if self._takes(node, n, device)
         }
-        if self.devices[device].kind in ON_CPU:
-            first = next(n for n, each in enumerate(self.devices) if each.kind in ON_CPU)
-            return _CPU.weights_nbytes(read, device == first)
-        return _GPU.weights_nbytes(read)
+
+    @cached_property
+    def _with_rows(self) -> int:
+        """The first device on a CPU that looks up rows as the file has them, which all share."""
+        on_cpu = (n for n, each in enumerate(self.devices) if each.kind in ON_CPU)
+        return next((n for n in on_cpu if _CPU.looks_up(self._read(n))), 0)
 
     @cached_property
     def _weights(self) -> list[tuple[Tensor, int, Tensor, State]]:

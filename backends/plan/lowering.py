@@ -7,7 +7,7 @@ in plan.py, for all devices alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from runtime.backends.plan.kernel import Kernel
@@ -88,7 +88,8 @@ class Rules:
 
     def lower(self, graph: Graph) -> Lowering:
         """All nodes of a graph lowered in order. BackendError: one that cannot be."""
-        lowering = Lowering()
+        reads = ((node, n, x) for node in graph.nodes for n, x in enumerate(node.inputs))
+        lowering = Lowering(multiplied(reads))
         for node in _in_order(graph):
             if kind_of(node) in (Kind.LEAF, Kind.VIEW):
                 continue
@@ -122,7 +123,9 @@ class Rules:
 class Lowering:
     """The state of lowering one graph: calls so far and the buffer of each tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, multiplied: Collection[Hashable] = ()) -> None:
+        """multiplied: see the function of that name."""
+        self.multiplied = multiplied
         self.calls: list[Call] = []
         self.counts: dict[tuple[str, int], int] = {}
         self.scratch_nbytes = self.n_tickets = 0
@@ -302,6 +305,17 @@ class Lowering:
         """The one buffer of what is not made by this plan."""
         made = Buffer(memory, key, leaf.nbytes if leaf else 0, tensor=leaf)
         return self._fixed.setdefault(made.content, made)
+
+
+def multiplied(reads: Iterable[tuple[Tensor, int, Tensor]]) -> frozenset[Hashable]:
+    """Contents of the weights that products read, in tiles: an embedding may be one of them.
+
+    reads: (node, number of an input, the tensor that it is).
+    """
+    return frozenset(
+        x.content for node, n, x in reads
+        if n == 1 and x.op == "weight" and kind_of(node) is Kind.CONTRACTION
+    )  # fmt: skip
 
 
 def _in_order(graph: Graph) -> Sequence[Tensor]:

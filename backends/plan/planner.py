@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from runtime.backends.passes.packing import Options
 from runtime.backends.passes.prepare import prepare
-from runtime.backends.plan.lowering import Rules
+from runtime.backends.plan.lowering import Rules, multiplied
 from runtime.backends.plan.plan import Plan
 from runtime.ops.graph import Graph
 from runtime.ops.registry import Kind, kind_of
@@ -33,6 +33,10 @@ class Planner:
         """Bytes of a weight, of all experts, as products read it."""
         raise NotImplementedError
 
+    def rows_from_tiles(self, weight: Tensor) -> bool:
+        """Whether rows of a weight are looked up in its tiles, where products have some."""
+        return False
+
     def page_nbytes(self, leaf: Tensor) -> int:
         """Bytes of one page of all KV heads of a layer, or of one slot."""
         raise NotImplementedError
@@ -54,20 +58,38 @@ class Planner:
         read: (node, number of an input) of the plain graph -> the weight that it is. rows: with
         those of which rows are looked up, which devices that work together have once.
         """
-        found = {}
-        for (node, number), weight in read.items():
-            form = self._form(node, number)
-            if kind_of(node) is not Kind.VIEW and (rows or form != "raw"):
-                found[form, weight.content] = self._nbytes(form, weight)
+        found = {
+            (form, weight.content): self._nbytes(form, weight)
+            for form, weight in self._forms(read)
+            if rows or form != "raw"
+        }
         return sum(found.values())
+
+    def looks_up(self, read: Mapping[tuple[Tensor, int], Tensor]) -> bool:
+        """Whether rows are looked up in weights as the file has them; see `weights_nbytes`."""
+        return any(form == "raw" for form, _ in self._forms(read))
 
     def clear(self) -> None:
         """Forget all plans."""
         self._plans.clear()
 
-    def _form(self, node: Tensor, number: int) -> str:
-        """The form of a weight that a node reads as its input of that number."""
-        if kind_of(node) is Kind.CONTRACTION and number == 1:
+    def _forms(
+        self, read: Mapping[tuple[Tensor, int], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+        """The weights that are read, each with the form it has there."""
+        products = multiplied((node, n, weight) for (node, n), weight in read.items())
+        for (node, number), weight in read.items():
+            if kind_of(node) is not Kind.VIEW:
+                tiles = weight.content in products and self.rows_from_tiles(weight)
+                yield self._form(node, number, tiles), weight
+
+    def _form(self, node: Tensor, number: int, tiles: bool) -> str:
+        """The form of a weight that a node reads as its input of that number.
+
+        tiles: whether there are some that rows can be looked up in.
+        """
+        is_product = kind_of(node) is Kind.CONTRACTION and number == 1
+        if is_product or (tiles and kind_of(node) is Kind.GATHER):
             return "repacked"
         readable = node.inputs[number].dtype.name in self.readable
         return "raw" if kind_of(node) is Kind.GATHER and readable else "vector"

@@ -26,13 +26,21 @@ def _compile_tile(kernel: Kernel, isa: str) -> tuple[Head, bytes]:
     from runtime.backends.cpu.tile.emit import emit_matmul
     from runtime.backends.cpu.tile.get_rows import emit_get_rows
     from runtime.backends.cpu.tile.pack import emit_pack
-    from runtime.backends.cpu.tile.spec import GET_ROWS_ARGS, PACK_ARGS, TileSpec
+    from runtime.backends.cpu.tile.packed_rows import emit_packed_rows
+    from runtime.backends.cpu.tile.spec import (
+        GET_ROWS_ARGS,
+        PACK_ARGS,
+        PACKED_ROWS_ARGS,
+        TileSpec,
+    )
 
     constants, arguments = dict(kernel.constants), PACK_ARGS
     if kernel.name == "pack_weights":
         module = emit_pack(constants["format"], isa)
     elif kernel.name == "get_rows":
         module, arguments = emit_get_rows(constants["format"], isa), GET_ROWS_ARGS
+    elif kernel.name == "get_packed_rows":
+        module, arguments = emit_packed_rows(constants["format"], isa), PACKED_ROWS_ARGS
     else:
         spec = TileSpec(**constants, indirect=kernel.name == "matmul_id")
         module, arguments = emit_matmul(spec, isa), spec.arguments

@@ -6,6 +6,7 @@ Nothing of it refers to the file afterwards.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import closing
 from typing import Any
@@ -85,7 +86,7 @@ class WeightStore:
             wanted = yield from self._mapped(self._file_of(self._packs, wanted), wanted)
         packed = [_nbytes(b) for b in wanted if b.memory == "repacked"]
         self._slab = aligned(sum(-(-n // ALIGNMENT) * ALIGNMENT for n in packed))
-        self._room = aligned(forms.PIECE)
+        self._room = _room()
         for buffer in wanted:
             self.address(buffer)
             yield _stored_nbytes(buffer)
@@ -119,7 +120,7 @@ class WeightStore:
 
     def _written(self, packs: Packs, wanted: Sequence[Buffer]) -> Generator[int]:
         """Make one after the other, and keep each in the file alone."""
-        room, self._room = aligned(max(map(_nbytes, wanted))), aligned(forms.PIECE)
+        room, self._room = aligned(max(map(_nbytes, wanted))), _room()
         with packs.writing() as add:
             for buffer in wanted:
                 with pinned(self.cores):
@@ -170,6 +171,11 @@ class WeightStore:
         ]  # fmt: skip
         table = Table.single(self._library.address(kernel), arguments)
         self._team.run(*table.records())
+
+
+def _room() -> np.ndarray:
+    """uint8 [forms.PIECE] that the system has back when it is dropped, as a heap might not."""
+    return np.frombuffer(mmap.mmap(-1, forms.PIECE), np.uint8)
 
 
 def _stored_nbytes(buffer: Buffer) -> int:

@@ -126,6 +126,14 @@ class Format:
         return self.levels == 0
 
     @property
+    def gives_rows(self) -> bool:
+        """Whether tiles give rows bit for bit as the file's blocks do.
+
+        The negated scales of Q3_K turn over the signs of zeros.
+        """
+        return self.name != "Q3_K"
+
+    @property
     def chunks(self) -> int:
         """Chunks of one block."""
         return self.block // self.chunk
@@ -251,3 +259,8 @@ def group_nbytes(name: str, n_inner: int) -> int:
 def tile_format(dtype: DType) -> str:
     """The packed format of a weight type; one without a tile is widened when it is loaded."""
     return dtype.name.upper() if dtype.name.upper() in NAMES else "F32"
+
+
+def rows_from_tiles(dtype: DType) -> bool:
+    """Whether a kernel reads rows of a weight type from its tiles, with the bits of the file's."""
+    return format_of(tile_format(dtype)).gives_rows

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime.backends.cpu.compile.isa import host_arch
-from runtime.backends.cpu.tile.vector import I8, Code, ir, vec
+from runtime.backends.cpu.tile.vector import I8, Code, ir, undefined, vec
 
 _SHUFFLES = {  # bytes of a vector -> instruction that looks up each 16 bytes in a table of 16
     64: "llvm.x86.avx512.pshuf.b.512",
@@ -17,13 +17,16 @@ _SHUFFLES = {  # bytes of a vector -> instruction that looks up each 16 bytes in
 
 def lookup(code: Code, indices: Any, table: Sequence[int]) -> Any:
     """table[i] for each byte i (0..15) of the vector `indices`."""
-    n = indices.type.count
+    n, on_arm = indices.type.count, (code.isa.arch or host_arch()) == "aarch64"
+    if not on_arm and code.isa.lanes == 4:
+        return _selected(code, indices, table)
+    if n < 16:  # what a shuffle takes at least
+        wide = code.shuffle(indices, undefined(indices.type), [i % n for i in range(16)])
+        return code.shuffle(lookup(code, wide, table), undefined(wide.type), range(n))
     values = ir.Constant(vec(I8, n), (list(table) * n)[:16] * (n // 16))
-    if n in _SHUFFLES and (n > 16 or code.lanes > 4):
+    if not on_arm:
         return code.intrinsic(_SHUFFLES[n], indices.type, [values, indices])
-    if (code.isa.arch or host_arch()) == "aarch64":
-        return code.intrinsic("llvm.aarch64.neon.tbl1.v16i8", indices.type, [values, indices])
-    return _selected(code, indices, table)
+    return code.intrinsic("llvm.aarch64.neon.tbl1.v16i8", indices.type, [values, indices])
 
 
 def _selected(code: Code, indices: Any, table: Sequence[int]) -> Any:

@@ -35,6 +35,15 @@ GET_ROWS_ARGS: tuple[str, ...] = (
     "row_bytes",  # between rows of the matrix
     "out_stride",  # elements between rows of out
 )
+PACKED_ROWS_ARGS: tuple[str, ...] = (
+    "matrix",  # packed groups
+    "ids",  # int32 [rows]
+    "out",  # float32 [rows, n]
+    "live",  # address of the int64 number of live rows
+    "n",  # elements of a row
+    "group_bytes",  # between groups of the matrix
+    "out_stride",  # elements between rows of out
+)
 PACK_ARGS: tuple[str, ...] = (
     "src",  # rows of GGUF blocks
     "dst",  # packed groups
@@ -51,6 +60,7 @@ TILE_KERNELS = {
     "matmul_id": "emit",
     "pack_weights": "pack",
     "get_rows": "get_rows",
+    "get_packed_rows": "packed_rows",
 }
 AMX_COLUMNS = 16
 COLUMNS = (1, 4, 8, AMX_COLUMNS)

@@ -19,7 +19,7 @@ from runtime.ops.errors import shown
 from runtime.ops.kv_formats import KV_FORMATS
 
 _TEXTS = ("devices", "activations")
-SPECULATION = ("auto", "off", "ngram", "draft")
+SPECULATION = ("auto", "off", "ngram", "draft", "mtp")
 
 
 def wrong(name: str, value: Any, legal: str) -> OptionError:
@@ -172,8 +172,6 @@ def check_load(path: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("cache_rotation", "graphs", "prompt_cache"):
         plain[name] = flag(name, options[name])
     plain["pack_cache"] = _pack_cache(options["pack_cache"])
-    if options["mtp"] is not None:
-        plain["mtp"] = flag("mtp", options["mtp"])
     plain["spec"] = check_spec(options["spec"])
     plain |= _prompts_on_disk(options["cache_dir"], options["cache_disk"], plain["prompt_cache"])
     check_progress(options["progress"])

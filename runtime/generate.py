@@ -30,8 +30,9 @@ class TextModel:
     - `on_token`: called with each chosen `Token` (id, and log-probabilities with `logprobs=N`).
     - `on_prompt`: called with (done, total) tokens of the prompt, before and after each part.
     - `spec`: who drafts tokens that are verified several in a step, which changes nothing but the
-      speed: "ngram" (what the text has had before), "draft" (the draft model), "auto" (whoever is
-      there and pays) or "off"; default what the model was loaded with.
+      speed: "ngram" (what the text has had before), "draft" (the draft model), "mtp" (the file's
+      own block), "auto" (whoever is there and pays) or "off"; default what the model was loaded
+      with.
 
     What cannot be used is refused when they are called, not while the answer is read:
     OptionError for an option or token, MemoryLimitError for a prompt past the context.

@@ -61,7 +61,6 @@ def load(
     pack_cache: bool | str = False,
     prompt_cache: bool = True,
     cache_bytes: int | None = None,
-    mtp: bool | None = None,
     spec: str = "auto",
     draft: str | os.PathLike[str] | Model | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -93,16 +92,15 @@ def load(
     needs, up to a quarter of what is free.
     cache_bytes: most bytes of all sequences and of what is kept of prompts, together with what it
     takes to find it; in place of room for `sequences`.
-    mtp: whether the block of Qwen3.5's and later files that predicts further tokens (NextN) is used
-    for drafts; it costs one more layer of cache. None: where its form is known, on CPUs.
     spec: who drafts tokens of `generate` and `chat`; several are verified in a step, and the answer
     is the same to the bit: "ngram" (what the text has had before), "draft" (the draft model),
-    "auto" (whoever is there and pays) or "off". draft: a smaller model of the same vocabulary, as
-    a file or loaded.
-    cache_dir: a folder in which that is kept on disk, too, for later processes and beside others;
-    it is written behind, verified when it is read, and shared by all that use the folder. None:
-    nothing is. cache_disk: bytes that prompts of all models may take there; by default 8 GiB, and
-    no more than a tenth of what is free. `runtime cache` lists and removes them.
+    "mtp" (the block of Qwen3.5's and later files that predicts further tokens, which takes one more
+    layer of cache), "auto" (whoever is there and pays; of GPUs the block only if it is asked for)
+    or "off". draft: a smaller model of the same vocabulary, as a file or loaded.
+    cache_dir: a folder in which prompts are kept on disk, too, for later processes and beside
+    others; it is written behind, verified when it is read, and shared by all that use the folder.
+    None: nothing is. cache_disk: bytes that prompts of all models may take there; by default 8 GiB,
+    and no more than a tenth of what is free. `runtime cache` lists and removes them.
     progress: None tells on stderr when kernels are compiled, and how long it takes, or when
     loading lasts; True shows all that lasts, False nothing; or a function of (done, total, what).
 
@@ -116,7 +114,7 @@ def load(
         "split_mode": split_mode, "tensor_split": tensor_split, "main_device": main_device,
         "cache_rotation": cache_rotation, "graphs": graphs,
         "gpu_layers": gpu_layers, "cpu_moe": cpu_moe, "pack_cache": pack_cache,
-        "prompt_cache": prompt_cache, "cache_bytes": cache_bytes, "mtp": mtp, "spec": spec,
+        "prompt_cache": prompt_cache, "cache_bytes": cache_bytes, "spec": spec,
         "cache_dir": cache_dir, "cache_disk": cache_disk,
     }  # fmt: skip
     given = check_load(path, given)
@@ -164,7 +162,7 @@ def _predicting(model: registry.Architecture, asked: bool) -> registry.Architect
         return registry.predicting(model)
     except ModelError as error:
         if asked:
-            print(f"mtp: {error}; the model runs without its drafts", file=sys.stderr)
+            print(f"spec='mtp': {error}; the model runs without its drafts", file=sys.stderr)
         return model
 
 
@@ -178,7 +176,7 @@ class Model(TextModel):
         self, file: GGUFFile, devices: str, kv_type: str, context: int | None,
         threads: int | None, activations: str, sequences: int,
         progress: bool | Progress | None, cache_rotation: bool = True, prompt_cache: bool = True,
-        cache_bytes: int | None = None, mtp: bool | None = None, spec: str = "auto",
+        cache_bytes: int | None = None, spec: str = "auto",
         draft: Model | None = None, owned: bool = False, cache_dir: Path | None = None,
         cache_disk: int | None = None, **split: Any,
     ) -> None:  # fmt: skip
@@ -188,8 +186,8 @@ class Model(TextModel):
         architecture = registry.build(file)
         self.backend: Backend = open_backend(devices, file, threads, activations, **split)
         others = any(kind in self.backend.name for kind in _ASKED)
-        if mtp or (mtp is None and not others):
-            architecture = _predicting(architecture, bool(mtp))
+        if spec == "mtp" or (spec == "auto" and not others):
+            architecture = _predicting(architecture, spec == "mtp")
         self._engine = Engine(
             file, self.backend, architecture, self.kv_types, context, sequences, progress,
             cache_rotation, prompt_cache, cache_bytes, cache_dir, cache_disk,

@@ -93,7 +93,7 @@ def test_a_block_that_predicts_a_further_token(
     small = ("--layers", "4", "--vocab-size", "300", "--mtp")
     file = make(script, tmp_path / "m.gguf", preset, "Q4_K_M", *small)
     assert file.get(f"{file.architecture}.block_count") == 5
-    with runtime.load(file.path, devices="null", mtp=True) as model:
+    with runtime.load(file.path, devices="null", spec="mtp") as model:
         graphs = model._engine.graphs
         found = [*graphs.graph(1, 1).leaves("weight"), *graphs.drafts(1, 1).leaves("weight")]
     assert {stored_name(leaf) for leaf in found} == set(file.tensors)

@@ -35,7 +35,7 @@ MIROSTAT = {"mirostat": 2, "seed": 7}
 class Guessing:
     """Drafts the tokens it is told, each right with some chance, as many as it likes."""
 
-    kind, free = "guess", True
+    kind, free, most = "guess", True, 15
 
     def __init__(self, right: Sequence[int], chance: float, seed: int = 0, long: bool = False):
         self.right, self.chance, self.long = right, chance, long

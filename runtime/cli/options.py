@@ -117,9 +117,10 @@ _SIZE_OPTIONS = (
 
 _SPECULATION = (
     option("--spec", "Who drafts tokens, several of which are verified in a step; the answer is "
-           "the same: ngram (what the text has had before), draft (the model of --draft), auto "
-           "(whoever is there and pays) or off.", _MODEL,
-           type=click.Choice(["auto", "off", "ngram", "draft"]), default="auto", show_default=True),
+           "the same: ngram (what the text has had before), draft (the model of --draft), mtp "
+           "(the file's own block), auto (whoever is there and pays) or off.", _MODEL,
+           type=click.Choice(["auto", "off", "ngram", "draft", "mtp"]), default="auto",
+           show_default=True),
     option("-md --draft | --model-draft --spec-draft-model", "A smaller model with the same "
            "vocabulary, which drafts.", _MODEL, metavar="FILE"),
 )  # fmt: skip

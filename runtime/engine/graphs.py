@@ -41,7 +41,7 @@ class StepGraphs(NamedTuple):
         return rotate_cache(graph) if self.cache_rotation else graph
 
     def drafts(self, tokens: int, count: int) -> Graph:
-        """The graph of `count` drafts each for so many sequences, int32 [tokens, 1] each.
+        """The graph of `count` drafts each for so many sequences; results as of `NextN.drafts`.
 
         Step inputs of the second and further ones have their number behind their names; `vectors`
         are the hidden rows before the first.
@@ -56,7 +56,8 @@ class StepGraphs(NamedTuple):
         predictor = self.architecture.predictor
         assert predictor is not None and rows is not None
         steps = [step._replace(vectors=None, from_table=None) for step in steps]
-        graph = Graph(tuple(predictor.drafts(steps, rows)), "drafts")
+        drafts, shares, last = predictor.drafts(steps, rows)
+        graph = Graph((*drafts, *shares, last), "drafts")
         return rotate_cache(graph) if self.cache_rotation else graph
 
     def warm(self, backend: Backend) -> list[Graph]:

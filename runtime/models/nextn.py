@@ -79,20 +79,24 @@ class NextN:
         x = self._joined(self._embedding(step, x), before)
         return blocks.cached(self.w, step, self.layer, self._normed(x), angles, self.attention)
 
-    def drafts(self, steps: Sequence[Step], rows: Tensor) -> list[Tensor]:
-        """Tokens int32 [T, 1] for each step: the likeliest behind the step's token of T sequences.
+    def drafts(
+        self, steps: Sequence[Step], rows: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """For each step the likeliest token behind the step's of T sequences, int32 [T, 1].
 
-        The first step has its tokens, each other one those that the step before it made. rows: the
-        hidden rows before the first, [T, hidden].
+        And how likely each is, [T, 1], and the block's rows behind the last, [T, hidden]. The first
+        step has its tokens, each other one those that the step before it made. rows: the hidden
+        rows before the first, [T, hidden].
         """
-        tokens, found = steps[0].tokens, []
+        tokens, found, shares = steps[0].tokens, list[Tensor](), list[Tensor]()
         for step in steps:
             step = step._replace(tokens=tokens)
             rows = self._rows(step, rows)
             scores = self._scores(rows)
             found.append(ops.top_k(scores, k=1, name=f"blk.{self.layer}.drafted"))
+            shares.append(ops.take(ops.softmax(scores), found[-1]))
             tokens = ops.reshape(found[-1], shape=(scores.shape[0],))
-        return found
+        return found, shares, rows
 
     def _rows(self, step: Step, before: Tensor) -> Tensor:
         """The block's own hidden rows, [T, hidden]."""

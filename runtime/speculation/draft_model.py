@@ -11,6 +11,7 @@ from runtime.backends.devices import names_mpi
 from runtime.errors import Error, OptionError
 from runtime.gguf.reader import GGUFFile
 from runtime.ops.errors import shown
+from runtime.speculation.drafter import MOST
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -22,7 +23,7 @@ _COMMON = 0.95  # least share of a vocabulary that the other has, which may have
 class DraftModel:
     """A Drafter: what the model would say, as long as it is sure of it."""
 
-    kind, free, certainty = "draft", False, 3
+    kind, free, certainty, most = "draft", False, 3, MOST
 
     def __init__(self, model: Model) -> None:
         self._session = model.session()

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+MOST = 15  # drafts of a step
+
 
 class Drafter(Protocol):
-    """Of one answer. `kind`: its name among the ways of speculation ("ngram", "draft", ...).
+    """Of one answer. `kind`: its name among the ways of speculation ("ngram", "draft", "mtp").
 
     free: asking it costs next to nothing, so that it is asked for every token and learnt from
     where its drafts are not verified, too. certainty: how sure it is of what it proposed last,
-    from 0 to 7; how likely drafts are to follow is learnt for each apart.
+    from 0 to 7; how likely drafts are to follow is learnt for each apart. most: drafts in one go.
     """
 
     kind: str
     free: bool
     certainty: int
+    most: int
 
     def begin(self, tokens: Sequence[int]) -> None:
         """The answer to `tokens` is drafted from now on; its first token is the last of them."""

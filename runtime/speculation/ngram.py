@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from runtime.speculation.drafter import MOST
+
 _LONG, _SHORT = 5, 2  # tokens that a chain's places have in common
 _WALK = 16  # places of a chain that are looked at
 _FAR = 40  # tokens that matches are compared over
@@ -24,7 +26,7 @@ _CERTAINTIES = (3, 4, 6, 9, 16, 32, 64)  # least length of a match for each from
 class Ngrams:
     """A Drafter: how the text went on behind the longest match of its end, of equals the last."""
 
-    kind, free = "ngram", True
+    kind, free, most = "ngram", True, MOST
 
     def __init__(self) -> None:
         self.certainty = 0

@@ -12,7 +12,8 @@ from runtime.speculation.lengths import Lengths, Room
 
 _PAUSE, _LONGEST_PAUSE = 8, 256  # tokens until drafts that do not pay are tried again
 _PROBE = 2  # so many of them
-_NEW = 0.2  # how much one measurement changes of what a draft takes
+_NEW = 0.1  # how much one measurement changes of what drafts take, and of how many there are
+_LEAST = 0.1  # drafts that are made at once, at least, in what one is said to take
 
 
 class Offer(NamedTuple):
@@ -38,6 +39,18 @@ class _Watched(NamedTuple):
 _NOTHING = _Watched([], 0, 0)
 
 
+class _Mean:
+    """Of what was added last."""
+
+    def __init__(self) -> None:
+        self.value, self._count = 0.0, 0
+
+    def add(self, x: float) -> None:
+        """One more."""
+        self._count += 1
+        self.value += max(_NEW, 1 / self._count) * (x - self.value)
+
+
 class Source:
     """A drafter, for the steps of an engine. `tokens`: of the text, which grows."""
 
@@ -48,15 +61,17 @@ class Source:
         self._lengths = Lengths(engine, self._acceptance)
         self._watched = _NOTHING
         self._begun = False
-        self._spent = self._each = 0.0
+        self._spent, self._made = _Mean(), _Mean()
         self._waited, self._pause = 0, _PAUSE
 
     def offer(self, room: Room) -> Offer:
         """What it would draft for the next step, without asking a drafter that takes time."""
         self._learn()
         drafter = self.drafter
+        room = room._replace(drafts=min(room.drafts, drafter.most))
         if not drafter.free:
-            n, rate = self._lengths.best(room, drafter.certainty, self._each)
+            each = self._spent.value / max(self._made.value, _LEAST)
+            n, rate = self._lengths.best(room, drafter.certainty, each)
             return Offer(self, n or self._tried(room), rate, [])
         found = self._proposed(room.drafts)
         room = room._replace(drafts=len(found))
@@ -70,12 +85,11 @@ class Source:
         if self.drafter.free:
             found = offer.found
         else:
+            self._begin()
             begun = time.perf_counter()
             found = self._proposed(offer.drafts)
-            self._spent += time.perf_counter() - begun
-            if found:
-                each, self._spent = self._spent / len(found), 0.0
-                self._each += (_NEW if self._each else 1) * (each - self._each)
+            self._spent.add(time.perf_counter() - begun)
+            self._made.add(len(found))
         if found:
             self._watch(found)
         return found[: offer.drafts]
@@ -88,11 +102,14 @@ class Source:
         self._waited, self._pause = 0, min(2 * self._pause, _LONGEST_PAUSE)
         return min(_PROBE, room.drafts)
 
-    def _proposed(self, most: int) -> list[int]:
-        """Up to the first that is no token of the model."""
+    def _begin(self) -> None:
         if not self._begun:
             self._begun = True
             self.drafter.begin(self._tokens)
+
+    def _proposed(self, most: int) -> list[int]:
+        """Up to the first that is no token of the model."""
+        self._begin()
         drafts = self.drafter.propose(self._tokens, most)[:most]
         fits = [0 <= token < self._vocabulary for token in drafts]
         return drafts if all(fits) else drafts[: fits.index(False)]

@@ -13,11 +13,9 @@ from runtime.engine.drafted import Drafted
 from runtime.engine.engine import Engine
 from runtime.engine.sequence import Sequence as Evaluated
 from runtime.errors import Error
-from runtime.speculation.drafter import Drafter
+from runtime.speculation.drafter import MOST, Drafter
 from runtime.speculation.lengths import Room
 from runtime.speculation.source import Offer, Source
-
-MOST = 15  # drafts of a step
 
 
 class Drafts(NamedTuple):

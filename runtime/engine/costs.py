@@ -7,7 +7,7 @@ from runtime.engine.graphs import bucket
 MOST_TOKENS = 64  # of a step that is learnt from
 _MAKING = 20  # steps of one token that making a program takes, until one was made
 # steps of 1, 2, 4, ... tokens, of which few are known: as many of one token
-_BEFORE = (1.0, 1.2, 1.35, 2.0, 3.8, 7.0, 13.0)
+_BEFORE = (1.0, 1.25, 1.5, 2.4, 4.4, 8.0, 15.0)
 _LEVEL, _SHAPE = 0.1, 0.1  # how much a step changes of what is known
 _FORGOTTEN, _EVERY = 0.03, 64  # of what is known, after so many steps
 

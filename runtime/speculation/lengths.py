@@ -9,7 +9,7 @@ from runtime.engine.engine import Engine
 from runtime.engine.graphs import bucket, capacity
 from runtime.speculation.acceptance import Acceptance
 
-_WORTH = 1.03  # how much faster drafts have to be
+_WORTH = 1.15  # how much faster drafts have to be
 
 
 class Room(NamedTuple):

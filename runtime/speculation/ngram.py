@@ -60,20 +60,22 @@ class Ngrams:
         """Chain what is new, and find where the text goes on."""
         while self._seen < len(tokens):
             at, token = self._at, tokens[self._seen]
-            self._seen += 1
+            end = self._seen = self._seen + 1
             same = at >= 0 and tokens[at] == token
             self._at, self._length = (at + 1, self._length + 1) if same else (-1, 0)
-            if self._length <= _LONG:
-                self._find(tokens)
             for chain in self._chains:
-                chain.add(tokens, self._seen)
+                last = chain.add(tokens, end)
+                if last >= 0 and self._length <= _LONG:
+                    self._longest(chain, tokens, last, end)
 
-    def _find(self, tokens: Sequence[int]) -> None:
-        """A longer match of the last tokens seen, if there is one."""
-        for chain in self._chains:
-            at, length = chain.longest(tokens, self._seen)
-            if length > self._length:
+    def _longest(self, chain: _Chain, tokens: Sequence[int], at: int, end: int) -> None:
+        """A longer match of the tokens before `end`, if there is one, from that at `at` on."""
+        for _ in range(_WALK):
+            length = _common(tokens, at, end)
+            if length > max(self._length, _SHORT - 1):
                 self._at, self._length = at, length
+            at = chain.before[at]
+            if at < 0:
                 return
 
 
@@ -99,27 +101,18 @@ class _Chain:
             same = hashes[order[1:]] == hashes[order[:-1]]
             before[ends[order[1:]]] = np.where(same, ends[order[:-1]], -1)
             last[hashes[order]] = ends[order]
-        self._last, self._before = array("i", last.tobytes()), array("i", before.tobytes())
+        self._last, self.before = array("i", last.tobytes()), array("i", before.tobytes())
 
-    def add(self, tokens: Sequence[int], end: int) -> None:
-        """Another end, behind all there are."""
-        found = self._bucket(tokens, end) if end >= self._n else -1
-        self._before.append(-1 if found < 0 else self._last[found])
-        if found >= 0:
-            self._last[found] = end
-
-    def longest(self, tokens: Sequence[int], end: int) -> tuple[int, int]:
-        """The end before which most tokens are those before `end`, and how many; 0: none."""
-        at = self._last[self._bucket(tokens, end)] if end >= self._n else -1
-        best, most = -1, self._n - 1
-        for _ in range(_WALK):
-            if at < 0:
-                break
-            length = _common(tokens, at, end)
-            if length > most:
-                best, most = at, length
-            at = self._before[at]
-        return (best, most) if best >= 0 else (-1, 0)
+    def add(self, tokens: Sequence[int], end: int) -> int:
+        """Another end, behind all there are; the last one of the same hash, or -1."""
+        if end < self._n:
+            self.before.append(-1)
+            return -1
+        found = self._bucket(tokens, end)
+        last = self._last[found]
+        self.before.append(last)
+        self._last[found] = end
+        return last
 
     def _bucket(self, tokens: Sequence[int], end: int) -> int:
         h = 0

@@ -66,7 +66,8 @@ class Source:
 
     def offer(self, room: Room) -> Offer:
         """What it would draft for the next step, without asking a drafter that takes time."""
-        self._learn()
+        if self._watched.drafts:
+            self._learn()
         drafter = self.drafter
         room = room._replace(drafts=min(room.drafts, drafter.most))
         if not drafter.free:
@@ -74,9 +75,11 @@ class Source:
             n, rate = self._lengths.best(room, drafter.certainty, each)
             return Offer(self, n or self._tried(room), rate, [])
         found = self._proposed(room.drafts)
+        if not found:
+            return Offer(self, 0, 0.0, found)
         room = room._replace(drafts=len(found))
         n, rate = self._lengths.best(room, drafter.certainty)
-        if found and not self._watched.drafts:
+        if not self._watched.drafts:
             self._watch(found)
         return Offer(self, n, rate, found)
 
@@ -111,8 +114,10 @@ class Source:
         """Up to the first that is no token of the model."""
         self._begin()
         drafts = self.drafter.propose(self._tokens, most)[:most]
+        if not drafts or (min(drafts) >= 0 and max(drafts) < self._vocabulary):
+            return drafts
         fits = [0 <= token < self._vocabulary for token in drafts]
-        return drafts if all(fits) else drafts[: fits.index(False)]
+        return drafts[: fits.index(False)]
 
     def _watch(self, drafts: list[int]) -> None:
         """See what becomes of these."""

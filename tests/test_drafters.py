@@ -138,11 +138,11 @@ class TestLengths:
         assert self.best(15, 15, Room(5), **flat) == 5
         assert self.best(15, 15, Room(0), **flat) == 0
 
-    def test_among_others_only_what_fits_beside_them(self):
+    def test_among_others_only_what_pays_for_all(self):
         """8 answers fill a step of 8; drafts make it one of 16, which takes twice as long."""
-        steep = {"t1": 1.0, "t2": 1.1, "t4": 1.3, "t8": 2.0, "t16": 4.0}
-        assert self.best(15, 15, Room(15, others=7), **steep) == 0
-        assert self.best(15, 15, Room(15, others=4), **steep) == 3
+        steep = {"t1": 1.0, "t2": 1.1, "t4": 1.3, "t8": 2.0, "t16": 4.6}
+        assert self.best(15, 15, Room(15, answers=8), **steep) == 0
+        assert self.best(15, 15, Room(15, answers=2), **steep) == 3
 
     def test_a_program_is_made_once_it_would_have_paid(self):
         acceptance = Acceptance()

@@ -13,12 +13,12 @@ _WORTH = 1.15  # how much faster drafts have to be
 
 
 class Room(NamedTuple):
-    """Of a step: most `drafts`; tokens of `others`, which all are kept; tokens that are evaluated
-    `again`, in front of the one that is pending; `recurrent`: a draft that does not follow has
-    those before it evaluated again."""
+    """Of a step: most `drafts`; how many `answers` share it, which may all be drafted alike;
+    tokens that are evaluated `again`, in front of the one that is pending; `recurrent`: a draft
+    that does not follow has those before it evaluated again."""
 
     drafts: int
-    others: int = 0
+    answers: int = 1
     again: int = 0
     recurrent: bool = False
 
@@ -38,8 +38,8 @@ class Lengths:
         0: none. each: seconds that it takes to find one.
         """
         best, most = 0, self._rate(room, 0, certainty, each) * _WORTH
-        tokens = room.others + 1 + self._acceptance.expected(certainty, room.drafts)
-        if tokens <= most * self._costs.of(room.others + room.again + 2):
+        tokens = room.answers * (1 + self._acceptance.expected(certainty, room.drafts))
+        if tokens <= most * self._costs.of(2 * room.answers + room.again):
             return best, most  # all of them would not pay for a step of one more
         missing, more = 0, most
         for n in _lengths(room):
@@ -54,34 +54,34 @@ class Lengths:
 
     def _rate(self, room: Room, drafts: int, certainty: int, each: float) -> float:
         """Tokens of a second."""
-        of, others = self._costs.of, room.others
-        seconds = of(others + room.again + 1 + drafts) + drafts * each
+        of, answers = self._costs.of, room.answers
+        seconds = of(_live(room, drafts)[0]) + answers * drafts * each
         follow = self._acceptance.expected(certainty, drafts)
         if room.recurrent and drafts:
-            repeated = of(others + 2 + int(follow)) - of(others + 1)
+            repeated = of(answers * (2 + int(follow))) - of(answers)
             seconds += (1 - self._acceptance.whole(certainty, drafts)) * repeated
-        return (others + 1 + follow) / max(seconds, 1e-9)
+        return answers * (1 + follow) / max(seconds, 1e-9)
 
     def _pays(self, room: Room, drafts: int, certainty: int, rate: float, more: float) -> bool:
         """Whether it is time to make a program that makes `more` tokens of a second."""
         sizes, saved = capacity(*_live(room, drafts)), self._costs.saved
-        tokens = room.others + 1 + self._acceptance.expected(certainty, drafts)
+        tokens = room.answers * (1 + self._acceptance.expected(certainty, drafts))
         saved[sizes] = saved.get(sizes, 0.0) + tokens / rate - tokens / more
         return saved[sizes] >= self._costs.making
 
 
 def _live(room: Room, drafts: int) -> tuple[int, int]:
     """Tokens and rows of such a step."""
-    rows = room.others + 1 + drafts
+    rows = room.answers * (1 + drafts)
     return room.again + rows, rows
 
 
 def _lengths(room: Room) -> Iterator[int]:
     """Those that fill a program, and the most."""
-    before = room.others + room.again + 1
-    size = bucket(before + 1)
-    while (n := size - before) < room.drafts:
-        yield n
+    size = bucket(2 * room.answers + room.again)
+    while (n := (size - room.again) // room.answers - 1) < room.drafts:
+        if n:
+            yield n
         size *= 2
     if room.drafts:
         yield room.drafts

@@ -98,7 +98,7 @@ class Speculation:
             end = min(end, record.state.next_kept)
         drafts = min(MOST, left - 1, end - record.length - 1)
         again = record.length - record.evaluated
-        return Room(drafts, answers - 1, again, record.state is not None)
+        return Room(drafts, answers, again, record.state is not None)
 
     def _drafts(self, room: Room) -> list[int]:
         """For the next step: of who makes the most tokens of a second, as many as do."""

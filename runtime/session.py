@@ -153,7 +153,7 @@ class Session(Held):
         with recurrent layers the state and those at the ends of the last messages. Only the user
         can read it. Raises FileError where it cannot be written.
         """
-        self._save(path)
+        save_session(self, path, {})
 
     @staticmethod
     def load(model: Model, path: str | os.PathLike[str]) -> Session:
@@ -164,20 +164,7 @@ class Session(Held):
         damaged, or of another model, cache type or version, naming both sides of the first
         difference; MemoryLimitError where there is no room for it.
         """
-        return _loaded(model, path)[0]
-
-    def _save(self, path: str | os.PathLike[str], beside: Mapping[str, Any] | None = None) -> None:
-        """beside: what else to keep, as JSON has it."""
-        from runtime.session_file import save
-
-        target = Path(file_path("path", path))
-        engine = self.model._engine
-        with engine.alone():
-            held = engine.sequence(self._open().share().copy(), "it is being saved")
-        try:
-            save(self.model, held.record, target, beside or {})
-        finally:
-            held.close()
+        return load_session(model, path)[0]
 
     def rewind(self, n: int) -> None:
         """Drop the last n tokens; OptionError when there are fewer.
@@ -198,7 +185,21 @@ class Session(Held):
         return f"<Session {len(self)} of {self.model.context} tokens{state}>"
 
 
-def _loaded(model: Model, path: str | os.PathLike[str]) -> tuple[Session, dict[str, Any]]:
+def save_session(session: Session, path: str | os.PathLike[str], beside: Mapping[str, Any]) -> None:
+    """Write a session to a file. beside: what else to keep there, as JSON has it."""
+    from runtime.session_file import save
+
+    target, engine = Path(file_path("path", path)), session.model._engine
+    with engine.alone():
+        record = session._open().share().copy()
+        held = engine.sequence(record, "it is being saved", cached=False)
+    try:
+        save(session.model, held.record, target, beside)
+    finally:
+        held.close()
+
+
+def load_session(model: Model, path: str | os.PathLike[str]) -> tuple[Session, dict[str, Any]]:
     """A saved session, and what was kept beside it."""
     from runtime.session_file import load
 

@@ -46,4 +46,5 @@ def command(words: tuple[str, ...], model_option: str | None, **options: Any) ->
     path = model_argument(words[0] if words else None, model_option)
     system, arguments = given_system(options), generation_arguments(options)
     with loaded_model(path, options, arguments) as loaded:
-        converse(loaded, system, arguments, options["quiet"], options["prompt"])
+        converse(loaded, system, arguments, options["quiet"], options["prompt"],
+                 file=options["session_file"])  # fmt: skip

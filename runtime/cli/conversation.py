@@ -13,6 +13,7 @@ import click
 
 from runtime.cli.answer import Screen
 from runtime.cli.output import note
+from runtime.cli.session_file import SessionFile
 
 _HELP = {
     "/clear": "forget the conversation",
@@ -38,18 +39,41 @@ class Conversation:
 
     def __init__(
         self, model: Any, system: str | None, arguments: dict[str, Any], screen: Screen,
-        interactive: bool,
+        interactive: bool, file: SessionFile | None = None,
     ) -> None:  # fmt: skip
-        """`interactive`: errors are told and the conversation goes on; else they are raised."""
+        """`interactive`: errors are told and the conversation goes on; else they are raised.
+
+        file: what the conversation goes on from, and is kept in when its `with` block ends.
+        """
         self._model, self._arguments, self._screen = model, arguments, screen
         self._interactive = interactive
         self._system = [{"role": "system", "content": system}] if system else []
         self._session: Any = None
+        self.messages: list[dict[str, str]] = []
         self.clear()
+        self._file, self._kept = file, self.messages
+        if file is not None:
+            self._go_on(file)
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None and self.messages != self._kept:
+            self._file.save(self._session, self.messages)
+
+    def _go_on(self, file: SessionFile) -> None:
+        """Its session and messages; instructions that are given now take the place of its own."""
+        self._session.close()
+        self._session, self._kept = file.session, file.messages
+        said = file.messages
+        if said[:1] and said[0]["role"] == "system":
+            self._system, said = self._system or said[:1], said[1:]
+        self.messages = [*self._system, *said]
 
     def clear(self) -> None:
         """Forget everything but the system message."""
-        self.messages: list[dict[str, str]] = list(self._system)
+        self.messages = list(self._system)
         if self._session is not None:
             self._session.close()
         self._session = self._model.session()

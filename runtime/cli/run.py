@@ -17,6 +17,7 @@ from runtime.cli.options import (
 from runtime.cli.output import note
 from runtime.cli.parsing import Command, option
 from runtime.cli.prompt import at_terminal, given_prompt, given_system
+from runtime.cli.session_file import SessionFile, settle
 from runtime.cli.talk import SHOWN, TEXT, answer_once, converse, loaded_model, talk_options
 
 OPENING = "Once upon a time"
@@ -78,17 +79,18 @@ def _use(
     from runtime.cli.facts import has_chat_template
 
     quiet, has_template = options["quiet"], has_chat_template(loaded.file)
+    file = options["session_file"]
     through = not options["raw"] and (has_template or options["converse"] or system is not None)
     if through and prompt is None and (model is not None or options["converse"]):
-        converse(loaded, system, arguments, quiet, single=options["single"])
+        converse(loaded, system, arguments, quiet, single=options["single"], file=file)
     elif through and options["converse"]:
-        converse(loaded, system, arguments, quiet, prompt, options["single"])
+        converse(loaded, system, arguments, quiet, prompt, options["single"], file)
     elif through and prompt is not None:
         note("answering through the chat template (--raw continues the text instead)", quiet)
-        answer_once(loaded, prompt, system, arguments, quiet)
+        answer_once(loaded, prompt, system, arguments, quiet, file)
     else:
         note(_how(options["raw"], has_template, prompt is None), quiet)
-        _continue(loaded, prompt, options["echo"], quiet, arguments)
+        _continue(loaded, prompt, options["echo"], quiet, arguments, file)
 
 
 def _how(raw: bool, has_template: bool, story: bool) -> str:
@@ -99,16 +101,26 @@ def _how(raw: bool, has_template: bool, story: bool) -> str:
 
 
 def _continue(
-    model: Any, prompt: str | None, echo: bool, quiet: bool, arguments: dict[str, Any]
-) -> None:
+    model: Any, prompt: str | None, echo: bool, quiet: bool, arguments: dict[str, Any],
+    file: str | None,
+) -> None:  # fmt: skip
+    kept = None if file is None else SessionFile(model, file, False, quiet)
+    session = model.session() if kept is None else kept.session
+    if prompt is None and len(session):
+        raise click.UsageError("there is nothing to go on with: give a text with -p TEXT")
     text = OPENING if prompt is None else prompt
     screen = Screen(quiet)
     options = {"max_tokens": _MOST, **arguments, **screen.begin()}
-    answer = model.generate(model.tokenizer.encode(text), **options)
+    ids = model.tokenizer.encode(text, add_special=not len(session))
+    before = session.tokens
+    answer = model.generate(ids, session=session, **options)
     if not text:
         note("the prompt is empty: the model begins a text of its own")
     shown = text if echo or prompt is None else ""
     whole = screen.show(answer, [], shown)
     screen.told(answer, model)
+    if kept is not None:
+        settle(session, [*before, *ids], answer)
+        kept.save(session)
     if not whole:
         raise click.exceptions.Exit(130)

@@ -16,6 +16,7 @@ from runtime.cli.options import asked_by_file, cache_arguments, cache_options, l
 from runtime.cli.output import note
 from runtime.cli.parsing import F, decorated, option
 from runtime.cli.prompt import at_terminal
+from runtime.cli.session_file import SessionFile
 
 TEXT, SHOWN = "Prompt", "What is printed"
 
@@ -24,6 +25,8 @@ _OPTIONS = (
            metavar="TEXT"),
     option("-sysf --system-prompt-file system_file", "Read the instructions from FILE.", TEXT,
            metavar="FILE"),
+    option("--session session_file", "Go on from FILE, and keep what is said in it for the next "
+           "start, which reads none of it again.", TEXT, metavar="FILE"),
     option("-q --quiet", "No progress and no timings.", SHOWN, is_flag=True),
     option("-v --verbose", "A line for every plan that is made, as with DEBUG=1.", SHOWN,
            is_flag=True),
@@ -33,7 +36,7 @@ _OPTIONS = (
 
 
 def talk_options(function: F) -> F:
-    """--system, --quiet, --verbose, --color, --cache-ram and --no-prompt-cache."""
+    """--system, --session, --quiet, --verbose, --color, --cache-ram and --no-prompt-cache."""
     return decorated(cache_options(function), _OPTIONS)
 
 
@@ -62,20 +65,26 @@ def loaded_model(
 
 def converse(
     model: Any, system: str | None, arguments: dict[str, Any], quiet: bool,
-    first: str | None = None, single: bool = False,
+    first: str | None = None, single: bool = False, file: str | None = None,
 ) -> None:  # fmt: skip
     """Answer messages until the user leaves: typed at a terminal, or each line of a pipe.
 
-    first: a message to begin with; single: leave after the first answer.
+    first: a message to begin with; single: leave after the first answer. file: of --session.
     """
-    from runtime.cli import typed
     from runtime.cli.conversation import Conversation
 
     interactive = at_terminal()
     screen = Screen(quiet, timed=interactive)
-    conversation = Conversation(model, system, arguments, screen, interactive)
+    kept = None if file is None else SessionFile(model, file, True, quiet)
     if interactive and not quiet:
         note(f"{title(model)} · /? for help, /bye to leave")
+    with Conversation(model, system, arguments, screen, interactive, kept) as conversation:
+        _converse(conversation, interactive, first, single)
+
+
+def _converse(conversation: Any, interactive: bool, first: str | None, single: bool) -> None:
+    from runtime.cli import typed
+
     if first:
         conversation.answer(first)
         if single:
@@ -89,13 +98,15 @@ def converse(
 
 
 def answer_once(
-    model: Any, text: str, system: str | None, arguments: dict[str, Any], quiet: bool
-) -> None:
-    """Print the answer to one message; what goes wrong ends the program."""
+    model: Any, text: str, system: str | None, arguments: dict[str, Any], quiet: bool,
+    file: str | None = None,
+) -> None:  # fmt: skip
+    """Print the answer to one message; what goes wrong ends the program. file: of --session."""
     from runtime.cli.conversation import Conversation
 
-    conversation = Conversation(model, system, arguments, Screen(quiet), interactive=False)
-    conversation.answer(text)
+    kept = None if file is None else SessionFile(model, file, True, quiet)
+    with Conversation(model, system, arguments, Screen(quiet), False, kept) as conversation:
+        conversation.answer(text)
 
 
 def title(model: Any) -> str:

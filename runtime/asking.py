@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from runtime.arguments import check_function, check_spec, flag, listed, token_ids, whole, wrong
+from runtime.constraints import asked, constrained, rendered
 from runtime.engine.advance import Piece
 from runtime.engine.engine import check_room
 from runtime.engine.sequence import Sequence as Evaluated
@@ -27,7 +28,8 @@ def continuation(
 ) -> tuple[Prompt, Options]:
     """What `generate` is asked for, checked; without a session where none is given."""
     session = _session(model, given.pop("session"))
-    options = _options(model, given)
+    content = asked(given)
+    options = constrained(model, _options(model, given), content)
     held = 0 if session is None else len(session)
     if isinstance(prompt, str):
         ids = model.tokenizer.encode(prompt, add_special=not held)
@@ -47,9 +49,11 @@ def reply(
     session = _session(model, given.pop("session"))
     room = whole("room", given.pop("room"), 0)
     extra = _template_options(given.pop("template_options"))
-    extra |= {name: given.pop(name) for name in ("tools", "template")}
+    extra |= {name: given.pop(name) for name in ("tools", "tool_choice", "template")}
+    content = asked(given)
     options = _options(model, given)
-    ids = model.tokenizer.chat_template.encode(model.tokenizer, _messages(messages), **extra)
+    text, options = rendered(model, _messages(messages), options, content, extra)
+    ids = model.tokenizer.chat_template.ids(model.tokenizer, text)
     if not ids:
         raise OptionError("the chat template makes an empty prompt of these messages")
     model._engine.check_open()

@@ -24,6 +24,9 @@ class TextModel:
     `submit` does either beside others, without being read. All take every field of
     `runtime.Sampling` as a keyword and, besides,
 
+    - `json_schema`: the answer is JSON of this schema (a mapping or its text; True: any JSON);
+      `grammar`: text of this grammar (GBNF, or Lark as llguidance has it); `regex`: text that this
+      regular expression matches as a whole. One of them; it ends where it is complete.
     - `session`: continue this one, and leave it holding prompt and answer; default a fresh one.
     - `max_tokens`: most tokens of the answer; None or -1: until the context is full.
     - `ignore_eos`: end tokens are never chosen.
@@ -50,6 +53,8 @@ class TextModel:
 
     def generate(
         self, prompt: str | Sequence[int], *, session: Session | None = None,
+        json_schema: Mapping[str, Any] | str | bool | None = None, grammar: str | None = None,
+        regex: str | None = None,
         max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
         seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
@@ -79,7 +84,10 @@ class TextModel:
     def chat(
         self, messages: str | Sequence[Mapping[str, Any]], *, session: Session | None = None,
         room: int = 0, tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
-        template: str | None = None, template_options: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None, template: str | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        json_schema: Mapping[str, Any] | str | bool | None = None, grammar: str | None = None,
+        regex: str | None = None,
         max_tokens: int | None = None, stop: str | Iterable[str] | None = None,
         seed: int | None = None, temperature: float | None = None, top_k: int | None = None,
         top_p: float | None = None, min_p: float | None = None, typical_p: float | None = None,
@@ -104,6 +112,8 @@ class TextModel:
         the rendered chat are evaluated; it is rewound to there when reading begins.
         room: tokens of context that have to be left for the answer, else MemoryLimitError.
         tools: functions, or their JSON descriptions as OpenAI's interface has them.
+        tool_choice: "auto" (the model may call them), "none", "required" or the name of the one
+        to call. What it called: `.message` of the answer, or `.reader()` while it comes.
         template: which of the file's templates, by name, or the text of one of your own.
         template_options: what the template takes besides, such as {"enable_thinking": False}.
         Other keywords as `generate` has them. Raises TextError, too, for messages that the

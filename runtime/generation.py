@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from runtime.engine.reuse import Reuse
     from runtime.model import Model
     from runtime.speculation.speculation import Drafts
+    from runtime.text.calls.reader import Reader
     from runtime.text.sampling import Token
 
 
@@ -71,6 +72,17 @@ class Generation:
         for _ in self:
             pass
         return self._writing.answer.text
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The whole answer as a message of OpenAI's interface, for the next `chat`: its content,
+        apart from it its reasoning ("reasoning_content") and the calls of tools ("tool_calls")."""
+        return self._writing.options.message(self.text)
+
+    def reader(self) -> Reader:
+        """What takes the pieces of this answer apart as they come, into content, reasoning and
+        parts of calls: see `runtime.text.calls.reader.Reader`."""
+        return self._writing.options.reader()
 
     @property
     def tokens(self) -> list[int]:

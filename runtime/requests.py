@@ -18,6 +18,7 @@ from runtime.writing import Options, Prompt, Writing
 if TYPE_CHECKING:
     from runtime.engine.reuse import Reuse
     from runtime.model import Model
+    from runtime.text.calls.reader import Reader
     from runtime.text.sampling import Token
 
 _WORTH = 10.0  # seconds of waiting that a step of priority is worth
@@ -129,6 +130,15 @@ class Request:
     def text(self) -> str:
         """The text so far."""
         return self._task.answer.text
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """As of `Generation`, as far as it has come."""
+        return self._task.options.message(self.text)
+
+    def reader(self) -> Reader:
+        """As of `Generation`."""
+        return self._task.options.reader()
 
     @property
     def tokens(self) -> list[int]:

@@ -22,17 +22,38 @@ if TYPE_CHECKING:
     from runtime.speculation.drafter import Drafter
     from runtime.speculation.speculation import Speculation
     from runtime.text.answer import Fed
+    from runtime.text.calls.reader import Reader
+    from runtime.text.calls.wanted import Reading
+    from runtime.text.grammar.guide import Constraint
     from runtime.text.sampling import Sampling, Token
 
 
 class Options(NamedTuple):
-    """What an answer was asked for, checked. `max_tokens` None: until the context is full."""
+    """What an answer was asked for, checked. `max_tokens` None: until the context is full.
+
+    constraint: what tokens may be chosen, of this answer alone; reading: how it is read.
+    """
 
     sampling: Sampling
     max_tokens: int | None = None
     on_token: Callable[[Token], Any] | None = None
     on_prompt: OnPrompt | None = None
     drafters: Callable[[Evaluated], Sequence[Drafter]] | None = None
+    constraint: Constraint | None = None
+    reading: Reading | None = None
+
+    def reader(self) -> Reader:
+        """Reads the answer from its beginning."""
+        from runtime.text.calls.wanted import Reading
+
+        return (self.reading or Reading()).reader()
+
+    def message(self, text: str) -> dict[str, Any]:
+        """An answer of this text as a message."""
+        reader = self.reader()
+        reader.feed(text)
+        reader.close()
+        return reader.message
 
 
 class Prompt(NamedTuple):
@@ -66,9 +87,11 @@ class Writing(Task):
         super().__init__(own, prompt.ids, options.on_prompt)
         # the token after the last place of the context is still known, but cannot be evaluated
         room = model.context - prompt.keep - len(prompt.ids) + 1
+        shown = () if options.reading is None else options.reading.shown
         self.answer = Answer(
-            model.tokenizer, options.sampling, model.vocab_size, room, options.max_tokens
-        )
+            model.tokenizer, options.sampling, model.vocab_size, room, options.max_tokens,
+            options.constraint, shown,
+        )  # fmt: skip
         self._engine: Engine = model._engine
         self.session, self.owned, self._keep = session, prompt.owned, prompt.keep
         self.options = options

@@ -275,7 +275,7 @@ class TestForeignOptions:
     @pytest.mark.parametrize(
         "args",
         ["--rope-freq-base 1e6", "--rope-scale 2", "--yarn-orig-ctx 4096", "--lora a.gguf",
-         "--grammar x", "-j {}", "--chat-template chatml", "--mmproj a.gguf", "--image a.png",
+         "--chat-template chatml", "--mmproj a.gguf", "--image a.png",
          "--override-kv a=int:1", "--control-vector a.gguf", "-hfd a/b", "--prompt-cache f"],
     )  # fmt: skip
     def test_what_would_change_the_answer_is_refused(self, invoke, args):

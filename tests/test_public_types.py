@@ -68,7 +68,7 @@ def test_both_take_the_same_keywords():
         }
         for method in ("generate", "chat")
     }
-    alone = {"room", "tools", "template", "template_options"}
+    alone = {"room", "tools", "tool_choice", "template", "template_options"}
     assert {n: k for n, k in kinds["chat"].items() if n not in alone} == kinds["generate"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from runtime.cli.grammar_options import grammar_arguments, grammar_options
 from runtime.cli.model_path import model_argument, model_option
 from runtime.cli.options import (
     generation_arguments,
@@ -32,6 +33,7 @@ Examples:
 @option("-p --prompt", "The first message.", TEXT, metavar="TEXT")
 @talk_options
 @sampling_options
+@grammar_options
 @model_option
 @model_options
 @speculation_options
@@ -44,7 +46,8 @@ def command(words: tuple[str, ...], model_option: str | None, **options: Any) ->
     if len(words) > 1:
         raise click.UsageError(f"unexpected {words[1]!r}: the first message goes after -p")
     path = model_argument(words[0] if words else None, model_option)
-    system, arguments = given_system(options), generation_arguments(options)
+    system = given_system(options)
+    arguments = generation_arguments(options) | grammar_arguments(options)
     with loaded_model(path, options, arguments) as loaded:
         converse(loaded, system, arguments, options["quiet"], options["prompt"],
                  file=options["session_file"])  # fmt: skip

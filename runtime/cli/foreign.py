@@ -124,8 +124,6 @@ _REFUSED = (
     ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx", 1, _ROPE),
     ("--yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast", 1, _ROPE),
     ("-gan --grp-attn-n -gaw --grp-attn-w", 1, _NOT_HERE),
-    ("--grammar --grammar-file -j --json-schema -jf --json-schema-file", 1,
-     "{name} is not supported: answers cannot be held to a grammar in this version"),
     ("--lora --lora-scaled --control-vector --control-vector-scaled", 1,
      "{name} is not supported: merge adapters into the model's file first"),
     ("-mm --mmproj -mmu --mmproj-url --image --audio --video", 1,

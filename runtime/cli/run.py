@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from runtime.cli.answer import Screen
+from runtime.cli.grammar_options import grammar_arguments, grammar_options
 from runtime.cli.model_path import model_argument, model_option
 from runtime.cli.options import (
     generation_arguments,
@@ -50,6 +51,7 @@ Examples:
         is_flag=True)  # fmt: skip
 @talk_options
 @sampling_options
+@grammar_options
 @model_option
 @model_options
 @speculation_options
@@ -62,7 +64,8 @@ def command(words: tuple[str, ...], model_option: str | None, **options: Any) ->
     first, rest = (words[:1], words[1:]) if model_option is None else ((), words)
     model = model_argument(first[0] if first else None, model_option)
     prompt = given_prompt(options, rest, piped=not options["converse"])
-    system, arguments = given_system(options), generation_arguments(options)
+    system = given_system(options)
+    arguments = generation_arguments(options) | grammar_arguments(options)
     if options["raw"] and (options["converse"] or system):
         raise click.UsageError("--raw is no conversation: leave --conversation and --system out")
     if model is not None and prompt is None and not options["converse"] and not at_terminal():

@@ -17,6 +17,7 @@ from runtime.text.messages import Message, no_text, plain, plain_messages, readi
 from runtime.text.tools import tool_schemas
 
 if TYPE_CHECKING:
+    from runtime.text.calls.forms import Form
     from runtime.text.sandbox import Template
     from runtime.text.tokenizer import Tokenizer
 
@@ -96,11 +97,25 @@ class ChatTemplate:
         self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **options: Any
     ) -> list[int]:
         """The ids of `render(messages, **options)`, with one BOS where the model wants it."""
-        ids = tokenizer.encode(self.render(messages, **options), add_special=False)
+        return self.ids(tokenizer, self.render(messages, **options))
+
+    def ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """The ids of a rendered chat, with one BOS where the model wants it."""
+        ids = tokenizer.encode(text, add_special=False)
         bos = tokenizer.bos_id
         if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
+
+    def form(self, template: str | None = None, tools: bool = False) -> Form:
+        """How calls of tools and reasoning are written in answers, by the template's own text.
+
+        template: as `render` has it; tools: whether some are given.
+        """
+        from runtime.text.calls.forms import form_of
+
+        name = self._usual(tools) if template is None else template
+        return form_of(self.sources.get(name, name))
 
     def _choose(self, name: str | None, tools: bool) -> Template:
         if name is None:

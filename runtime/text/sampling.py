@@ -133,8 +133,8 @@ class Sampling:
 
 class Token(NamedTuple):
     """A chosen token. With `Sampling.logprobs` > 0, `logprob` is its natural log-probability under
-    the model's own distribution (before bias, penalties and filters) and `top` holds the best
-    tokens as (id, logprob), best first."""
+    the model's own distribution (before bias, penalties and filters; with a grammar that of the
+    tokens it allows) and `top` holds the best tokens as (id, logprob), best first."""
 
     id: int
     logprob: float | None = None
@@ -300,7 +300,7 @@ def _check_finite(highest: np.floating, raw: np.ndarray) -> None:
 
 
 def _with_logprobs(raw: np.ndarray, chosen: int, n: int) -> Token:
-    top = best(Candidates(raw), min(n, raw.size))
+    top = best(Candidates(raw), min(n, int(np.count_nonzero(raw > -_INF))))
     highest = float(top.values[0])
     log_sum = highest + math.log(float(np.sum(np.exp(raw.astype(np.float64) - highest))))
     ids = range(raw.size) if top.ids is None else top.ids

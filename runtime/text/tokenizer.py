@@ -32,6 +32,7 @@ from runtime.text.vocabulary import (
 
 if TYPE_CHECKING:
     from runtime.text.chat import ChatTemplate
+    from runtime.text.grammar.guide import Guide
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -143,6 +144,14 @@ class Tokenizer:
             ids.append(known.eos_id)
         return ids
 
+    def encode_continued(self, text: str) -> list[int]:
+        """The ids of `text` where it continues other text: nothing is put before or after it, and
+        control tokens written in it are plain text."""
+        ids: list[int] = []
+        for piece in self._user_defined.find(_valid(text)):
+            ids += [piece] if isinstance(piece, int) else self._encode_inside(piece)
+        return ids
+
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
 
@@ -154,12 +163,16 @@ class Tokenizer:
         text = b"".join(map(shows, token_ids(ids))).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._space_prefix else text
 
-    def stream(self, skip_special: bool = True, strip_space: bool = False) -> TextStream:
+    def stream(
+        self, skip_special: bool = True, strip_space: bool = False, shown: Sequence[str] = ()
+    ) -> TextStream:
         """An incremental detokenizer for text that continues a prompt.
 
-        `strip_space` takes one leading space away, as `decode` does for SentencePiece.
+        `strip_space` takes one leading space away, as `decode` does for SentencePiece. `shown`:
+        control tokens, as they are written, that `skip_special` does not skip.
         """
         hidden = self._known.hidden if flag("skip_special", skip_special) else frozenset()
+        hidden -= {self._known.ids.get(text, -1) for text in shown}
         strip_space = flag("strip_space", strip_space)
         return TextStream(self.token_bytes, strip_space, hidden)
 
@@ -211,6 +224,13 @@ class Tokenizer:
 
         return ChatTemplate.of(self, self._metadata)
 
+    @cached_property
+    def guide(self) -> Guide:
+        """What grammars need of this vocabulary. OptionError without llguidance."""
+        from runtime.text.grammar.guide import Guide
+
+        return Guide(self)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -238,6 +258,15 @@ class Tokenizer:
     def is_control(self, token: int) -> bool:
         """Whether a token steers the model instead of standing for text."""
         return bool(self._known.kinds[self._checked(token)] == CONTROL)
+
+    def control_id(self, text: str) -> int | None:
+        """The id of the control token that is written so; None where there is none."""
+        token = self._known.ids.get(text)
+        return token if token is not None and self.is_control(token) else None
+
+    def ids_of_kind(self, *kinds: int) -> list[int]:
+        """Ids whose kind, of `runtime.text.special_ids`, is one of these, ascending."""
+        return self._known.of_kind(*kinds)
 
     @property
     def _known(self) -> Vocabulary:
@@ -313,6 +342,13 @@ class Tokenizer:
                 charsmap=str if packed is None else CharsMap.from_numbers(packed),
             ),
         )
+
+    @cached_property
+    def _encode_inside(self) -> Callable[[str], list[int]]:
+        """As `_encode`, without the space that goes before a text."""
+        if self.kind != "llama":
+            return self._encode
+        return sentencepiece.MergeEncoder(self._known, self._scores(), False)
 
     @cached_property
     def _all_special(self) -> SpecialTokens:

@@ -54,6 +54,19 @@ def tool_schemas(tools: Any) -> list[Mapping[str, Any]] | None:
     return [_schema(tool) for tool in tools] or None
 
 
+def tool_parameters(schemas: Sequence[Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
+    """name -> JSON schema of the parameters, of descriptions as `tool_schemas` gives them."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for schema in schemas or ():
+        own = schema.get("function", schema)
+        own = own if isinstance(own, Mapping) else {}
+        name, parameters = own.get("name"), own.get("parameters")
+        if isinstance(name, str) and name:
+            none = {"type": "object", "properties": {}, "additionalProperties": False}
+            found[name] = parameters if isinstance(parameters, Mapping) and parameters else none
+    return found
+
+
 def _schema(tool: Any) -> Mapping[str, Any]:
     if isinstance(tool, Mapping):
         return tool

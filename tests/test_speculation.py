@@ -73,7 +73,7 @@ def model(
 ) -> Iterator[Model]:
     size = NOVEL["qwen35"] if request.param == "hybrid" else Sizes("qwen3", layers=2)
     path = speaking(tmp_path_factory.mktemp("speculation"), size)
-    with runtime.load(path, context=256, threads=1, progress=False) as made:
+    with runtime.load(path, context=256, threads=1, progress=False, spec="off") as made:
         yield made
 
 
@@ -226,6 +226,23 @@ def test_memory_goes_to_who_needs_it(model: Model):
         for other in others:
             other.close()
         assert read(answer) == plain
+
+
+def test_the_cache_of_prompts_keeps_what_it_would(model: Model):
+    """Also of pages that are full in the middle of drafts, and of nothing that did not follow."""
+    plain = read(model.generate(PROMPT, max_tokens=80, **WARM))
+    found = []
+    for chance in (None, 1, 0.7):
+        model._engine.prompts.clear()
+        answer = model.generate(PROMPT, max_tokens=80, **WARM)
+        if chance is not None:
+            speculating(answer, Guessing([*PROMPT, *plain], chance, 2, long=True))
+        assert read(answer) == plain
+        again = model.generate([*PROMPT, *plain[:70], 7, 8], max_tokens=3, spec="off", **WARM)
+        found.append((read(again), again.cached_tokens))
+    assert found[1] == found[0] and found[2][0] == found[0][0] and found[0][1] > 32
+    if model._engine.memory.slots == 0:
+        assert found[2] == found[0] and found[0][1] == len(PROMPT) + 70
 
 
 def test_answers_read_together_are_those_alone(model: Model):

@@ -159,7 +159,7 @@ class TestLengths:
 class Wrong:
     """Takes its time for drafts that never follow."""
 
-    kind, free, certainty = "wrong", False, 7
+    kind, free, certainty, most = "wrong", False, 7, 15
     asked = 0
 
     def begin(self, tokens: list[int]) -> None: ...

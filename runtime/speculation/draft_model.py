@@ -84,7 +84,7 @@ def draft_arguments(draft: GGUFFile, given: Mapping[str, Any]) -> dict[str, Any]
     if found["context"] is not None and isinstance(trained, int):
         found["context"] = min(found["context"], trained)
     devices = "cpu" if names_mpi(given["devices"]) else given["devices"]
-    return found | {"devices": devices, "mtp": False, "spec": "off"}
+    return found | {"devices": devices, "spec": "off"}
 
 
 def check_vocabulary(draft: GGUFFile, model: GGUFFile) -> None:

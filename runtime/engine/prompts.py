@@ -179,7 +179,9 @@ class PromptCache(Evictable):
     def evict(self, pages: int, slots: int) -> bool:
         """See Evictable."""
         eviction = self._eviction()
-        freed = eviction.slots(slots) if slots else 0
+        freed = 0
+        if slots:
+            freed = eviction.slots(max(slots, self._pools.slots.count // _SLACK))
         if pages:
             freed += eviction.pages(max(pages, self._pools.pages.count // _SLACK))
         self._remember(eviction.gone)

@@ -52,6 +52,14 @@ class _Cut(NamedTuple):
     whole: bool
 
 
+class _Row(NamedTuple):
+    """A node with states: those whose slots nobody else holds, with the place before; and all."""
+
+    step: Step
+    free: dict[State, int]
+    states: list[State]
+
+
 class Eviction:
     """One round of letting go; `gone` are the keys of the first blocks that are no longer there."""
 
@@ -61,13 +69,38 @@ class Eviction:
         self.gone = list[bytes]()
 
     def slots(self, wanted: int) -> int:
-        """Let go of states until so many slots more are free, if there are as many."""
-        freed = 0
-        while freed < wanted and (found := self._least_state()) is not None:
-            _, _, step, state = found
-            self._tree.change(step, step.node.edge.without_state(state))
-            freed += state.slot not in self._tree.slots
-        return freed
+        """Let go of states until so many slots more are free, if there are as many.
+
+        Without one, more is to be read again to the next one of its edge, which is worth more then.
+        """
+        rows = [
+            _Row(step, self._free(step, before), [s for _, s in _pairs(before, step)])
+            for step, before in self._with_states()
+            if step.node.edge.states
+        ]
+        heap = [
+            (self._loss(state, before), next(self._order), row, state)
+            for row in rows
+            for state, before in row.free.items()
+        ]
+        heapq.heapify(heap)
+        gone = set[State]()
+        while heap and len(gone) < wanted:
+            loss, _, row, state = heapq.heappop(heap)
+            if self._loss(state, row.free[state]) > loss:
+                continue  # it has become worth more, and stands there once again
+            gone.add(state)
+            after = next((s for s in row.states if s.place > state.place and s not in gone), None)
+            if after in row.free:
+                row.free[after] = row.free[state]
+                again = self._loss(after, row.free[after]), next(self._order), row, after
+                heapq.heappush(heap, again)
+        for step in (row.step for row in rows):
+            edge = step.node.edge
+            if left := tuple(s for s in edge.states if s in gone):
+                kept = tuple(s for s in edge.states if s not in left)
+                self._tree.change(step, edge._replace(states=kept))
+        return len(gone)
 
     def pages(self, wanted: int) -> int:
         """Let go of ends of leaves until so many pages more are free.
@@ -81,27 +114,31 @@ class Eviction:
 
     def nbytes(self, wanted: int) -> int:
         """Let go of whatever saves least until so many bytes more are free."""
-        freed = 0
+        freed, costs = 0, self._costs
         while freed < wanted:
-            state = self._least_state()
-            leaf = min((c for c in self._cuts() if self._frees(c)), default=None)
-            if leaf is None and state is None:
-                break
-            if state is not None and (leaf is None or state[0] / self._costs.slot < leaf.loss):
-                freed += self._costs.slot * self.slots(1)
+            share = max(1, (wanted - freed) // 8)  # of what saves least now
+            states = [
+                self._loss(state, before) / costs.slot
+                for step, above in self._with_states()
+                for state, before in self._free(step, above).items()
+            ]
+            leaves = [cut.loss for cut in self._cuts() if self._frees(cut)]
+            if states and min(states) < min(leaves, default=np.inf):
+                found = costs.slot * self.slots(-(-share // costs.slot))
             else:
-                freed += self._costs.page * self._trim(max(1, wanted // self._costs.page // 8))
+                found = costs.page * self._trim(-(-share // costs.page)) if leaves else 0
+            if not found:
+                break
+            freed += found
         return freed
 
-    def _least_state(self) -> tuple[float, int, Step, State] | None:
-        """The state that is missed least, of those whose slot would be free: its loss in tokens."""
-        found = (
-            (self._loss(state, before), next(self._order), step, state)
-            for step, before in self._with_states()
-            for before, state in _pairs(before, step.node.edge.states)
-            if state.slot not in self._pinned.slots
-        )
-        return min(found, default=None)
+    def _free(self, step: Step, above: int) -> dict[State, int]:
+        """The states of a node whose slots nobody else holds, with the place of the one before.
+
+        above: the place of the last one above the node.
+        """
+        pairs = _pairs(above, step)
+        return {state: at for at, state in pairs if state.slot not in self._pinned.slots}
 
     def _loss(self, state: State, before: int) -> float:
         worth = _MESSAGE_END if state.message_end else 1
@@ -195,8 +232,8 @@ class Eviction:
         return 0
 
 
-def _pairs(before: int, states: tuple[State, ...]) -> Iterator[tuple[int, State]]:
-    """Each state, with the place of the one before it."""
-    for state in states:
+def _pairs(before: int, step: Step) -> Iterator[tuple[int, State]]:
+    """Each state of a node, with the place of the one before it."""
+    for state in step.node.edge.states:
         yield before, state
         before = state.place

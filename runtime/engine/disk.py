@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +26,7 @@ from runtime.memory.prefix_edges import block_keys
 from runtime.memory.slots import SPACING, Checkpoint, Recurrent
 from runtime.memory.write_behind import WriteBehind
 from runtime.ops import PAGE
+from runtime.units import counted_as
 
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _LOT = 8  # pages that are copied while no step can begin
 _PAUSE = 0.02  # seconds between two lots: steps go first
 _WORTH = 16  # tokens that reading from disk has to save
+_SHOWN = 8  # tokens of each side of a difference
 _TRIES = 8  # times that a prompt is looked up, where blocks turn out to be damaged
 
 
@@ -90,6 +92,40 @@ class DiskTier:
             if self._bring(engine, tokens, keys, known, found):
                 return found.place
         return 0
+
+    def explain(
+        self, tokens: Sequence[int], recurrent: bool, text: Callable[[Sequence[int]], str]
+    ) -> str:
+        """What the disk has of a prompt, and why no more, for a person; text: of tokens."""
+        from runtime.memory.prompt_folders import folders
+
+        self.store.refresh()
+        keys = block_keys([], self.key, tokens, len(tokens) - 1)
+        blocks = next((n for n, key in enumerate(keys) if not self.store.has(key)), len(keys))
+        found, known = self._found(tokens, keys, 0, 0, recurrent), blocks * PAGE
+        place = 0 if found is None else found.place
+        lines = [f"{place} of {counted_as(len(tokens), 'token')} would not be read again"]
+        lines.append(f"{counted_as(blocks, 'block')} of {PAGE} tokens are on disk")
+        if recurrent:
+            state = f"the last recurrent state that can be used is behind token {place}"
+            lines.append(state if place else "no recurrent state is kept behind any of them")
+        last = keys[blocks - 1] if blocks else self.key
+        mine = [f for f in folders(self.store.root.parent) if f.path == self.store.folder]
+        after = [b for f in mine for b, _ in f.blocks() if b.parent == last and b.tokens]
+        other = max(after, key=lambda b: _same(b.tokens, tokens[known:]), default=None)
+        if other is None:
+            more = known < len(tokens) - 1
+            return "\n".join([*lines, *[f"nothing goes on behind token {known}"][: int(more)]])
+        same = _same(other.tokens, tokens[known:])
+        if same < min(len(other.tokens), len(tokens) - known):
+            lines.append(f"first difference: token {known + same + 1}")
+            lines.append(f"  kept:   {text(other.tokens[same : same + _SHOWN])!r}")
+            lines.append(f"  prompt: {text(tokens[known + same : known + same + _SHOWN])!r}")
+        else:
+            lines.append(
+                f"the next block goes on as the prompt does; whole ones of {PAGE} are read"
+            )
+        return "\n".join(lines)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until what was kept is written, at most so long; whether it is."""
@@ -225,6 +261,12 @@ class DiskTier:
         start = place // PAGE * PAGE
         parent, piece = keys[start // PAGE - 1] if start else self.key, tuple(tokens[start:place])
         return Block(END, self.key, block_key(parent, piece), parent, start, piece, 0)
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many of the first tokens are the same."""
+    n = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return min(len(a), len(b)) if n is None else n
 
 
 def _end(engine: Engine, known: Known, place: int) -> np.ndarray | None:

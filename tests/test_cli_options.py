@@ -86,6 +86,10 @@ class TestFlags:
             (("--mirostat-ent", "4"), "mirostat_tau", 4.0),
             (("--mirostat-lr", "0.2"), "mirostat_eta", 0.2),
             (("--samplers", "top_k;temperature"), "samplers", "top_k;temperature"),
+            (("--json-schema", '{"type": "null"}'), "json_schema", '{"type": "null"}'),
+            (("-j", "true"), "json_schema", "true"),
+            (("--regex", "a+"), "regex", "a+"),
+            (("--grammar", 'root ::= "a"'), "grammar", 'root ::= "a"'),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
     )
@@ -94,6 +98,35 @@ class TestFlags:
         result = invoke("run", "m.gguf", "-p", "x", *args, model=model)
         assert result.exit_code == 0, result.stderr
         assert model.calls[0][1][option] == value
+
+    @pytest.mark.parametrize("name", ["run", "chat"])
+    def test_grammars_may_be_in_files(self, invoke, tmp_path, name):
+        schema, grammar = tmp_path / "s.json", tmp_path / "g.gbnf"
+        schema.write_text('{"type": "null"}')
+        grammar.write_text('root ::= "é"', "utf-8")
+        for option, file, field in (
+            ("--json-schema", schema, "json_schema"), ("-jf", schema, "json_schema"),
+            ("--grammar-file", grammar, "grammar"),
+        ):  # fmt: skip
+            model = FakeModel()
+            result = invoke(name, "m.gguf", option, str(file), model=model, stdin="hi")
+            assert result.exit_code == 0, result.stderr
+            assert model.calls[0][1][field] == file.read_text("utf-8")
+
+    @pytest.mark.parametrize(
+        ("args", "says"),
+        [
+            (("-j", '{"not": {}}'), "json_schema uses not, which cannot be enforced"),
+            (("-j", "{"), "json_schema is no JSON"),
+            (("-j", "nothing.json"), "nothing.json"),
+            (("-j", "true", "--regex", "a"), "--json-schema and --regex cannot go together"),
+            (("--grammar", "a", "--grammar-file", "b"), "cannot go together"),
+            (("--grammar-file", "nothing.gbnf"), "nothing.gbnf"),
+        ],
+    )
+    def test_grammars_that_cannot_be_used(self, invoke, args, says):
+        result = invoke("run", "m.gguf", "-p", "x", *args)
+        assert result.exit_code != 0 and result.loaded == [] and says in result.stderr
 
     @pytest.mark.parametrize(
         ("args", "option", "value"),

@@ -185,6 +185,15 @@ def test_the_end_is_possible_where_the_text_may_end_and_nowhere_else():
     assert constraint.over
 
 
+def test_a_token_that_ends_answers_is_no_text():
+    metadata = byte_pairs(**{"tokenizer.ggml.eos_token_ids": [259, 273]})  # "hello" and "<tag>"
+    tokenizer = Tokenizer(metadata)
+    assert tokenizer.end_ids >= {259, 273} and not tokenizer.is_control(259)
+    for regex in ("hello<tag>", "(hello|<tag>){3}x"):
+        found = answer(tokenizer, regex=regex)
+        assert re.fullmatch(regex, found.text) and found.reason == "end"
+
+
 def test_probabilities_are_those_of_tokens_that_are_allowed():
     tokenizer = made("gpt-2")
     found = answer(tokenizer, options={**PLAIN, "logprobs": 4}, regex="[ab]c")

@@ -29,10 +29,11 @@ def grammar_options(function: F) -> F:
 def grammar_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `model.generate` from the values of `grammar_options`, those given.
 
-    UsageError for two of them and for what cannot be enforced, as far as that needs no model.
+    UsageError for two of them and for what cannot be enforced: before the model is loaded.
     """
     from runtime.errors import OptionError
     from runtime.text.grammar.asked import asked_grammar
+    from runtime.text.grammar.guide import check
 
     names = ("json_schema", "regex", "grammar", "grammar_file")
     given = {name: options[name] for name in names if options[name] is not None}
@@ -44,7 +45,9 @@ def grammar_arguments(options: dict[str, Any]) -> dict[str, Any]:
     if "json_schema" in given:
         given["json_schema"] = _schema(given["json_schema"])
     try:
-        asked_grammar(given)
+        grammar = asked_grammar(given)
+        if grammar is not None:
+            check(grammar)
     except OptionError as error:
         raise click.UsageError(str(error)) from None
     return given

@@ -51,7 +51,7 @@ class Guide:
             return Constraint(grammar.option, matcher.deep_copy(), self.size)
 
     def _compile(self, grammar: Grammar) -> Any:
-        source = self._source(grammar)
+        source = _source(self._library, grammar)
         matcher = self._library.LLMatcher(self._tokens, source, log_level=0, limits=self._limits)
         if not matcher.is_error():
             first = matcher.deep_copy()
@@ -60,34 +60,6 @@ class Guide:
         if matcher.is_error():
             raise refusal(grammar.option, matcher.get_error())
         raise OptionError(f"{grammar.option} cannot be met: no text of this model begins one")
-
-    def _source(self, grammar: Grammar) -> str:
-        """As llguidance takes it."""
-        make = self._library.LLMatcher
-        option, kind, text, content = grammar
-        try:
-            if kind == "json":
-                return make.grammar_from_json_schema(text)
-            if kind == "regex":
-                return make.grammar_from_regex(text)
-            found = make.grammar_from_lark(_lark(text) if kind == "gbnf" else text)
-            return found if content is None else self._joined(found, self._source(content))
-        except OptionError:
-            raise
-        except RecursionError:
-            raise OptionError(f"{option} is nested too deeply") from None
-        except Exception as error:  # the converter of GBNF has plain ones, too
-            raise refusal(option, str(error)) from None
-
-    @staticmethod
-    def _joined(main: str, content: str) -> str:
-        """A grammar in Lark with what "@content" in it stands for."""
-        inner = {"lark_grammar": content}
-        if content.startswith("{"):
-            (inner,) = json.loads(content)["grammars"]
-        inner = {name: value for name, value in inner.items() if value is not None}
-        whole = [{"name": "main", "lark_grammar": main}, {**inner, "name": "content"}]
-        return json.dumps({"grammars": whole})
 
 
 class Constraint:
@@ -133,14 +105,15 @@ class _Table:
     def __init__(self, tokenizer: Tokenizer) -> None:
         size = tokenizer.vocab_size
         self.tokens = [tokenizer.token_bytes(i) for i in range(size)]
-        self.special_token_ids = tokenizer.ids_of_kind(CONTROL, UNKNOWN, UNUSED)
         self.end_ids = sorted(tokenizer.end_ids)
+        marks = tokenizer.ids_of_kind(CONTROL, UNKNOWN, UNUSED)
+        self.special_token_ids = sorted({*marks, *self.end_ids})  # they are no text of a grammar
         if not self.end_ids:  # one beyond the vocabulary stands for the end, and is never chosen
             self.tokens.append(b"<end>")
             self.special_token_ids.append(size)
             self.end_ids = [size]
         self.eos_token_id, self.bos_token_id = self.end_ids[0], tokenizer.bos_id
-        self._tokenizer = tokenizer
+        self._tokenizer, self._special = tokenizer, frozenset(self.special_token_ids)
         self._ids = {text: i for i, text in reversed(list(enumerate(self.tokens))) if text}
         for i in self.special_token_ids:
             self._ids.pop(self.tokens[i], None)
@@ -151,7 +124,8 @@ class _Table:
         plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
         wanted = text.encode() if isinstance(text, str) else text
         found = self._tokenizer.encode_continued(plain)
-        if b"".join(self.tokens[i] for i in found) == wanted:
+        same = b"".join(self.tokens[i] for i in found) == wanted
+        if same and self._special.isdisjoint(found):
             return found
         return self._greedy(wanted)  # rules that change a text before it is cut
 
@@ -165,6 +139,15 @@ class _Table:
             found.append(self._ids[text[at : at + length]])
             at += length
         return found
+
+
+def check(grammar: Grammar) -> None:
+    """OptionError for a grammar that no model can be held to."""
+    library = _library()
+    make = library.LLMatcher
+    wrong, messages = make.validate_grammar_with_warnings(_source(library, grammar))
+    if wrong:
+        raise refusal(grammar.option, messages[0])
 
 
 def _library() -> Any:
@@ -199,3 +182,32 @@ def _without_comments(text: str) -> str:
             closing = {'"': '"', "[": "]"}.get(c, "")
         found.append("" if comment else c)
     return "".join(found)
+
+
+def _source(library: Any, grammar: Grammar) -> str:
+    """As llguidance takes it."""
+    make = library.LLMatcher
+    option, kind, text, content = grammar
+    try:
+        if kind == "json":
+            return make.grammar_from_json_schema(text)
+        if kind == "regex":
+            return make.grammar_from_regex(text)
+        found = make.grammar_from_lark(_lark(text) if kind == "gbnf" else text)
+        return found if content is None else _joined(found, _source(library, content))
+    except OptionError:
+        raise
+    except RecursionError:
+        raise OptionError(f"{option} is nested too deeply") from None
+    except Exception as error:  # the converter of GBNF has plain ones, too
+        raise refusal(option, str(error)) from None
+
+
+def _joined(main: str, content: str) -> str:
+    """A grammar in Lark with what "@content" in it stands for."""
+    inner = {"lark_grammar": content}
+    if content.startswith("{"):
+        (inner,) = json.loads(content)["grammars"]
+    inner = {name: value for name, value in inner.items() if value is not None}
+    whole = [{"name": "main", "lark_grammar": main}, {**inner, "name": "content"}]
+    return json.dumps({"grammars": whole})

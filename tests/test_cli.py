@@ -163,6 +163,20 @@ class TestRun:
             result = invoke("run", "-q", "-p", "Hi", "-ngl", "9", *way, model=FakeModel())
             assert result.stderr == "" and result.loaded[0][1]["progress"] is False
 
+    @pytest.mark.parametrize(
+        ("size", "nbytes"),
+        [("256M", 256 << 20), ("1.5g", 3 << 29), ("8", 8 << 20), ("64KiB", 65536)],
+    )
+    def test_a_budget_of_the_cache(self, invoke, size: str, nbytes: int):
+        result = invoke("run", "-p", "x", "--cache-ram", size, "--no-prompt-cache")
+        given = result.loaded[0][1]
+        assert (given["cache_bytes"], given["prompt_cache"]) == (nbytes, False)
+
+    @pytest.mark.parametrize("size", ["0", "-1", "x", "1 M B", "", "1e3"])
+    def test_what_no_budget_can_be(self, invoke, size: str):
+        result = invoke("run", "-p", "x", "--cache-ram", size)
+        assert result.exit_code == 2 and "no size, such as 256M or 4G" in result.stderr
+
     def test_all_options_reach_the_model(self, invoke):
         model = FakeModel()
         result = invoke(

@@ -6,13 +6,14 @@ import gc
 import os
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from choosing_cpu import speaking
-from random_edits import Edits
+from choosing_cpu import choosing, speaking
+from random_edits import Edits, check
 from small_models import NOVEL, Sizes, write_model
 
 import runtime
@@ -171,3 +172,43 @@ def test_a_state_is_kept_where_prompts_part(speaking_files: dict[str, Path]):
         assert "after token 90 was kept" in third.explain()
         longer = asked(model, [*start, 9, 9, 3, 4])
         assert longer.cached_tokens == 92 and longer.reuse.reason == "new"
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_device_that_begins_steps_ahead(speaking_files: dict[str, Path], name: str):
+    """What it holds for the step ahead is not what the cache has, and the other way round."""
+    rng, path = random.Random(4), speaking_files[name]
+    told: list[list[list[int]]] = []
+    for choose, cached in ((True, True), (False, False)):
+        with choosing(path, choose, context=128, sequences=1, prompt_cache=cached) as model:
+            rng.seed(4)
+            talk, answers, used = list(range(40, 75)), list[list[int]](), 0
+            for _ in range(8):
+                prompt = [*talk[: rng.randint(20, len(talk))], *rng.choices(range(40, 50), k=3)]
+                both = [
+                    model.generate(ids, max_tokens=rng.randint(8, 25), temperature=0)
+                    for ids in (prompt, [*prompt[:-1], 77])
+                ]
+                list(model.together(both))
+                used += sum(answer.cached_tokens for answer in both)
+                answers += [answer.tokens for answer in both]
+                talk = [*prompt, *answers[-2]][:70]
+                check(model._engine.prompts)
+            assert (used > 100) == cached
+            told.append(answers)
+    assert told[0] == told[1]
+
+
+def test_threads_share_what_is_cached(speaking_files: dict[str, Path]):
+    start = list(range(40, 110))
+    with runtime.load(speaking_files["hybrid"], context=256, threads=1) as model:
+        want = [model.generate([*start, n], max_tokens=9, seed=n).text for n in range(6)]
+        with ThreadPoolExecutor(3) as pool:
+            found = [
+                pool.submit(lambda n=n: model.generate([*start, n], max_tokens=9, seed=n).text)
+                for n in (*range(6), *range(6))
+            ]
+        assert [each.result() for each in found] == want * 2
+        check(model._engine.prompts)
+        pools = model._engine.pools
+        assert pools.pages.available == pools.pages.count

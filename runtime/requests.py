@@ -72,10 +72,13 @@ class Submitted(Writing):
 
     def told(self) -> None:
         """See Task."""
+        if not self.fed and self.on_prompt is None:
+            return
         try:
             self.say()
-            while self.fed:
+            if self.fed:
                 self._reach(2)
+            while self.fed:
                 self.tell()
         except Exception as error:
             self.fail(error)

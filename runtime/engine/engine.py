@@ -326,11 +326,24 @@ class Engine:
         advances = []
         for piece in pieces:
             advances.append(advance := Advance(piece))
+            if self._goes_on(piece):
+                continue
             try:
                 self.check(piece)
             except Error as error:
                 advance.error = error.with_traceback(None)  # which would hold the advance
         return advances
+
+    def _goes_on(self, piece: Piece) -> bool:
+        """Whether it is a token more of an answer, of which `check` has nothing to say."""
+        ids, record = piece.ids, piece.sequence.record
+        return (
+            len(ids) == 1
+            and 0 <= ids[0] < self.vocabulary
+            and piece.rows == "last"
+            and record.length < self.context
+            and not (piece.given or record.given or record.closed)
+        )
 
     def check_size(self, advances: abc.Sequence[Advance]) -> None:
         """OptionError for more than one step takes."""

@@ -71,6 +71,7 @@ class Tokenizer:
             self._vocabulary = Vocabulary.read(metadata, self._defaults())
             self._check_rules()
         self.vocab_size = _bare_size(metadata) if self._vocabulary is None else len(self._known)
+        self._bytes: dict[int, bytes] = {}  # of tokens that were shown already
         found = self._vocabulary
         self.bos_id = found.bos_id if found else None
         self.eos_id = found.eos_id if found else None
@@ -196,6 +197,13 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of text that a token stands for. Raises TextError for a wrong id."""
+        found = self._bytes.get(token) if type(token) is int else None
+        if found is None:
+            found = self._bytes_of(token)
+            self._bytes[int(token)] = found
+        return found
+
+    def _bytes_of(self, token: int) -> bytes:
         text = self.token_text(token)
         kind = self._known.kinds[token]
         if kind == BYTE:

@@ -44,6 +44,7 @@ Examples:
   runtime bench model.gguf -p 128,512 -n 0 -t 1,2
   runtime bench model.gguf -p 64-1024*2 -n 64 -pg 512,128 -d 0,4096
   runtime bench model.gguf --kv-type q8_0 -o jsonl
+  runtime bench model.gguf -p 128 -n 64 --parallel 1,4,16 --timeline requests.svg
   runtime bench model.gguf --devices cuda:0 --timeline step.svg
   runtime bench model.gguf -d 4096 --roofline roofline.svg
 """,
@@ -65,7 +66,10 @@ Examples:
 @option("-o --output", "Format of the table: md, json, jsonl, csv or sql.", "Tests", default="md",
         type=click.Choice(["md", "json", "jsonl", "csv", "sql"]), show_default=True,
         metavar="FORMAT")  # fmt: skip
-@option("--timeline", "Draw when each launch of one decode step runs on a GPU (SVG).", "Tests",
+@_numbers("--parallel", 1, "Answer so many requests at once, each with a prompt of -p and an "
+          "answer of -n tokens, in llama-batched-bench's columns: 1,4,16.")  # fmt: skip
+@option("--timeline", "Draw when each launch of one decode step runs on a GPU; with --parallel "
+        "what each request does in each step (SVG).", "Tests",
         type=click.Path(dir_okay=False), metavar="FILE")  # fmt: skip
 @option("--roofline", "Draw what bounds each phase on this machine's CPU (SVG): what memory and "
         "units give, and what decoding, also at depth (-d, or 2048), a prompt (-p, as long as one "
@@ -97,6 +101,10 @@ def command(
         raise click.UsageError("nothing to measure: give -p, -n or -pg more than 0")
     _check_pictures(paths, options)
     wanted = _settings(paths, options)
+    if options["parallel"]:
+        for line in _parallel(wanted, output, options):
+            click.echo(line)
+        return
     printer = FORMATS[output](wanted)
     for n, result in enumerate(_results(wanted, chosen, options)):
         for line in (*(printer.begin(result) if n == 0 else ()), *printer.row(result)):
@@ -121,6 +129,23 @@ def _settings(paths: Sequence[str | None], options: dict[str, Any]) -> list[Sett
     batches, threads = _flat(options["batch_size"], 2048), _flat(options["threads"], None)
     devices = device_arguments(options)
     return list(settings(paths, batches, ubatches, types, threads, devices))
+
+
+def _parallel(wanted: Sequence[Setting], output: str, options: dict[str, Any]) -> Iterator[str]:
+    from runtime.cli import bench_parallel
+
+    bench_parallel.check(options, output)
+    counts = _flat(options["parallel"], 1)
+    sizes = _flat(options["n_prompt"], 512), _flat(options["n_gen"], 128)
+    if min(min(size) for size in sizes) < 1:
+        raise click.UsageError("--parallel needs -p and -n of at least 1")
+    load = precision_arguments(options)
+    load |= {"context": max(sizes[0]) + max(sizes[1]), "sequences": max(counts)}
+    with _Loader(load) as loader:
+        yield from bench_parallel.lines(
+            map(loader.model, wanted), counts, sizes, options["repetitions"], output,
+            options["timeline"],
+        )  # fmt: skip
 
 
 def _results(

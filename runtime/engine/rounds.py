@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from runtime.engine.task import Task
 from runtime.errors import Error, MemoryLimitError
 from runtime.ops import PAGE
 
+Watch = Callable[[float, float, list[tuple[Task, int, bool]]], Any]  # of parts: tokens, prompt
 Short = list[tuple[Task, MemoryLimitError]]  # who found no memory, and what says so
 
 
@@ -32,6 +33,7 @@ class Rounds:
     def __init__(self, engine: Engine) -> None:
         self._engine, self.pace = engine, Pace()
         self._turn = 0  # counts who comes first
+        self.watched: Watch | None = None  # is told of each step
 
     def whole(self, task: Task) -> None:
         """The prompt of somebody who is alone: all of it at once, or nothing."""
@@ -121,6 +123,9 @@ class Rounds:
         again, began = [], time.perf_counter()
         with self._engine.ran([part.piece for part in parts]) as found:
             seconds = time.perf_counter() - began
+            if self.watched is not None:
+                told = [(t, len(piece.ids), t.read < t.total) for t, piece, _ in parts]
+                self.watched(began, seconds, told)
             for (task, piece, last), rows in zip(parts, found, strict=True):
                 if isinstance(rows, Error):
                     row: np.ndarray | Error | None = task.row(piece, rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from runtime.engine.sequence import Sequence as Evaluated
-from runtime.speculation.drafter import Drafter
+from runtime.speculation.drafter import MOST, Drafter
 
 if TYPE_CHECKING:
     from runtime.text.grammar.guide import Constraint
@@ -24,8 +24,7 @@ def with_forced(constraint: Constraint, others: Drafters) -> Drafters:
 class Forced:
     """A Drafter: the tokens that have to come next."""
 
-    kind, free = "grammar", True
-    certainty = 7
+    kind, free, certainty, most = "grammar", True, 7, MOST
 
     def __init__(self, constraint: Constraint) -> None:
         """constraint: of the answer, which has all of its tokens."""

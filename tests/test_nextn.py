@@ -203,10 +203,28 @@ def test_where_nothing_can_be_drafted(file: tuple[Sizes, Path]):
         assert drafted(session, 1) == [] and len(drafted(session, 1, 2)) == 2  # 2 places are left
 
 
+def test_a_prompt_that_was_read_before_is_drafted_for_as_well(
+    file: tuple[Sizes, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("runtime.speculation.nextn._SURE", 0.0)
+    monkeypatch.setattr(Lengths, "best", lambda self, room, *_: (room.drafts, 1.0))
+    path, found = speaking(tmp_path, file[0]), list[tuple[Any, ...]]()
+    for cached in (False, True):
+        with runtime.load(path, threads=2, spec="mtp", prompt_cache=cached) as model:
+            wanted = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
+            assert model.generate(3 * IDS, **wanted).text is not None
+            answer = model.generate([*IDS, *IDS, *IDS, *IDS[:5]], **wanted)
+            found.append((answer.text, answer.tokens, answer.speculation))
+            assert bool(answer.cached_tokens) == cached
+    assert found[0] == found[1] and found[0][2].drafted
+
+
 def test_a_file_without_such_a_block_has_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = write_model(tmp_path / "m.gguf", Sizes("qwen35", layers=3))
-    with runtime.load(path, spec="mtp") as model:
+    path = speaking(tmp_path, Sizes("qwen35", layers=3))
+    with runtime.load(path, spec="mtp", threads=1) as model:
         assert model._engine.nextn is None
+        answer = model.generate(IDS, max_tokens=3, temperature=0)
+        assert answer.text is not None and answer.speculation is None
     assert capsys.readouterr().err.count("\n") == 1
 
 

@@ -41,4 +41,4 @@ def drafters(model: Model, spec: str) -> Callable[[Evaluated], Sequence[Drafter]
     if model.draft is not None and spec in ("auto", "draft"):
         draft = model.draft
         found.append(lambda _: DraftModel(draft))
-    return lambda sequence: [make(sequence) for make in found]
+    return (lambda sequence: [make(sequence) for make in found]) if found else None

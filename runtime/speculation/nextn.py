@@ -13,7 +13,7 @@ _SURE = 0.4  # least probability of a draft, by what the block says
 class NextNDrafter:
     """A Drafter: what the block says to the last hidden row of the answer's own sequence."""
 
-    kind, free, certainty, most = "mtp", False, 5, MOST
+    kind, free, certainty, most = "mtp", False, 6, MOST
 
     def __init__(self, drafts: NextNDrafts, sequence: Evaluated) -> None:
         self._drafts, self._sequence = drafts, sequence

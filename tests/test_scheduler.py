@@ -177,10 +177,20 @@ def test_who_finds_no_memory_half_way_waits_and_is_read_again(path: Path):
     right, alone = remembering(path)
     with right, runtime.load(path, context=256, sequences=2, threads=1) as model:
         model._engine.pools.pages.count = 6
-        requests = [model.submit(prompt(n), max_tokens=130, seed=n, **WARM) for n in range(4)]
-        for n, request in enumerate(requests):
-            assert request.result(60) == alone(n, 130)[0]
-        assert at_rest(model)
+        dropped, seen = runtime.requests.Submitted.dropped, list[int]()
+
+        def noted(task: Any) -> None:
+            seen.append(task.length)
+            dropped(task)
+
+        with (
+            patch("runtime.engine.scheduler._AHEAD", 0),
+            patch.object(runtime.requests.Submitted, "dropped", noted),
+        ):
+            requests = [model.submit(prompt(n), max_tokens=130, seed=n, **WARM) for n in (1, 2, 3)]
+            for n, request in enumerate(requests, 1):
+                assert request.result(60) == alone(n, 130)[0]
+        assert at_rest(model) and seen and min(seen) > 2
 
 
 @pytest.mark.sweep

@@ -25,6 +25,8 @@ from runtime.ops import PAGE
 _MOST = 256  # tasks that have memory at a time
 _AHEAD = 2  # pages that a task has to be able to grow by when it is let in
 _LOOK = 0.05  # seconds after which memory is looked at again, for those who wait for it
+_GRACE = 1.0  # seconds that who reads answers has for what comes between two pieces
+_NAP = 0.002  # seconds between two looks where nobody can go on but by what others give back
 _LEAVE = 5.0  # seconds that the end of the interpreter waits for the step under way
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
@@ -44,6 +46,7 @@ class Scheduler:
         self._sweep = self._closing = False
         self._looked = 0.0  # when memory was last looked at
         self._soonest = inf  # deadline of any
+        self._read_at = -inf  # when somebody last read a piece
         forks.forgets(self)
         _schedulers.add(self)
 
@@ -138,6 +141,7 @@ class Scheduler:
     def _leave(self, tasks: Sequence[Task]) -> None:
         """A reader's tasks take part no more, once no step is under way with them."""
         broken = any(task.asked for task in tasks) and self._serves()
+        self._read_at = time.monotonic()
         for task in tasks:
             task.asked = False
             self._asked.pop(task, None)
@@ -165,17 +169,20 @@ class Scheduler:
             now = time.monotonic()
             self._drop(now)
             asked = [task for task in [*self._asked] if task.asked]
-            self._admit(now, bool(asked))
+            others = bool(asked) or now - self._read_at < _GRACE
+            self._admit(now, others)
             running = [task for task in self._running if not task.over]
             if running or asked:
                 for task, error in self._rounds.run([*running, *asked]):
-                    self._short(task, error, bool(asked))
+                    self._short(task, error, others)
                 for task in running:
                     task.told()
                     self._sweep |= task.over
                 wake(running)
                 wake(asked)
             self._drop(now)
+        if not (running or asked):
+            time.sleep(_NAP)
         with self._list:
             if self._queue or self._running:
                 return True

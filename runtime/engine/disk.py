@@ -31,8 +31,8 @@ from runtime.units import counted_as
 if TYPE_CHECKING:
     from runtime.engine.engine import Engine
 
-_LOT = 8  # pages that are copied while no step can begin
-_PAUSE = 0.02  # seconds between two lots: steps go first
+_LOT = 4  # pages that are copied while no step can begin
+_PAUSE = 0.2  # seconds between two lots: steps go first
 _WORTH = 16  # tokens that reading from disk has to save
 _SHOWN = 8  # tokens of each side of a difference
 _TRIES = 8  # times that a prompt is looked up, where blocks turn out to be damaged

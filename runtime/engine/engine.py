@@ -252,11 +252,12 @@ class Engine:
         record = sequence.record
         complete = message_end or len(record.keys) < record.length // PAGE
         if complete and sequence.cached and self.prompts.enabled:
-            self._keep(record)
+            self._keep(record, message_end)
 
-    def _keep(self, record: Record, ends: bool = False) -> None:
+    def _keep(self, record: Record, message_end: bool = True, ends: bool = False) -> None:
         self.prompts.keep(record, ends)
-        if self.disk is not None:
+        # a page that is complete in the middle of an answer waits for its end: steps go first
+        if self.disk is not None and message_end:
             self.disk.keep(self, record, ends)
 
     def close(self) -> None:

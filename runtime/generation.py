@@ -57,8 +57,8 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens are evaluated before the first of the answer; until it has begun, how
-        many more than its session has."""
+        """How many tokens come before the first of the answer: those that its session had, those
+        that were found in the cache (`cached_tokens` are both) and those that are evaluated."""
         return self._writing.prompt_tokens
 
     @property

@@ -97,7 +97,7 @@ class Writing(Task):
         self.options = options
         self.speculation: Speculation | None = None
         self.fed: deque[Fed] = deque()
-        self.begun, self.prompt_tokens = False, len(prompt.ids)
+        self.begun, self.prompt_tokens = False, prompt.keep + len(prompt.ids)
         self.reuse: Reuse | None = None
 
     def begin(self) -> None:
@@ -106,7 +106,7 @@ class Writing(Task):
             return
         self.check()
         tokens = self._enter()
-        self.begun, self.prompt_tokens = True, self.total
+        self.begun = True
         self.answer.begin(tokens)
         self._speculate(tokens)
         self.over = self.answer.reason is not None

@@ -53,6 +53,7 @@ class FakeAnswer:
     """What `generate` and `chat` give: pieces, then a reason."""
 
     reason = speculation = None
+    cached_tokens = 0
 
     def __init__(self, model, prompt_tokens, on_token):
         self.prompt_tokens, self._pieces = prompt_tokens, self._run(model, on_token)

@@ -134,7 +134,7 @@ def test_answers_say_what_was_reused(speaking_files: dict[str, Path]):
         assert first.cached_tokens == 0 and first.prompt_tokens == 71
         assert first.reuse is not None and first.reuse.reason == "new"
         again = asked(model, [*start, 7])
-        assert again.cached_tokens == 70 and again.prompt_tokens == 1 and not again.reuse.reason
+        assert again.cached_tokens == 70 and again.prompt_tokens == 71 and not again.reuse.reason
         other = asked(model, [*start, 9, 8])
         assert other.cached_tokens == 70 == other.reuse.differs and other.reuse.blocks == 3
         assert other.reuse.cached_next[0] == 7 and other.reuse.prompt_next == (9, 8)
@@ -168,7 +168,7 @@ def test_a_state_is_kept_where_prompts_part(speaking_files: dict[str, Path]):
         assert second.cached_tokens == 0 and second.reuse.known == 90
         assert second.reuse.reason == "state" and "no recurrent state was kept" in second.explain()
         third = asked(model, [*start, 9, 9])
-        assert third.cached_tokens == 90 == third.reuse.snapshot and third.prompt_tokens == 2
+        assert third.cached_tokens == 90 == third.reuse.snapshot and third.prompt_tokens == 92
         assert "after token 90 was kept" in third.explain()
         longer = asked(model, [*start, 9, 9, 3, 4])
         assert longer.cached_tokens == 92 and longer.reuse.reason == "new"

@@ -82,6 +82,7 @@ class Screen:
     def told(self, answer: Any, model: Any) -> None:
         """On stderr why an answer was cut, and how fast it was."""
         self.watch.prompt_tokens = answer.prompt_tokens
+        self.watch.cached_tokens = answer.cached_tokens
         if answer.reason == "context":
             note(f"the answer was cut: the context of {model.context} tokens is full (-c sets it)")
         self.watch.speculation = answer.speculation

@@ -14,6 +14,7 @@ class Stopwatch:
 
     def __init__(self, prompt_tokens: int = 0) -> None:
         self.prompt_tokens = prompt_tokens
+        self.cached_tokens = 0
         self.tokens = 0
         self.speculation: Drafts | None = None
         self._start = self._first = self._last = time.perf_counter()
@@ -32,9 +33,10 @@ class Stopwatch:
         there.
         """
         prompt, answer = self._first - self._start, self._last - self._first
-        parts = (
-            [_part("prompt", self.prompt_tokens, self.prompt_tokens, prompt)] if self.tokens else []
-        )
+        parts, read = list[str](), self.prompt_tokens - self.cached_tokens
+        if self.tokens:
+            kept = f", {self.cached_tokens} of them not read again" if self.cached_tokens else ""
+            parts.append(_part("prompt", self.prompt_tokens, read, prompt, kept))
         parts.append(_part("answer", self.tokens, self.tokens - 1, answer))
         drafts = self.speculation
         if drafts is not None and drafts.drafted:
@@ -42,6 +44,6 @@ class Stopwatch:
         return " · ".join(parts)
 
 
-def _part(name: str, shown: int, timed: int, seconds: float) -> str:
-    text = f"{name} {shown} token{'' if shown == 1 else 's'}"
+def _part(name: str, shown: int, timed: int, seconds: float, more: str = "") -> str:
+    text = f"{name} {shown} token{'' if shown == 1 else 's'}{more}"
     return f"{text}, {timed / seconds:.1f} t/s" if timed > 0 and seconds > 0 else text

@@ -151,7 +151,8 @@ class Session(Held):
         All of it or nothing: a file that was there stays until the new one is on the disk. It has
         the tokens, their keys and values (as many bytes as they take in memory), and of a model
         with recurrent layers the state and those at the ends of the last messages. Only the user
-        can read it. Raises FileError where it cannot be written.
+        can read it. Where `path` is a symbolic link, the file that it leads to is replaced. Raises
+        FileError where it cannot be written, or something else than a file is there.
         """
         save_session(self, path, {})
 

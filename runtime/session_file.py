@@ -11,9 +11,10 @@ import contextlib
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,10 +27,12 @@ from runtime.memory.block_file import (
     END,
     HEAD,
     KEY,
+    NOT_REGULAR,
     PAGES,
     SESSION,
     Block,
     DamagedError,
+    opened,
     parsed,
     read_block,
     write_block,
@@ -59,7 +62,7 @@ def save(model: Model, record: Record, path: Path, beside: Mapping[str, Any]) ->
             f"sessions of {engine.backend.name} cannot be saved: its states are wider than files"
         )
     try:
-        with _in_place(path) as file:
+        with _in_place(_place(path)) as file:
             for block, payload in _blocks(engine, record, beside):
                 write_block(file, block, payload)
     except OSError as error:
@@ -76,7 +79,7 @@ def load(model: Model, path: Path) -> tuple[Record, dict[str, Any]]:
     file, damaged, or of another model. MemoryLimitError: there is no room.
     """
     try:
-        with _opened(path, "rb") as file:
+        with opened(_place(path)) as file:
             return _Reader(model, path, file.fileno()).record()
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -210,23 +213,31 @@ def _in_place(path: Path) -> Iterator[int]:
     """A new file, beside the one that it takes the place of when the block ends. OSError."""
     part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")
     try:
-        with _opened(part, "xb") as file:
+        with open(part, "xb", buffering=0, opener=_private) as file:
             yield file.fileno()
             os.fsync(file.fileno())
         part.replace(path)
         _sync(path.parent)
     except BaseException:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError):
             part.unlink()
         raise
 
 
-def _opened(path: Path, mode: str) -> IO[bytes]:
-    """OSError, whatever is wrong with the path."""
+def _place(path: Path) -> Path:
+    """The file that a path leads to, which need not be there. OSError: whatever else it is of."""
     try:
-        return open(path, mode, buffering=0, opener=_private)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        pass
     except ValueError as error:  # it has a character that no path has
         raise OSError(errno.EINVAL, str(error)) from None
+    else:
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, NOT_REGULAR)
+    return Path(os.path.realpath(path))
 
 
 def _private(path: str, flags: int) -> int:

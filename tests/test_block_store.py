@@ -134,12 +134,37 @@ def test_no_head_of_any_bytes_is_taken_for_one():
 
 
 def test_a_folder_of_another_user_is_ignored(tmp_path: Path, monkeypatch, capfd):
+    (tmp_path / "prompts").mkdir()
+    early = opened(tmp_path / "new")
     monkeypatch.setattr(block_store.os, "geteuid", lambda: 12345, raising=False)
+    assert early.usable and not early.write(*chain(1)[0]) and not early.usable
+    assert "another user's" in capfd.readouterr().err
     store = opened(tmp_path)
     (block, payload), _ = chain(1)
     assert not store.usable and not store.write(block, payload) and not store.has(block.key)
     assert found(store, block) is None
     assert "another user's" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_in_place_of_a_block_is_dropped(tmp_path: Path, capfd):
+    store, blocks = opened(tmp_path), chain(2)
+    kept(store, blocks)
+    path = file_of(store, blocks[0][0])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DamagedError, match="no regular file"):
+        block_file.read_head(path)
+    assert found(store, blocks[0][0]) is None and not path.exists()
+    assert "no regular file" in capfd.readouterr().err
+    kept(store, blocks)
+
+
+def test_nothing_is_made_before_the_first_block(tmp_path: Path):
+    store = opened(tmp_path / "new")
+    assert store.usable and not store.has(chain(1)[0][0].key) and not [*tmp_path.iterdir()]
+    kept(store, chain(1))
+    assert (store.folder / "about.json").exists()
 
 
 def test_a_file_in_place_of_the_folder_costs_a_line(tmp_path: Path, capfd):
@@ -207,6 +232,7 @@ def test_by_default_it_takes_no_more_than_a_tenth_of_what_is_free(tmp_path: Path
 
 def test_what_a_killed_writer_left_goes_after_a_while(tmp_path: Path):
     store = opened(tmp_path, budget=10 * NBYTES)
+    store.folder.mkdir(parents=True)
     for age, name in ((3600, "old"), (0, "new")):
         path = store.folder / f"{name}.page.1.part"
         path.write_bytes(bytes(2 * NBYTES))

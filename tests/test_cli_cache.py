@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 from fake_model import DEMO, needs_demo
 
@@ -48,6 +50,29 @@ def test_prompts_are_listed_explained_and_removed(tmp_path: Path):
     assert json.loads(run("cache", *where, "--json").stdout)[0]["bytes"] == found["bytes"]
     assert "removed" in run("cache", "clear", DEMO, *where).stderr
     assert not list(tmp_path.glob("prompts/*/*"))
+
+
+def test_explain_writes_nothing(tmp_path: Path):
+    said = run("cache", "explain", DEMO, "-p", LONG, "--cache-dir", tmp_path).stdout
+    assert said.startswith("0 of ") and not (tmp_path / "prompts").exists()
+
+
+@pytest.mark.parametrize(
+    "about", ['{"model": 5, "kv_type": null, "devices": []}', "[" * 99999, "pipe"],
+    ids=["types", "depth", "pipe"],
+)  # fmt: skip
+def test_a_damaged_description_is_of_an_unknown_model(about: str, tmp_path: Path):
+    folder = tmp_path / "prompts" / ("0a" * 16)
+    folder.mkdir(parents=True)
+    (folder / "0b.page").write_bytes(bytes(99))
+    if about != "pipe":
+        (folder / "about.json").write_text(about)
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "about.json")
+    shown = run("cache", "ls", "--cache-dir", tmp_path)
+    assert shown.exit_code == 0 and "unknown" in shown.stdout, shown
+    assert run("cache", "clear", "--cache-dir", tmp_path).exit_code == 0
+    assert not folder.exists()
 
 
 def test_a_second_start_reads_it_from_disk(tmp_path: Path):

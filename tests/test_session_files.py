@@ -218,6 +218,34 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(files, tmp_path: Path
         check(model, path, wanted)
 
 
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(files, tmp_path: Path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "s.rt", tmp_path / "link.rt"
+    try:
+        link.symlink_to(Path("elsewhere") / "s.rt")
+    except OSError:
+        pytest.skip("links cannot be made here")
+    with load(files["qwen3"]) as model:
+        for _ in range(2):  # first it leads to nothing
+            wanted = saved(model, link)
+            assert link.is_symlink() and not target.is_symlink()
+            assert [p.name for p in target.parent.iterdir()] == ["s.rt"]
+        check(model, target, wanted)
+        check(model, link, wanted)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_refused_and_stays(files, tmp_path: Path):
+    pipe = tmp_path / "s.rt"
+    os.mkfifo(pipe)
+    with load(files["qwen3"]) as model, model.session() as session:
+        session.eval(NEXT)
+        for use in (lambda: session.save(pipe), lambda: runtime.Session.load(model, pipe)):
+            with pytest.raises(FileError, match=r"s\.rt: .*no regular file"):
+                use()
+    assert pipe.is_fifo() and [*tmp_path.iterdir()] == [pipe]
+
+
 def test_what_cannot_be_saved_or_loaded_is_said(files, tmp_path: Path):
     with load(files["qwen3"]) as model:
         session = model.session()
@@ -240,6 +268,8 @@ def test_what_cannot_be_saved_or_loaded_is_said(files, tmp_path: Path):
         session = model.session()
         with pytest.raises(OptionError, match="reference"):
             session.save(tmp_path / "s.rt")
+        with pytest.raises(FileError, match="the model here of devices that compute as reference"):
+            runtime.Session.load(model, tmp_path / "s.rt")
 
 
 def test_there_is_room_for_one_state_at_least(files, tmp_path: Path):

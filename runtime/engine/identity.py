@@ -42,7 +42,7 @@ def identity(engine: Engine) -> dict[str, str]:
         "weights": f"{sampled(engine.file)[:16]} ({engine.file.tensors_nbytes} bytes)",
         "kv_type": ",".join(dict.fromkeys(graphs.kv_types)),
         "cache_rotation": str(graphs.cache_rotation),
-        "devices": engine.backend.bits,
+        "devices": engine.backend.bits or engine.backend.name,
         "graph": graph.key()[:16],
         "code": code(),
     }

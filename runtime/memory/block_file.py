@@ -12,11 +12,12 @@ else is trusted: not the name of its file, not its size, not that its writer cam
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from runtime.ops import PAGE
 HEAD = 256  # bytes in front of the payload
 KEY = 16  # bytes of a key and of a fingerprint
 PAGES, END, SESSION = "page", "end", "session"
+NOT_REGULAR = "it is no regular file"
 _KINDS = (PAGES, END, SESSION)
 _MAGIC = b"rtblock1"
 _CHECK = struct.Struct("<8sI4x")
@@ -71,9 +73,14 @@ def parsed(head: bytes | bytearray) -> Block:
     return Block(_KINDS[kind], whose, key, parent, start, tuple(ids[:count]), nbytes)
 
 
+def opened(path: Path) -> IO[bytes]:
+    """A regular file, to be read; a pipe in its place is not waited for. OSError, DamagedError."""
+    return open(path, "rb", buffering=0, opener=_regular)
+
+
 def read_head(path: Path) -> Block:
     """What a file says it begins with. OSError, DamagedError."""
-    with path.open("rb", buffering=0) as file:
+    with opened(path) as file:
         return parsed(file.read(HEAD))
 
 
@@ -99,6 +106,14 @@ def write_block(file: int, block: Block, payload: np.ndarray) -> None:
     for part in (memoryview(block.head(payload)), payload.data):
         while part:
             part = part[os.write(file, part) :]
+
+
+def _regular(path: str, flags: int) -> int:
+    file = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise DamagedError(NOT_REGULAR)
+    return file
 
 
 def _read(file: int, rooms: Sequence[bytearray | memoryview], at: int) -> int:

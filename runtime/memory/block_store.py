@@ -31,6 +31,7 @@ from runtime.memory.block_file import (
     PAGES,
     Block,
     DamagedError,
+    opened,
     read_block,
     write_block,
 )
@@ -73,7 +74,7 @@ class BlockStore:
         self._names, self._ends = set[str](), dict[bytes, set[Tail]]()
         self._listed: int | None = None  # when the folder had changed last, as it was listed
         self._rest = 0.0  # not to be written to before then
-        self.usable = self._opened()
+        self.usable, self._made = self._looked(), False
         self._budget = DiskBudget(self.root, largest(self.root, budget) if self.usable else 0)
         self.refresh()
 
@@ -125,6 +126,8 @@ class BlockStore:
         try:
             if not self._budget.reserve(payload.nbytes + HEAD):
                 return False
+            if not self._made and not self._make():
+                return False
             self._in_place(name, lambda file: write_block(file, block, payload))
         except OSError as error:
             self._rest = time.monotonic() + _AGAIN
@@ -155,28 +158,46 @@ class BlockStore:
             with contextlib.suppress(OSError):
                 os.utime(self.folder / name, ns=(now, now - n * 1000))
 
-    def _opened(self) -> bool:
-        """Whether the folder can be used; it and what is above it are made."""
+    def _looked(self) -> bool:
+        """Whether what is there of the folder can be used; nothing is made for it."""
         try:
-            for folder in (self.root, self.folder):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if not _is_ours(folder):
-                    text = f"{folder} is another user's; the cache of prompts is not kept there"
-                    self._say("foreign", text)
-                    return False
-            about = self.folder / ABOUT
-            if not about.exists():
-                said = json.dumps(self._about, indent=1).encode()
-                self._in_place(ABOUT, lambda file: os.write(file, said))
-            os.utime(about)
+            with contextlib.suppress(FileNotFoundError):
+                for folder in (self.root, self.folder):
+                    if not self._own(folder):
+                        return False
         except OSError as error:
             self._say("unwritten", _unwritten(self.root, error))
             return False
         return True
 
+    def _make(self) -> bool:
+        """Make the folder and what is above it; False: it is another user's. OSError."""
+        for folder in (self.root, self.folder):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._own(folder):
+                self.usable = False
+                return False
+        about = self.folder / ABOUT
+        if not about.exists():
+            said = json.dumps(self._about, indent=1).encode()
+            self._in_place(ABOUT, lambda file: os.write(file, said))
+        os.utime(about)
+        self._made = True
+        return True
+
+    def _own(self, folder: Path) -> bool:
+        """Whether this user made a folder; where not, it is said. OSError: it is no folder."""
+        if not _is_ours(folder):
+            text = f"{folder} is another user's; the cache of prompts is not kept there"
+            self._say("foreign", text)
+            return False
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return True
+
     def _read(self, name: str, key: bytes, out: np.ndarray) -> Block | None:
         try:
-            with (self.folder / name).open("rb", buffering=0) as file:
+            with opened(self.folder / name) as file:
                 found = read_block(file.fileno(), out)
             if (found.fingerprint, found.key) != (self.fingerprint, key):
                 raise DamagedError("it is another block")

@@ -48,7 +48,8 @@ def largest(root: Path, asked: int | None = None) -> int:
     """
     if asked is not None:
         return asked
-    free = shutil.disk_usage(root).free + sum(entry.nbytes for entry in entries(root))
+    there = next(each for each in (root, *root.parents) if each.exists())
+    free = shutil.disk_usage(there).free + sum(entry.nbytes for entry in entries(root))
     return min(USUAL, free // _OF_FREE)
 
 

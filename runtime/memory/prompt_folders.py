@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.memory.block_file import KEY, Block, DamagedError, read_head
+from runtime.memory.block_file import KEY, Block, DamagedError, opened, read_head
 from runtime.memory.block_store import FOLDER
 from runtime.memory.disk_budget import ABOUT, Entry, entries
 
@@ -83,7 +83,9 @@ def folders(cache_dir: Path) -> list[Folder]:
 
 def _about(path: Path) -> dict[str, str]:
     try:
-        found = json.loads((path / ABOUT).read_text())
-    except (OSError, ValueError):
+        with opened(path / ABOUT) as file:
+            found = json.loads(file.read())
+    except (OSError, ValueError, RecursionError, DamagedError):
         found = None
-    return found if isinstance(found, dict) else {}
+    known = found.items() if isinstance(found, dict) else ()
+    return {name: text for name, text in known if isinstance(text, str)}

@@ -18,6 +18,7 @@ from runtime.writing import Options, Prompt, Writing
 if TYPE_CHECKING:
     from runtime.engine.reuse import Reuse
     from runtime.model import Model
+    from runtime.speculation.speculation import Drafts
     from runtime.text.calls.reader import Reader
     from runtime.text.sampling import Token
 
@@ -37,7 +38,7 @@ class Submitted(Writing):
     """An answer that is the scheduler's. `why`: that it was left before its end. `times`: when it
     was submitted, first had memory, had its first token, and was over; as far as it has come."""
 
-    __slots__ = ("_model", "times", "why")
+    __slots__ = ("_drafts", "_model", "times", "why")
 
     def __init__(
         self, model: Model, prompt: Prompt, options: Options, priority: float, deadline: float
@@ -47,6 +48,7 @@ class Submitted(Writing):
         self._model, self.times, self.why = model, [now], ""
         self.rank, self.deadline = now - _WORTH * priority, now + deadline
         self.droppable = prompt.owned
+        self._drafts: Drafts | None = None  # before its memory went to others
 
     def start(self, engine: Engine) -> None:
         """See Task."""
@@ -56,13 +58,22 @@ class Submitted(Writing):
             self.length = 0
         if self.begun:  # once more, after its memory went to others
             self._speculate(self._enter())
+            if self.speculation is not None and self._drafts is not None:
+                self.speculation.done = self._drafts
         else:
             self.begin()
             self._reach(1)
 
+    @property
+    def drafts(self) -> Drafts | None:
+        """What drafts did for it so far."""
+        speculation = self.speculation
+        return self._drafts if speculation is None else speculation.done
+
     def dropped(self) -> None:
         """See Task."""
         session, self.session = self.session, None
+        self._drafts = self.drafts
         if self.speculation is not None:
             self.speculation.close()
             self.speculation = None
@@ -82,6 +93,10 @@ class Submitted(Writing):
                 self.tell()
         except Exception as error:
             self.fail(error)
+        except BaseException as error:  # which would end the thread that others need
+            told = OptionError(f"on_token or on_prompt of this request raised {error!r}")
+            told.__cause__ = error
+            self.fail(told)
 
     def late(self) -> None:
         """See Task."""
@@ -128,6 +143,17 @@ class Request:
     def reuse(self) -> Reuse | None:
         """As of `Generation`."""
         return self._task.reuse
+
+    def explain(self) -> str:
+        """As of `Generation`, once it has begun."""
+        if self.reuse is None:
+            return "the request has not begun" + (", and is over" if self.done else " yet")
+        return self.reuse.explain(self._model.tokenizer.decode)
+
+    @property
+    def speculation(self) -> Drafts | None:
+        """As of `Generation`."""
+        return self._task.drafts
 
     @property
     def text(self) -> str:
@@ -181,8 +207,8 @@ class Request:
 
     def result(self, timeout: float | None = None) -> str:
         """The whole text, once it is over; its error is raised. TimeoutError after seconds."""
-        self._model._scheduler.serve()
         seconds = -1 if timeout is None else number("timeout", timeout, 0)
+        self._waits(self._over)
         if not self._task.wait(self._over, seconds, end=True):
             raise TimeoutError(f"the request is not over after {timeout} s; it goes on")
         self._raise()
@@ -192,7 +218,7 @@ class Request:
         return self
 
     def __next__(self) -> str:
-        self._model._scheduler.serve()
+        self._waits(self._news)
         self._task.wait(self._news)
         text = self._next()
         if text is None:
@@ -203,7 +229,6 @@ class Request:
         return self
 
     async def __anext__(self) -> str:
-        self._model._scheduler.serve()
         await self._waited(self._news, self._task.waiting)
         text = self._next()
         if text is None:
@@ -233,7 +258,6 @@ class Request:
         return f"<Request of {len(self._task.answer.tokens)} tokens: {state}>"
 
     async def _awaited(self) -> str:
-        self._model._scheduler.serve()
         try:
             await self._waited(self._over, self._task.ending)
         except asyncio.CancelledError:
@@ -243,12 +267,17 @@ class Request:
         return self.text
 
     async def _waited(self, ready: Callable[[], bool], waiting: Any) -> None:
+        self._waits(ready)
         loop = asyncio.get_running_loop()
         while not ready():
             future = loop.create_future()
             waiting.append((loop, future))
             if not ready():
                 await future
+
+    def _waits(self, ready: Callable[[], bool]) -> None:
+        if not ready():
+            self._model._scheduler.waits()
 
     def _over(self) -> bool:
         return self._task.over

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -357,6 +358,103 @@ def test_an_error_ends_one_request(model: Model):
     assert good.result() == wanted and at_rest(model)
 
 
+def awaited(request: Request) -> str:
+    async def wait() -> str:
+        return await request
+
+    return asyncio.run(wait())
+
+
+WAITS: list[Callable[[Model, Request], Any]] = [
+    lambda model, _: model.generate([50], max_tokens=2).text,
+    lambda model, _: list(model.together([model.generate([50], max_tokens=2)])),
+    lambda model, _: model.submit([50], **LONG).result(),
+    lambda _, other: other.result(30),
+    lambda _, other: list(other),
+    lambda _, other: awaited(other),
+]
+
+
+@pytest.mark.parametrize("how", ["on_token", "on_prompt"])
+def test_a_callback_of_a_request_cannot_wait_for_its_model(model: Model, how: str):
+    wanted = model.generate([50], max_tokens=20, seed=1, **WARM).text
+    good = model.submit([50], max_tokens=20, seed=1, **WARM)
+    live: list[Request] = []  # another, and its own
+    for wait, which in [*((wait, 0) for wait in WAITS), *((wait, 1) for wait in WAITS[3:])]:
+        call: dict[str, Any] = {how: lambda *_, wait=wait, n=which: wait(model, live[n])}
+        with model._scheduler._turn:  # neither is over before the other begins
+            live.append(model.submit([51], **LONG))
+            live.append(model.submit([52] * 40, **LONG, **call))
+        with pytest.raises(OptionError, match="cannot wait for this model"):
+            live[1].result(60)
+        live[0].cancel()
+        live.clear()
+    assert good.result(60) == wanted and at_rest(model)
+
+
+def test_who_is_told_of_a_prompt_in_the_middle_of_its_step_cannot_wait(model: Model):
+    def told(wait: Callable[[Model, Request], Any], *_: int) -> None:
+        wait(model, model.submit([51], **LONG))
+
+    for wait in WAITS[2:]:
+        with (
+            model.session() as session,
+            pytest.raises(OptionError, match="cannot wait for this model"),
+        ):
+            session.eval([50] * 40, on_prompt=partial(told, wait))
+    assert at_rest(model)
+
+
+def test_callbacks_of_requests_use_the_model_without_waiting(model: Model):
+    seen: list[Any] = []
+
+    def uses(_: Any) -> None:
+        seen.append(model.submit([51], max_tokens=2, ignore_eos=True))
+        with model.session() as session:
+            seen.append(len(session.eval([5, 6])))
+        if len(seen) > 2:
+            assert seen[0].cancel() is None and seen[0].result() == seen[0].text
+
+    model.submit([50], on_token=uses, max_tokens=3, ignore_eos=True).result(60)
+    assert len(seen) == 6 and all(len(request.result(60)) for request in seen[2::2])
+    inside = model.generate(
+        [50], max_tokens=3, ignore_eos=True,
+        on_token=lambda _: seen.append(model.submit([51], max_tokens=2).result(60)),
+    )  # fmt: skip
+    assert inside.text and len(seen) == 9
+    seen.clear()
+    assert at_rest(model)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_would_end_a_thread_ends_one_request(model: Model, error: type[BaseException]):
+    def raises(*_: Any) -> None:
+        raise error("mine")
+
+    wanted = model.generate([50], max_tokens=20, seed=1, **WARM).text
+    good = model.submit([50], max_tokens=20, seed=1, **WARM)
+    for call in ({"on_token": raises}, {"on_prompt": raises}):
+        with pytest.raises(OptionError, match=f"raised {error.__name__}.*mine"):
+            model.submit([51], **LONG, **call).result(60)
+    assert good.result(60) == wanted and at_rest(model)
+
+
+def test_requests_say_what_was_not_read_again_and_what_drafts_did(model: Model):
+    given = {"max_tokens": 30, "temperature": 0, "ignore_eos": True, "spec": "ngram"}
+    answer = model.generate([50, 51, 52] * 20, **given)
+    assert answer.text and answer.speculation is not None
+    request = model.submit([50, 51, 52] * 20, **given)
+    assert request.result(60) == answer.text and "tokens" in request.explain()
+    assert request.speculation is not None and isinstance(request.speculation.drafted, int)
+    assert model.submit([50], max_tokens=1, spec="off").speculation is None
+    with model._scheduler._turn:
+        late = model.submit([50])
+        assert "not begun yet" in late.explain()
+        late.cancel()
+        assert "not begun, and is over" in late.explain()
+    assert at_rest(model)
+
+
 def test_sessions_go_on_by_requests(model: Model):
     with model.session() as session, model.session() as other:
         wanted = model.generate([50] * 40, session=other, max_tokens=9, seed=2, **WARM)
@@ -391,6 +489,21 @@ def test_closing_ends_all(path: Path):
             request.result(30)
     with pytest.raises(OptionError, match="closed"):
         model.submit([50])
+
+
+def test_closing_ends_requests_that_submit_others(path: Path):
+    model = runtime.load(path, context=256, threads=1)
+    made: list[Request] = []
+
+    def more(_: Any) -> None:
+        made.append(model.submit([50], on_token=more, **LONG))
+
+    made.append(model.submit([50], on_token=more, **LONG))
+    next(made[0])
+    closing = threading.Thread(target=model.close, daemon=True)
+    closing.start()
+    closing.join(60)
+    assert not closing.is_alive() and all(request.done for request in made)
 
 
 def test_a_model_lives_as_long_as_its_requests(path: Path):

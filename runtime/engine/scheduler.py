@@ -44,6 +44,7 @@ class Scheduler:
         self._asked: dict[Task, None] = {}
         self._thread: threading.Thread | None = None
         self._sweep = self._closing = False
+        self._why = ""  # nothing more can be submitted
         self._looked = 0.0  # when memory was last looked at
         self._soonest = inf  # deadline of any
         self._read_at = -inf  # when somebody last read a piece
@@ -61,6 +62,8 @@ class Scheduler:
             )
         with self._list:
             self._engine.check_open()
+            if self._why:
+                raise OptionError(self._why)
             insort(self._queue, task, key=_rank)
             self._looked, self._soonest = 0.0, min(self._soonest, task.deadline)
             self.serve()
@@ -82,18 +85,31 @@ class Scheduler:
                 for task in tasks:
                     task.fail(OptionError(f"the scheduler's thread cannot be started ({error})"))
 
+    def waits(self) -> None:
+        """Somebody is going to wait for what is submitted; OptionError for whom it never comes."""
+        if self._steps():
+            raise OptionError(
+                "this is called from the thread that runs the steps, by an on_token or on_prompt; "
+                "it cannot wait for this model: submit what is to be written, and wait elsewhere"
+            )
+        self.serve()
+
     def end(self, task: Task) -> None:
         """Somebody wants no more of it: it gives its memory back after the step under way."""
         task.over = self._sweep = True
 
     def advance(self, tasks: Sequence[Task]) -> None:
-        """Of these at least one goes on by a token or ends; all that share its steps do."""
+        """Of these at least one goes on by a token or ends; all that share its steps do.
+
+        OptionError from a callback of a request that is submitted.
+        """
         for task in tasks:
             task.asked = True
             self._asked[task] = None
         try:
             while all(task.asked for task in tasks):
                 if self._serves():
+                    self.waits()
                     self._wait_for(tasks)
                 else:
                     with self._turn:
@@ -104,12 +120,15 @@ class Scheduler:
 
     def close(self, why: str) -> None:
         """All tasks end with an error."""
-        for task in (*self._queue, *self._running, *self._asked):
+        with self._list:
+            self._why = why
+            tasks = [*self._queue, *self._running, *self._asked]
+        for task in tasks:
             if not task.over:
                 task.fail(OptionError(why))
         self._sweep = True
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread not in (None, threading.current_thread()) and not self._steps():
             thread.join()
 
     def forget(self) -> None:
@@ -121,6 +140,10 @@ class Scheduler:
             task.fail(OptionError(why))
             if task.sequence is not None:
                 task.sequence.close()
+
+    def _steps(self) -> bool:
+        """Whether nobody can go on before this very call returns: a step's thread makes it."""
+        return bool(self._turn._is_owned() or self._engine.lock._is_owned())
 
     def _serves(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

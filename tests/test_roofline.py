@@ -37,10 +37,10 @@ def steps(model: runtime.Model) -> tuple[list[Point], np.ndarray, object]:
     engine = model._engine
 
     def execute(program, inputs, live):
-        (logits, *_), nanoseconds = program.profile(inputs, live)
+        results, nanoseconds = program.profile(inputs, live)
         sees = seen_by(inputs, dict(live), model.backend.page_nbytes)
         seen.append((points_of("x", program.plan, nanoseconds, sees), nanoseconds, sees))
-        return logits
+        return results
 
     engine._execute = execute  # type: ignore[method-assign, assignment]
     model.eval([1], logits="last")

@@ -99,10 +99,10 @@ def _best(model: Any, phase: str, step: Callable[[], Any], repeats: int = _REPEA
     page_nbytes = model.backend.page_nbytes
 
     def execute(program: Any, inputs: Any, live: Any) -> Any:
-        (logits, *_), nanoseconds = program.profile(inputs, live)
+        results, nanoseconds = program.profile(inputs, live)
         seen = seen_by(inputs, dict(live), page_nbytes)
         times.append((int(nanoseconds.sum()), program.plan, nanoseconds, seen))
-        return logits
+        return results
 
     step()  # kernels and memory are there afterwards
     engine._execute = execute

@@ -273,7 +273,7 @@ def test_cancelled_forgotten_late(model: Model):
     request.cancel()
     assert request.done and request.reason == "cancelled" and request.result() == request.text
     assert len(request.tokens) <= began + 40
-    late = model.submit([50], deadline=0.05, **LONG)
+    late = model.submit([50], deadline=0.2, on_token=lambda _: time.sleep(0.002), **LONG)
     assert late.result(30) and late.reason == "deadline" and late.tokens
     with model.submit([50], **LONG) as inside:
         next(inside)

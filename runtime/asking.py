@@ -12,7 +12,7 @@ from runtime.constraints import asked, constrained, rendered
 from runtime.engine.advance import Piece
 from runtime.engine.engine import check_room
 from runtime.engine.sequence import Sequence as Evaluated
-from runtime.errors import OptionError
+from runtime.errors import Error, OptionError
 from runtime.session import Session
 from runtime.writing import Options, Prompt
 
@@ -52,14 +52,40 @@ def reply(
     extra |= {name: given.pop(name) for name in ("tools", "tool_choice", "template")}
     content = asked(given)
     options = _options(model, given)
-    text, options = rendered(model, _messages(messages), options, content, extra)
+    asked_for = _messages(messages)
+    text, options = rendered(model, asked_for, options, content, extra)
     ids = model.tokenizer.chat_template.ids(model.tokenizer, text)
     if not ids:
         raise OptionError("the chat template makes an empty prompt of these messages")
     model._engine.check_open()
     keep = 0 if session is None else common_start(session, ids)
     check_room(keep, len(ids) - keep + room, model.context)
-    return Prompt(session, session is None, keep, ids[keep:]), options
+    turn = _last_turn(model, asked_for, text, ids, extra) if model._engine.memory.slots else 0
+    return Prompt(session, session is None, keep, ids[keep:], turn), options
+
+
+def _last_turn(
+    model: Model, messages: list[Any], text: str, ids: list[int], extra: Mapping[str, Any]
+) -> int:
+    """At which of `ids` what the last message says begins; 0 where the template does not tell."""
+    from runtime.text.calls.wanted import chosen_tools
+    from runtime.text.messages import plain_messages
+
+    own, chat = dict(extra), model.tokenizer.chat_template
+    *before, last = plain_messages(messages)
+    own["tools"] = chosen_tools(own["tools"], own.pop("tool_choice")).shown
+    try:
+        other = chat.render([*before, {**last, "content": "\x00"}], **own)
+    except Error:  # a template that wants other content there
+        return 0
+    start = chat.ids(model.tokenizer, text[: _same(text, other)])
+    return _same(start, ids)
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many elements they begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def common_start(session: Session, ids: Sequence[int]) -> int:

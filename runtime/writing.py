@@ -59,13 +59,15 @@ class Options(NamedTuple):
 class Prompt(NamedTuple):
     """Tokens to evaluate after the first `keep` of a session; `owned`: made for this.
 
-    session: None where one is made when there is memory for it.
+    session: None where one is made when there is memory for it. turn: at which token of all of
+    them what the last message says begins, 0 if unknown.
     """
 
     session: Session | None
     owned: bool
     keep: int
     ids: list[int]
+    turn: int = 0
 
 
 class Writing(Task):
@@ -76,7 +78,7 @@ class Writing(Task):
 
     __slots__ = (
         "_engine", "_keep", "answer", "begun", "fed", "options", "owned", "prompt_tokens", "reuse",
-        "session", "speculation",
+        "session", "speculation", "turn",
     )  # fmt: skip
 
     def __init__(self, model: Model, prompt: Prompt, options: Options) -> None:
@@ -94,6 +96,7 @@ class Writing(Task):
         )  # fmt: skip
         self._engine: Engine = model._engine
         self.session, self.owned, self._keep = session, prompt.owned, prompt.keep
+        self.turn = prompt.turn
         self.options = options
         self.speculation: Speculation | None = None
         self.fed: deque[Fed] = deque()
@@ -117,7 +120,7 @@ class Writing(Task):
         assert self.sequence is not None
         tokens = [*self.session.tokens[: self._keep], *self.pending]
         with self._engine.alone():
-            reuse = self._engine.prompts.resume(self.sequence, self._keep, tokens)
+            reuse = self._engine.prompts.resume(self.sequence, self._keep, tokens, self.turn)
         self.reuse = self.reuse or reuse
         self.length = self.sequence.record.length
         self.pending = tokens[self.length :]

@@ -162,16 +162,47 @@ def test_answers_say_what_was_reused(speaking_files: dict[str, Path]):
 def test_a_state_is_kept_where_prompts_part(speaking_files: dict[str, Path]):
     """The first that parts reads from the last state before, the next no more than it must."""
     with runtime.load(speaking_files["hybrid"], context=256, sequences=1) as model:
-        start = list(range(40, 130))
+        start = list(range(40, 90))
         assert asked(model, [*start, 7, 7]).cached_tokens == 0
         second = asked(model, [*start, 8, 8])
-        assert second.cached_tokens == 0 and second.reuse.known == 90
+        assert second.cached_tokens == 0 and second.reuse.known == 50
         assert second.reuse.reason == "state" and "no recurrent state was kept" in second.explain()
         third = asked(model, [*start, 9, 9])
-        assert third.cached_tokens == 90 == third.reuse.snapshot and third.prompt_tokens == 92
-        assert "after token 90 was kept" in third.explain()
+        assert third.cached_tokens == 50 == third.reuse.snapshot and third.prompt_tokens == 52
+        assert "after token 50 was kept" in third.explain()
         longer = asked(model, [*start, 9, 9, 3, 4])
-        assert longer.cached_tokens == 92 and longer.reuse.reason == "new"
+        assert longer.cached_tokens == 52 and longer.reuse.reason == "new"
+
+
+def test_an_answer_is_asked_for_again(speaking_files: dict[str, Path]):
+    """The first reading of a prompt leaves a state near its end."""
+    with (
+        runtime.load(speaking_files["hybrid"], context=256, sequences=1) as model,
+        runtime.load(speaking_files["hybrid"], context=256, prompt_cache=False) as cold,
+    ):
+        for n in (65, 100, 200):
+            prompt = [n - 20, *range(50, 50 + n // 4)] * 4
+            want = cold.generate(prompt, max_tokens=9, temperature=0, ignore_eos=True).text
+            for again in (False, True, True):
+                answer = model.generate(prompt, max_tokens=9, temperature=0, ignore_eos=True)
+                assert answer.text == want and answer.tokens
+                assert (len(prompt) - answer.cached_tokens <= 32) == again
+
+
+def test_the_last_message_is_edited(golden: Path):
+    """A state is kept where it begins; without one a chat is read again from its beginning."""
+    file = golden / "qwen35" / "model-f16.gguf"
+    chat = [("system", "be good " * 20), ("user", "hello there " * 10), ("assistant", "yes " * 10)]
+    talk = [{"role": role, "content": content} for role, content in chat]
+    with (
+        runtime.load(file, context=900) as model,
+        runtime.load(file, context=900, prompt_cache=False) as cold,
+    ):
+        for word, least in (("more ", 0), ("other ", 150), ("more ", 230), ("new ", 150)):
+            messages = [*talk, {"role": "user", "content": word * 20}]
+            answers = [m.chat(messages, max_tokens=9, temperature=0) for m in (model, cold)]
+            assert answers[0].text == answers[1].text and answers[0].tokens == answers[1].tokens
+            assert answers[0].cached_tokens >= least and not answers[1].cached_tokens
 
 
 @pytest.mark.parametrize("name", SIZES)

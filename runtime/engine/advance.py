@@ -147,10 +147,10 @@ class Advance:
         tokens.extend(self.ids[len(self.ids) - self.new :])
         given = self.stop if self.given else self.before.given
         seen = self.seen if self.new else self.before.seen
-        branch = self.before.branch if self.before.branch > self.stop else 0
+        branches = tuple(place for place in self.before.branches if place > self.stop)
         whole = Record(
             tokens, self.stop, self.pages, keys, self.state,
-            branch=branch, given=given, seen=seen,
+            branches=branches, given=given, seen=seen,
         )  # fmt: skip
         if self.drafted is None:
             return whole

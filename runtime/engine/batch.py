@@ -14,7 +14,8 @@ from runtime.engine.advance import Advance
 UBATCH = 512  # tokens of the largest step
 _ROW_MACS = 64 << 30  # of one row of a plan, so that who presses Ctrl-C need not wait for its end
 _STAGED, _STEPS = 32, 12  # least tokens of a step for several stages; steps for each of them
-_TAIL = 32  # tokens after the last state kept within a long prompt
+_TAIL = 32  # tokens after the last state kept within a prompt
+_CUT = 64  # tokens of the longest prompt that is not cut for it
 
 
 @dataclass(slots=True)
@@ -235,12 +236,13 @@ def _states_kept_at(advance: Advance, most_tokens: int) -> list[int]:
     """Where in its tokens pieces have to end so that states can be kept.
 
     The next message of a chat often differs from the last tokens of this one (an empty thought
-    that the template drops), and would find no state near them. Prompts of one step are not cut:
-    that costs them more than it saves; but for where another prompt has gone on in another way.
+    that the template drops), and the same prompt again, for another answer, cannot go on from its
+    end. Both would find no state near it. Short prompts are not cut, which costs them more than it
+    saves, but for where others go on in another way.
     """
     if advance.state is None:
         return []
     n = len(advance.ids)
-    branch = advance.before.branch - advance.start
-    found = [n - _TAIL] if n > most_tokens else []
-    return [*found, branch] if 0 < branch < n else found
+    branches = [place - advance.start for place in advance.before.branches]
+    found = [n - _TAIL] if n > (_CUT if advance.closes else most_tokens) else []
+    return found + [place for place in branches if 0 < place < n]

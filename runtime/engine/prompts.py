@@ -80,16 +80,16 @@ class PromptCache(Evictable):
         brought = self.below(tokens, least) if self.enabled and self.below is not None else 0
         way = self.tree.walk(np.array(tokens if self.enabled else [], np.int32))
         known = way[-1].stop if way else 0
-        length, state, branch = min(known, len(tokens) - 1), None, 0
+        length, state, branches = min(known, len(tokens) - 1), None, tuple[int, ...]()
         if self._recurrent:
             branch, states = length, states_of(way, length)
             state = _as_checkpoint(states[-1], self._clock) if states else Recurrent()
             length = state.place
-            branch = branch if branch - length >= _BRANCH else 0
+            branches = (branch,) if branch - length >= _BRANCH else ()
         self._used(way)
         pages, keys = Pages.room(self._context, pages_of(way, length)), keys_of(way, known)
         record = Record(
-            list(tokens[:length]), length, pages, keys[: length // PAGE], state, branch=branch
+            list(tokens[:length]), length, pages, keys[: length // PAGE], state, branches=branches
         )
         reuse = Reuse(
             len(tokens), length, _source(length, brought), pages.used,
@@ -99,11 +99,12 @@ class PromptCache(Evictable):
         )  # fmt: skip
         return record, reuse
 
-    def resume(self, sequence: Held, same: int, tokens: Sequence[int]) -> Reuse:
+    def resume(self, sequence: Held, same: int, tokens: Sequence[int], turn: int = 0) -> Reuse:
         """Make a sequence ready to go on to `tokens`, whose first `same` it has.
 
         It goes on from what it has or from what is cached, whichever leaves fewer to evaluate, and
-        is left with a start of `tokens`, short of the last one.
+        is left with a start of `tokens`, short of the last one. turn: where others are likely to
+        go on in another way.
         """
         own = sequence.record.cut(same)
         if own.given:
@@ -116,7 +117,9 @@ class PromptCache(Evictable):
             reuse = reuse._replace(
                 cached_tokens=own.evaluated, source=source, blocks=0, snapshot=state
             )
-            found = own._replace(branch=found.branch if found.branch > own.length else 0)
+            found = own._replace(branches=tuple(b for b in found.branches if b > own.length))
+        if self._recurrent and min(turn - found.evaluated, len(tokens) - turn) >= _BRANCH:
+            found = found._replace(branches=(*found.branches, turn))
         sequence.record = found
         return reuse
 

@@ -34,7 +34,7 @@ class Record(NamedTuple):
     keys: list[bytes]  # of its first whole blocks (see prefix_tree.block_keys), as far as known
     state: Recurrent | None = None  # of models with recurrent layers
     closed: bool = False
-    branch: int = 0  # where others went on in another way: a state is wanted there
+    branches: tuple[int, ...] = ()  # where others go on in another way: states are wanted there
     given: int = 0  # tokens up to here came with what is not kept: vectors, positions of their own
     seen: Rows | None = None  # of models that predict further tokens
 
@@ -58,7 +58,7 @@ class Record(NamedTuple):
         state = None if self.state is None else self.state.cut(length)
         pages = self.pages.cut(length).shared()  # a cache may hold what is going to be written over
         given = min(self.given, length)
-        return self._replace(length=length, pages=pages, state=state, branch=0, given=given)
+        return self._replace(length=length, pages=pages, state=state, branches=(), given=given)
 
     def shared(self) -> Record:
         """The same once somebody else may hold its pages and slots."""

@@ -52,6 +52,15 @@ def _run(model: Model, *pieces: tuple[Session, list[int], object]) -> list[np.nd
     return model._engine.run([Piece(s._sequence, ids, rows) for s, ids, rows in pieces])  # type: ignore[arg-type]
 
 
+def test_rows_of_a_piece_that_takes_several_steps(model: Model, whole: np.ndarray):
+    """A state is kept near its end, so a step ends there."""
+    wanted = [0, 50, 80, 99]
+    with model.session() as session, model.session() as other:
+        rows, last = _run(model, (session, IDS[:100], wanted), (other, IDS[:90], "last"))
+    np.testing.assert_array_equal(rows, whole[wanted])
+    np.testing.assert_array_equal(last, whole[[89]])
+
+
 def test_each_piece_has_the_rows_it_wants(model: Model, whole: np.ndarray):
     a, b, c, d, e = (model.session() for _ in range(5))
     found = _run(

@@ -256,7 +256,7 @@ def test_asynchronous_reading(model: Model):
 
 def test_an_awaiting_task_that_is_cancelled_cancels_its_request(model: Model):
     async def main() -> Request:
-        request = model.submit([50], **LONG)
+        request = model.submit([50], on_token=lambda _: time.sleep(0.002), **LONG)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await request

@@ -95,8 +95,8 @@ class Advance:
         return self.state.slot, self.slot_out
 
     def take(self, rows: np.ndarray, copy: bool = True) -> None:
-        """The next of its rows; there may be none. Not copied, they have to be all."""
-        if not copy:
+        """The next of its rows; there may be none. Those that are all need not be copied."""
+        if not copy and len(rows) == len(self.wanted):
             self.rows, self._filled = rows, len(rows)
             return
         if not self._filled:

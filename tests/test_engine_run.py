@@ -56,7 +56,7 @@ def test_rows_of_a_piece_that_takes_several_steps(model: Model, whole: np.ndarra
     """A state is kept near its end, so a step ends there."""
     wanted = [0, 50, 80, 99]
     with model.session() as session, model.session() as other:
-        rows, last = _run(model, (session, IDS[:100], wanted), (other, IDS[:90], "last"))
+        last, rows = _run(model, (other, IDS[:90], "last"), (session, IDS[:100], wanted))
     np.testing.assert_array_equal(rows, whole[wanted])
     np.testing.assert_array_equal(last, whole[[89]])
 

@@ -555,6 +555,7 @@ def test_ctrl_c_ends_what_the_main_thread_reads_and_nothing_else(path: Path):
 right = model.generate([51], max_tokens=150, seed=1, ignore_eos=True).text
 other = model.submit([51], max_tokens=150, seed=1, ignore_eos=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+long = {**long, "on_token": lambda _: time.sleep(0.002)}
 for wait in (lambda: list(model.generate([50], **long)), model.submit([50], **long).result):
     threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:

@@ -42,6 +42,7 @@ class Scheduler:
         self._queue: list[Task] = []  # without memory, in order
         self._running: list[Task] = []
         self._asked: dict[Task, None] = {}
+        self._leaving: dict[int, None] = {}  # threads that wait for the end of the step under way
         self._thread: threading.Thread | None = None
         self._sweep = self._closing = False
         self._why = ""  # nothing more can be submitted
@@ -135,6 +136,7 @@ class Scheduler:
         """In a forked child: the thread is not there, and what it was about is not whole."""
         found = [*self._queue, *self._running]
         self._thread, self._queue, self._running, self._asked = None, [], [], {}
+        self._leaving = {}
         for task in found:
             why = "the process was forked while this request was under way: submit it again here"
             task.fail(OptionError(why))
@@ -168,9 +170,14 @@ class Scheduler:
         for task in tasks:
             task.asked = False
             self._asked.pop(task, None)
-        if broken:
+        if not broken:
+            return
+        try:
+            self._leaving[threading.get_ident()] = None
             with self._turn:
                 pass
+        finally:
+            self._leaving.pop(threading.get_ident(), None)
 
     def _drive(self, own: Sequence[Task]) -> None:
         """A step for a reader, and for others who read meanwhile."""
@@ -188,6 +195,8 @@ class Scheduler:
 
     def _serve(self) -> bool:
         """A step for all; False once nothing is left that was submitted."""
+        if self._leaving:  # a lock that is taken again at once is never theirs
+            time.sleep(_NAP)
         with self._turn:
             now = time.monotonic()
             self._drop(now)

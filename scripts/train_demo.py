@@ -72,15 +72,18 @@ def held_out_loss(model: DemoModel, tokenizer: Tokenizer) -> float:
     return sum(float(loss_of(model, row[None])) for row in rows) / len(rows)
 
 
-class Run:
-    """A model with its optimisers, and how far its training has come (seconds and steps)."""
+class Training:
+    """A model with its optimisers, and how far its training has come (seconds and steps).
 
-    def __init__(self, tokenizer: Tokenizer, rows: int, bf16: bool = False) -> None:
-        self.model = DemoModel(Shape(vocabulary=tokenizer.get_vocab_size()))
-        self.tokenizer, self.rows, self.bf16 = tokenizer, rows, bf16
-        weights = list(self.model.named_parameters())
-        matrices = [w for name, w in weights if w.ndim == 2 and "embed" not in name]
-        others = [w for name, w in weights if w.ndim == 1 or "embed" in name]
+    Muon changes matrices of more than `narrow` rows and columns but for embeddings, AdamW the rest.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, narrow: int = 0) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        matrices, others = list[torch.nn.Parameter](), list[torch.nn.Parameter]()
+        for name, weight in model.named_parameters():
+            large = weight.ndim == 2 and min(weight.shape) > narrow and "embed" not in name
+            (matrices if large else others).append(weight)
         adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
             (Muon(matrices, lr=0.02), 0.02),
@@ -88,20 +91,16 @@ class Run:
         ]
         self.steps, self.seconds = 0, 0.0
 
-    def step(self, ids: torch.Tensor, progress: float) -> float:
-        """One update at `progress` (0 to 1) through the schedule; returns the loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            loss = loss_of(self.model, ids)
-        self.model.zero_grad(set_to_none=True)
-        loss.backward()
+    def update(self, progress: float) -> None:
+        """A step of the optimisers at `progress` (0 to 1) through the schedule."""
         for optimiser, rate in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * schedule(progress, self.steps)
             optimiser.step()
         self.steps += 1
-        return loss.item()
 
     def save(self, path: Path) -> None:
+        """Everything that `restore` needs, in place of the last."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "steps": self.steps, "seconds": self.seconds}
         state["tokenizer"] = self.tokenizer.to_str()
@@ -115,6 +114,23 @@ class Run:
         self.steps, self.seconds = state["steps"], state["seconds"]
         for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+
+
+class Run(Training):
+    """Of the demo model."""
+
+    def __init__(self, tokenizer: Tokenizer, rows: int, bf16: bool = False) -> None:
+        super().__init__(DemoModel(Shape(vocabulary=tokenizer.get_vocab_size())), tokenizer)
+        self.rows, self.bf16 = rows, bf16
+
+    def step(self, ids: torch.Tensor, progress: float) -> float:
+        """One update at `progress` (0 to 1) through the schedule; returns the loss."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = loss_of(self.model, ids)
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        self.update(progress)
+        return loss.item()
 
 
 def schedule(progress: float, step: int) -> float:

@@ -22,30 +22,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from demo_corpus import held_out_text
 from demo_gguf import train_tokenizer, write_tokenizer
-from demo_model import Muon
 from mtp_model import HybridModel, Shape
 from tokenizers import Tokenizer
-from train_demo import batches, schedule
+from train_demo import Training, batches
 
 TOGETHER = 0.6  # share of the time in which the model learns, too; then the head alone
 OWN = 2  # how often the head is used in a row while it learns
 WEIGHTS = (0.4, 0.2)  # of each use in the loss
 
 
-class Run:
-    """A model with its optimisers, and how far its training has come."""
+class Run(Training):
+    """Of the hybrid model."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.model = HybridModel(Shape(vocabulary=tokenizer.get_vocab_size()))
-        self.tokenizer = tokenizer
-        weights = list(self.model.named_parameters())
-        large = [w for n, w in weights if w.ndim == 2 and min(w.shape) > 16 and "embed" not in n]
-        others = [w for _, w in weights if all(w is not each for each in large)]
-        adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
-        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = [
-            (Muon(large, lr=0.02), 0.02), (adam, 4e-3),
-        ]  # fmt: skip
-        self.steps, self.seconds = 0, 0.0
+        model = HybridModel(Shape(vocabulary=tokenizer.get_vocab_size()))
+        super().__init__(model, tokenizer, narrow=16)
 
     def step(self, ids: torch.Tensor, progress: float) -> tuple[float, list[float]]:
         """One update; the model's loss in nats, and how often the head says what the model says."""
@@ -59,29 +50,9 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         (own if alone else loss + own).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimiser, rate in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = rate * schedule(progress, self.steps)
-            with torch.autocast("cpu", torch.bfloat16):
-                optimiser.step()
-        self.steps += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            self.update(progress)
         return loss.item(), agreed
-
-    def save(self, path: Path) -> None:
-        """Everything that `restore` needs, in place of the last."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {"model": self.model.state_dict(), "steps": self.steps, "seconds": self.seconds}
-        state["tokenizer"] = self.tokenizer.to_str()
-        state["optimisers"] = [optimiser.state_dict() for optimiser, _ in self.optimisers]
-        torch.save(state, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `save` wrote."""
-        self.model.load_state_dict(state["model"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
 
 
 def losses(model: HybridModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[float]]:

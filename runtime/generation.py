@@ -7,17 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 from runtime.errors import OptionError
-from runtime.writing import Options, Prompt, Writing
+from runtime.writing import Options, Prompt, Writing, Written
 
 if TYPE_CHECKING:
-    from runtime.engine.reuse import Reuse
     from runtime.model import Model
-    from runtime.speculation.speculation import Drafts
-    from runtime.text.calls.reader import Reader
-    from runtime.text.sampling import Token
 
 
-class Generation:
+class Generation(Written):
     """An answer under way: an iterator of its text, made by `model.generate` and `model.chat`.
 
     Nothing is evaluated before the first piece is asked for. Left early, `close` it (or use
@@ -25,8 +21,8 @@ class Generation:
     """
 
     def __init__(self, model: Model, prompt: Prompt, options: Options) -> None:
-        self._writing = Writing(model, prompt, options)
-        self._model, self._closed = model, False
+        super().__init__(model, Writing(model, prompt, options))
+        self._closed = False
         self._reading = threading.Lock()
 
     @property
@@ -35,12 +31,6 @@ class Generation:
         string), "length" (max_tokens) or "context" (the context is full). It stays None where
         the answer was closed early."""
         return self._writing.answer.reason
-
-    @property
-    def cached_tokens(self) -> int:
-        """How many of the first tokens of the prompt did not have to be evaluated, because its
-        session or the cache of prompts had them; 0 until the answer has begun."""
-        return 0 if self.reuse is None else self.reuse.cached_tokens
 
     def explain(self) -> str:
         """Lines that say what of the prompt was not read again, and why not more of it: `reuse` in
@@ -56,17 +46,6 @@ class Generation:
         return self.reuse.explain(self._model.tokenizer.decode)
 
     @property
-    def prompt_tokens(self) -> int:
-        """How many tokens come before the first of the answer: those that its session had, those
-        that were found in the cache (`cached_tokens` are both) and those that are evaluated."""
-        return self._writing.prompt_tokens
-
-    @property
-    def reuse(self) -> Reuse | None:
-        """What of the prompt was not evaluated again; None until the answer has begun."""
-        return self._writing.reuse
-
-    @property
     def text(self) -> str:
         """The whole answer; what is still to come is generated first."""
         for _ in self:
@@ -78,29 +57,6 @@ class Generation:
         """The whole answer as a message of OpenAI's interface, for the next `chat`: its content,
         apart from it its reasoning ("reasoning_content") and the calls of tools ("tool_calls")."""
         return self._writing.options.message(self.text)
-
-    def reader(self) -> Reader:
-        """What takes the pieces of this answer apart as they come, into content, reasoning and
-        parts of calls: see `runtime.text.calls.reader.Reader`."""
-        return self._writing.options.reader()
-
-    @property
-    def tokens(self) -> list[int]:
-        """Ids chosen so far, an end token included."""
-        return [token.id for token in self._writing.answer.tokens]
-
-    @property
-    def logprobs(self) -> list[Token]:
-        """With `logprobs=N`: of each token chosen so far its id, its natural log-probability
-        (`logprob`) and the N best in its place (`top`); without, an empty list."""
-        return [token for token in self._writing.answer.tokens if token.logprob is not None]
-
-    @property
-    def speculation(self) -> Drafts | None:
-        """What drafts did for it so far: how many were `drafted` and `accepted`, in how many
-        `steps` of it; None where there are none (see `spec`)."""
-        speculation = self._writing.speculation
-        return None if speculation is None else speculation.done
 
     def __iter__(self) -> Iterator[str]:
         return self

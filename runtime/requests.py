@@ -13,14 +13,11 @@ from runtime.arguments import number
 from runtime.asking import continuation, reply
 from runtime.engine.engine import Engine
 from runtime.errors import OptionError
-from runtime.writing import Options, Prompt, Writing
+from runtime.writing import Options, Prompt, Writing, Written
 
 if TYPE_CHECKING:
-    from runtime.engine.reuse import Reuse
     from runtime.model import Model
     from runtime.speculation.speculation import Drafts
-    from runtime.text.calls.reader import Reader
-    from runtime.text.sampling import Token
 
 _WORTH = 10.0  # seconds of waiting that a step of priority is worth
 
@@ -66,9 +63,8 @@ class Submitted(Writing):
 
     @property
     def drafts(self) -> Drafts | None:
-        """What drafts did for it so far."""
-        speculation = self.speculation
-        return self._drafts if speculation is None else speculation.done
+        """See Writing."""
+        return self._drafts if self.speculation is None else super().drafts
 
     def dropped(self) -> None:
         """See Task."""
@@ -118,7 +114,7 @@ class Submitted(Writing):
             self.times += [time.monotonic()] * missing
 
 
-class Request:
+class Request(Written):
     """An answer under way that nobody has to read, made by `model.submit`.
 
     An iterator of its text, also an asynchronous one; `await request` and `request.result()` give
@@ -126,34 +122,14 @@ class Request:
     """
 
     def __init__(self, model: Model, task: Submitted) -> None:
-        self._model, self._task = model, task
-        self._at = 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        """As of `Generation`."""
-        return self._task.prompt_tokens
-
-    @property
-    def cached_tokens(self) -> int:
-        """As of `Generation`."""
-        return 0 if self.reuse is None else self.reuse.cached_tokens
-
-    @property
-    def reuse(self) -> Reuse | None:
-        """As of `Generation`."""
-        return self._task.reuse
+        super().__init__(model, task)
+        self._task, self._at = task, 0
 
     def explain(self) -> str:
         """As of `Generation`, once it has begun."""
         if self.reuse is None:
             return "the request has not begun" + (", and is over" if self.done else " yet")
         return self.reuse.explain(self._model.tokenizer.decode)
-
-    @property
-    def speculation(self) -> Drafts | None:
-        """As of `Generation`."""
-        return self._task.drafts
 
     @property
     def text(self) -> str:
@@ -164,20 +140,6 @@ class Request:
     def message(self) -> dict[str, Any]:
         """As of `Generation`, as far as it has come."""
         return self._task.options.message(self.text)
-
-    def reader(self) -> Reader:
-        """As of `Generation`."""
-        return self._task.options.reader()
-
-    @property
-    def tokens(self) -> list[int]:
-        """Ids chosen so far, an end token included."""
-        return [token.id for token in self._task.answer.tokens]
-
-    @property
-    def logprobs(self) -> list[Token]:
-        """As of `Generation`."""
-        return [token for token in self._task.answer.tokens if token.logprob is not None]
 
     @property
     def reason(self) -> str | None:

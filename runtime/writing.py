@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from runtime.engine.reuse import Reuse
     from runtime.model import Model
     from runtime.speculation.drafter import Drafter
-    from runtime.speculation.speculation import Speculation
+    from runtime.speculation.speculation import Drafts, Speculation
     from runtime.text.answer import Fed
     from runtime.text.calls.reader import Reader
     from runtime.text.calls.wanted import Reading
@@ -137,6 +137,11 @@ class Writing(Task):
 
             self.speculation = Speculation(engine, own, make(own), tokens)
 
+    @property
+    def drafts(self) -> Drafts | None:
+        """What drafts did for it so far."""
+        return None if self.speculation is None else self.speculation.done
+
     def next(self) -> Next | None:
         """See Task."""
         choice = self.answer.choice() if self.answer.tokens else None
@@ -215,3 +220,49 @@ class Writing(Task):
             own = self.sequence
             if own.record.length == self.length and not own.record.closed:
                 own.record = own.record.cut(min(self._keep, self.length))
+
+
+class Written:
+    """What can be seen of an answer, whoever has it go on."""
+
+    def __init__(self, model: Model, writing: Writing) -> None:
+        self._model, self._writing = model, writing
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens come before the first of the answer: those that its session had, those
+        that were found in the cache (`cached_tokens` are both) and those that are evaluated."""
+        return self._writing.prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of the first tokens of the prompt did not have to be evaluated, because its
+        session or the cache of prompts had them; 0 until the answer has begun."""
+        return 0 if self.reuse is None else self.reuse.cached_tokens
+
+    @property
+    def reuse(self) -> Reuse | None:
+        """What of the prompt was not evaluated again; None until the answer has begun."""
+        return self._writing.reuse
+
+    @property
+    def tokens(self) -> list[int]:
+        """Ids chosen so far, an end token included."""
+        return [token.id for token in self._writing.answer.tokens]
+
+    @property
+    def logprobs(self) -> list[Token]:
+        """With `logprobs=N`: of each token chosen so far its id, its natural log-probability
+        (`logprob`) and the N best in its place (`top`); without, an empty list."""
+        return [token for token in self._writing.answer.tokens if token.logprob is not None]
+
+    @property
+    def speculation(self) -> Drafts | None:
+        """What drafts did for it so far: how many were `drafted` and `accepted`, in how many
+        `steps` of it; None where there are none (see `spec`)."""
+        return self._writing.drafts
+
+    def reader(self) -> Reader:
+        """What takes the pieces of this answer apart as they come, into content, reasoning and
+        parts of calls: see `runtime.text.calls.reader.Reader`."""
+        return self._writing.options.reader()

@@ -13,6 +13,7 @@ from runtime.engine.advance import Piece
 from runtime.engine.engine import check_room
 from runtime.engine.sequence import Sequence as Evaluated
 from runtime.errors import Error, OptionError
+from runtime.memory.prefix_edges import alike
 from runtime.session import Session
 from runtime.writing import Options, Prompt
 
@@ -78,22 +79,13 @@ def _last_turn(
         other = chat.render([*before, {**last, "content": "\x00"}], **own)
     except Error:  # a template that wants other content there
         return 0
-    start = chat.ids(model.tokenizer, text[: _same(text, other)])
-    return _same(start, ids)
-
-
-def _same(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many elements they begin with alike."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    start = chat.ids(model.tokenizer, text[: alike(text, other)])
+    return alike(start, ids)
 
 
 def common_start(session: Session, ids: Sequence[int]) -> int:
     """How many tokens of `session` begin `ids`; at least one of `ids` is left to evaluate."""
-    same, tokens = 0, session.tokens
-    while same < min(len(tokens), len(ids) - 1) and tokens[same] == ids[same]:
-        same += 1
-    return same
+    return min(alike(session.tokens, ids), len(ids) - 1)
 
 
 def _messages(given: Any) -> list[Any]:

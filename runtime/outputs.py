@@ -72,15 +72,30 @@ def appearing(path: Name) -> Iterator[BinaryIO]:
             yield device
         return
     whole = Path(os.path.realpath(path))
-    own = f"{whole.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.part"
-    partial = whole.with_name(own)
-    with ending(), _saying(path, partial):
-        try:
-            with partial.open("xb") as file:
-                yield file
-            partial.replace(whole)
-        finally:
-            partial.unlink(missing_ok=True)
+    partial = beside(whole)
+    with ending(), _saying(path, partial), in_place(whole, partial) as file:
+        yield file
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written that is to take the place of `path`: no other writer has the name."""
+    return path.with_name(f"{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+@contextmanager
+def in_place(path: Path, partial: Path | None = None, private: bool = False) -> Iterator[BinaryIO]:
+    """A new file, at `partial`, that takes the place of `path` when the block ends well.
+
+    It is removed when the block fails. partial: by default `beside(path)`. private: other users
+    cannot read it. OSError.
+    """
+    partial = beside(path) if partial is None else partial
+    try:
+        with open(partial, "xb", opener=_private if private else None) as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Name, text: str) -> None:
@@ -104,6 +119,10 @@ def ending() -> Iterator[None]:
     finally:
         for number in caught:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from runtime.errors import FileError, MemoryLimitError, OptionError
 from runtime.memory.block_file import (
     END,
     HEAD,
-    KEY,
     NOT_REGULAR,
     PAGES,
     SESSION,
@@ -37,10 +36,11 @@ from runtime.memory.block_file import (
     read_block,
     write_block,
 )
-from runtime.memory.block_store import block_key
 from runtime.memory.pages import Pages
+from runtime.memory.prefix_edges import KEY, block_key
 from runtime.memory.slots import Checkpoint, Recurrent
 from runtime.ops import PAGE
+from runtime.outputs import in_place
 
 if TYPE_CHECKING:
     from runtime.model import Model
@@ -62,9 +62,12 @@ def save(model: Model, record: Record, path: Path, beside: Mapping[str, Any]) ->
             f"sessions of {engine.backend.name} cannot be saved: its states are wider than files"
         )
     try:
-        with _in_place(_place(path)) as file:
+        whole = _place(path)
+        with in_place(whole, private=True) as file:
             for block, payload in _blocks(engine, record, beside):
-                write_block(file, block, payload)
+                write_block(file.fileno(), block, payload)
+            os.fsync(file.fileno())
+        _sync(whole.parent)
     except OSError as error:
         raise FileError(
             f"{path}: the session cannot be written ({error.strerror or error}); "
@@ -90,7 +93,7 @@ def load(model: Model, path: Path) -> tuple[Record, dict[str, Any]]:
 def _blocks(
     engine: Engine, record: Record, beside: Mapping[str, Any]
 ) -> Iterator[tuple[Block, np.ndarray]]:
-    whose, key = fingerprint(engine.identity), fingerprint(engine.identity)
+    whose = key = fingerprint(engine.identity)
     states = _states(record)
     about = {
         "identity": engine.identity, "model": str(engine.file.path), "length": record.length,
@@ -208,22 +211,6 @@ _ABOUT: dict[str, type] = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def _in_place(path: Path) -> Iterator[int]:
-    """A new file, beside the one that it takes the place of when the block ends. OSError."""
-    part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")
-    try:
-        with open(part, "xb", buffering=0, opener=_private) as file:
-            yield file.fileno()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _sync(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-
-
 def _place(path: Path) -> Path:
     """The file that a path leads to, which need not be there. OSError: whatever else it is of."""
     try:
@@ -238,10 +225,6 @@ def _place(path: Path) -> Path:
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, NOT_REGULAR)
     return Path(os.path.realpath(path))
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _sync(folder: Path) -> None:

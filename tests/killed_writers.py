@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.memory.block_file import PAGES, Block
-from runtime.memory.block_store import BlockStore, block_key
+from runtime.memory.block_store import BlockStore
+from runtime.memory.prefix_edges import block_key
 
 NBYTES, COUNT = 1 << 20, 24
 

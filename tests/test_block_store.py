@@ -16,7 +16,8 @@ import pytest
 
 from runtime.memory import block_file, block_store, disk_budget, write_behind
 from runtime.memory.block_file import END, HEAD, PAGES, Block, DamagedError, parsed
-from runtime.memory.block_store import BlockStore, Tail, block_key
+from runtime.memory.block_store import BlockStore, Tail
+from runtime.memory.prefix_edges import block_key
 from runtime.memory.write_behind import WriteBehind
 
 WHOSE, NBYTES = b"f" * 16, 5000

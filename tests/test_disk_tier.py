@@ -17,6 +17,7 @@ import runtime
 from runtime.engine.prompts import Reuse
 from runtime.errors import OptionError
 from runtime.memory import block_store
+from runtime.memory.prefix_edges import block_key
 from runtime.ops import PAGE
 
 STEPS = int(os.environ.get("DISK_STEPS", "60"))
@@ -103,9 +104,9 @@ def test_a_damaged_block_costs_what_is_behind_it(files, kind, which, tmp_path: P
     with opened(files[kind], tmp_path) as model:
         disk = model._engine.disk
         assert disk is not None
-        key = block_store.block_key(disk.key, FIRST[:PAGE])
+        key = block_key(disk.key, FIRST[:PAGE])
         for n in range(which):
-            key = block_store.block_key(key, FIRST[(n + 1) * PAGE : (n + 2) * PAGE])
+            key = block_key(key, FIRST[(n + 1) * PAGE : (n + 2) * PAGE])
         path = disk.store.folder / f"{key.hex()}.page"
         content = bytearray(path.read_bytes())
         content[-5] ^= 1

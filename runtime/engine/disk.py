@@ -20,9 +20,9 @@ from runtime.engine.prompts import Known
 from runtime.engine.sequence import Record
 from runtime.errors import MemoryLimitError, OptionError
 from runtime.memory.block_file import END, PAGES, Block
-from runtime.memory.block_store import BlockStore, Tail, block_key
+from runtime.memory.block_store import BlockStore, Tail
 from runtime.memory.pages import Pages
-from runtime.memory.prefix_edges import block_keys
+from runtime.memory.prefix_edges import alike, block_key, block_keys
 from runtime.memory.slots import SPACING, Checkpoint, Recurrent
 from runtime.memory.write_behind import WriteBehind
 from runtime.ops import PAGE
@@ -112,11 +112,11 @@ class DiskTier:
         last = keys[blocks - 1] if blocks else self.key
         mine = [f for f in folders(self.store.root.parent) if f.path == self.store.folder]
         after = [b for f in mine for b, _ in f.blocks() if b.parent == last and b.tokens]
-        other = max(after, key=lambda b: _same(b.tokens, tokens[known:]), default=None)
+        other = max(after, key=lambda b: alike(b.tokens, tokens[known:]), default=None)
         if other is None:
             more = known < len(tokens) - 1
             return "\n".join([*lines, *[f"nothing goes on behind token {known}"][: int(more)]])
-        same = _same(other.tokens, tokens[known:])
+        same = alike(other.tokens, tokens[known:])
         if same < min(len(other.tokens), len(tokens) - known):
             lines.append(f"first difference: token {known + same + 1}")
             lines.append(f"  kept:   {text(other.tokens[same : same + _SHOWN])!r}")
@@ -261,12 +261,6 @@ class DiskTier:
         start = place // PAGE * PAGE
         parent, piece = keys[start // PAGE - 1] if start else self.key, tuple(tokens[start:place])
         return Block(END, self.key, block_key(parent, piece), parent, start, piece, 0)
-
-
-def _same(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first tokens are the same."""
-    n = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    return min(len(a), len(b)) if n is None else n
 
 
 def _end(engine: Engine, known: Known, place: int) -> np.ndarray | None:

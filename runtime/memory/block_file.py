@@ -21,10 +21,10 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from runtime.memory.prefix_edges import KEY
 from runtime.ops import PAGE
 
 HEAD = 256  # bytes in front of the payload
-KEY = 16  # bytes of a key and of a fingerprint
 PAGES, END, SESSION = "page", "end", "session"
 NOT_REGULAR = "it is no regular file"
 _KINDS = (PAGES, END, SESSION)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import sys
@@ -35,7 +34,8 @@ from runtime.memory.block_file import (
     read_block,
     write_block,
 )
-from runtime.memory.disk_budget import ABOUT, PART, DiskBudget, largest
+from runtime.memory.disk_budget import ABOUT, DiskBudget, largest
+from runtime.outputs import in_place
 
 FOLDER = "prompts"
 _AGAIN = 60.0  # seconds after which a disk that was full is tried again
@@ -47,12 +47,6 @@ class Tail(NamedTuple):
 
     tokens: int
     key: bytes
-
-
-def block_key(parent: bytes, tokens: Sequence[int], given: bytes = b"") -> bytes:
-    """The key of a block: of the one before it, its tokens, and what they came with."""
-    ids = np.asarray(tokens, "<i4").tobytes()
-    return hashlib.blake2b(parent + ids + given, digest_size=16).digest()
 
 
 class BlockStore:
@@ -211,16 +205,11 @@ class BlockStore:
 
     def _in_place(self, name: str, write: Callable[[int], object]) -> None:
         """Write a file beside its place, and put it there whole."""
-        path = self.folder / f"{name}.{os.urandom(8).hex()}{PART}"
         try:
-            with open(path, "xb", buffering=0, opener=_private) as file:
+            with in_place(self.folder / name, private=True) as file:
                 write(file.fileno())
-            path.replace(self.folder / name)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            # Windows: somebody reads that very block
-            if not (sys.platform == "win32" and isinstance(error, PermissionError)):
+        except PermissionError:
+            if sys.platform != "win32":  # there: somebody reads that very block
                 raise
 
     def _drop(self, name: str, error: Exception) -> None:
@@ -236,10 +225,6 @@ class BlockStore:
         if what not in self._said:
             self._said.add(what)
             print(f"runtime: {text}", file=sys.stderr)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _name(block: Block) -> str:

@@ -11,13 +11,24 @@ import hashlib
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtime.ops import PAGE
 
 KEY = 16  # bytes of a block's key
+
+
+def alike(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many elements both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a block: a digest of that of the one before it, and of its tokens."""
+    return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=KEY).digest()
 
 
 def block_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], length: int) -> list[bytes]:
@@ -27,8 +38,7 @@ def block_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], length: in
     """
     for block in range(len(keys), length // PAGE):
         parent = keys[-1] if keys else root
-        ids = array("i", tokens[block * PAGE : (block + 1) * PAGE])
-        keys.append(hashlib.blake2b(parent + ids.tobytes(), digest_size=KEY).digest())
+        keys.append(block_key(parent, tokens[block * PAGE : (block + 1) * PAGE]))
     return keys
 
 
@@ -95,10 +105,6 @@ class Edge(NamedTuple):
         """With a state that it has not."""
         states = sorted((*self.states, state), key=lambda each: each.place)
         return self._replace(states=tuple(states))
-
-    def without_state(self, state: State) -> Edge:
-        """Without a state that it may have."""
-        return self._replace(states=tuple(s for s in self.states if s is not state))
 
     def common(self, tokens: np.ndarray) -> int:
         """How many of its first tokens are the first of `tokens`, int32."""

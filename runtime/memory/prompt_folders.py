@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.memory.block_file import KEY, Block, DamagedError, opened, read_head
+from runtime.memory.block_file import Block, DamagedError, opened, read_head
 from runtime.memory.block_store import FOLDER
 from runtime.memory.disk_budget import ABOUT, Entry, entries
+from runtime.memory.prefix_edges import KEY
 
 
 class Prompt(NamedTuple):

@@ -159,6 +159,27 @@ def test_answers_say_what_was_reused(speaking_files: dict[str, Path]):
             assert "without a cache" in answer.explain()
 
 
+def test_a_state_that_is_cached_gives_way_to_who_goes_on_from_it(speaking_files: dict[str, Path]):
+    """When nobody else has a slot to give, as without the cache."""
+    found = []
+    for cached in (False, True):
+        with (
+            runtime.load(
+                speaking_files["hybrid"], context=256, sequences=1, prompt_cache=cached
+            ) as model,
+            model.session() as session,
+        ):
+            session.eval(range(40, 80), "none")
+            others = [model.session() for _ in range(model._engine.pools.slots.count - 1)]
+            for other in others:
+                other.eval([1], "none")
+            assert not model._engine.pools.slots.available
+            found.append(session.eval(range(20, 25)))
+            for other in others:
+                other.close()
+    np.testing.assert_array_equal(*found)
+
+
 def test_a_state_is_kept_where_prompts_part(speaking_files: dict[str, Path]):
     """The first that parts reads from the last state before, the next no more than it must."""
     with runtime.load(speaking_files["hybrid"], context=256, sequences=1) as model:

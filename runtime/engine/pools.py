@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from runtime.engine.advance import Advance
 from runtime.engine.sequence import Sequence
 from runtime.errors import MemoryLimitError
-from runtime.memory.holders import Holder, Holders
+from runtime.memory.holders import Evictable, Holder, Holders
 from runtime.memory.pages import CopyPages, PagePool
 from runtime.memory.slots import NONE, SlotPool, least_missed
 
@@ -69,8 +69,8 @@ class Pools:
         """The slot its state is in where nobody else holds that, else one that nobody holds.
 
         When none is free, who can is asked to give one up; then the least useful checkpoint of
-        all sequences gives way. Drafts leave the state from before them in its slot, and no
-        checkpoint gives way to them.
+        all sequences gives way; last the hold of who can do without it on its own slot. Drafts
+        leave the state from before them in its slot, and no checkpoint gives way to them.
         """
         assert advance.state is not None, "only recurrent layers have slots"
         own = advance.state.slot
@@ -86,13 +86,24 @@ class Pools:
                 return free
             if self.holders.evict(0, 1):
                 continue
-            if advance.drafted is not None or not _drop_checkpoint([*advances, *rest]):
-                advance.error = self.slots.exhausted()
-                return NONE
+            if advance.drafted is None and _drop_checkpoint([*advances, *rest]):
+                continue
+            if advance.drafted is None and _let_go(own, [*advances, *rest], advance):
+                continue
+            advance.error = self.slots.exhausted()
+            return NONE
 
 
 def _slots_of(holders: Iterable[Holder | Advance]) -> set[int]:
     return set[int]().union(*(h.held_slots() for h in holders))
+
+
+def _let_go(slot: int, holders: abc.Sequence[Holder | Advance], own: Advance) -> bool:
+    """Have those who can do without a slot leave it to its owner; False: others need it, too."""
+    can = [h for h in holders if isinstance(h, Evictable)]
+    if slot in _slots_of(h for h in holders if h is not own and h not in can):
+        return False
+    return sum(h.let_go(slot) for h in can) > 0
 
 
 def _drop_checkpoint(holders: Iterable[Holder | Advance]) -> bool:

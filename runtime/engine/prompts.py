@@ -190,6 +190,17 @@ class PromptCache(Evictable):
         self._remember(eviction.gone)
         return freed > 0
 
+    def let_go(self, slot: int) -> bool:
+        """See Evictable."""
+        if slot not in self.tree.slots:
+            return False
+        for step in list(self.tree):
+            edge = step.node.edge
+            states = tuple(state for state in edge.states if state.slot != slot)
+            if len(states) < len(edge.states):
+                self.tree.change(step, edge._replace(states=states))
+        return True
+
     def _eviction(self) -> Eviction:
         others = [h for h in self._pools.holders if not isinstance(h, Evictable)]
         slots = frozenset[int]().union(*(h.held_slots() for h in others))

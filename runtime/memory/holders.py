@@ -43,6 +43,11 @@ class Evictable(Holder):
         """
         raise NotImplementedError
 
+    def let_go(self, slot: int) -> bool:
+        """Hold this slot no longer, for the one sequence that holds it as well and goes on from
+        it; False: it was not held."""
+        return False
+
 
 class Holders:
     """Those of one model, as long as somebody knows them."""
